@@ -1,0 +1,28 @@
+"""certtrain: train image classifiers whose robustness can be proved, and prove it.
+
+Importing this package costs nothing; each name below is imported when it is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .bounds import Bounds, Interval, L2Ball, LinfBall, compute_bounds
+    from .pipeline import train
+    from .recipe import Config
+    from .verifiers import certify
+
+_HOMES = {
+    "Bounds": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds", "compute_bounds": "bounds",
+    "Config": "recipe", "certify": "verifiers", "train": "pipeline",
+}  # fmt: skip
+
+__all__ = [*_HOMES]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'certtrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,90 @@
+"""The frame of every attack: the frame guarantees, the attack only proposes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds import PerturbationSet
+from ..config import Component
+from ..step import Batch, StateSpec, Step
+
+AttackMode = Literal["train", "eval", "batch"]
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Perturbed images (B, *shape), detached, and what the attack was asked to record (else empty)."""
+
+    images: Tensor
+    trace: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attack(Component):
+    """A configured attack: ``Pgd(steps=8)(model, batch, ball, step)``.
+
+    Whatever an attack proposes, its result lies in ``allowed(ball)`` and in that set's hull, holds no
+    gradient, and leaves the model as it was: parameters, their ``.grad`` and ``requires_grad``, training
+    flags, and buffers (except under ``attack_mode: train``).
+
+    Args:
+        attack_mode: the model's mode during the attack. ``eval``: running batch statistics; ``train``: the
+            batch's, updating the running ones; ``batch``: the batch's, running ones untouched.
+    """
+
+    attack_mode: AttackMode = "eval"
+
+    def allowed(self, ball: PerturbationSet) -> PerturbationSet:
+        """The set that the result lies in: the ball, unless an attack declares a wider one."""
+        return ball
+
+    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+        """State across batches, by name, for images of ``shape``; none by default."""
+        return {}
+
+    @abstractmethod
+    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+        """Candidates inside ``ball``; gradients may be taken of the images only."""
+
+    @final
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+        """Attack a batch.
+
+        Args:
+            model: maps (B, *shape) in [0, 1] to logits (B, K).
+            ball: the set around ``batch.images``; ``step.noise`` supplies random numbers.
+        """
+        wide = self.allowed(ball)
+        if len(batch) == 0:
+            return AttackResult(batch.images)
+        with _prepared(model, self.attack_mode), torch.enable_grad():
+            proposed = self.propose(model, batch, wide, step)
+        images = wide.project(batch.images, proposed.images.detach())
+        hull = wide.hull(batch.images)
+        return AttackResult(images.clamp(hull.lower, hull.upper), proposed.trace)
+
+
+@contextmanager
+def _prepared(model: nn.Module, mode: AttackMode) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode == "batch" else []
+    try:
+        model.train(mode != "eval")
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+        for buffer, value in kept:
+            buffer.copy_(value)

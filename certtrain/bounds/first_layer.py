@@ -1,0 +1,69 @@
+"""The first affine layer over a set that is not a box: each output is a linear form, bounded by ``concretise``.
+
+After that layer the intervals go on as usual. For a convolution an output sees one patch of the image, and
+the set's projection to a patch is a set of the same kind, so the forms are concretised patch by patch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import program as p
+from .forward import RULES, _Run
+from .interval import Interval
+
+
+def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
+    """Tight bounds of the layer's outputs over ``run.region``; ``hull`` is the box that enters it."""
+    images = run.region.images
+    scale, shift = _input_map(node, run, images)
+    weight, bias = run.weights(node, position)
+    layer = node.layer
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise p.UnsupportedNode(
+                f"Conv2d at {node.path!r} as the first layer over {type(run.region.ball).__name__}: "
+                "accepted: groups=1 and zero padding given in numbers"
+            )
+        constant = F.conv2d(shift, weight, bias, layer.stride, layer.padding, layer.dilation)
+        return _bounds(run, *_patches(layer, weight, scale, images), constant)
+    if hull.center.ndim != 2:
+        raise p.UnsupportedNode(f"Linear at {node.path!r}: found {hull.center.ndim} dimensions; accepted: (B, features)")
+    forms = (weight * scale).reshape(1, len(weight), *images.shape[1:])
+    return _bounds(run, forms.expand(len(images), *forms.shape[1:]), images, F.linear(shift, weight, bias))
+
+
+def _input_map(node: p.Affine, run, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of the elementwise map before the layer, each (1, *its input's shape)."""
+
+    def evaluate(position: int, value: Tensor) -> Tensor:
+        step = run.program.nodes[position]
+        if isinstance(step, p.Input):
+            return value
+        return RULES[type(step)](step, position, _Run(None), *(evaluate(read, value) for read in step.inputs))
+
+    shift = evaluate(node.inputs[0], torch.zeros_like(images[:1]))
+    return evaluate(node.inputs[0], torch.ones_like(images[:1])) - shift, shift
+
+
+def _patches(layer: nn.Conv2d, weight: Tensor, scale: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Forms (B·L, K, C, h, w) and the patches (B·L, C, h, w) that they act on; padding has coefficient 0."""
+
+    def unfold(x: Tensor) -> Tensor:  # (N, C·h·w, L)
+        return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+
+    shape = (images.shape[1], *layer.kernel_size)
+    patches = unfold(images).transpose(1, 2).reshape(-1, *shape)
+    forms = unfold(scale.expand_as(images[:1])).transpose(1, 2).unsqueeze(2) * weight.flatten(1)  # (1, L, K, C·h·w)
+    return forms.expand(len(images), -1, -1, -1).reshape(-1, len(weight), *shape), patches
+
+
+def _bounds(run, forms: Tensor, images: Tensor, constant: Tensor) -> Interval:
+    ball = run.region.ball
+    lower, upper = ball.concretise(forms, images), -ball.concretise(-forms, images)
+    if constant.ndim == 4:  # (B·L, K) → (B, K, H', W')
+        height, width = constant.shape[2:]
+        lower, upper = (
+            end.reshape(-1, height, width, end.shape[1]).permute(0, 3, 1, 2) for end in (lower, upper)
+        )  # fmt: skip
+    return Interval.from_bounds(lower + constant, torch.maximum(lower, upper) + constant)

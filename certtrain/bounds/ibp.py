@@ -1,0 +1,227 @@
+"""Interval bound propagation: one small rule per node kind, the table last (arXiv 1810.12715)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import kernels
+from . import program as p
+from .forward import Statistics, check_features, coefficients
+from .interval import Interval
+from .perturbation import Region
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a pass saw on its way, for regularisers and verifiers.
+
+    Args:
+        first: the interval that entered the first affine layer, that is in normalised units.
+        preactivations: the interval that entered each ReLU, by the position of its node.
+    """
+
+    first: Interval | None
+    preactivations: dict[int, Interval]
+
+
+def compute_bounds(model: nn.Module, box: Interval | Region, statistics: Statistics | None = None) -> Interval:
+    """Sound bounds of the model's logits over a box, or over a perturbation set around a batch of images.
+
+    Bounds enclose the network with fixed batch-norm statistics: the running ones, or those given.
+
+    Args:
+        model: any ``nn.Module`` of supported layers; takes (B, *shape), carries its own normalisation.
+        box: ``Interval.box(images, epsilon)``, or ``LinfBall(epsilon).region(images)``, ``L2Ball(…)…``.
+        statistics: batch statistics of a ``forward`` pass, with gradients, for training.
+    Returns:
+        An ``Interval`` of shape (B, K); ``.lower`` and ``.upper`` are the bounds. Differentiable. Holds in
+        round-to-nearest arithmetic of the model's dtype, up to its rounding error.
+    Raises:
+        UnsupportedNode: the model holds an operation without a rule.
+    """
+    return _Propagation(model, statistics, keep=False).run(box)[0]
+
+
+def compute_margins(
+    model: nn.Module,
+    box: Interval | Region,
+    labels: Tensor,
+    statistics: Statistics | None = None,
+    *,
+    keep: bool = False,
+) -> tuple[Tensor, Activity]:
+    """Lower bounds of all margins z_y - z_j, with the specification merged into the last linear layer.
+
+    Args:
+        labels: (B,) int64. Others as in ``compute_bounds``.
+        keep: whether to keep the pre-activation intervals.
+    Returns:
+        (B, K - 1), columns j != y in increasing order; and what was kept (empty if not asked).
+    """
+    propagation = _Propagation(model, statistics, keep)
+    output, last = propagation.run(box, stop_before_last=True)
+    if last is None:
+        return _difference(output, labels), propagation.activity()
+    weight, bias = last
+    return kernels.ibp_margins(output.center, output.radius, weight, bias, labels), propagation.activity()
+
+
+def compute_rows(
+    model: nn.Module, box: Interval | Region, rows: Tensor, statistics: Statistics | None = None
+) -> Tensor:
+    """Lower bounds of linear forms of the logits, merged into the last linear layer.
+
+    Args:
+        rows: (B, R, K), R forms for each image. Others as in ``compute_bounds``.
+    Returns:
+        (B, R).
+    """
+    output, last = _Propagation(model, statistics, keep=False).run(box, stop_before_last=True)
+    constant: Tensor | float = 0.0
+    if last is not None:
+        weight, bias = last
+        constant = 0.0 if bias is None else rows @ bias
+        rows = rows @ weight
+    center, radius = output.center.unsqueeze(-1), output.radius.unsqueeze(-1)
+    return (rows @ center - rows.abs() @ radius).squeeze(-1) + constant
+
+
+def _difference(logits: Interval, labels: Tensor) -> Tensor:
+    """Margins from the logits' own bounds, where the network does not end in a linear layer."""
+    classes = logits.center.shape[1]
+    own = F.one_hot(labels, classes).bool()
+    lower = logits.lower[own].reshape(-1, 1) - logits.upper
+    return lower[~own].reshape(len(labels), classes - 1)
+
+
+class _Propagation:
+    """One pass: the intervals so far, and what the rules share."""
+
+    def __init__(self, model: nn.Module, statistics: Statistics | None, keep: bool):
+        self.program = p.trace(model)
+        self.statistics = statistics
+        self.keep = keep
+        self.first: Interval | None = None
+        self.preactivations: dict[int, Interval] = {}
+
+    def activity(self) -> Activity:
+        return Activity(self.first, self.preactivations)
+
+    def run(self, box: Interval | Region, *, stop_before_last: bool = False):
+        """The output interval; or, before a last plain linear layer, its input and that layer's (weight, bias)."""
+        nodes, last_use = self.program.nodes, self.program.last_use()
+        self.region = box if isinstance(box, Region) and not box.ball.is_box else None
+        values: list[Interval | None] = [box.hull if isinstance(box, Region) else box]
+        for position, node in enumerate(nodes[1:], start=1):
+            inputs = [values[read] for read in node.inputs]
+            if stop_before_last and position == len(nodes) - 1 and self._is_last_linear(node):
+                return inputs[0], self.weights(node, position)
+            values.append(RULES[type(node)](node, position, self, *inputs))
+            for read in node.inputs:
+                if last_use[read] == position:
+                    values[read] = None
+        return values[-1], None
+
+    def _is_last_linear(self, node: p.Node) -> bool:
+        linear = isinstance(node, p.Affine) and isinstance(node.layer, nn.Linear) and node.activation is None
+        return linear and not self.starts_at(node)
+
+    def starts_at(self, node: p.Node) -> bool:
+        """Whether ``node`` is the first affine layer over a set that is not a box."""
+        return self.region is not None and all(isinstance(self.program.nodes[i], (p.Input, p.Scale, p.Reshape))
+                                               for i in self._ancestors(node))  # fmt: skip
+
+    def _ancestors(self, node: p.Node) -> set[int]:
+        found, queue = set(), list(node.inputs)
+        while queue:
+            read = queue.pop()
+            found.add(read)
+            queue.extend(self.program.nodes[read].inputs)
+        return found
+
+    def coefficients(self, norm: p.BatchNorm | None, position: int) -> tuple[Tensor | None, Tensor | None]:
+        if norm is None:
+            return None, None
+        return coefficients(norm, None if self.statistics is None else self.statistics.get(position))
+
+    def weights(self, node: p.Affine, position: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a layer with its batch norm folded in."""
+        weight, bias = node.layer.weight, node.layer.bias
+        scale, shift = self.coefficients(node.norm, position)
+        if scale is None or shift is None:
+            return weight, bias
+        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return weight, shift if bias is None else bias * scale + shift
+
+    def activate(self, activation: p.Activation | None, position: int, interval: Interval) -> Interval:
+        if activation is None:
+            return interval
+        if activation.kind == "relu":
+            if self.keep:
+                self.preactivations[position] = interval
+            return Interval(*kernels.ibp_relu(interval.center, interval.radius))
+        return Interval.from_bounds(activation(interval.lower), activation(interval.upper))
+
+
+def _affine(node: p.Affine, position: int, run: _Propagation, x: Interval) -> Interval:
+    check_features(node, x.center)
+    if run.first is None and run.keep:
+        run.first = x
+    if run.starts_at(node):
+        from .first_layer import first_layer  # only sets that are not boxes need it
+
+        return run.activate(node.activation, position, first_layer(node, position, run, x))
+    scale, shift = run.coefficients(node.norm, position)
+    fused = node.activation is not None and node.activation.kind == "relu" and not run.keep
+    layer = node.layer
+    if isinstance(layer, nn.Linear):
+        y = kernels.ibp_linear(
+            x.center, x.radius, layer.weight, layer.bias, scale=scale, shift=shift, relu=fused
+        )  # fmt: skip
+    else:
+        if layer.padding_mode != "zeros":  # the border repeats known intervals: pad both alike
+            x = x.map(lambda t: F.pad(t, layer._reversed_padding_repeated_twice, mode=layer.padding_mode))
+        padding = layer.padding if layer.padding_mode == "zeros" else 0
+        y = kernels.ibp_conv2d(
+            x.center, x.radius, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups,
+            scale=scale, shift=shift, relu=fused,
+        )  # fmt: skip
+    return Interval(*y) if fused else run.activate(node.activation, position, Interval(*y))
+
+
+def _norm(node: p.Norm, position: int, run: _Propagation, x: Interval) -> Interval:
+    scale, shift = run.coefficients(node.norm, position)
+    assert scale is not None and shift is not None
+    return run.activate(node.activation, position, Interval(*kernels.ibp_affine(x.center, x.radius, scale, shift)))
+
+
+def _pool(node: p.Pool, position: int, run: _Propagation, x: Interval) -> Interval:
+    if node.linear:
+        return x.map(node.function)
+    return Interval.from_bounds(node.function(x.lower), node.function(x.upper))
+
+
+def _scale(node: p.Scale, position: int, run: _Propagation, x: Interval) -> Interval:
+    scale, shift = node.coefficients()
+    center = x.center * scale + shift
+    return Interval(center, (x.radius * abs(scale)).expand_as(center))
+
+
+def _add(node: p.Add, position: int, run: _Propagation, x: Interval, y: Interval) -> Interval:
+    return Interval(x.center + node.sign * y.center, x.radius + y.radius)
+
+
+RULES: dict[type[p.Node], Callable[..., Interval]] = {
+    p.Affine: _affine,
+    p.Norm: _norm,
+    p.Activate: lambda node, position, run, x: run.activate(node.activation, position, x),
+    p.Pool: _pool,
+    p.Reshape: lambda node, position, run, x: x.map(node.function),
+    p.Add: _add,
+    p.Scale: _scale,
+    p.Dropout: lambda node, position, run, x: x,
+}

@@ -1,0 +1,152 @@
+"""Perturbation sets: what an attacker may do to an image. A new threat model is one small file like this.
+
+Every set is cut to valid images: it never leaves [0, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..config import Component
+from ..errors import check
+from .interval import Interval
+
+
+@dataclass(frozen=True)
+class PerturbationSet(Component):
+    """A set around each image x. Attacks, interval bounds and linear relaxations all go through it.
+
+    ``epsilon`` is in pixel units of [0, 1]; inside a training step it is a 0-d tensor.
+    """
+
+    epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epsilon, Tensor):  # looking into a device's tensor would wait for the device
+            check(0 <= self.epsilon < float("inf"), "epsilon", self.epsilon, "a number >= 0, in pixel units of [0, 1]")
+
+    def with_epsilon(self, epsilon: float | Tensor) -> Self:
+        """The same kind of set with another radius."""
+        radius: Any = epsilon  # a 0-d tensor does a float's arithmetic
+        return dataclasses.replace(self, epsilon=radius)
+
+    def scaled(self, factor: float) -> Self:
+        return self.with_epsilon(self.epsilon * factor)
+
+    def region(self, images: Tensor) -> Region:
+        """This set around each of ``images`` (B, *shape): what bounds are computed over."""
+        return Region(self, images)
+
+    @property
+    def is_box(self) -> bool:
+        """Whether the set equals its ``hull``; bounds of any other set take their first layer from ``concretise``."""
+        return False
+
+    @abstractmethod
+    def hull(self, images: Tensor) -> Interval:
+        """The smallest box around the set, outward by an ulp at most."""
+
+    @abstractmethod
+    def project(self, images: Tensor, candidates: Tensor) -> Tensor:
+        """A point of the set for each candidate, both (B, *shape); points of the set stay where they are."""
+
+    @abstractmethod
+    def contains(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
+        """(B,) bool: does each candidate lie in the set, give or take ``slack``?"""
+
+    @abstractmethod
+    def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
+        """The minimum over the set of each linear form <coefficients, x'>, never above it up to rounding.
+
+        Args:
+            coefficients: (B, S, *shape), S forms for each image.
+            images: (B, *shape).
+        Returns:
+            (B, S), differentiable in the coefficients.
+        """
+
+
+@dataclass(frozen=True)
+class Region:
+    """A perturbation set around a batch of images (B, *shape)."""
+
+    ball: PerturbationSet
+    images: Tensor
+
+    @property
+    def hull(self) -> Interval:
+        return self.ball.hull(self.images)
+
+
+@dataclass(frozen=True)
+class LinfBall(PerturbationSet):
+    """|x' - x|_inf <= epsilon and 0 <= x' <= 1."""
+
+    @property
+    def is_box(self) -> bool:
+        return True
+
+    def hull(self, images: Tensor) -> Interval:
+        return Interval.box(images, self.epsilon)
+
+    def project(self, images: Tensor, candidates: Tensor) -> Tensor:
+        lower, upper = (images - self.epsilon).clamp(min=0), (images + self.epsilon).clamp(max=1)
+        return candidates.clamp(lower, upper)
+
+    def contains(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
+        return self.hull(images).contains(candidates, slack).flatten(1).all(1)
+
+    def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
+        hull = self.hull(images)
+        flat = coefficients.flatten(2)
+        center, radius = (part.flatten(1).unsqueeze(-1) for part in (hull.center, hull.radius))
+        return (flat @ center - flat.abs() @ radius).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class L2Ball(PerturbationSet):
+    """|x' - x|_2 <= epsilon and 0 <= x' <= 1."""
+
+    def hull(self, images: Tensor) -> Interval:
+        return Interval.box(images, self.epsilon)
+
+    def project(self, images: Tensor, candidates: Tensor) -> Tensor:
+        """Shrink towards the image, then clip. The clip only shrinks entries further, so the result lies in the set;
+        it is the nearest point wherever the shrunk candidate is a valid image."""
+        change = candidates - images
+        length = change.flatten(1).norm(dim=1).reshape(-1, *[1] * (images.ndim - 1))
+        shrink = torch.where(length > self.epsilon, self.epsilon / length.clamp(min=1e-30), 1.0)
+        return (images + change * shrink).clamp(0, 1)
+
+    def contains(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
+        change, valid = (candidates - images).flatten(1), ((candidates >= 0) & (candidates <= 1)).flatten(1).all(1)
+        return valid & (change.norm(dim=1) <= self.epsilon * (1 + 1e-6) + slack)
+
+    def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
+        """By the Lagrangian dual of the norm constraint, which bounds the minimum from below at *every*
+        multiplier: bisection only decides how tight it is, never whether it holds."""
+        form, center = coefficients.flatten(2), images.flatten(1).unsqueeze(1)
+        epsilon = torch.as_tensor(self.epsilon, dtype=images.dtype, device=images.device)
+        with torch.no_grad():  # the envelope theorem: no gradient through the multiplier
+            # |change| <= |form| / (2 multiplier): at multiplier = |form| / (2 epsilon) the ball is not left
+            high = form.norm(dim=2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
+            low = torch.zeros_like(high)
+            for _ in range(40):
+                middle = (low + high) / 2
+                outside = _change(form, center, middle).norm(dim=2, keepdim=True) > epsilon
+                low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
+            change, multiplier = _change(form, center, high), high
+        dual = form * change + multiplier * change.square()
+        return (form @ center.transpose(1, 2)).squeeze(-1) + dual.sum(2) - (multiplier * epsilon.square()).squeeze(-1)
+
+
+def _change(form: Tensor, center: Tensor, multiplier: Tensor) -> Tensor:
+    """The minimiser of <form, d> + multiplier |d|^2 over the valid changes -x <= d <= 1 - x."""
+    free = -form / (2 * multiplier).clamp(min=1e-30)
+    return torch.where(form == 0, 0, torch.maximum(torch.minimum(free, 1 - center), -center))

@@ -1,0 +1,229 @@
+"""Frozen dataclasses ⇄ plain mappings ⇄ YAML and command-line words: one path, one set of checks.
+
+A *component* is a family of configured objects (losses, attacks, data sources, …). In YAML it is a
+mapping with a ``type``; the remaining keys are the fields of that frozen dataclass::
+
+    loss: {type: CcIbp, alpha: 0.01, attack: {type: Pgd, steps: 8}}
+
+Overrides from the command line are written into the mapping *before* it is structured, so that a typo
+or a value out of range meets the same check, and reads the same, wherever it was written. A section that
+is left out keeps its default; one without a ``type`` changes the default in the fields it names.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import cattrs
+import yaml
+
+from .errors import FieldError, InputError
+
+
+class Component:
+    """Base of every family of configured objects; concrete members are frozen dataclasses."""
+
+    @classmethod
+    def members(cls) -> dict[str, type]:
+        """The concrete classes of this family by name, sorted; abstract ones (``_abstract``) are left out."""
+        found: dict[str, type] = {}
+        queue = [cls]
+        while queue:
+            family = queue.pop()
+            queue.extend(family.__subclasses__())
+            if dataclasses.is_dataclass(family) and not getattr(family, "__abstractmethods__", None):
+                found[family.__name__] = family
+        return dict(sorted(found.items()))
+
+
+def parse_number(value: object) -> float:
+    """A finite float from a number or from text such as ``0.1``, ``5e-4`` or the exact fraction ``2/255``.
+
+    Raises:
+        ValueError: for anything else, a zero denominator, NaN and infinities included.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("not a number")
+    try:
+        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError("not a number") from error
+    if not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number
+
+
+def structure(cls: type, mapping: object, where: str = "") -> Any:
+    """Build the dataclass ``cls`` (or the member of family ``cls`` named by ``type``) from a mapping.
+
+    Raises:
+        InputError: an unknown key or type, a value of the wrong kind or out of range; the message
+            starts with the field's path, for example ``loss.alpha``.
+    """
+    prefix = f"{where}." if where else ""
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"{where or 'recipe'}: found {mapping!r}; accepted: a mapping of fields")
+    values = dict(mapping)
+    if issubclass(cls, Component):
+        members = cls.members()
+        name = values.pop("type", None)
+        if name not in members:
+            raise InputError(f"{prefix}type: found {name!r}; accepted: {', '.join(members)}")
+        cls = members[name]
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise InputError(f"{prefix}{key}: no such field; accepted: {', '.join(fields)}")
+    for name, field in fields.items():
+        if name not in values and _default(field) is dataclasses.MISSING:
+            raise InputError(f"{prefix}{name}: must be given; accepted: {_describe(hints[name])}")
+    built = {
+        key: _value(hints[key], _over_default(value, _default(fields[key])), f"{prefix}{key}")
+        for key, value in values.items()
+    }
+    try:
+        return cls(**built)
+    except FieldError as error:
+        raise InputError(f"{prefix}{error}") from error
+
+
+def unstructure(value: Any) -> Any:
+    """The plain mapping that ``structure`` turns back into an equal object."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: unstructure(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields} if isinstance(value, Component) else fields
+    if isinstance(value, (tuple, list)):
+        return [unstructure(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file (safe loader: nothing is executed).
+
+    Raises:
+        InputError: the file is missing, not YAML, or not a mapping; names the file and the line.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; accepted: a recipe in YAML, see configs/") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {type(content).__name__}; accepted: a mapping of sections")
+    return content
+
+
+def override(mapping: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """``mapping`` with ``{"loss.alpha": "0.02", …}`` written in; each value is read as YAML.
+
+    A new ``type`` for a component drops the fields of the old type, because they may not exist in the new one.
+    """
+    merged = _copy(mapping)
+    # types first: "--loss.alpha 0.3 --loss.type MtlIbp" and the reverse order mean the same
+    for path, text in sorted(overrides.items(), key=lambda item: not item[0].endswith("type")):
+        *sections, key = path.split(".")
+        target = merged
+        for section in sections:
+            if not isinstance(target.get(section), dict):
+                target[section] = {}
+            target = target[section]
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--{path}: found {text!r}; accepted: a value in YAML") from error
+        if key == "type" and target.get("type") != value:
+            target.clear()
+        target[key] = value
+    return merged
+
+
+def flatten(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """``{"loss": {"alpha": 1}}`` → ``{"loss.alpha": 1}``: the paths that the command line accepts."""
+    rows: dict[str, Any] = {}
+    for key, value in mapping.items():
+        path = f"{where}.{key}" if where else key
+        rows |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
+    return rows
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _over_default(value: object, default: Any) -> object:
+    """A section without a ``type`` updates the field's default object; with one it stands on its own."""
+    if isinstance(value, Mapping) and "type" not in value and dataclasses.is_dataclass(default):
+        return _update(unstructure(default), value)
+    return value
+
+
+def _update(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "type" not in value
+        merged[key] = _update(merged[key], value) if nested else value
+    return merged
+
+
+def _value(kind: Any, value: object, where: str) -> Any:
+    """``value`` as ``kind``; dataclasses recurse here (their errors carry the path), the rest is cattrs'."""
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if isinstance(option, type) and (dataclasses.is_dataclass(option) or issubclass(option, Component)):
+            if isinstance(value, Mapping) or len(options) == 1:
+                return structure(option, value, where)
+    for option in options:
+        try:
+            return _SCALARS.structure(value, option)
+        except (ValueError, TypeError, cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError):
+            continue
+    accepted = " or ".join(_describe(option) for option in options)
+    raise InputError(f"{where}: found {value!r}; accepted: {accepted}")
+
+
+def _is_union(kind: Any) -> bool:
+    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a list ({_describe(typing.get_args(kind)[0])})"
+    if dataclasses.is_dataclass(kind):
+        return f"a mapping of {', '.join(field.name for field in dataclasses.fields(kind))}"
+    names = {float: "a finite number or a fraction such as 2/255", int: "a whole number", bool: "true or false",
+             str: "text", type(None): "null", Path: "a path"}  # fmt: skip
+    return names.get(kind, str(kind))
+
+
+def _exactly(kind: type):
+    def hook(value: object, _: type) -> Any:
+        if type(value) is not kind:
+            raise ValueError(f"not {kind.__name__}")
+        return value
+
+    return hook
+
+
+_SCALARS = cattrs.Converter()
+_SCALARS.register_structure_hook(float, lambda value, _: parse_number(value))
+for _kind in (int, bool, str):
+    _SCALARS.register_structure_hook(_kind, _exactly(_kind))

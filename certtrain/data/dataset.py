@@ -1,0 +1,146 @@
+"""What a data source yields: explicit splits of checked images and labels."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Component
+from ..errors import InputError, check
+from ..noise import permutation
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images as stored, and labels.
+
+    Args:
+        images: (N, C, H, W) uint8 in 0..full_scale, or float32 in [0, 1].
+        labels: (N,) int64.
+        full_scale: the stored value that means 1.0 (255; 16 for scikit-learn's digits; 1 for floats).
+    """
+
+    images: Tensor
+    labels: Tensor
+    full_scale: int = 255
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """(B, C, H, W) float32 in [0, 1]."""
+        return self.images[index].float() / self.full_scale
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device), self.full_scale)
+
+    def subset(self, index: Tensor) -> Split:
+        return Split(self.images[index], self.labels[index], self.full_scale)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits. Selection and tuning may look at ``validation``, never at ``test``.
+
+    Args:
+        classes: K; labels lie in 0..K-1.
+        checksum: sha256 over all images and labels as stored.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    classes: int
+    checksum: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image."""
+        return tuple(self.train.images.shape[1:])
+
+
+@dataclass(frozen=True)
+class Source(Component):
+    """Where images come from. Concrete sources are one file each.
+
+    Args:
+        validation: share of the training images that is held out for selection, drawn class by class with a
+            fixed key; 0 trains on all (as the published recipes do) and leaves the split empty.
+    """
+
+    validation: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(0 <= self.validation < 1, "validation", self.validation, "a share in [0, 1)")
+
+    @abstractmethod
+    def read(self) -> tuple[Split, Split, int]:
+        """(training split, test split, number of classes) as stored.
+
+        Raises:
+            InputError: a file is missing or corrupt; names it.
+        """
+
+    def load(self) -> Dataset:
+        """Read, check and split.
+
+        Raises:
+            InputError: as ``read``; or labels or pixels out of range, NaN, shapes that do not fit.
+        """
+        train, test, classes = self.read()
+        for name, split in (("train", train), ("test", test)):
+            _check(split, classes, f"{type(self).__name__} {name}")
+        if train.images.shape[1:] != test.images.shape[1:]:
+            raise InputError(
+                f"{type(self).__name__}: found test images of shape {tuple(test.images.shape[1:])}; "
+                f"accepted: that of the training images, {tuple(train.images.shape[1:])}"
+            )
+        kept, held_out = split_by_class(train.labels, self.validation)
+        return Dataset(train.subset(kept), train.subset(held_out), test, classes, _checksum(train, test))
+
+
+def split_by_class(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(kept, held out): sorted sample numbers; ``round(share · n)`` of each class are held out, by a fixed key."""
+    held_out = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        order = permutation(len(members), "split", label)
+        held_out.append(members[order[: round(share * len(members))]])
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for members in held_out:
+        chosen[members] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+
+
+def _check(split: Split, classes: int, where: str) -> None:
+    images, labels = split.images, split.labels
+    if images.ndim != 4 or len(images) != len(labels) or len(labels) == 0:
+        raise InputError(
+            f"{where}: found images of shape {tuple(images.shape)} and {len(labels)} labels; "
+            "accepted: (N, C, H, W) and N labels, N >= 1"
+        )
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
+    if len(wrong):
+        raise InputError(
+            f"{where}: found label {int(labels[wrong[0]])} at image {int(wrong[0])}; accepted: 0 to {classes - 1}"
+        )
+    if images.is_floating_point():
+        bad = images.isnan().flatten(1).any(1).nonzero().flatten()
+        if len(bad):
+            raise InputError(f"{where}: found a NaN pixel in image {int(bad[0])}; accepted: pixels in [0, 1]")
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > split.full_scale:
+        raise InputError(f"{where}: found pixels from {low:g} to {high:g}; accepted: 0 to {split.full_scale}")
+
+
+def _checksum(*splits: Split) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        for part in (split.images, split.labels):
+            digest.update(np.ascontiguousarray(part.numpy()))
+    return digest.hexdigest()

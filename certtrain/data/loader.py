@@ -1,0 +1,87 @@
+"""Batches from images that live on the device: keyed order, augmentation in batches, no worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import check
+from ..noise import Noise, key_of, permutation
+from ..step import Augmentation, Batch
+from .dataset import Split
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random crops of the padded image, and mirror images; drawn for each (seed, epoch, sample).
+
+    The perturbation set is built around the augmented image.
+
+    Args:
+        pad: pixels on each side, filled with the edge's values (zeros would change accuracy: they are not the
+            border of any image).
+        flip: mirror half of the images left to right.
+    """
+
+    pad: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.pad >= 0, "pad", self.pad, "a whole number >= 0")
+
+    def __call__(self, images: Tensor, noise: Noise) -> tuple[Tensor, Augmentation | None]:
+        """Augment (B, C, H, W) images."""
+        if not self.pad and not self.flip:
+            return images, None
+        top, left = (noise.integers(2 * self.pad + 1, stream=side) for side in ("top", "left"))
+        flip = noise.integers(2, stream="flip").bool() & self.flip
+        height, width = images.shape[2:]
+        padded = F.pad(images, [self.pad] * 4, mode="replicate") if self.pad else images
+        rows = top[:, None] + torch.arange(height, device=images.device)
+        columns = torch.arange(width, device=images.device).expand(len(images), -1)
+        columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
+        sample = torch.arange(len(images), device=images.device)[:, None, None]
+        # (B, H, W, C): indices on both sides of the channel put it last
+        cropped = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+        return cropped.permute(0, 3, 1, 2).contiguous(), Augmentation(top, left, flip)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The training split, epoch by epoch. The last batch may be smaller.
+
+    Args:
+        split: on the device.
+        batch_size: of all but the last.
+        augment: what is drawn for each sample and epoch.
+        seed: with the epoch it keys the order and the augmentation.
+    """
+
+    split: Split
+    batch_size: int
+    augment: Augment
+    seed: int
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch (0-based) from batch number ``start`` on; the same however often it is asked."""
+        order = permutation(len(self.split), self.seed, "order", epoch).to(self.split.labels.device)
+        for number in range(start, len(self)):
+            index = order[number * self.batch_size : (number + 1) * self.batch_size]
+            images = self.split.pixels(index)
+            images, drawn = self.augment(images, Noise(key_of(self.seed, "augment", epoch), index))
+            yield Batch(images, self.split.labels[index], index, drawn)
+
+
+def in_order(split: Split, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    """Samples ``start`` to ``stop`` of a split as they are, for evaluation."""
+    for first in range(start, len(split) if stop is None else stop, batch_size):
+        last = min(first + batch_size, len(split) if stop is None else stop)
+        index = torch.arange(first, last, device=split.labels.device)
+        yield Batch(split.pixels(index), split.labels[index], index)

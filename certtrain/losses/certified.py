@@ -1,0 +1,160 @@
+"""What the interval-based losses share: the passes of one step, and the terms beside the loss."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attacks import Attack, Pgd
+from ..bounds import Activity, Forward, Statistics, compute_margins, forward
+from ..errors import check
+from ..step import Batch, StateSpec, Step
+from .base import Loss, LossTerms, Ramp, check_share, value_at
+from .regularisers import l1_norm, warmup_regularisers
+
+BnMode = Literal["adv", "clean"]
+CLEAN_RADIUS = 1e-6  # the regularisers need a box while epsilon is still 0 (arXiv 2103.17268's code)
+
+
+def margin_loss(margins: Tensor) -> Tensor:
+    """(B,) log(1 + sum_j exp(-z_j)) of margins (B, K - 1): the cross-entropy, of which it never forms the logits."""
+    return torch.logsumexp(F.pad(-margins, (1, 0)), dim=1)
+
+
+def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, K - 1) margins z_y - z_j of logits (B, K), columns j != y in increasing order."""
+    own = F.one_hot(labels, logits.shape[1]).bool()
+    return logits[own].reshape(-1, 1) - logits[~own].reshape(len(labels), -1)
+
+
+def mix(at_zero: Tensor, at_one: Tensor, share: float) -> Tensor:
+    """(1 - share) at_zero + share at_one; *exactly* the end at a share of 0 or 1 (0 · -inf would be NaN)."""
+    if share == 0:
+        return at_zero
+    return at_one if share == 1 else share * at_one + (1 - share) * at_zero
+
+
+@dataclass(frozen=True)
+class CertifiedLoss(Loss):
+    """A loss over interval bounds.
+
+    Total = kappa · CE(clean) + (1 - kappa) · robust loss + l1 · sum |W| + regularisation · (1 - eps/eps_max) ·
+    (L_tight + L_relu). While epsilon is 0, the clean cross-entropy stands in for the robust loss.
+
+    Args:
+        kappa: weight of the clean cross-entropy, constant or along the ramp.
+        l1: coefficient of the l1 norm of all weights.
+        regularisation: coefficient of Shi et al.'s warm-up regularisers; they fade as epsilon grows.
+    """
+
+    kappa: float | Ramp = 0.0
+    l1: float = 0.0
+    regularisation: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_share("kappa", self.kappa)
+        check(0 <= self.l1, "l1", self.l1, "a number >= 0")
+        check(0 <= self.regularisation, "regularisation", self.regularisation, "a number >= 0")
+
+    @abstractmethod
+    def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
+        """The robust loss, its named parts, and the activity of its bounds."""
+
+    def clean_gradient(self, step: Step) -> bool:
+        """Whether anything needs the gradient of the clean pass."""
+        return step.clean or value_at(self.kappa, step) > 0
+
+    def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
+        with torch.set_grad_enabled(self.clean_gradient(step)):
+            clean = forward(model, batch.images)
+            clean_loss = F.cross_entropy(clean.logits, batch.labels)
+        parts = {"clean_loss": clean_loss, "clean_accuracy": _accuracy(clean.logits, batch.labels)}
+        if step.clean:
+            total, activity = clean_loss, self._activity(model, batch, step, clean)
+        else:
+            robust, more, activity = self.robust(model, batch, step, clean)
+            total = mix(robust, clean_loss, value_at(self.kappa, step))
+            parts |= more | {"robust_loss": robust}
+        if self.l1:
+            parts["l1"] = self.l1 * l1_norm(model)
+            total = total + parts["l1"]
+        if self._regularised(step):
+            parts["tightness"], parts["balance"] = warmup_regularisers(activity)
+            fading = self.regularisation * (1 - step.epsilon / step.epsilon_max)
+            total = total + fading * (parts["tightness"] + parts["balance"])
+        return LossTerms(total, {name: part.detach() for name, part in parts.items()})
+
+    def bound(self, model: nn.Module, batch: Batch, step: Step, statistics: Statistics) -> tuple[Tensor, Activity]:
+        """Lower bounds of the margins over this step's set, and what the regularisers need of them."""
+        region = step.ball.region(batch.images)
+        return compute_margins(model, region, batch.labels, statistics, keep=self._regularised(step))
+
+    def _regularised(self, step: Step) -> bool:
+        return self.regularisation > 0 and (step.clean or step.ramp < 1)
+
+    def _activity(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> Activity:
+        if not self._regularised(step):
+            return Activity(None, {})
+        region = step.ball.with_epsilon(CLEAN_RADIUS).region(batch.images)
+        return compute_margins(model, region, batch.labels, clean.statistics, keep=True)[1]
+
+
+@dataclass(frozen=True)
+class ExpressiveLoss(CertifiedLoss):
+    """A loss between an attack's (alpha = 0) and the bounds' (alpha = 1); De Palma et al., arXiv 2305.13991.
+
+    Args:
+        alpha: where between the two, constant or along the ramp.
+        attack: supplies the adversarial term; any attack of the library.
+        attack_epsilon_factor: the attack's radius over the bounds' one (2.1 in the published 2/255 recipes).
+        bn_mode: whose batch statistics the bounds use. ``adv``: those of the adversarial pass (running statistics
+            move twice a step: clean, then adversarial). ``clean``: the clean pass' own, for the adversarial pass
+            too (running statistics move once). Gradients flow into the statistics in both.
+    """
+
+    alpha: float | Ramp = 0.5
+    attack: Attack = Pgd()
+    attack_epsilon_factor: float = 1.0
+    bn_mode: BnMode = "adv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("alpha", self.alpha)
+        check(self.attack_epsilon_factor > 0, "attack_epsilon_factor", self.attack_epsilon_factor, "a number > 0")
+
+    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+        return self.attack.declare_state(shape)
+
+    def clean_gradient(self, step: Step) -> bool:
+        return self.bn_mode == "clean" or super().clean_gradient(step)
+
+    @abstractmethod
+    def combine(self, adversarial: Tensor, verified: Tensor, alpha: float) -> Tensor:
+        """The loss (0-d) of margins under attack and their lower bounds, each (B, K - 1)."""
+
+    def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
+        attacked = self.attack(model, batch, step.ball.scaled(self.attack_epsilon_factor), step).images
+        adversarial = forward(model, attacked, clean.statistics if self.bn_mode == "clean" else None)
+        verified, activity = self.bound(model, batch, step, adversarial.statistics)
+        margins = margins_of(adversarial.logits, batch.labels)
+        parts = {
+            "adversarial_loss": margin_loss(margins).mean(),
+            "verified_loss": margin_loss(verified).mean(),
+            "attacked_accuracy": _share_positive(margins),
+            "verified_accuracy": _share_positive(verified),
+        }
+        return self.combine(margins, verified, value_at(self.alpha, step)), parts, activity
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) == labels).float().mean()
+
+
+def _share_positive(margins: Tensor) -> Tensor:
+    return (margins.detach() > 0).all(1).float().mean()

@@ -1,0 +1,67 @@
+"""What an architecture is: a frozen dataclass that builds an ``nn.Module`` for a data set's shape."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Component
+from ..errors import InputError, check
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std per channel: a model's first layer, so that epsilon is in pixel units of [0, 1].
+
+    Args:
+        mean, std: one number per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Architecture(Component):
+    """A network by name. The model takes (N, C, H, W) in [0, 1] and returns (N, classes) logits.
+
+    Args:
+        mean, std: per channel, of the normalisation that is the first layer; empty for none.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(len(self.mean) == len(self.std), "mean", self.mean, f"as many numbers as std, {len(self.std)}")
+        check(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
+
+    @abstractmethod
+    def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
+        """The layers after normalisation for images of ``shape`` (C, H, W)."""
+
+    def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        """A fresh model, by torch's default initialisation from the global generator.
+
+        Raises:
+            InputError: the architecture does not take such images.
+        """
+        if len(self.mean) not in (0, 1, shape[0]):
+            raise InputError(f"model.mean: found {len(self.mean)} numbers; accepted: {shape[0]}, one per channel")
+        channels, height, width = shape
+        normalise = [Normalise(self.mean, self.std)] if self.mean else []
+        return nn.Sequential(*normalise, *self.layers((channels, height, width), classes))
+
+
+def batch_norm(enabled: bool, layer: nn.Module) -> list[nn.Module]:
+    return [layer] if enabled else []

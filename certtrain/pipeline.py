@@ -1,0 +1,194 @@
+"""Train, certify, sum up: what one run does from its recipe to its last line."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from . import __version__
+from .config import structure, unstructure
+from .data import Dataset
+from .errors import InputError
+from .models import initialise_for_ibp
+from .noise import key_of
+from .progress import Progress, describe
+from .recipe import Config, load_config
+from .run_folder import RunFolder, write_atomically
+from .training import StopRequest, fit
+from .verifiers import certify_split
+
+
+def train(config: Config | str | Path | None = None, out: str | Path | None = None, *, quiet: bool = False) -> RunFolder:
+    """Run a recipe from start to end: train, then certify the test split.
+
+    Args:
+        config: a ``Config``, a YAML file, or None for the embedded default (digits, CC-IBP).
+        out: a new or empty folder; None for a fresh one under ``runs/``.
+        quiet: print nothing.
+    Returns:
+        the run's folder; ``.final()`` is its summary.
+    Raises:
+        InputError: something given cannot be used; nothing on disk was changed.
+        TrainingStopped: the loss or its gradient was not finite.
+        Interrupted: SIGINT or SIGTERM; the run is saved.
+    """
+    if not isinstance(config, Config):
+        config = load_config(None if config is None else Path(config))
+    device = config.resolved_device()
+    with _surroundings(config.threads):
+        dataset = config.data.load()
+        model = build_model(config, dataset)
+        folder = RunFolder.create(new_folder(config, out), _description(config, dataset, device))
+        return _go_on(folder, config, dataset, model, device, quiet)
+
+
+def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) -> RunFolder:
+    """Go on with an interrupted run, bit for bit as if it had never stopped (CPU, same versions and threads).
+
+    A finished run is left as it is; one without a checkpoint starts over.
+
+    Args:
+        path: the run's folder. device: instead of the recorded one.
+    Raises:
+        InputError: no run there; data or checkpoint are not what the run was started with. Others as ``train``.
+    """
+    folder, description = RunFolder.open(Path(path))
+    if folder.final():
+        return folder
+    recorded = {**description["config"], "device": device or description["device"].partition(":")[0]}
+    try:
+        config = structure(Config, {**recorded, "threads": description["threads"]})
+    except (InputError, KeyError) as error:
+        raise InputError(f"{folder.run}: {error}") from error
+    where = config.resolved_device()
+    with _surroundings(config.threads):
+        dataset = config.data.load()
+        if dataset.checksum != description["dataset"]["sha256"]:
+            raise InputError(
+                f"data: found images with sha256 {dataset.checksum[:12]}…; accepted: those that the run was started "
+                f"with, {description['dataset']['sha256'][:12]}…"
+            )
+        return _go_on(folder, config, dataset, build_model(config, dataset), where, quiet)
+
+
+def build_model(config: Config, dataset: Dataset) -> nn.Module:
+    """The recipe's network with its initial weights, on the CPU; a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key_of(config.seed, "weights"))
+        model = config.model.build(dataset.shape, dataset.classes)
+        if config.training.initialisation == "shi":
+            initialise_for_ibp(model)
+    return model
+
+
+def _go_on(
+    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool
+) -> RunFolder:
+    started = time.monotonic()
+    model.to(device)
+    here = Dataset(dataset.train.to(device), dataset.validation.to(device), dataset.test.to(device),
+                   dataset.classes, dataset.checksum)  # fmt: skip
+    with StopRequest() as stop:
+        fit(
+            model, here, loss=config.loss, ball=config.perturbation, settings=config.training, seed=config.seed,
+            folder=folder, stop=stop, quiet=quiet,
+        )  # fmt: skip
+        _save_weights(folder, model)
+        certify_run(folder, config, here, model, stop, quiet)
+    epochs = [line["seconds"] for line in folder.metrics if line["kind"] == "epoch"]
+    seconds = (epochs[-1] if epochs else 0.0) + sum(verdict["seconds"] for verdict in folder.verdicts)
+    final = {"kind": "final", **summarise(folder), "epsilon": config.perturbation.epsilon,
+             "seconds": round(max(seconds, time.monotonic() - started), 3)}  # fmt: skip
+    folder.metrics.append(final)
+    return folder
+
+
+def certify_run(
+    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, stop: StopRequest, quiet: bool = False
+) -> None:
+    """Write one verdict for each test image to ``verdicts.jsonl``, a batch at a time as they become known."""
+    size = config.certify.batch_size
+    complete = sum(1 for _ in folder.verdicts) // size * size  # an unfinished batch is formed again as it was
+    folder.verdicts.keep(complete)
+    total = min(config.certify.images or len(dataset.test), len(dataset.test))
+    model.eval()
+    with Progress("certifying", total, done=complete, quiet=quiet) as progress:
+        batches = certify_split(
+            model, dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, complete
+        )
+        for verdicts in batches:
+            folder.verdicts.append(*(verdict.record() for verdict in verdicts))
+            progress.advance(len(verdicts), {k: v for k, v in summarise(folder).items() if k.endswith("accuracy")})
+            stop.raise_if_asked()
+        progress.line(f"certified {total} images  {describe(summarise(folder))}")
+
+
+def summarise(folder: RunFolder) -> dict[str, float]:
+    """Accuracies over the verdicts so far: clean >= attacked >= certified >= IBP-certified, image by image."""
+    verdicts = list(folder.verdicts)
+
+    def share(holds) -> float:
+        return sum(map(holds, verdicts)) / len(verdicts) if verdicts else 0.0
+
+    return {
+        "clean_accuracy": share(lambda v: v["status"] != "misclassified"),
+        "attacked_accuracy": share(lambda v: v["status"] not in ("misclassified", "falsified")),
+        "certified_accuracy": share(lambda v: v["status"] == "verified"),
+        "ibp_certified_accuracy": share(lambda v: v["status"] == "verified" and v["stage"] == "ibp"),
+        "images": len(verdicts),
+    }
+
+
+def _save_weights(folder: RunFolder, model: nn.Module) -> None:
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    write_atomically(folder.model, lambda temporary: safetensors.torch.save_file(weights, temporary))
+
+
+def new_folder(config: Config, out: str | Path | None) -> Path:
+    if out is not None:
+        return Path(out)
+    stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = (Path("runs") / (stem + suffix) for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(path for path in candidates if not path.exists())
+
+
+def _description(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
+    """``run.json``: all that it takes to repeat the run."""
+    return {
+        "config": unstructure(config),
+        "versions": {"certtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "seed": config.seed,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "dataset": {
+            "sha256": dataset.checksum, "shape": list(dataset.shape), "classes": dataset.classes,
+            "train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test),
+        },
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+@contextmanager
+def _surroundings(threads: int):
+    """float32 means float32, on the recorded number of threads; the caller's settings and generator come back."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    before = torch.get_num_threads()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        torch.set_num_threads(before)

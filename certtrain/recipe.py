@@ -1,0 +1,70 @@
+"""The whole recipe: one frozen dataclass, which is the YAML file, section by section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .bounds import LinfBall, PerturbationSet
+from .config import override, read_yaml, structure
+from .data import Digits, Source
+from .errors import InputError, check
+from .losses import CcIbp, Loss
+from .models import Architecture, SmallCnn
+from .training import Training
+from .verifiers import Certify
+
+
+@dataclass(frozen=True)
+class Config:
+    """A recipe. The default trains on scikit-learn's digits in about a minute.
+
+    Args:
+        name: of the run's folder.
+        seed: keys every random number of the run.
+        device: ``auto`` takes CUDA where there is one.
+        threads: CPU threads of torch; 0 leaves torch's choice. Recorded, and used again on resume.
+        data, model, perturbation, loss, training, certify: the sections.
+    """
+
+    name: str = "digits_ccibp"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    data: Source = Digits()
+    model: Architecture = SmallCnn()
+    perturbation: PerturbationSet = LinfBall(epsilon=0.1)
+    loss: Loss = CcIbp()
+    training: Training = Training()
+    certify: Certify = Certify()
+
+    def __post_init__(self) -> None:
+        check(self.name and "/" not in self.name, "name", self.name, "a name without slashes")
+        check(self.threads >= 0, "threads", self.threads, "a whole number >= 0")
+
+    def resolved_device(self) -> torch.device:
+        """
+        Raises:
+            InputError: CUDA was asked for and is not there.
+        """
+        available = torch.cuda.is_available()
+        if self.device == "cuda" and not available:
+            raise InputError("device: found 'cuda', but torch sees no CUDA device; accepted here: auto, cpu")
+        return torch.device("cuda" if available and self.device != "cpu" else "cpu")
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
+    """A recipe from a YAML file (None: the embedded default) with ``{"loss.alpha": "0.02"}`` written in.
+
+    Raises:
+        InputError: names the file, the field, what was found and what is accepted.
+    """
+    mapping = read_yaml(path) if path else {}
+    try:
+        return structure(Config, override(mapping, overrides or {}))
+    except InputError as error:
+        raise InputError(f"{path}: {error}" if path else str(error)) from error

@@ -1,0 +1,128 @@
+"""What passes between rooms during one step: the batch, the step's circumstances, and declared state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .bounds import PerturbationSet
+from .noise import Noise
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The crop and flip that were drawn for each sample of a batch.
+
+    Args:
+        top, left: (B,) int64 offset of the crop in the padded image.
+        flip: (B,) bool, mirrored left to right.
+    """
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images ready for the model, on its device.
+
+    Args:
+        images: (B, C, H, W) in [0, 1], after augmentation.
+        labels: (B,) int64.
+        index: (B,) int64, each sample's number in its split.
+        augmentation: what was drawn, or None where images are as stored.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    augmentation: Augmentation | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, rows: slice) -> Batch:
+        drawn = self.augmentation
+        if drawn is not None:
+            drawn = Augmentation(drawn.top[rows], drawn.left[rows], drawn.flip[rows])
+        return Batch(self.images[rows], self.labels[rows], self.index[rows], drawn)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """State that a loss or an attack keeps across batches. It is allocated, checkpointed and resumed for it.
+
+    Args:
+        key: what a row belongs to: a ``sample`` of the training split (as many rows as samples), a
+            ``position`` in the batch (as many rows as the batch size) or the ``run`` (one row).
+        shape: of one row.
+        dtype, fill: of every entry at the start.
+    """
+
+    key: Literal["sample", "position", "run"]
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    fill: float = 0.0
+
+    def allocate(self, samples: int, batch_size: int, device: torch.device) -> Tensor:
+        rows = {"sample": samples, "position": batch_size, "run": 1}[self.key]
+        return torch.full((rows, *self.shape), self.fill, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class State:
+    """The tensors that were declared, by name. ``rows`` says which rows belong to the batch at hand."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    specs: Mapping[str, StateSpec] = field(default_factory=dict)
+    offset: int = 0
+
+    def rows(self, name: str, batch: Batch) -> Tensor:
+        match self.specs[name].key:
+            case "sample":
+                return batch.index
+            case "position":
+                return torch.arange(self.offset, self.offset + len(batch), device=batch.index.device)
+            case _:
+                return torch.zeros(1, dtype=torch.int64, device=batch.index.device)
+
+    def read(self, name: str, batch: Batch) -> Tensor:
+        """(B, *shape), or (1, *shape) for the run's."""
+        return self.tensors[name][self.rows(name, batch)]
+
+    def write(self, name: str, batch: Batch, value: Tensor) -> None:
+        self.tensors[name][self.rows(name, batch)] = value.detach().to(self.tensors[name].dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The circumstances of one step.
+
+    Args:
+        ball: this step's perturbation set.
+        epsilon, epsilon_max: its radius now and at the end of the ramp, 0-d tensors in pixel units.
+        ramp: share of the epsilon ramp that is done, in [0, 1]; progress: share of all training steps.
+        clean: whether epsilon is still 0, known without asking the device.
+        noise: keyed random numbers for the batch's samples.
+        state: what the loss and its attack declared.
+    """
+
+    ball: PerturbationSet
+    epsilon: Tensor
+    epsilon_max: Tensor
+    progress: float
+    noise: Noise
+    state: State = field(default_factory=State)
+    ramp: float = 1.0
+    clean: bool = False
+
+    @classmethod
+    def evaluation(cls, ball: PerturbationSet, noise: Noise) -> Step:
+        """The step of an evaluation: full radius, training over."""
+        epsilon = torch.as_tensor(ball.epsilon, device=noise.positions.device)
+        return cls(ball, epsilon, epsilon, 1.0, noise)

@@ -1,0 +1,200 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds import PerturbationSet
+from ..data import Dataset, Loader
+from ..errors import InputError
+from ..losses import Loss
+from ..noise import Noise, key_of
+from ..progress import Progress, describe
+from ..run_folder import RunFolder
+from ..step import Batch, State, StateSpec, Step
+from . import checkpoint
+from .evaluation import evaluate
+from .interruption import StopRequest
+from .settings import Training
+from .update import NonFinite
+
+SHOWN = ("loss", "clean_accuracy", "attacked_accuracy", "verified_accuracy")
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message names the step, the terms and the last good checkpoint."""
+
+
+@dataclass
+class Position:
+    """Where a run stands: ``step`` steps done, the next is ``batch`` of ``epoch`` (both 0-based)."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    metrics_bytes: int = 0
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    loss: Loss,
+    ball: PerturbationSet,
+    settings: Training,
+    seed: int,
+    folder: RunFolder,
+    stop: StopRequest,
+    quiet: bool = False,
+) -> None:
+    """Train ``model`` (on its device, where ``dataset`` lives too) from the start or from ``folder``'s checkpoint.
+
+    Appends one line an epoch to ``metrics.jsonl`` and leaves a checkpoint at the end.
+
+    Raises:
+        InputError: the checkpoint is broken or belongs to another architecture; a batch of one sample meets batch norm.
+        Interrupted: a signal asked to stop; the checkpoint is up to date.
+        TrainingStopped: the loss or its gradient was not finite.
+    """
+    device = dataset.train.labels.device
+    loader = Loader(dataset.train, settings.batch_size, settings.augment, seed)
+    _check_last_batch(model, len(dataset.train), settings)
+    optimizer = settings.optimiser.build(model)
+    specs = loss.declare_state(dataset.shape)
+    tensors = {
+        name: spec.allocate(len(dataset.train), settings.batch_size, device) for name, spec in sorted(specs.items())
+    }
+    position, sums = Position(), _Means()
+    if folder.resume.exists():
+        position, sums = _restore(folder, device, model, optimizer, tensors)
+    folder.metrics.truncate(position.metrics_bytes)
+
+    steps = settings.epochs * len(loader)
+    saved = started = time.monotonic()
+    before = position.seconds
+    model.train()
+    with Progress("training", steps, done=position.step, quiet=quiet) as progress:
+        for epoch in range(position.epoch, settings.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate(epoch)
+            for batch in loader.epoch(epoch, start=position.batch):
+                torch.manual_seed(key_of(seed, "torch", position.step))  # for layers such as dropout
+                step = _step(ball, settings, seed, position.step, len(loader), device)
+                parts = _parts(batch, step, settings.accumulate, seed, position.step, tensors, specs)
+                try:
+                    figures = settings.update(model, optimizer, loss, parts, settings.clip)
+                except NonFinite as error:
+                    raise TrainingStopped(_stopped(position, error, folder)) from error
+                sums.add(figures, len(batch))
+                epsilon = float(step.epsilon)
+                position.batch, position.step = position.batch + 1, position.step + 1
+                progress.advance(1, {**{k: figures[k] for k in SHOWN if k in figures}, "epsilon": epsilon})
+                if position.batch == len(loader):
+                    line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "epsilon": epsilon,
+                            "learning_rate": settings.learning_rate(epoch), **sums.means()}  # fmt: skip
+                    if len(dataset.validation):
+                        line |= evaluate(model, dataset.validation, ball)
+                    position.seconds = before + time.monotonic() - started
+                    folder.metrics.append({**line, "seconds": round(position.seconds, 3)})
+                    position.epoch, position.batch, position.metrics_bytes = epoch + 1, 0, folder.metrics.size()
+                    sums = _Means()
+                    shown = {key: line[key] for key in (*SHOWN, "epsilon", *line) if key in line
+                             and (key in SHOWN or key == "epsilon" or key.startswith("validation"))}  # fmt: skip
+                    progress.line(f"epoch {epoch + 1}/{settings.epochs}  {describe(shown)}  {position.seconds:.0f} s")
+                now = time.monotonic()
+                if position.step == steps or stop.signal or now - saved >= settings.checkpoint_seconds:
+                    position.seconds = before + now - started
+                    _save(folder, position, sums, model, optimizer, tensors)
+                    saved = now
+                stop.raise_if_asked()
+
+
+def _step(
+    ball: PerturbationSet, settings: Training, seed: int, step: int, steps_per_epoch: int, device: torch.device
+) -> Step:
+    fraction = settings.schedule.fraction(step, steps_per_epoch)
+    largest = ball.epsilon * settings.epsilon_multiplier
+    epsilon = torch.tensor(fraction * largest, device=device)
+    return Step(
+        ball=ball.with_epsilon(epsilon),
+        epsilon=epsilon,
+        epsilon_max=torch.tensor(largest, device=device),
+        progress=step / (settings.epochs * steps_per_epoch),
+        noise=Noise(key_of(seed, "noise", step), torch.arange(0, device=device)),
+        ramp=settings.schedule.done(step, steps_per_epoch),
+        clean=fraction * largest == 0,
+    )
+
+
+def _parts(
+    batch: Batch, step: Step, count: int, seed: int, number: int, tensors: dict[str, Tensor], specs: Mapping[str, StateSpec]
+) -> list[tuple[Batch, Step]]:
+    """The batch in at most ``count`` parts, each with the noise and the state of its positions."""
+    size = math.ceil(len(batch) / count)
+    parts = []
+    for first in range(0, len(batch), size):
+        part = batch.part(slice(first, first + size))
+        positions = torch.arange(first, first + len(part), device=batch.labels.device)
+        noise = Noise(key_of(seed, "noise", number), positions)
+        state = State(tensors, specs, first)
+        parts.append((part, replace(step, noise=noise, state=state)))
+    return parts
+
+
+def _check_last_batch(model: nn.Module, samples: int, settings: Training) -> None:
+    """Batch norm cannot normalise one vector: say so before an epoch is spent."""
+    if not any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        return
+    for size in {min(samples, settings.batch_size), samples % settings.batch_size} - {0}:
+        part = math.ceil(size / settings.accumulate)
+        if 1 in (part, size % part):
+            raise InputError(
+                f"training.batch_size: found {settings.batch_size} (accumulate {settings.accumulate}) for {samples} "
+                "images, which leaves a batch of one to batch norm; accepted: another size"
+            )
+
+
+class _Means:
+    """Means of figures over an epoch, weighted by batch size; each figure over the steps that had it."""
+
+    def __init__(self, sums: dict[str, list[float]] | None = None):
+        self.sums = sums or {}
+
+    def add(self, figures: dict[str, float], weight: int) -> None:
+        for name, value in figures.items():
+            total, count = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = [total + value * weight, count + weight]
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.sums.items()}
+
+
+def _save(folder: RunFolder, position: Position, sums: _Means, model, optimizer, tensors: dict[str, Tensor]) -> None:
+    content = {"position": vars(position), "sums": sums.sums, "model": model.state_dict(),
+               "optimizer": optimizer.state_dict(), "state": tensors}  # fmt: skip
+    checkpoint.save(folder.resume, content)
+
+
+def _restore(
+    folder: RunFolder, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+) -> tuple[Position, _Means]:  # fmt: skip
+    content = checkpoint.load(folder.resume, device)
+    checkpoint.load_weights(model, content["model"], folder.resume)
+    optimizer.load_state_dict(content["optimizer"])
+    for name, tensor in tensors.items():
+        tensor.copy_(content["state"][name])
+    return Position(**content["position"]), _Means(content["sums"])
+
+
+def _stopped(position: Position, error: NonFinite, folder: RunFolder) -> str:
+    kept = f"the last good checkpoint is {folder.resume}" if folder.resume.exists() else "there is no checkpoint yet"
+    return f"step {position.step + 1} (epoch {position.epoch + 1}): the loss is not finite ({error}); {kept}"
+

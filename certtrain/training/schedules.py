@@ -1,0 +1,83 @@
+"""How epsilon grows, batch by batch. A fraction of 0 means: this batch is trained clean."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from ..config import Component
+from ..errors import check
+
+
+@dataclass(frozen=True)
+class EpsilonSchedule(Component):
+    """A ramp over whole epochs, evaluated for every batch.
+
+    Args:
+        start: the epoch (from 1) whose first batch is the last clean one.
+        length: of the ramp in epochs; 0 means full epsilon from the start.
+    """
+
+    start: int = 1
+    length: int = 20
+
+    def __post_init__(self) -> None:
+        check(self.start >= 1, "start", self.start, "an epoch >= 1")
+        check(self.length >= 0, "length", self.length, "a whole number of epochs >= 0")
+
+    def steps(self, steps_per_epoch: int) -> tuple[int, int]:
+        """(first, last) step of the ramp, 0-based: epsilon is 0 up to the first, full from the last on."""
+        first = (self.start - 1) * steps_per_epoch
+        return first, first + self.length * steps_per_epoch
+
+    def done(self, step: int, steps_per_epoch: int) -> float:
+        """Share of the ramp that lies behind ``step``, in [0, 1]."""
+        first, last = self.steps(steps_per_epoch)
+        return 1.0 if step >= last else max(0, step - first) / (last - first)
+
+    @abstractmethod
+    def fraction(self, step: int, steps_per_epoch: int) -> float:
+        """epsilon / epsilon_max at a 0-based step: 0 before the ramp, 1 after it, never falling."""
+
+
+@dataclass(frozen=True)
+class Linear(EpsilonSchedule):
+    """Straight from 0 to 1."""
+
+    def fraction(self, step: int, steps_per_epoch: int) -> float:
+        return self.done(step, steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class Smoothed(EpsilonSchedule):
+    """A power over the first part of the ramp, then straight, value and slope continuous (arXiv 1906.06316's code).
+
+    With the published exponent 4 and middle 0.25, a share p of the ramp gives 256 p^4 / 13 up to p = 1/4 and
+    (16 p - 3) / 13 after it.
+
+    Args:
+        exponent: of the power.
+        middle: share of the ramp at which it becomes straight.
+    """
+
+    exponent: float = 4.0
+    middle: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.exponent >= 1, "exponent", self.exponent, "a number >= 1")
+        check(0 <= self.middle < 1, "middle", self.middle, "a share in [0, 1)")
+
+    def fraction(self, step: int, steps_per_epoch: int) -> float:
+        first, last = self.steps(steps_per_epoch)
+        if step >= last:
+            return 1.0
+        bend = int(self.middle * (last - first))
+        if step <= first:
+            return 0.0
+        slope = bend ** (self.exponent - 1) if bend else 1.0
+        scale = 1 / ((last - first - bend) * self.exponent * slope + bend * slope)
+        behind = step - first
+        if behind < bend:
+            return scale * behind**self.exponent
+        return scale * slope * (bend + self.exponent * (behind - bend))

@@ -1,0 +1,66 @@
+"""Plain torch, as the formulas read: the oracle of every compiled backend, and the fallback.
+
+Notation: an interval is (center, radius) with radius >= 0; lower = center - radius, upper = center + radius.
+Interval arithmetic after Gowal et al., arXiv 1810.12715; last-layer elision ibid., section 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """(C,) → (C, 1, 1, …), broadcastable along dimension 1 of ``like``."""
+    return values.reshape(-1, *[1] * (like.ndim - 2))
+
+
+def ibp_affine(center: Tensor, radius: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    scale, shift = per_channel(scale, center), per_channel(shift, center)
+    return center * scale + shift, radius * scale.abs()
+
+
+def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    lower, upper = F.relu(center - radius), F.relu(center + radius)
+    return (upper + lower) / 2, (upper - lower) / 2
+
+
+def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None):
+    """The affine map after the layer, folded into its weights: exact for any output channel."""
+    if scale is not None:
+        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        bias = None if bias is None else bias * scale
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return weight, bias
+
+
+def ibp_linear(center, radius, weight, bias=None, *, scale=None, shift=None, relu=False):
+    weight, bias = _folded(weight, bias, scale, shift)
+    center, radius = F.linear(center, weight, bias), F.linear(radius, weight.abs())
+    return ibp_relu(center, radius) if relu else (center, radius)
+
+
+def ibp_conv2d(
+    center, radius, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
+    *, scale=None, shift=None, relu=False,
+):  # fmt: skip
+    weight, bias = _folded(weight, bias, scale, shift)
+    center = F.conv2d(center, weight, bias, stride, padding, dilation, groups)
+    radius = F.conv2d(radius, weight.abs(), None, stride, padding, dilation, groups)
+    return ibp_relu(center, radius) if relu else (center, radius)
+
+
+def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    classes = len(weight)
+    others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
+    others = others + (others >= labels[:, None])  # j != y, increasing
+    rows = weight[labels][:, None] - weight[others]
+    lower = torch.einsum("bkd,bd->bk", rows, center) - torch.einsum("bkd,bd->bk", rows.abs(), radius)
+    return lower if bias is None else lower + bias[labels][:, None] - bias[others]
+
+
+def batch_statistics_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    variance, mean = torch.var_mean(x, dim=axes, correction=0)
+    # torch's fused norm gives no gradient to its statistics; var_mean's copy of them does
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), mean, variance

@@ -1,0 +1,115 @@
+"""What is asked of a verifier, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..bounds import Region
+
+Status = Literal["verified", "falsified", "misclassified", "unknown", "timeout", "error"]
+
+
+@dataclass(frozen=True)
+class Specification:
+    """Linear output specifications of a batch of images, in disjunctive normal form of the *unsafe* set.
+
+    A point is unsafe if in some clause every row holds: <row, logits> + offset <= 0. Ties are unsafe.
+
+    Args:
+        rows: (B, R, K); offsets: (B, R).
+        clauses: (R,) int64, the clause of each row, numbered from 0.
+        labels: (B,) the class that is protected, where the specification says that it wins.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    clauses: Tensor
+    labels: Tensor | None = None
+
+    @classmethod
+    def robust(cls, labels: Tensor, classes: int) -> Specification:
+        """Class ``labels`` wins against every other: K - 1 clauses of one row e_y - e_j, j != y increasing."""
+        identity = torch.eye(classes, device=labels.device)
+        margins = identity[labels][:, None] - identity
+        others = ~F.one_hot(labels, classes).bool()
+        rows = margins[others].reshape(len(labels), classes - 1, classes)
+        clauses = torch.arange(classes - 1, device=labels.device)
+        return cls(rows, torch.zeros(rows.shape[:2], device=labels.device), clauses, labels)
+
+    def values(self, logits: Tensor) -> Tensor:
+        """(B, R) values of the rows at logits (B, K)."""
+        return (self.rows @ logits.unsqueeze(-1)).squeeze(-1) + self.offsets
+
+    def worst(self, values: Tensor) -> Tensor:
+        """(B,) > 0 where the specification holds, given row values, or proved where they are lower bounds.
+
+        The minimum over clauses of the maximum within each: a clause is refuted by any one of its rows.
+        """
+        count = int(self.clauses.max()) + 1 if len(self.clauses) else 0
+        best = values.new_full((len(values), count), -torch.inf)
+        best = best.scatter_reduce(1, self.clauses.expand(len(values), -1), values, "amax")
+        return best.amin(1) if count else values.new_full((len(values),), torch.inf)
+
+    def subset(self, index: Tensor) -> Specification:
+        labels = None if self.labels is None else self.labels[index]
+        return Specification(self.rows[index], self.offsets[index], self.clauses, labels)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Does the specification hold on the whole region around each image? A batch of such questions.
+
+    Args:
+        network: in evaluation mode, float32 or float64; maps (B, *shape) to (B, K) logits.
+        region: a perturbation set around B images.
+        specification: B specifications.
+        index: (B,) int64, each image's number; it keys the attacks' random numbers.
+    """
+
+    network: nn.Module
+    region: Region
+    specification: Specification
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def subset(self, index: Tensor) -> Problem:
+        region = Region(self.region.ball, self.region.images[index])
+        return Problem(self.network, region, self.specification.subset(index), self.index[index])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer for one image.
+
+    Args:
+        index, label, prediction: the image's number, its class, and the network's choice on it.
+        status: ``verified``: proved on the whole region; ``falsified``: a counterexample was replayed;
+            ``misclassified``: wrong (or tied) on the image itself; ``unknown``: neither.
+        stage: the stage that decided, or the last that tried.
+        lower_bound: of the worst margin over the region, the best found; None where none was computed.
+        seconds: the image's share of the time of the batches that it was in.
+        arithmetic: in which the verdict holds.
+        counterexample: an image of the region on which the specification fails.
+    """
+
+    index: int
+    label: int | None
+    prediction: int
+    status: Status
+    stage: str
+    lower_bound: float | None
+    seconds: float
+    arithmetic: str
+    counterexample: Tensor | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The verdict's line in ``verdicts.jsonl``."""
+        values = {key: value for key, value in vars(self).items() if key != "counterexample"}
+        return {**values, "seconds": round(self.seconds, 6)}
