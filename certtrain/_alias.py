@@ -19,11 +19,11 @@ class _Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec):
         module = importlib.import_module(f"certtrain.{spec.name}")
-        spec.loader_state = module.__spec__
+        self.own_spec = module.__spec__
         return module
 
     def exec_module(self, module):
-        module.__spec__ = module.__spec__.loader_state  # the import system has just put the alias' spec there
+        module.__spec__ = self.own_spec  # the import system has just put the alias' spec there
 
 
 def hand_over(name: str) -> None:

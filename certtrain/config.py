@@ -10,7 +10,9 @@ or a value out of range meets the same check, and reads the same, wherever it wa
 is left out keeps its default; one without a ``type`` changes the default in the fields it names.
 """
 
+import abc
 import dataclasses
+import inspect
 import math
 import types
 import typing
@@ -25,18 +27,18 @@ import yaml
 from .errors import FieldError, InputError
 
 
-class Component:
+class Component(abc.ABC):
     """Base of every family of configured objects; concrete members are frozen dataclasses."""
 
     @classmethod
     def members(cls) -> dict[str, type]:
-        """The concrete classes of this family by name, sorted; abstract ones (``_abstract``) are left out."""
+        """The concrete classes of this family by name, sorted; abstract ones are left out."""
         found: dict[str, type] = {}
         queue = [cls]
         while queue:
             family = queue.pop()
             queue.extend(family.__subclasses__())
-            if dataclasses.is_dataclass(family) and not getattr(family, "__abstractmethods__", None):
+            if dataclasses.is_dataclass(family) and not inspect.isabstract(family):
                 found[family.__name__] = family
         return dict(sorted(found.items()))
 
@@ -185,17 +187,22 @@ def _value(kind: Any, value: object, where: str) -> Any:
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if value is None and type(None) in options:
         return None
+    sections = [option for option in options if isinstance(option, type) and _is_section(option)]
+    for option in sections:
+        if isinstance(value, Mapping) or len(options) == 1:
+            return structure(option, value, where)
     for option in options:
-        if isinstance(option, type) and (dataclasses.is_dataclass(option) or issubclass(option, Component)):
-            if isinstance(value, Mapping) or len(options) == 1:
-                return structure(option, value, where)
-    for option in options:
-        try:
-            return _SCALARS.structure(value, option)
-        except (ValueError, TypeError, cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError):
-            continue
+        if option not in sections:
+            try:
+                return _SCALARS.structure(value, option)
+            except (ValueError, TypeError, cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError):
+                continue
     accepted = " or ".join(_describe(option) for option in options)
     raise InputError(f"{where}: found {value!r}; accepted: {accepted}")
+
+
+def _is_section(kind: type) -> bool:
+    return dataclasses.is_dataclass(kind) or issubclass(kind, Component)
 
 
 def _is_union(kind: Any) -> bool:

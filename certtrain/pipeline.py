@@ -27,7 +27,9 @@ from .training import StopRequest, fit
 from .verifiers import certify_split
 
 
-def train(config: Config | str | Path | None = None, out: str | Path | None = None, *, quiet: bool = False) -> RunFolder:
+def train(
+    config: Config | str | Path | None = None, out: str | Path | None = None, *, quiet: bool = False
+) -> RunFolder:
     """Run a recipe from start to end: train, then certify the test split.
 
     Args:

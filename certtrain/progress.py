@@ -41,7 +41,9 @@ class Progress:
     def advance(self, units: int, figures: Mapping[str, float] | None = None) -> None:
         self.done += units
         if self._rich:
-            self._rich.update(self._task, advance=units, **({"figures": describe(figures)} if figures else {}))
+            self._rich.update(self._task, advance=units)
+            if figures:
+                self._rich.update(self._task, figures=describe(figures))
 
     def line(self, text: str) -> None:
         """Said in files only: a terminal has the bar."""

@@ -126,7 +126,5 @@ class RunFolder:
 
     def final(self) -> dict[str, Any] | None:
         """The last line of a finished run's metrics, else None."""
-        last = None
-        for last in self.metrics:
-            pass
-        return last if last is not None and last.get("kind") == "final" else None
+        lines = list(self.metrics)
+        return lines[-1] if lines and lines[-1].get("kind") == "final" else None

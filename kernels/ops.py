@@ -1,13 +1,15 @@
 """The public ops: checks and documentation once, above the backends (today: the plain torch reference).
 
 An interval is a pair (center, radius) of equal shape, dtype and device with radius >= 0. All ops are
-differentiable in every floating-point argument and accept any stride and empty batches. float32 and float64 are
+differentiable once in every floating-point argument (a second derivative through ``ibp_linear`` or a ReLU raises)
+and accept any stride and empty batches. float32 and float64 are
 rounded to nearest: the bounds hold up to the layer's own rounding error, which is not added to the radius.
 """
 
 from torch import Tensor
 
 from . import reference
+from .autograd import IbpMatmul, IbpRelu
 
 
 def _check_interval(center: Tensor, radius: Tensor) -> None:
@@ -42,7 +44,7 @@ def ibp_affine(center: Tensor, radius: Tensor, scale: Tensor, shift: Tensor) -> 
 def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Interval of max(x, 0), any shape; exact per entry. At a kink the gradient is torch's (0 at 0)."""
     _check_interval(center, radius)
-    return reference.ibp_relu(center, radius)
+    return IbpRelu.apply(center, radius)
 
 
 def ibp_linear(
@@ -66,13 +68,19 @@ def ibp_linear(
         raise ValueError(f"weight: found shape {tuple(weight.shape)}; expected (H, {center.shape[-1]})")
     for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
         _check_features(name, values, weight.shape[0])
-    return reference.ibp_linear(center, radius, weight, bias, scale=scale, shift=shift, relu=relu)
+    center, radius = IbpMatmul.apply(center, radius, weight)
+    if scale is not None:  # on the outputs: they are far smaller than the weight
+        center, radius = center * scale, radius * scale.abs()
+        bias = None if bias is None else bias * scale
+    for constant in (bias, shift):
+        center = center if constant is None else center + constant
+    return IbpRelu.apply(center, radius) if relu else (center, radius)
 
 
 def ibp_conv2d(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None = None,
-    stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0,
-    dilation: int | tuple[int, int] = 1, groups: int = 1,
+    stride: int | tuple[int, ...] = 1, padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1, groups: int = 1,
     *, scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Interval of a zero-padded convolution, optionally followed by a per-channel affine map and a ReLU.
@@ -97,9 +105,10 @@ def ibp_conv2d(
         )
     for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
         _check_features(name, values, weight.shape[0])
-    return reference.ibp_conv2d(
-        center, radius, weight, bias, stride, padding, dilation, groups, scale=scale, shift=shift, relu=relu
+    center, radius = reference.ibp_conv2d(
+        center, radius, weight, bias, stride, padding, dilation, groups, scale=scale, shift=shift
     )
+    return IbpRelu.apply(center, radius) if relu else (center, radius)
 
 
 def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

@@ -141,7 +141,9 @@ def certify(
         with torch.no_grad():
             classes = forward(model, x[:1]).logits.shape[1] if len(x) else 1
         if len(y) != len(x) or (len(y) and not (0 <= int(y.min()) and int(y.max()) < classes)):
-            raise InputError(f"y: found {len(y)} labels {y.unique().tolist()[:5]}…; accepted: {len(x)} of 0 to {classes - 1}")
+            raise InputError(
+                f"y: found {len(y)} labels {y.unique().tolist()[:5]}…; accepted: {len(x)} of 0 to {classes - 1}"
+            )
         verdicts: list[Verdict] = []
         chosen = settings or Certify()
         for first in range(0, len(x), chosen.batch_size):

@@ -4,7 +4,8 @@ from .forward import BatchStatistics, Forward, Statistics, forward
 from .ibp import Activity, compute_bounds, compute_margins, compute_rows
 from .interval import Bounds, Interval
 from .perturbation import L2Ball, LinfBall, PerturbationSet, Region
-from .program import Program, UnsupportedNode, trace
+from .program import Program, UnsupportedNode
+from .tracing import trace
 
 __all__ = [
     "Activity", "BatchStatistics", "Bounds", "Forward", "Interval", "L2Ball", "LinfBall", "PerturbationSet",

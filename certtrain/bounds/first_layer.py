@@ -28,7 +28,9 @@ def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
         constant = F.conv2d(shift, weight, bias, layer.stride, layer.padding, layer.dilation)
         return _bounds(run, *_patches(layer, weight, scale, images), constant)
     if hull.center.ndim != 2:
-        raise p.UnsupportedNode(f"Linear at {node.path!r}: found {hull.center.ndim} dimensions; accepted: (B, features)")
+        raise p.UnsupportedNode(
+            f"Linear at {node.path!r}: found {hull.center.ndim} dimensions; accepted: (B, features)"
+        )
     forms = (weight * scale).reshape(1, len(weight), *images.shape[1:])
     return _bounds(run, forms.expand(len(images), *forms.shape[1:]), images, F.linear(shift, weight, bias))
 
@@ -50,6 +52,7 @@ def _patches(layer: nn.Conv2d, weight: Tensor, scale: Tensor, images: Tensor) ->
     """Forms (B·L, K, C, h, w) and the patches (B·L, C, h, w) that they act on; padding has coefficient 0."""
 
     def unfold(x: Tensor) -> Tensor:  # (N, C·h·w, L)
+        assert not isinstance(layer.padding, str)
         return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
 
     shape = (images.shape[1], *layer.kernel_size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from . import program as p
+from .tracing import trace
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,16 @@ def forward(model: nn.Module, images: Tensor, statistics: Statistics | None = No
     hand the statistics over. With ``statistics`` given they use those and update nothing. In
     evaluation mode they are folded into the layer before them: this is the network that is certified.
     """
-    program = p.trace(model)
+    program = trace(model)
     last_use = program.last_use()
-    values: list[Tensor | None] = []
+    values = {0: images}
     run = _Run(statistics)
-    for position, node in enumerate(program.nodes):
+    for position, node in enumerate(program.nodes[1:], start=1):
         inputs = [values[read] for read in node.inputs]
-        values.append(images if isinstance(node, p.Input) else RULES[type(node)](node, position, run, *inputs))
-        for read in node.inputs:
-            if last_use[read] == position:
-                values[read] = None
-    logits = values[-1]
-    assert logits is not None
-    return Forward(logits, run.collected if statistics is None else statistics)
+        values[position] = RULES[type(node)](node, position, run, *inputs)
+        for read in {read for read in node.inputs if last_use[read] == position}:
+            del values[read]
+    return Forward(values[len(program.nodes) - 1], run.collected if statistics is None else statistics)
 
 
 def coefficients(norm: p.BatchNorm, statistics: BatchStatistics | None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from . import program as p
 from .forward import Statistics, check_features, coefficients
 from .interval import Interval
 from .perturbation import Region
+from .tracing import trace
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class _Propagation:
     """One pass: the intervals so far, and what the rules share."""
 
     def __init__(self, model: nn.Module, statistics: Statistics | None, keep: bool):
-        self.program = p.trace(model)
+        self.program = trace(model)
         self.statistics = statistics
         self.keep = keep
         self.first: Interval | None = None
@@ -111,20 +112,21 @@ class _Propagation:
     def activity(self) -> Activity:
         return Activity(self.first, self.preactivations)
 
-    def run(self, box: Interval | Region, *, stop_before_last: bool = False):
+    def run(
+        self, box: Interval | Region, *, stop_before_last: bool = False
+    ) -> tuple[Interval, tuple[Tensor, Tensor | None] | None]:
         """The output interval; or, before a last plain linear layer, its input and that layer's (weight, bias)."""
         nodes, last_use = self.program.nodes, self.program.last_use()
         self.region = box if isinstance(box, Region) and not box.ball.is_box else None
-        values: list[Interval | None] = [box.hull if isinstance(box, Region) else box]
+        values = {0: box.hull if isinstance(box, Region) else box}
         for position, node in enumerate(nodes[1:], start=1):
             inputs = [values[read] for read in node.inputs]
             if stop_before_last and position == len(nodes) - 1 and self._is_last_linear(node):
                 return inputs[0], self.weights(node, position)
-            values.append(RULES[type(node)](node, position, self, *inputs))
-            for read in node.inputs:
-                if last_use[read] == position:
-                    values[read] = None
-        return values[-1], None
+            values[position] = RULES[type(node)](node, position, self, *inputs)
+            for read in {read for read in node.inputs if last_use[read] == position}:
+                del values[read]
+        return values[len(nodes) - 1], None
 
     def _is_last_linear(self, node: p.Node) -> bool:
         linear = isinstance(node, p.Affine) and isinstance(node.layer, nn.Linear) and node.activation is None
@@ -148,8 +150,9 @@ class _Propagation:
             return None, None
         return coefficients(norm, None if self.statistics is None else self.statistics.get(position))
 
-    def weights(self, node: p.Affine, position: int) -> tuple[Tensor, Tensor | None]:
+    def weights(self, node: p.Node, position: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a layer with its batch norm folded in."""
+        assert isinstance(node, p.Affine)
         weight, bias = node.layer.weight, node.layer.bias
         scale, shift = self.coefficients(node.norm, position)
         if scale is None or shift is None:
@@ -179,9 +182,7 @@ def _affine(node: p.Affine, position: int, run: _Propagation, x: Interval) -> In
     fused = node.activation is not None and node.activation.kind == "relu" and not run.keep
     layer = node.layer
     if isinstance(layer, nn.Linear):
-        y = kernels.ibp_linear(
-            x.center, x.radius, layer.weight, layer.bias, scale=scale, shift=shift, relu=fused
-        )  # fmt: skip
+        y = kernels.ibp_linear(x.center, x.radius, layer.weight, layer.bias, scale=scale, shift=shift, relu=fused)
     else:
         if layer.padding_mode != "zeros":  # the border repeats known intervals: pad both alike
             x = x.map(lambda t: F.pad(t, layer._reversed_padding_repeated_twice, mode=layer.padding_mode))

@@ -142,5 +142,5 @@ def _checksum(*splits: Split) -> str:
     digest = hashlib.sha256()
     for split in splits:
         for part in (split.images, split.labels):
-            digest.update(np.ascontiguousarray(part.numpy()))
+            digest.update(np.ascontiguousarray(part.numpy()).data)
     return digest.hexdigest()

@@ -17,8 +17,8 @@ class Digits(Source):
     def read(self) -> tuple[Split, Split, int]:
         from sklearn.datasets import load_digits  # half a second that other sources need not pay
 
-        bunch = load_digits()
-        images = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
-        everything = Split(images, torch.from_numpy(bunch.target).long(), full_scale=16)
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.as_tensor(pixels).to(torch.uint8).reshape(-1, 1, 8, 8)
+        everything = Split(images, torch.as_tensor(labels).long(), full_scale=16)
         train, test = split_by_class(everything.labels, TEST_SHARE)
         return everything.subset(train), everything.subset(test), 10

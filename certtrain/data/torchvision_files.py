@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,8 +31,8 @@ class TorchvisionFiles(Source):
         """md5 of each file, by path below ``root``."""
 
     @abstractmethod
-    def open(self, train: bool):
-        """torchvision's data set; may download."""
+    def open(self, train: bool) -> Any:
+        """torchvision's data set, which has ``data`` and ``targets``; may download."""
 
     def read(self) -> tuple[Split, Split, int]:
         if self.download:
@@ -75,7 +76,7 @@ class Mnist(TorchvisionFiles):
         }
         return {f"MNIST/raw/{name}": md5 for name, md5 in raw.items()}
 
-    def open(self, train: bool):
+    def open(self, train: bool) -> Any:
         from torchvision.datasets import MNIST
 
         return MNIST(str(self.root), train=train, download=self.download)
@@ -90,7 +91,7 @@ class Cifar10(TorchvisionFiles):
 
         return {f"{CIFAR10.base_folder}/{name}": md5 for name, md5 in CIFAR10.train_list + CIFAR10.test_list}
 
-    def open(self, train: bool):
+    def open(self, train: bool) -> Any:
         from torchvision.datasets import CIFAR10
 
         return CIFAR10(str(self.root), train=train, download=self.download)

@@ -53,7 +53,7 @@ def fingerprint(content: Any) -> str:
                 update(f"{place}/{number}", item)
         elif isinstance(value, Tensor):
             digest.update(f"{place}:{value.dtype}:{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{place}={value!r}".encode())
 

@@ -134,7 +134,13 @@ def _step(
 
 
 def _parts(
-    batch: Batch, step: Step, count: int, seed: int, number: int, tensors: dict[str, Tensor], specs: Mapping[str, StateSpec]
+    batch: Batch,
+    step: Step,
+    count: int,
+    seed: int,
+    number: int,
+    tensors: dict[str, Tensor],
+    specs: Mapping[str, StateSpec],
 ) -> list[tuple[Batch, Step]]:
     """The batch in at most ``count`` parts, each with the noise and the state of its positions."""
     size = math.ceil(len(batch) / count)
@@ -197,4 +203,3 @@ def _restore(
 def _stopped(position: Position, error: NonFinite, folder: RunFolder) -> str:
     kept = f"the last good checkpoint is {folder.resume}" if folder.resume.exists() else "there is no checkpoint yet"
     return f"step {position.step + 1} (epoch {position.epoch + 1}): the loss is not finite ({error}); {kept}"
-

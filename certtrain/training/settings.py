@@ -77,16 +77,16 @@ class Training:
         checkpoint_seconds: time between checkpoints; there is one at the end in any case.
     """
 
-    epochs: int = 60
+    epochs: int = 200
     batch_size: int = 128
     accumulate: int = 1
     optimiser: Optimiser = Adam(lr=2e-3)
     update: UpdateRule = Descend()
-    milestones: tuple[int, ...] = (45, 55)
+    milestones: tuple[int, ...] = (150, 180)
     decay: float = 0.2
     clip: float | None = 10.0
-    schedule: EpsilonSchedule = Smoothed(start=1, length=30)
-    epsilon_multiplier: float = 1.0
+    schedule: EpsilonSchedule = Smoothed(start=1, length=100)
+    epsilon_multiplier: float = 1.5
     initialisation: Literal["shi", "default"] = "shi"
     augment: Augment = Augment()
     checkpoint_seconds: float = 30.0

@@ -1,0 +1,325 @@
+"""nn.Module → program, by torch.fx."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import program as p
+
+
+def trace(model: nn.Module) -> p.Program:
+    """The program of a model that maps a batch (B, *shape) to logits (B, K). Traced once, kept on the model.
+
+    Traced in evaluation mode: that is the network which bounds enclose.
+
+    Raises:
+        UnsupportedNode: an operation without a rule, named with its path in the model.
+    """
+    program = model.__dict__.get("_certtrain_program")
+    if program is None or any(module is not _find(model, path) for path, module in program.modules):
+        training = {module: module.training for module in model.modules()}
+        try:
+            program = _Tracing(model.eval()).program()
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        model.__dict__["_certtrain_program"] = program
+    return program
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for name in path.split(".") if path else []:
+        module = module._modules.get(name) if module is not None else None
+    return module
+
+
+SUPPORTED = (
+    "Linear, Conv2d, BatchNorm1d/2d, ReLU, LeakyReLU, Sigmoid, Tanh, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, "
+    "Flatten, Dropout, Identity, their functional forms, view/reshape/flatten that keep the batch dimension, "
+    "and + - * / with another node (+ and - only) or with constants"
+)
+
+
+class _BatchSize:
+    """Stands for x.size(0) while tracing."""
+
+
+class _Shape:
+    """Stands for x.shape while tracing."""
+
+
+class _Tracing:
+    """One walk over torch.fx's graph; ``values`` maps each fx node to a position, a constant or a marker."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.nodes: list[p.Node] = []
+        self.values: dict[fx.Node, Any] = {}
+        self.used: list[tuple[str, nn.Module]] = []
+
+    def program(self) -> p.Program:
+        tracer = fx.Tracer()
+        # a single layer as the whole model: torch.fx would look inside it
+        single = tracer.is_leaf_module(self.model, "") and not isinstance(self.model, nn.Sequential)
+        self.root = nn.Sequential(self.model) if single else self.model
+        try:
+            graph = tracer.trace(self.root)
+        except Exception as error:  # whatever the model's own forward raises when it meets a proxy
+            raise p.UnsupportedNode(
+                f"{type(self.model).__name__}: its forward cannot be traced ({error}); "
+                "accepted: a forward without branches on values"
+            ) from error
+        *steps, output = graph.nodes
+        for node in steps:
+            _refuse_shared_mutation(self.root, node)
+            self.values[node] = self._visit(node)
+        value = output.args[0]
+        if not isinstance(value, fx.Node) or type(self.values[value]) is not int:
+            raise p.UnsupportedNode(f"output: found {value}; accepted: one tensor of logits")
+        nodes = _fuse(self.nodes, self.values[value])
+        return p.Program(nodes, (("", self.model),) if single else tuple(self.used))
+
+    def _visit(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            if not self.nodes:
+                return self._append(p.Input("input", ()))
+            if node.users or not node.args:
+                raise p.UnsupportedNode(f"{node.name}: a second input; accepted: a model of one input")
+            return None
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            return _Constant(self.root.get_submodule(owner), name)
+        return self._module(node) if node.op == "call_module" else self._function(node)
+
+    def _append(self, node: p.Node) -> int:
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def _module(self, node: fx.Node) -> int:
+        path, module = str(node.target), self.root.get_submodule(str(node.target))
+        self.used.append((path, module))
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise p.UnsupportedNode(f"{type(module).__name__} at {path!r} has forward hooks; accepted: none")
+        source = self._position(node, node.args[0])
+        match module:
+            case nn.Linear() | nn.Conv2d():
+                return self._append(p.Affine(path, (source,), module))
+            case nn.BatchNorm1d() | nn.BatchNorm2d():
+                return self._append(p.Norm(path, (source,), module))
+            case nn.ReLU():
+                return self._activate(path, source, p.Activation("relu"))
+            case nn.LeakyReLU():
+                return self._leaky(path, source, module.negative_slope)
+            case nn.Sigmoid():
+                return self._activate(path, source, p.Activation("sigmoid"))
+            case nn.Tanh():
+                return self._activate(path, source, p.Activation("tanh"))
+            case nn.MaxPool2d() if not module.return_indices:
+                return self._append(p.Pool(path, (source,), module, linear=False))
+            case nn.AvgPool2d() | nn.AdaptiveAvgPool2d():
+                return self._append(p.Pool(path, (source,), module, linear=True))
+            case nn.Flatten() if module.start_dim >= 1:
+                return self._append(p.Reshape(path, (source,), module))
+            case nn.Dropout() | nn.Dropout2d():
+                return self._append(p.Dropout(path, (source,), module))
+            case nn.Identity():
+                return source
+        raise p.UnsupportedNode(f"{type(module).__name__} at {path!r} has no bound rule; supported: {SUPPORTED}")
+
+    def _function(self, node: fx.Node) -> Any:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        value = self.values.get(first) if isinstance(first, fx.Node) else first
+        if name == "size" or (name == "getattr" and node.args[1] == "shape"):
+            asked = node.args[1:] if name == "size" else ()
+            return _BatchSize() if asked == (0,) else _Shape()
+        if name == "getitem" and isinstance(value, _Shape) and node.args[1] == 0:
+            return _BatchSize()
+        if node.target in (operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul,
+                           operator.truediv, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div) or (
+            node.op == "call_method" and name.rstrip("_") in ("add", "sub", "mul", "div")
+        ):  # fmt: skip
+            return self._arithmetic(node, name.rstrip("_").removeprefix("i").removeprefix("true"))
+        if name in _FUNCTIONS:
+            return _FUNCTIONS[name](self, node, self._position(node, first))
+        raise p.UnsupportedNode(f"{name} at {node.name!r} has no bound rule; supported: {SUPPORTED}")
+
+    def _position(self, node: fx.Node, argument: Any) -> int:
+        value = self.values.get(argument) if isinstance(argument, fx.Node) else argument
+        if type(value) is not int or not isinstance(argument, fx.Node):
+            raise p.UnsupportedNode(f"{node.name!r}: its input is not a tensor computed from the images")
+        return value
+
+    def _activate(self, path: str, source: int, activation: p.Activation) -> int:
+        return self._append(p.Activate(path, (source,), activation))
+
+    def _leaky(self, path: str, source: int, slope: float) -> int:
+        if not 0 <= slope <= 1:
+            raise p.UnsupportedNode(f"LeakyReLU at {path!r}: found slope {slope}; accepted: a slope in [0, 1]")
+        return self._activate(path, source, p.Activation("leaky_relu", slope))
+
+    def _arithmetic(self, node: fx.Node, kind: str) -> int:
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") or len(node.args) != 2:
+            raise p.UnsupportedNode(f"{kind} at {node.name!r}: accepted: two operands and no options")
+        left, right = (self.values[a] if isinstance(a, fx.Node) else _Constant.number(a) for a in node.args)
+        positions = [value for value in (left, right) if type(value) is int]
+        if len(positions) == 2 and kind in ("add", "sub"):
+            return self._append(p.Add(node.name, (positions[0], positions[1]), 1.0 if kind == "add" else -1.0))
+        constant = right if type(left) is int else left
+        if len(positions) != 1 or not isinstance(constant, _Constant) or (kind == "div" and constant is left):
+            raise p.UnsupportedNode(
+                f"{kind} at {node.name!r} has no bound rule for these operands; supported: {SUPPORTED}"
+            )
+        coefficients: dict[str, Callable[[], tuple[Any, Any]]] = {
+            "add": lambda: (1.0, constant.value()),
+            "sub": lambda: (1.0, -constant.value()) if constant is right else (-1.0, constant.value()),
+            "mul": lambda: (constant.value(), 0.0),
+            "div": lambda: (1.0 / constant.value(), 0.0),
+        }
+        return self._append(p.Scale(node.name, (positions[0],), coefficients[kind]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """A number, or a tensor looked up where it lives each time (``.to(device)`` replaces buffers)."""
+
+    owner: Any
+    name: str = ""
+
+    @classmethod
+    def number(cls, value: Any) -> _Constant:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise p.UnsupportedNode(f"found the constant {value!r}; accepted: a number, a parameter or a buffer")
+        return cls(value)
+
+    def value(self) -> Any:
+        return getattr(self.owner, self.name) if self.name else self.owner
+
+
+def _reshape(tracing: _Tracing, node: fx.Node, source: int) -> int:
+    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    values = [tracing.values.get(size) if isinstance(size, fx.Node) else size for size in sizes]
+    keeps_batch = values and (isinstance(values[0], _BatchSize) or (values[0] == -1 and -1 not in values[1:]))
+    rest = [value for value in values[1:] if type(value) is int and not isinstance(value, fx.Node)]
+    if not keeps_batch or len(rest) != len(values) - 1 or any(isinstance(size, fx.Node) for size in sizes[1:]):
+        raise p.UnsupportedNode(
+            f"{node.target} at {node.name!r}: found sizes {tuple(sizes)}; accepted: x.size(0) or -1 first, then numbers"
+        )
+
+    def apply(x: Tensor) -> Tensor:
+        # with an empty batch -1 is ambiguous: work it out from the other entries
+        known = math.prod(size for size in rest if size != -1)
+        return x.reshape(len(x), *(math.prod(x.shape[1:]) // known if size == -1 else size for size in rest))
+
+    return tracing._append(p.Reshape(node.name, (source,), apply))
+
+
+def _flatten(tracing: _Tracing, node: fx.Node, source: int) -> int:
+    start = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
+    end: Any = node.kwargs.get("end_dim", node.args[2] if len(node.args) > 2 else -1)
+    if not isinstance(start, int) or start < 1:
+        raise p.UnsupportedNode(
+            f"flatten at {node.name!r}: found start_dim={start}; accepted: 1 or more (keeps the batch)"
+        )
+    return tracing._append(p.Reshape(node.name, (source,), lambda x: x.flatten(start, end)))
+
+
+def _pool(linear: bool):
+    def rule(tracing: _Tracing, node: fx.Node, source: int) -> int:
+        options, keywords = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
+        function: Any = node.target
+        if keywords.pop("return_indices", False):
+            raise p.UnsupportedNode(f"{node.name!r}: max pooling that returns indices has no bound rule")
+        return tracing._append(p.Pool(node.name, (source,), lambda x: function(x, *options, **keywords), linear))
+
+    return rule
+
+
+def _activation(kind: str):
+    return lambda tracing, node, source: tracing._activate(node.name, source, p.Activation(kind))
+
+
+def _functional_leaky(tracing: _Tracing, node: fx.Node, source: int) -> int:
+    slope: Any = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
+    return tracing._leaky(node.name, source, slope)
+
+
+def _functional_dropout(tracing: _Tracing, node: fx.Node, source: int) -> int:
+    raise p.UnsupportedNode(f"F.dropout at {node.name!r} freezes its mode when traced; accepted: nn.Dropout")
+
+
+def _fuse(nodes: list[p.Node], output: int) -> tuple[p.Node, ...]:
+    """Merge batch norms and activations into the node that they alone read; ``output`` comes last."""
+    readers = [0] * len(nodes)
+    for node in nodes:
+        for read in node.inputs:
+            readers[read] += 1
+    readers[output] += 1
+    fused: list[p.Node] = []
+    position: list[int] = []
+    for node in nodes:
+        node = replace(node, inputs=tuple(position[read] for read in node.inputs))
+        alone = len(node.inputs) == 1 and readers[nodes[len(position)].inputs[0]] == 1
+        last = fused[node.inputs[0]] if alone else None
+        if isinstance(node, p.Norm) and isinstance(last, p.Affine) and not last.norm and not last.activation:
+            fused[node.inputs[0]] = replace(last, norm=node.norm)
+        elif isinstance(node, p.Activate) and isinstance(last, (p.Affine, p.Norm)) and not last.activation:
+            fused[node.inputs[0]] = replace(last, activation=node.activation)
+        else:
+            fused.append(node)
+            position.append(len(fused) - 1)
+            continue
+        position.append(node.inputs[0])
+    if position[output] != len(fused) - 1:
+        fused.append(p.Reshape("output", (position[output],), lambda x: x))
+    return tuple(fused)
+
+
+_VIEWS = ("view", "reshape", "flatten", "contiguous")
+
+
+def _refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
+    """An in-place operation changes what *other* readers of its input see; the program would not, so its
+    bounds would be those of another network."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or (
+        node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    ) or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)  # fmt: skip
+    value = node.args[0] if node.args else node.kwargs.get("input")
+    while in_place and isinstance(value, fx.Node):
+        if len(value.users) > 1:
+            raise p.UnsupportedNode(
+                f"{name} at {node.name!r} changes {value.name!r} in place while others read it; accepted: inplace=False"
+            )
+        layer = model.get_submodule(str(value.target)) if value.op == "call_module" else None
+        views = isinstance(layer, (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)) or (
+            getattr(layer, "inplace", False) or getattr(value.target, "__name__", value.target) in _VIEWS
+        )
+        value = value.args[0] if views and value.args else None
+
+
+_FUNCTIONS: dict[str, Callable[[_Tracing, fx.Node, int], int]] = {
+    "relu": _activation("relu"),
+    "relu_": _activation("relu"),
+    "sigmoid": _activation("sigmoid"),
+    "tanh": _activation("tanh"),
+    "leaky_relu": _functional_leaky,
+    "flatten": _flatten,
+    "view": _reshape,
+    "reshape": _reshape,
+    "max_pool2d": _pool(linear=False),
+    "boolean_dispatch": _pool(linear=False),  # how torch names F.max_pool2d
+    "avg_pool2d": _pool(linear=True),
+    "adaptive_avg_pool2d": _pool(linear=True),
+    "dropout": _functional_dropout,
+    "contiguous": lambda tracing, node, source: source,
+}

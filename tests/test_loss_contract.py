@@ -1,0 +1,123 @@
+"""One contract that every loss of the library keeps. A new loss joins by being registered."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import yaml
+
+from certtrain.bounds import LinfBall
+from certtrain.config import structure, unstructure
+from certtrain.data import Digits
+from certtrain.errors import InputError
+from certtrain.losses import Loss
+from certtrain.models import SmallCnn, initialise_for_ibp
+from certtrain.noise import Noise
+from certtrain.pipeline import resume, train
+from certtrain.recipe import Config
+from certtrain.step import Batch, State, Step
+from certtrain.training import Adam, Descend, Smoothed, Training
+from certtrain.training import loop as loop_module
+from certtrain.verifiers import Certify
+
+LOSSES = [cls for cls in Loss.members().values() if cls.__module__.startswith("certtrain.")]
+EXCEPTIONS: dict[str, str] = {}
+"""Losses that need not overfit 64 digits, by name, with the reason."""
+
+every_loss = pytest.mark.parametrize("kind", LOSSES, ids=lambda kind: kind.__name__)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Batch:
+    split = Digits().load().train
+    index = torch.arange(64)
+    return Batch(split.pixels(index), split.labels[index], index)
+
+
+@every_loss
+def test_overfits_64_digits_within_100_steps(kind, digits):
+    if kind.__name__ in EXCEPTIONS:
+        pytest.skip(EXCEPTIONS[kind.__name__])
+    torch.manual_seed(0)
+    model = SmallCnn().build((1, 8, 8), 10)
+    initialise_for_ibp(model)
+    loss, ball = kind(), LinfBall(0.02)
+    specs = loss.declare_state((1, 8, 8))
+    tensors = {name: spec.allocate(64, 64, torch.device("cpu")) for name, spec in specs.items()}
+    optimizer = Adam(lr=2e-3).build(model)
+    epsilon = torch.tensor(0.02)
+    model.train()
+    for number in range(100):
+        step = Step(ball.with_epsilon(epsilon), epsilon, epsilon, number / 100, Noise(number, digits.index),
+                    State(tensors, specs))  # fmt: skip
+        Descend()(model, optimizer, loss, [(digits, step)], clip=10.0)
+    accuracy = (model.eval()(digits.images).argmax(1) == digits.labels).float().mean()
+    assert accuracy >= 0.95
+
+
+@every_loss
+def test_yaml_round_trip(kind):
+    loss = kind()
+    text = yaml.safe_dump(unstructure(loss))
+    assert structure(Loss, yaml.safe_load(text)) == loss
+
+
+@every_loss
+def test_refuses_values_out_of_range(kind):
+    for field in dataclasses.fields(kind):
+        if isinstance(field.default, float):
+            for bad in (-1.0, float("nan"), "many"):
+                with pytest.raises(InputError, match=rf"^loss\.{field.name}: found .*accepted"):
+                    structure(Loss, {"type": kind.__name__, field.name: bad}, "loss")
+
+
+def tiny(kind) -> Config:
+    """Two epochs of four steps; the ramp ends in the second."""
+    return Config(
+        model=SmallCnn(width=2, hidden=8),
+        loss=kind(),
+        training=Training(epochs=2, batch_size=400, milestones=(1,), schedule=Smoothed(start=1, length=1)),
+        certify=Certify(images=20),
+    )
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def results(folder) -> tuple[bytes, list[dict], list[dict]]:
+    def timeless(lines):
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+    return folder.model.read_bytes(), timeless(folder.metrics), timeless(folder.verdicts)
+
+
+@every_loss
+@pytest.mark.parametrize("killed_at", [1, 3, 4, 6])
+def test_resume_is_exact(kind, killed_at, tmp_path, monkeypatch):
+    """Killed after any step, with the checkpoint one step behind, and resumed: as if never interrupted."""
+    config = tiny(kind)
+    expected = results(train(config, tmp_path / "whole", quiet=True))
+
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, checkpoint_seconds=0))
+    done, save = [], loop_module._save
+
+    def save_or_die(folder, position, *rest):
+        done.append(position.step)
+        if position.step == killed_at + 1:
+            raise Killed
+        save(folder, position, *rest)
+
+    monkeypatch.setattr(loop_module, "_save", save_or_die)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "cut", quiet=True)
+    monkeypatch.undo()
+    found = results(resume(tmp_path / "cut", quiet=True))
+    assert done[-1] == killed_at + 1
+    assert found == expected
+
+
+def test_every_member_is_walked():
+    assert {"CcIbp", "ExpIbp", "Ibp", "MtlIbp"} <= {kind.__name__ for kind in LOSSES}
+    assert json.dumps(EXCEPTIONS) and set(EXCEPTIONS) <= {kind.__name__ for kind in LOSSES}

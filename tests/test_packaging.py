@@ -1,0 +1,64 @@
+"""The wheel installs beside packages called ``kernels`` and ``verifiers``; in a checkout those names are aliases."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, *paths: Path, cwd: Path) -> str:
+    found = ":".join(map(str, paths))
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=cwd, env={"PYTHONPATH": found, "PATH": "/usr/bin:/bin"}, capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
+    return result.stdout.decode().strip()
+
+
+def test_the_wheel_takes_no_bare_name(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    source = tmp_path / "source"  # the build writes beside the sources: not into the checkout
+    source.mkdir()
+    parts = ["certtrain", "kernels", "verifiers", "pyproject.toml", "README.md", "LICENSE"]
+    subprocess.run(["cp", "-a", *parts, str(source)], cwd=ROOT, check=True)
+    subprocess.run(
+        [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "certtrain/kernels/ops.py" in names and "certtrain/verifiers/cascade.py" in names
+    assert not any(name.startswith(("kernels", "verifiers", "tests", "scripts")) for name in names)
+
+    site = tmp_path / "site"
+    for package in ("kernels", "verifiers"):
+        (site / package).mkdir(parents=True)
+        (site / package / "__init__.py").write_text(f"whose = 'somebody else’s {package}'\n")
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    code = (
+        "import kernels, verifiers, certtrain.kernels, certtrain.verifiers\n"
+        "assert 'somebody' in kernels.whose and 'somebody' in verifiers.whose\n"
+        "from certtrain.verifiers import certify\n"
+        "print(certtrain.kernels.__file__, certtrain.kernels.ibp_relu.__module__, certify.__module__)"
+    )
+    said = run(code, site, cwd=tmp_path)
+    assert said.startswith(str(site)) and said.endswith("certtrain.kernels.ops certtrain.verifiers.cascade")
+
+
+def test_in_a_checkout_the_folders_are_one_module_with_the_package():
+    code = (
+        "import sys, kernels, verifiers, kernels.ops, verifiers.problem\n"
+        "from kernels.reference import ibp_relu\n"
+        "import certtrain.kernels, certtrain.verifiers, certtrain.kernels.reference\n"
+        "assert kernels is certtrain.kernels and verifiers is certtrain.verifiers\n"
+        "assert kernels.ops is certtrain.kernels.ops and ibp_relu is certtrain.kernels.reference.ibp_relu\n"
+        "assert verifiers.Verdict is certtrain.verifiers.Verdict and verifiers.problem.Verdict is verifiers.Verdict\n"
+        "assert kernels.ops.__spec__.name == 'certtrain.kernels.ops'\n"
+        "print('one')"
+    )
+    assert run(code, ROOT, cwd=ROOT) == "one"
+    reverse = (
+        "import certtrain.kernels.ops as a, kernels.ops as b, certtrain.kernels as c, kernels as d\n"
+        "print(a is b and c is d)"
+    )
+    assert run(reverse, ROOT, cwd=ROOT) == "True"
