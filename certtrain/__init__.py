@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .bounds import Bounds, Interval, L2Ball, LinfBall, compute_bounds
-    from .pipeline import train
+    from .pipeline import load_model, train
     from .recipe import Config
     from .verifiers import certify
 
 _HOMES = {
     "Bounds": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds", "compute_bounds": "bounds",
-    "Config": "recipe", "certify": "verifiers", "train": "pipeline",
+    "Config": "recipe", "certify": "verifiers", "load_model": "pipeline", "train": "pipeline",
 }  # fmt: skip
 
-__all__ = [*_HOMES]
+__all__ = ["Bounds", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "load_model", "train"]
 __version__ = "0.1.0"
 
 

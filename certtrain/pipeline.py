@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from .progress import Progress, describe
 from .recipe import Config, load_config
 from .run_folder import RunFolder, write_atomically
 from .training import StopRequest, fit
+from .training.checkpoint import load_weights
 from .verifiers import certify_split
 
 
@@ -80,6 +82,29 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
                 f"with, {description['dataset']['sha256'][:12]}…"
             )
         return _go_on(folder, config, dataset, build_model(config, dataset), where, quiet)
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, Config]:
+    """The trained network of a run, in evaluation mode on the CPU, and the run's recipe.
+
+    Args:
+        path: the run's folder.
+    Raises:
+        InputError: no run there, no weights in it, or weights of another architecture.
+    """
+    folder, description = RunFolder.open(Path(path))
+    try:
+        config = structure(Config, description["config"])
+        shape, classes = description["dataset"]["shape"], description["dataset"]["classes"]
+    except (InputError, KeyError) as error:
+        raise InputError(f"{folder.run}: {error}") from error
+    try:
+        weights = safetensors.torch.load_file(folder.model)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{folder.model}: cannot be read ({error}); accepted: a finished training's file") from error
+    model = config.model.build(tuple(shape), classes)
+    load_weights(model, weights, folder.model)
+    return model.eval(), config
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:

@@ -6,8 +6,9 @@ interpreted by small rules: ``forward.py`` (plain values) and ``ibp.py`` (interv
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -134,4 +135,34 @@ class Program:
 
 
 def _nothing() -> None:
+    return None
+
+
+def fuse(nodes: list[Node], output: int) -> tuple[Node, ...]:
+    """Merge batch norms and activations into the node that they alone read; ``output`` comes last."""
+    readers = Counter(read for node in nodes for read in node.inputs)
+    readers[output] += 1
+    fused: list[Node] = []
+    position: list[int] = []  # of each node of ``nodes`` in ``fused``
+    for node in nodes:
+        inputs = tuple(position[read] for read in node.inputs)
+        alone = len(inputs) == 1 and readers[node.inputs[0]] == 1
+        merged = _merged(fused[inputs[0]], node) if alone else None
+        if merged is not None:
+            fused[inputs[0]] = merged
+            position.append(inputs[0])
+        else:
+            fused.append(replace(node, inputs=inputs))
+            position.append(len(fused) - 1)
+    if position[output] != len(fused) - 1:
+        fused.append(Reshape("output", (position[output],), lambda x: x))
+    return tuple(fused)
+
+
+def _merged(first: Node, second: Node) -> Node | None:
+    """The two as one node, if there is such a node."""
+    if isinstance(second, Norm) and isinstance(first, Affine) and not first.norm and not first.activation:
+        return replace(first, norm=second.norm)
+    if isinstance(second, Activate) and isinstance(first, (Affine, Norm)) and not first.activation:
+        return replace(first, activation=second.activation)
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class _Tracing:
         value = output.args[0]
         if not isinstance(value, fx.Node) or type(self.values[value]) is not int:
             raise p.UnsupportedNode(f"output: found {value}; accepted: one tensor of logits")
-        nodes = _fuse(self.nodes, self.values[value])
+        nodes = p.fuse(self.nodes, self.values[value])
         return p.Program(nodes, (("", self.model),) if single else tuple(self.used))
 
     def _visit(self, node: fx.Node) -> Any:
@@ -108,7 +108,7 @@ class _Tracing:
         self.used.append((path, module))
         if module._forward_hooks or module._forward_pre_hooks:
             raise p.UnsupportedNode(f"{type(module).__name__} at {path!r} has forward hooks; accepted: none")
-        source = self._position(node, node.args[0])
+        source = self._position(node, _first_operand(node))
         match module:
             case nn.Linear() | nn.Conv2d():
                 return self._append(p.Affine(path, (source,), module))
@@ -136,7 +136,7 @@ class _Tracing:
 
     def _function(self, node: fx.Node) -> Any:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        first = node.args[0] if node.args else node.kwargs.get("input")
+        first = _first_operand(node)
         value = self.values.get(first) if isinstance(first, fx.Node) else first
         if name == "size" or (name == "getattr" and node.args[1] == "shape"):
             asked = node.args[1:] if name == "size" else ()
@@ -185,6 +185,10 @@ class _Tracing:
             "div": lambda: (1.0 / constant.value(), 0.0),
         }
         return self._append(p.Scale(node.name, (positions[0],), coefficients[kind]))
+
+
+def _first_operand(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,33 +260,6 @@ def _functional_dropout(tracing: _Tracing, node: fx.Node, source: int) -> int:
     raise p.UnsupportedNode(f"F.dropout at {node.name!r} freezes its mode when traced; accepted: nn.Dropout")
 
 
-def _fuse(nodes: list[p.Node], output: int) -> tuple[p.Node, ...]:
-    """Merge batch norms and activations into the node that they alone read; ``output`` comes last."""
-    readers = [0] * len(nodes)
-    for node in nodes:
-        for read in node.inputs:
-            readers[read] += 1
-    readers[output] += 1
-    fused: list[p.Node] = []
-    position: list[int] = []
-    for node in nodes:
-        node = replace(node, inputs=tuple(position[read] for read in node.inputs))
-        alone = len(node.inputs) == 1 and readers[nodes[len(position)].inputs[0]] == 1
-        last = fused[node.inputs[0]] if alone else None
-        if isinstance(node, p.Norm) and isinstance(last, p.Affine) and not last.norm and not last.activation:
-            fused[node.inputs[0]] = replace(last, norm=node.norm)
-        elif isinstance(node, p.Activate) and isinstance(last, (p.Affine, p.Norm)) and not last.activation:
-            fused[node.inputs[0]] = replace(last, activation=node.activation)
-        else:
-            fused.append(node)
-            position.append(len(fused) - 1)
-            continue
-        position.append(node.inputs[0])
-    if position[output] != len(fused) - 1:
-        fused.append(p.Reshape("output", (position[output],), lambda x: x))
-    return tuple(fused)
-
-
 _VIEWS = ("view", "reshape", "flatten", "contiguous")
 
 
@@ -294,7 +271,7 @@ def _refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
     in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or (
         node.op == "call_method" and name.endswith("_") and not name.endswith("__")
     ) or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)  # fmt: skip
-    value = node.args[0] if node.args else node.kwargs.get("input")
+    value = _first_operand(node)
     while in_place and isinstance(value, fx.Node):
         if len(value.users) > 1:
             raise p.UnsupportedNode(
