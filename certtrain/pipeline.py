@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from . import __version__
+from .bounds import trace
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
@@ -24,7 +24,7 @@ from .noise import key_of
 from .progress import Progress, describe
 from .recipe import Config, load_config
 from .run_folder import RunFolder, write_atomically
-from .training import StopRequest, fit
+from .training import StopRequest, check_batches, fit
 from .training.checkpoint import load_weights
 from .verifiers import certify_split
 
@@ -49,8 +49,7 @@ def train(
         config = load_config(None if config is None else Path(config))
     device = config.resolved_device()
     with _surroundings(config.threads):
-        dataset = config.data.load()
-        model = build_model(config, dataset)
+        dataset, model = _prepare(config)
         folder = RunFolder.create(new_folder(config, out), _description(config, dataset, device))
         return _go_on(folder, config, dataset, model, device, quiet)
 
@@ -75,13 +74,13 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
         raise InputError(f"{folder.run}: {error}") from error
     where = config.resolved_device()
     with _surroundings(config.threads):
-        dataset = config.data.load()
+        dataset, model = _prepare(config)
         if dataset.checksum != description["dataset"]["sha256"]:
             raise InputError(
                 f"data: found images with sha256 {dataset.checksum[:12]}…; accepted: those that the run was started "
                 f"with, {description['dataset']['sha256'][:12]}…"
             )
-        return _go_on(folder, config, dataset, build_model(config, dataset), where, quiet)
+        return _go_on(folder, config, dataset, model, where, quiet)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Config]:
@@ -117,13 +116,20 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
     return model
 
 
+def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
+    """Data and model; what cannot work is refused here, before anything is written."""
+    dataset = config.data.load()
+    model = build_model(config, dataset)
+    trace(model)
+    check_batches(model, len(dataset.train), config.training)
+    return dataset, model
+
+
 def _go_on(
     folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool
 ) -> RunFolder:
-    started = time.monotonic()
     model.to(device)
-    here = Dataset(dataset.train.to(device), dataset.validation.to(device), dataset.test.to(device),
-                   dataset.classes, dataset.checksum)  # fmt: skip
+    here = dataset.to(device)
     with StopRequest() as stop:
         fit(
             model, here, loss=config.loss, ball=config.perturbation, settings=config.training, seed=config.seed,
@@ -131,10 +137,11 @@ def _go_on(
         )  # fmt: skip
         _save_weights(folder, model)
         certify_run(folder, config, here, model, stop, quiet)
-    epochs = [line["seconds"] for line in folder.metrics if line["kind"] == "epoch"]
-    seconds = (epochs[-1] if epochs else 0.0) + sum(verdict["seconds"] for verdict in folder.verdicts)
-    final = {"kind": "final", **summarise(folder), "epsilon": config.perturbation.epsilon,
-             "seconds": round(max(seconds, time.monotonic() - started), 3)}  # fmt: skip
+    verdicts = list(folder.verdicts)
+    trained = [line["seconds"] for line in folder.metrics]
+    seconds = trained[-1] + sum(verdict["seconds"] for verdict in verdicts)
+    final = {"kind": "final", **summarise(verdicts), "epsilon": config.perturbation.epsilon, "images": len(verdicts),
+             "seconds": round(seconds, 3)}  # fmt: skip
     folder.metrics.append(final)
     return folder
 
@@ -144,26 +151,28 @@ def certify_run(
 ) -> None:
     """Write one verdict for each test image to ``verdicts.jsonl``, a batch at a time as they become known."""
     size = config.certify.batch_size
-    complete = sum(1 for _ in folder.verdicts) // size * size  # an unfinished batch is formed again as it was
-    folder.verdicts.keep(complete)
+    known = list(folder.verdicts)
+    known = known[: len(known) // size * size]  # an unfinished batch is formed again as it was
+    folder.verdicts.keep(len(known))
     total = min(config.certify.images or len(dataset.test), len(dataset.test))
     model.eval()
-    with Progress("certifying", total, done=complete, quiet=quiet) as progress:
+    with Progress("certifying", total, done=len(known), quiet=quiet) as progress:
         batches = certify_split(
-            model, dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, complete
+            model, dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, len(known)
         )
         for verdicts in batches:
-            folder.verdicts.append(*(verdict.record() for verdict in verdicts))
-            progress.advance(len(verdicts), {k: v for k, v in summarise(folder).items() if k.endswith("accuracy")})
+            records = [verdict.record() for verdict in verdicts]
+            folder.verdicts.append(*records)
+            known += records
+            progress.advance(len(records), summarise(known))
             stop.raise_if_asked()
-        progress.line(f"certified {total} images  {describe(summarise(folder))}")
+        progress.line(f"certified {total} images  {describe(summarise(known))}")
 
 
-def summarise(folder: RunFolder) -> dict[str, float]:
-    """Accuracies over the verdicts so far: clean >= attacked >= certified >= IBP-certified, image by image."""
-    verdicts = list(folder.verdicts)
+def summarise(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Shares of all images: clean >= attacked >= certified >= IBP-certified, image by image."""
 
-    def share(holds) -> float:
+    def share(holds: Callable[[Mapping[str, Any]], bool]) -> float:
         return sum(map(holds, verdicts)) / len(verdicts) if verdicts else 0.0
 
     return {
@@ -171,7 +180,6 @@ def summarise(folder: RunFolder) -> dict[str, float]:
         "attacked_accuracy": share(lambda v: v["status"] not in ("misclassified", "falsified")),
         "certified_accuracy": share(lambda v: v["status"] == "verified"),
         "ibp_certified_accuracy": share(lambda v: v["status"] == "verified" and v["stage"] == "ibp"),
-        "images": len(verdicts),
     }
 
 

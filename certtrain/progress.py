@@ -56,5 +56,6 @@ def describe(figures: Mapping[str, float]) -> str:
     words = []
     for name, value in figures.items():
         short = name.removesuffix("_accuracy").replace("_", " ")
-        words.append(f"{short} {100 * value:.1f} %" if name.endswith("accuracy") else f"{short} {value:.4g}")
+        figure = f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.4g}"
+        words.append(f"{short} {figure}")
     return "  ".join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class JsonLines:
 
     def append(self, *records: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+            file.write("".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records).encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -58,6 +59,11 @@ class JsonLines:
         """Keep the first ``lines`` lines."""
         if self.path.exists():
             self.truncate(sum(map(len, self.path.read_bytes().splitlines(keepends=True)[:lines])))
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: null stands for both."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 @dataclass(frozen=True)

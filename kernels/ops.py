@@ -59,7 +59,7 @@ def ibp_linear(
         scale, shift: (H,) or None, applied after the layer (a folded batch norm).
         relu: whether max(., 0) follows.
     Returns:
-        (center, radius), each (B, *, H); exact per output for an input box (arXiv 1810.12715, eq. 6).
+        (center, radius), each (B, *, H); exact per output for an input box (Gowal et al., arXiv 1810.12715).
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, naming the argument.
     """
@@ -115,7 +115,7 @@ def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | N
     """Lower bounds of all margins z_y - z_j of the logits z = W x + b: last-layer elision.
 
     Merging the specification into the last layer uses |w_y - w_j| <= |w_y| + |w_j|, so the result is never
-    below (and mostly above) the difference of the logits' own bounds (arXiv 1810.12715, section 3).
+    below (and mostly above) the difference of the logits' own bounds (arXiv 1810.12715).
 
     Args:
         center, radius: (B, D), the last hidden interval.

@@ -1,7 +1,7 @@
 """Plain torch, as the formulas read: the oracle of every compiled backend, and the fallback.
 
 Notation: an interval is (center, radius) with radius >= 0; lower = center - radius, upper = center + radius.
-Interval arithmetic after Gowal et al., arXiv 1810.12715; last-layer elision ibid., section 3.
+Interval arithmetic after Gowal et al., arXiv 1810.12715, last-layer elision included.
 """
 
 import torch

@@ -43,7 +43,7 @@ class Specification:
 
     def values(self, logits: Tensor) -> Tensor:
         """(B, R) values of the rows at logits (B, K)."""
-        return (self.rows @ logits.unsqueeze(-1)).squeeze(-1) + self.offsets
+        return (self.rows.to(logits.dtype) @ logits.unsqueeze(-1)).squeeze(-1) + self.offsets
 
     def worst(self, values: Tensor) -> Tensor:
         """(B,) > 0 where the specification holds, given row values, or proved where they are lower bounds.

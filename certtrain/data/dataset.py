@@ -58,6 +58,10 @@ class Dataset:
     classes: int
     checksum: str
 
+    def to(self, device: torch.device) -> Dataset:
+        train, validation, test = (split.to(device) for split in (self.train, self.validation, self.test))
+        return Dataset(train, validation, test, self.classes, self.checksum)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image."""

@@ -7,7 +7,7 @@ from .certified import ExpressiveLoss, margin_loss, mix
 
 @dataclass(frozen=True)
 class ExpIbp(ExpressiveLoss):
-    """Exp-IBP: the geometric combination of the two batch means (De Palma et al., arXiv 2305.13991, appendix).
+    """Exp-IBP: the geometric combination of the two batch means (De Palma et al., arXiv 2305.13991).
 
     L_verified^alpha · L_adversarial^(1 - alpha), computed in logarithms: in float32 a cross-entropy is exactly 0
     from a margin of about 17 on, where the power's own derivative is NaN. ``FLOOR`` bounds both losses from below.

@@ -7,7 +7,7 @@ from .certified import ExpressiveLoss, margin_loss, mix
 
 @dataclass(frozen=True)
 class MtlIbp(ExpressiveLoss):
-    """MTL-IBP: the convex combination of the two losses (De Palma et al., arXiv 2305.13991, eq. 7).
+    """MTL-IBP: the convex combination of the two losses (De Palma et al., arXiv 2305.13991).
 
     alpha · L_verified + (1 - alpha) · L_adversarial, each a batch mean.
     """

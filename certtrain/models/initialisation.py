@@ -1,4 +1,4 @@
-"""Shi et al.'s initialisation for training with interval bounds (arXiv 2103.17268, section 3.1)."""
+"""Shi et al.'s initialisation for training with interval bounds (arXiv 2103.17268)."""
 
 import math
 

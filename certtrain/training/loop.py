@@ -59,13 +59,12 @@ def fit(
     Appends one line an epoch to ``metrics.jsonl`` and leaves a checkpoint at the end.
 
     Raises:
-        InputError: the checkpoint is broken or belongs to another architecture; a batch of one sample meets batch norm.
+        InputError: the checkpoint is broken or belongs to another architecture.
         Interrupted: a signal asked to stop; the checkpoint is up to date.
         TrainingStopped: the loss or its gradient was not finite.
     """
     device = dataset.train.labels.device
     loader = Loader(dataset.train, settings.batch_size, settings.augment, seed)
-    _check_last_batch(model, len(dataset.train), settings)
     optimizer = settings.optimiser.build(model)
     specs = loss.declare_state(dataset.shape)
     tensors = {
@@ -154,8 +153,12 @@ def _parts(
     return parts
 
 
-def _check_last_batch(model: nn.Module, samples: int, settings: Training) -> None:
-    """Batch norm cannot normalise one vector: say so before an epoch is spent."""
+def check_batches(model: nn.Module, samples: int, settings: Training) -> None:
+    """Batch norm cannot normalise one vector: say so before an epoch is spent.
+
+    Raises:
+        InputError: the batch size leaves a batch, or a part of one, of a single sample.
+    """
     if not any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
         return
     for size in {min(samples, settings.batch_size), samples % settings.batch_size} - {0}:

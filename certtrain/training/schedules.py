@@ -50,7 +50,7 @@ class Linear(EpsilonSchedule):
 
 @dataclass(frozen=True)
 class Smoothed(EpsilonSchedule):
-    """A power over the first part of the ramp, then straight, value and slope continuous (arXiv 1906.06316's code).
+    """A power over the first part of the ramp, then straight; value and slope are continuous (arXiv 2002.12920).
 
     With the published exponent 4 and middle 0.25, a share p of the ramp gives 256 p^4 / 13 up to p = 1/4 and
     (16 p - 3) / 13 after it.
