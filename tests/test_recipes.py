@@ -10,8 +10,9 @@ import torch
 
 from certtrain.bounds import LinfBall
 from certtrain.data import Arrays, Split
+from certtrain.errors import InputError
 from certtrain.noise import Noise
-from certtrain.pipeline import build_model, train
+from certtrain.pipeline import build_model, load_model, train
 from certtrain.recipe import Config, load_config
 from certtrain.step import Batch, State, Step
 
@@ -79,3 +80,16 @@ def test_your_own_arrays_train(tmp_path):
     config = dataclasses.replace(config, data=Arrays(path=tmp_path / "own.npz", validation=0.25))
     final = train(config, tmp_path / "run", quiet=True).final()
     assert final is not None and final["images"] == 10
+
+
+def test_a_run_is_loaded_again(tmp_path):
+    folder = train(load_config(ROOT / "configs" / "smoke.yaml"), tmp_path / "run", quiet=True)
+    model, config = load_model(folder.path)
+    assert config == load_config(ROOT / "configs" / "smoke.yaml") and not model.training
+    test = config.data.load().test
+    index = torch.arange(100)
+    predictions = model(test.pixels(index)).argmax(1).tolist()
+    assert predictions == [verdict["prediction"] for verdict in folder.verdicts]
+    (folder.path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load_model(folder.path)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from ..losses import Loss
 from ..noise import Noise, key_of
 from ..progress import Progress, describe
 from ..run_folder import RunFolder
-from ..step import Batch, State, StateSpec, Step
+from ..step import Batch, State, Step
 from . import checkpoint
 from .evaluation import evaluate
-from .interruption import StopRequest
+from .interruption import Interrupted, StopRequest
 from .settings import Training
 from .update import NonFinite
 
@@ -76,7 +76,7 @@ def fit(
     folder.metrics.truncate(position.metrics_bytes)
 
     steps = settings.epochs * len(loader)
-    saved = started = time.monotonic()
+    started = saved = time.monotonic()
     before = position.seconds
     model.train()
     with Progress("training", steps, done=position.step, quiet=quiet) as progress:
@@ -85,72 +85,70 @@ def fit(
                 group["lr"] = settings.learning_rate(epoch)
             for batch in loader.epoch(epoch, start=position.batch):
                 torch.manual_seed(key_of(seed, "torch", position.step))  # for layers such as dropout
-                step = _step(ball, settings, seed, position.step, len(loader), device)
-                parts = _parts(batch, step, settings.accumulate, seed, position.step, tensors, specs)
+                epsilon = settings.epsilon(ball.epsilon, position.step, len(loader))
+                step = _step(ball, epsilon, settings, seed, position.step, len(loader), batch, State(tensors, specs))
                 try:
-                    figures = settings.update(model, optimizer, loss, parts, settings.clip)
+                    figures = settings.update(model, optimizer, loss, _split(batch, step, settings), settings.clip)
                 except NonFinite as error:
                     raise TrainingStopped(_stopped(position, error, folder)) from error
                 sums.add(figures, len(batch))
-                epsilon = float(step.epsilon)
                 position.batch, position.step = position.batch + 1, position.step + 1
-                progress.advance(1, {**{k: figures[k] for k in SHOWN if k in figures}, "epsilon": epsilon})
+                progress.advance(1, {**{name: figures[name] for name in SHOWN if name in figures}, "epsilon": epsilon})
+
                 if position.batch == len(loader):
-                    line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "epsilon": epsilon,
-                            "learning_rate": settings.learning_rate(epoch), **sums.means()}  # fmt: skip
+                    rate = settings.learning_rate(epoch)
+                    line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "learning_rate": rate}
+                    line |= {**sums.means(), "epsilon": epsilon}
                     if len(dataset.validation):
                         line |= evaluate(model, dataset.validation, ball)
-                    position.seconds = before + time.monotonic() - started
-                    folder.metrics.append({**line, "seconds": round(position.seconds, 3)})
+                    line["seconds"] = round(before + time.monotonic() - started, 3)
+                    folder.metrics.append(line)
+                    progress.line(_said(line, settings.epochs))
                     position.epoch, position.batch, position.metrics_bytes = epoch + 1, 0, folder.metrics.size()
                     sums = _Means()
-                    shown = {key: line[key] for key in (*SHOWN, "epsilon", *line) if key in line
-                             and (key in SHOWN or key == "epsilon" or key.startswith("validation"))}  # fmt: skip
-                    progress.line(f"epoch {epoch + 1}/{settings.epochs}  {describe(shown)}  {position.seconds:.0f} s")
-                now = time.monotonic()
-                if position.step == steps or stop.signal or now - saved >= settings.checkpoint_seconds:
-                    position.seconds = before + now - started
+
+                asked, now = stop.signal, time.monotonic()
+                if asked or position.step == steps or now - saved >= settings.checkpoint_seconds:
+                    position.seconds, saved = before + now - started, now
                     _save(folder, position, sums, model, optimizer, tensors)
-                    saved = now
-                stop.raise_if_asked()
+                if asked:
+                    raise Interrupted(asked)
 
 
 def _step(
-    ball: PerturbationSet, settings: Training, seed: int, step: int, steps_per_epoch: int, device: torch.device
-) -> Step:
-    fraction = settings.schedule.fraction(step, steps_per_epoch)
-    largest = ball.epsilon * settings.epsilon_multiplier
-    epsilon = torch.tensor(fraction * largest, device=device)
+    ball: PerturbationSet, epsilon: float, settings: Training, seed: int, number: int, steps_per_epoch: int,
+    batch: Batch, state: State,
+) -> Step:  # fmt: skip
+    device = batch.labels.device
+    radius = torch.tensor(epsilon, device=device)
     return Step(
-        ball=ball.with_epsilon(epsilon),
-        epsilon=epsilon,
-        epsilon_max=torch.tensor(largest, device=device),
-        progress=step / (settings.epochs * steps_per_epoch),
-        noise=Noise(key_of(seed, "noise", step), torch.arange(0, device=device)),
-        ramp=settings.schedule.done(step, steps_per_epoch),
-        clean=fraction * largest == 0,
+        ball=ball.with_epsilon(radius),
+        epsilon=radius,
+        epsilon_max=torch.tensor(ball.epsilon * settings.epsilon_multiplier, device=device),
+        progress=number / (settings.epochs * steps_per_epoch),
+        noise=Noise(key_of(seed, "noise", number), torch.arange(len(batch), device=device)),
+        state=state,
+        ramp=settings.schedule.done(number, steps_per_epoch),
+        clean=epsilon == 0,
     )
 
 
-def _parts(
-    batch: Batch,
-    step: Step,
-    count: int,
-    seed: int,
-    number: int,
-    tensors: dict[str, Tensor],
-    specs: Mapping[str, StateSpec],
-) -> list[tuple[Batch, Step]]:
-    """The batch in at most ``count`` parts, each with the noise and the state of its positions."""
-    size = math.ceil(len(batch) / count)
+def _split(batch: Batch, step: Step, settings: Training) -> list[tuple[Batch, Step]]:
+    """The batch in at most ``accumulate`` parts, each with the noise and the state of its positions."""
+    size = math.ceil(len(batch) / settings.accumulate)
     parts = []
     for first in range(0, len(batch), size):
-        part = batch.part(slice(first, first + size))
-        positions = torch.arange(first, first + len(part), device=batch.labels.device)
-        noise = Noise(key_of(seed, "noise", number), positions)
-        state = State(tensors, specs, first)
-        parts.append((part, replace(step, noise=noise, state=state)))
+        rows = slice(first, first + size)
+        noise = replace(step.noise, positions=step.noise.positions[rows])
+        parts.append((batch.part(rows), replace(step, noise=noise, state=replace(step.state, offset=first))))
     return parts
+
+
+def _said(line: dict[str, Any], epochs: int) -> str:
+    """An epoch's line where the output is not a terminal."""
+    shown = {name: line[name] for name in (*SHOWN, "epsilon") if name in line}
+    shown |= {name: value for name, value in line.items() if name.startswith("validation")}
+    return f"epoch {line['epoch']}/{epochs}  {describe(shown)}  {line['seconds']:.0f} s"
 
 
 def check_batches(model: nn.Module, samples: int, settings: Training) -> None:

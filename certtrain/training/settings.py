@@ -106,3 +106,7 @@ class Training:
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of a 0-based epoch."""
         return self.optimiser.lr * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
+
+    def epsilon(self, largest: float, step: int, steps_per_epoch: int) -> float:
+        """The radius of a 0-based step, where ``largest`` is the recipe's own."""
+        return self.schedule.fraction(step, steps_per_epoch) * self.epsilon_multiplier * largest
