@@ -21,6 +21,7 @@ from .data import Dataset
 from .errors import InputError
 from .models import initialise_for_ibp
 from .noise import key_of
+from .precision import full_float32
 from .progress import Progress, describe
 from .recipe import Config, load_config
 from .run_folder import RunFolder, write_atomically
@@ -216,14 +217,11 @@ def _description(config: Config, dataset: Dataset, device: torch.device) -> Mapp
 @contextmanager
 def _surroundings(threads: int):
     """float32 means float32, on the recorded number of threads; the caller's settings and generator come back."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     before = torch.get_num_threads()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if threads:
         torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng():
+        with full_float32(), torch.random.fork_rng():
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
         torch.set_num_threads(before)

@@ -15,6 +15,7 @@ from ..attacks import Attack, Pgd
 from ..bounds import LinfBall, PerturbationSet, forward
 from ..data import Split, in_order
 from ..errors import InputError, check
+from ..precision import full_float32
 from .problem import Problem, Specification, Status, Verdict
 from .stages import AttackStage, CleanStage, IbpStage, Replay, Stage
 
@@ -46,6 +47,7 @@ class Certify:
 
 
 @torch.no_grad()
+@full_float32()
 def run_cascade(problem: Problem, stages: Sequence[Stage]) -> list[Verdict]:
     """The verdicts of a batch of problems, in their order.
 

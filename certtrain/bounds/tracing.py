@@ -269,7 +269,7 @@ def _refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or (
-        node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+        node.op != "call_module" and name.endswith("_") and not name.endswith("__")
     ) or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)  # fmt: skip
     value = _first_operand(node)
     while in_place and isinstance(value, fx.Node):
