@@ -14,6 +14,7 @@ import abc
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ def parse_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("not a number")
     try:
-        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+        number = float(Fraction(re.sub(r"\s*/\s*", "/", value))) if isinstance(value, str) else float(value)
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError("not a number") from error
     if not math.isfinite(number):
@@ -74,7 +75,7 @@ def structure(cls: type, mapping: object, where: str = "") -> Any:
     if issubclass(cls, Component):
         members = cls.members()
         name = values.pop("type", None)
-        if name not in members:
+        if not isinstance(name, str) or name not in members:
             raise InputError(f"{prefix}type: found {name!r}; accepted: {', '.join(members)}")
         cls = members[name]
     hints = typing.get_type_hints(cls)
@@ -116,11 +117,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; accepted: a recipe in YAML, see configs/") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+        raise InputError(f"{path}: cannot be read ({error}); accepted: a recipe in YAML") from error
+    except (yaml.YAMLError, ValueError) as error:  # impossible dates raise a bare ValueError
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise InputError(f"{path}{line}: not valid YAML ({reason}); accepted: a recipe in YAML") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}; accepted: a mapping of sections")
     return content
@@ -132,9 +134,10 @@ def override(mapping: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[s
     A new ``type`` for a component drops the fields of the old type, because they may not exist in the new one.
     """
     merged = _copy(mapping)
-    # types first: "--loss.alpha 0.3 --loss.type MtlIbp" and the reverse order mean the same
-    for path, text in sorted(overrides.items(), key=lambda item: not item[0].endswith("type")):
-        *sections, key = path.split(".")
+    words = [(path.split("."), text) for path, text in overrides.items()]
+    # types first, outer ones before inner: "--loss.alpha 0.3 --loss.type MtlIbp" means the same in whichever order
+    for (*sections, key), text in sorted(words, key=lambda word: (word[0][-1] != "type", len(word[0]))):
+        path = ".".join([*sections, key])
         target = merged
         for section in sections:
             if not isinstance(target.get(section), dict):
@@ -142,7 +145,7 @@ def override(mapping: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[s
             target = target[section]
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # impossible dates raise a bare ValueError
             raise InputError(f"--{path}: found {text!r}; accepted: a value in YAML") from error
         if key == "type" and target.get("type") != value:
             target.clear()
@@ -195,7 +198,7 @@ def _value(kind: Any, value: object, where: str) -> Any:
         if option not in sections:
             try:
                 return _SCALARS.structure(value, option)
-            except (ValueError, TypeError, cattrs.BaseValidationError, cattrs.StructureHandlerNotFoundError):
+            except Exception:  # cattrs raises ValueError, TypeError and families of its own
                 continue
     accepted = " or ".join(_describe(option) for option in options)
     raise InputError(f"{where}: found {value!r}; accepted: {accepted}")
@@ -221,6 +224,12 @@ def _describe(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
+def _as_tuple(value: object, kind: Any) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("not a list")
+    return tuple(_SCALARS.structure(item, typing.get_args(kind)[0]) for item in value)
+
+
 def _exactly(kind: type):
     def hook(value: object, _: type) -> Any:
         if type(value) is not kind:
@@ -232,5 +241,6 @@ def _exactly(kind: type):
 
 _SCALARS = cattrs.Converter()
 _SCALARS.register_structure_hook(float, lambda value, _: parse_number(value))
+_SCALARS.register_structure_hook_func(lambda kind: typing.get_origin(kind) is tuple, _as_tuple)
 for _kind in (int, bool, str):
     _SCALARS.register_structure_hook(_kind, _exactly(_kind))

@@ -57,8 +57,8 @@ class Noise:
         return _mix(rows[:, None] + columns).reshape(len(self.positions), *shape)
 
     def uniform(self, shape: tuple[int, ...], stream: str = "", dtype: torch.dtype = torch.float32) -> Tensor:
-        """(B, *shape) numbers uniform in [0, 1): multiples of 2^-24 (2^-53 in float64)."""
-        digits = 53 if dtype == torch.float64 else 24
+        """(B, *shape) numbers uniform in [0, 1): multiples of 2^-24 in float32, 2^-53 in float64."""
+        digits = 1 - round(math.log2(torch.finfo(dtype).eps))  # what the dtype holds exactly below 1
         return _shift(self._bits(shape, stream), 64 - digits).to(dtype) * 2.0**-digits
 
     def normal(self, shape: tuple[int, ...], stream: str = "", dtype: torch.dtype = torch.float32) -> Tensor:

@@ -72,7 +72,7 @@ class AttackStage:
         ball = problem.region.ball
         candidates = self.attack(problem.network, batch, ball, Step.evaluation(ball, noise)).images
         suspected = ~self._holds(problem, forward(problem.network, candidates).logits)
-        suspected &= ball.contains(problem.region.images, candidates, slack=1e-6)
+        suspected &= ball.contains(problem.region.images, candidates)
         for row in suspected.nonzero().flatten():
             logits = self._replayed(problem, candidates[row])
             suspected[row] = ~self._holds(problem.subset(row[None]), logits[None])[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 import torch
@@ -61,12 +61,15 @@ class Attack(Component):
             model: maps (B, *shape) in [0, 1] to logits (B, K).
             ball: the set around ``batch.images``; ``step.noise`` supplies random numbers.
         """
+        batch = replace(batch, images=batch.images.detach())
         wide = self.allowed(ball)
         if len(batch) == 0:
             return AttackResult(batch.images)
         with _prepared(model, self.attack_mode), torch.enable_grad():
             proposed = self.propose(model, batch, wide, step)
-        images = wide.project(batch.images, proposed.images.detach())
+        proposal = proposed.images.detach()
+        valid = torch.where(proposal.isnan(), batch.images, proposal).clamp(0, 1)
+        images = wide.project(batch.images, valid)
         hull = wide.hull(batch.images)
         return AttackResult(images.clamp(hull.lower, hull.upper), proposed.trace)
 

@@ -119,14 +119,22 @@ class L2Ball(PerturbationSet):
     def project(self, images: Tensor, candidates: Tensor) -> Tensor:
         """Shrink towards the image, then clip. The clip only shrinks entries further, so the result lies in the set;
         it is the nearest point wherever the shrunk candidate is a valid image."""
-        change = candidates - images
+        epsilon = torch.as_tensor(self.epsilon, dtype=torch.float64, device=images.device)
+        change = candidates.double() - images.double()
         length = change.flatten(1).norm(dim=1).reshape(-1, *[1] * (images.ndim - 1))
-        shrink = torch.where(length > self.epsilon, self.epsilon / length.clamp(min=1e-30), 1.0)
-        return (images + change * shrink).clamp(0, 1)
+        outside = length > epsilon
+        change = change * torch.where(outside, epsilon / length.clamp(min=1e-300) * (1 - 1e-12), 1.0)
+        shrunk = (images.double() + change).to(images.dtype)
+        # rounding must not lead out of the ball: entries that it moved away from the image go one step back
+        too_far = (shrunk.double() - images.double()).abs() > change.abs()
+        shrunk = torch.where(too_far, torch.nextafter(shrunk, images), shrunk)
+        return torch.where(outside, shrunk, candidates).clamp(0, 1)
 
     def contains(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
-        change, valid = (candidates - images).flatten(1), ((candidates >= 0) & (candidates <= 1)).flatten(1).all(1)
-        return valid & (change.norm(dim=1) <= self.epsilon * (1 + 1e-6) + slack)
+        change = (candidates.double() - images.double()).flatten(1)
+        valid = ((candidates >= -slack) & (candidates <= 1 + slack)).flatten(1).all(1)
+        epsilon = torch.as_tensor(self.epsilon, dtype=torch.float64, device=images.device)
+        return valid & (change.norm(dim=1) <= epsilon + slack)
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
         """By the Lagrangian dual of the norm constraint, which bounds the minimum from below at *every*

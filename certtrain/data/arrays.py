@@ -23,6 +23,10 @@ class Arrays(Source):
 
     path: Path = Path("data/arrays.npz")
 
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
     def read(self) -> tuple[Split, Split, int]:
         try:
             with np.load(self.path, allow_pickle=False) as file:

@@ -82,6 +82,11 @@ class Source(Component):
     def __post_init__(self) -> None:
         check(0 <= self.validation < 1, "validation", self.validation, "a share in [0, 1)")
 
+    @property
+    def place(self) -> str:
+        """Where the data come from, for messages."""
+        return type(self).__name__
+
     @abstractmethod
     def read(self) -> tuple[Split, Split, int]:
         """(training split, test split, number of classes) as stored.
@@ -98,13 +103,14 @@ class Source(Component):
         """
         train, test, classes = self.read()
         for name, split in (("train", train), ("test", test)):
-            _check(split, classes, f"{type(self).__name__} {name}")
+            _check(split, classes, f"{self.place} {name}")
         if train.images.shape[1:] != test.images.shape[1:]:
             raise InputError(
-                f"{type(self).__name__}: found test images of shape {tuple(test.images.shape[1:])}; "
+                f"{self.place}: found test images of shape {tuple(test.images.shape[1:])}; "
                 f"accepted: that of the training images, {tuple(train.images.shape[1:])}"
             )
         kept, held_out = split_by_class(train.labels, self.validation)
+        check(len(kept), "data.validation", self.validation, "a share that leaves images to train on")
         return Dataset(train.subset(kept), train.subset(held_out), test, classes, _checksum(train, test))
 
 
@@ -123,10 +129,10 @@ def split_by_class(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 def _check(split: Split, classes: int, where: str) -> None:
     images, labels = split.images, split.labels
-    if images.ndim != 4 or len(images) != len(labels) or len(labels) == 0:
+    if images.ndim != 4 or len(images) != len(labels) or images.numel() == 0:
         raise InputError(
             f"{where}: found images of shape {tuple(images.shape)} and {len(labels)} labels; "
-            "accepted: (N, C, H, W) and N labels, N >= 1"
+            "accepted: (N, C, H, W) and N labels, none of them 0"
         )
     wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
     if len(wrong):

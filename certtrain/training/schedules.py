@@ -75,9 +75,8 @@ class Smoothed(EpsilonSchedule):
         bend = int(self.middle * (last - first))
         if step <= first:
             return 0.0
-        slope = bend ** (self.exponent - 1) if bend else 1.0
-        scale = 1 / ((last - first - bend) * self.exponent * slope + bend * slope)
+        whole = bend + self.exponent * (last - first - bend)  # in units in which the power reaches ``bend``
         behind = step - first
         if behind < bend:
-            return scale * behind**self.exponent
-        return scale * slope * (bend + self.exponent * (behind - bend))
+            return bend * (behind / bend) ** self.exponent / whole
+        return (bend + self.exponent * (behind - bend)) / whole

@@ -52,6 +52,11 @@ class Sgd(Optimiser):
     momentum: float = 0.9
     nesterov: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.momentum < 1, "momentum", self.momentum, "a number in [0, 1)")
+        check(self.momentum > 0 or not self.nesterov, "nesterov", self.nesterov, "false where momentum is 0")
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay,
