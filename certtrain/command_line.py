@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from . import __version__
 
@@ -15,12 +16,18 @@ from . import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input, 1 training stopped, 128 + n signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="certtrain", description="Certified training, and the proof.")
+    parser = _Parser(prog="certtrain", description="Certified training, and the proof.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train(commands)
-    options, rest = parser.parse_known_args(words)
-    return _guarded(options, rest)
+    return _guarded(parser, words)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from .errors import InputError
+
+        raise InputError(f"{message}; accepted: see {self.prog} --help")
 
 
 def _add_train(commands) -> None:
@@ -41,15 +48,17 @@ def _add_train(commands) -> None:
     train.set_defaults(run=_train, parser=train)
 
 
-def _guarded(options: argparse.Namespace, rest: list[str]) -> int:
+def _guarded(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Errors that a user can cause become one line on stderr."""
     from .errors import InputError
     from .training import Interrupted, TrainingStopped
 
+    options = argparse.Namespace()
     try:
+        options, rest = parser.parse_known_args(words)
         return options.run(options, rest)
     except (InputError, TrainingStopped, OSError) as error:
-        if options.debug:
+        if "--debug" in words:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingStopped) else 2

@@ -68,12 +68,9 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     folder, description = RunFolder.open(Path(path))
     if folder.final():
         return folder
-    recorded = {**description["config"], "device": device or description["device"].partition(":")[0]}
-    try:
-        config = structure(Config, {**recorded, "threads": description["threads"]})
-    except (InputError, KeyError) as error:
-        raise InputError(f"{folder.run}: {error}") from error
-    where = config.resolved_device()
+    config = _recorded_config(folder, description)
+    where = device or description["device"].partition(":")[0]
+    config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
     with _surroundings(config.threads):
         dataset, model = _prepare(config)
         if dataset.checksum != description["dataset"]["sha256"]:
@@ -81,7 +78,7 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
                 f"data: found images with sha256 {dataset.checksum[:12]}…; accepted: those that the run was started "
                 f"with, {description['dataset']['sha256'][:12]}…"
             )
-        return _go_on(folder, config, dataset, model, where, quiet)
+        return _go_on(folder, config, dataset, model, config.resolved_device(), quiet)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Config]:
@@ -93,11 +90,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, Config]:
         InputError: no run there, no weights in it, or weights of another architecture.
     """
     folder, description = RunFolder.open(Path(path))
-    try:
-        config = structure(Config, description["config"])
-        shape, classes = description["dataset"]["shape"], description["dataset"]["classes"]
-    except (InputError, KeyError) as error:
-        raise InputError(f"{folder.run}: {error}") from error
+    config = _recorded_config(folder, description)
+    shape, classes = description["dataset"]["shape"], description["dataset"]["classes"]
     try:
         weights = safetensors.torch.load_file(folder.model)
     except (OSError, safetensors.SafetensorError) as error:
@@ -105,6 +99,13 @@ def load_model(path: str | Path) -> tuple[nn.Module, Config]:
     model = config.model.build(tuple(shape), classes)
     load_weights(model, weights, folder.model)
     return model.eval(), config
+
+
+def _recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
+    try:
+        return structure(Config, description["config"])
+    except InputError as error:
+        raise InputError(f"{folder.run}: {error}") from error
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:

@@ -44,7 +44,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.name and "/" not in self.name, "name", self.name, "a name without slashes")
-        check(self.threads >= 0, "threads", self.threads, "a whole number >= 0")
+        check(0 <= self.threads <= 1024, "threads", self.threads, "0 to 1024")
 
     def resolved_device(self) -> torch.device:
         """

@@ -51,7 +51,13 @@ class JsonLines:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def truncate(self, size: int) -> None:
-        """Keep the first ``size`` bytes."""
+        """Keep the first ``size`` bytes.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        if self.size() < size:
+            raise InputError(f"{self.path}: found {self.size()} bytes; accepted: the file as written, at least {size}")
         if self.path.exists():
             os.truncate(self.path, size)
 
@@ -64,6 +70,12 @@ class JsonLines:
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: null stands for both."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+DESCRIPTION: dict[str, type] = {
+    "config": dict, "device": str, "threads": int, "dataset.sha256": str, "dataset.shape": list, "dataset.classes": int,
+}  # fmt: skip
+"""What every ``run.json`` holds, among other things."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +138,12 @@ class RunFolder:
             raise InputError(f"{path}: found no run.json; accepted: the folder of a run") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{folder.run}: cannot be read ({error}); accepted: the file as written") from error
-        if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
-            raise InputError(f"{folder.run}: found no 'config' section; accepted: the file as written")
+        for section, kind in DESCRIPTION.items():
+            value: Any = description
+            for key in section.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, kind):
+                raise InputError(f"{folder.run}: {section}: found {value!r}; accepted: the file as written")
         return folder, description
 
     def final(self) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ class Attack(Component):
 def _prepared(model: nn.Module, mode: AttackMode) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode == "batch" else []
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode != "train" else []
     try:
         model.train(mode != "eval")
         for parameter in wanted:

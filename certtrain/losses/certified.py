@@ -86,7 +86,7 @@ class CertifiedLoss(Loss):
             total = total + parts["l1"]
         if self._regularised(step):
             parts["tightness"], parts["balance"] = warmup_regularisers(activity)
-            fading = self.regularisation * (1 - step.epsilon / step.epsilon_max)
+            fading = self.regularisation * (1 - step.epsilon / step.epsilon_max.clamp(min=1e-30))
             total = total + fading * (parts["tightness"] + parts["balance"])
         return LossTerms(total, {name: part.detach() for name, part in parts.items()})
 
@@ -96,7 +96,7 @@ class CertifiedLoss(Loss):
         return compute_margins(model, region, batch.labels, statistics, keep=self._regularised(step))
 
     def _regularised(self, step: Step) -> bool:
-        return self.regularisation > 0 and (step.clean or step.ramp < 1)
+        return self.regularisation > 0 and step.ramp < 1
 
     def _activity(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> Activity:
         if not self._regularised(step):

@@ -30,6 +30,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     """
     try:
         whole = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(whole, dict):
+            raise ValueError(f"found {type(whole).__name__}")
         found = whole["fingerprint"], whole["format"]
         content = whole["content"]
     except Exception as error:  # torch and pickle raise many kinds for a broken file

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import PerturbationSet
+from ..config import unstructure
 from ..data import Dataset, Loader
 from ..errors import InputError
 from ..losses import Loss
@@ -70,9 +71,10 @@ def fit(
     tensors = {
         name: spec.allocate(len(dataset.train), settings.batch_size, device) for name, spec in sorted(specs.items())
     }
+    recipe = checkpoint.fingerprint([unstructure(part) for part in (loss, ball, settings)] + [seed, dataset.checksum])
     position, sums = Position(), _Means()
     if folder.resume.exists():
-        position, sums = _restore(folder, device, model, optimizer, tensors)
+        position, sums = _restore(folder, recipe, device, model, optimizer, tensors)
     folder.metrics.truncate(position.metrics_bytes)
 
     steps = settings.epochs * len(loader)
@@ -110,7 +112,7 @@ def fit(
                 asked, now = stop.signal, time.monotonic()
                 if asked or position.step == steps or now - saved >= settings.checkpoint_seconds:
                     position.seconds, saved = before + now - started, now
-                    _save(folder, position, sums, model, optimizer, tensors)
+                    _save(folder, recipe, position, sums, model, optimizer, tensors)
                 if asked:
                     raise Interrupted(asked)
 
@@ -183,18 +185,23 @@ class _Means:
         return {name: total / count for name, (total, count) in self.sums.items()}
 
 
-def _save(folder: RunFolder, position: Position, sums: _Means, model, optimizer, tensors: dict[str, Tensor]) -> None:
-    content = {"position": vars(position), "sums": sums.sums, "model": model.state_dict(),
+def _save(
+    folder: RunFolder, recipe: str, position: Position, sums: _Means, model: nn.Module,
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
+) -> None:  # fmt: skip
+    content = {"recipe": recipe, "position": vars(position), "sums": sums.sums, "model": model.state_dict(),
                "optimizer": optimizer.state_dict(), "state": tensors}  # fmt: skip
     checkpoint.save(folder.resume, content)
 
 
 def _restore(
-    folder: RunFolder, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer,
+    folder: RunFolder, recipe: str, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer,
     tensors: dict[str, Tensor],
 ) -> tuple[Position, _Means]:  # fmt: skip
     content = checkpoint.load(folder.resume, device)
     checkpoint.load_weights(model, content["model"], folder.resume)
+    if content["recipe"] != recipe:
+        raise InputError(f"{folder.resume}: found the checkpoint of another recipe; accepted: this run's own")
     optimizer.load_state_dict(content["optimizer"])
     for name, tensor in tensors.items():
         tensor.copy_(content["state"][name])

@@ -1,0 +1,333 @@
+"""Bad input: exit code 2, one line that says what, where and what would do, no traceback, and nothing lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from certtrain.command_line import main
+
+TINY = ["--model.type", "Mlp", "--model.hidden", "[8]", "--training.epochs", "2", "--training.milestones", "[]",
+        "--training.schedule.length", "1", "--training.batch_size", "500", "--certify.images", "8"]  # fmt: skip
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["train", *TINY, "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def here(finished, tmp_path, monkeypatch) -> Path:
+    """The working directory: it holds ``run``, a run that was cut short before its last line."""
+    shutil.copytree(finished, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["kind"] == "final"
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def everything_in(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def assert_refused(here: Path, capsys, words: list[str], mentions: list[str]) -> None:
+    before = everything_in(here)
+    assert main(["train", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.endswith("\n") and said.count("\n") == 1
+    assert "Traceback" not in said
+    for mention in [*mentions, "accepted"]:
+        assert mention in said
+    assert everything_in(here) == before
+
+    assert main(["train", *words, "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown and shown.endswith(said)
+    assert everything_in(here) == before
+
+
+WORDS = {
+    "typo in a field": (["--loss.alhpa", "0.1"], ["loss.alhpa", "alpha, attack"]),
+    "unknown section": (["--los.alpha", "0.1"], ["los: ", "loss"]),
+    "unknown option": (["--verbose", "true"], ["verbose", "seed"]),
+    "alpha above 1": (["--loss.alpha", "1.5"], ["loss.alpha: found 1.5", "[0, 1]"]),
+    "alpha is NaN": (["--loss.alpha", ".nan"], ["loss.alpha: found nan"]),
+    "alpha is text": (["--loss.alpha", "much"], ["loss.alpha: found 'much'", "fraction"]),
+    "negative epsilon": (["--perturbation.epsilon", "-0.1"], ["perturbation.epsilon: found -0.1", ">= 0"]),
+    "negative fraction": (["--perturbation.epsilon", "-2/255"], ["perturbation.epsilon: found -0.0078"]),
+    "zero denominator": (["--perturbation.epsilon", "2/0"], ["perturbation.epsilon: found '2/0'", "fraction"]),
+    "infinite epsilon": (["--perturbation.epsilon", ".inf"], ["perturbation.epsilon: found inf"]),
+    "unknown loss": (["--loss.type", "CCIBP"], ["loss.type: found 'CCIBP'", "CcIbp, ExpIbp, Ibp, MtlIbp"]),
+    "a list for a type": (["--loss.type", "[CcIbp]"], ["loss.type: found ['CcIbp']", "CcIbp"]),
+    "unknown choice": (["--loss.bn_mode", "both"], ["loss.bn_mode: found 'both'", "adv, clean"]),
+    "unknown device": (["--device", "gpu"], ["device: found 'gpu'", "auto, cpu, cuda"]),
+    "no section but a word": (["--loss", "CcIbp"], ["loss: found 'CcIbp'"]),
+    "no whole number": (["--training.epochs", "1.5"], ["training.epochs: found 1.5", "whole number"]),
+    "no epochs": (["--training.epochs", "0"], ["training.epochs: found 0"]),
+    "ramp longer than training": (["--training.epochs", "50"], ["training.schedule", "100", "50 epochs"]),
+    "negative milestone": (["--training.milestones", "[-1, 5]"], ["training.milestones: found (-1, 5)"]),
+    "milestones are no list": (["--training.milestones", "5"], ["training.milestones: found 5", "list"]),
+    "negative momentum": (["--training.optimiser.type", "Sgd", "--training.optimiser.momentum", "-1"],
+                          ["training.optimiser.momentum: found -1"]),
+    "Nesterov alone": (["--training.optimiser.type", "Sgd", "--training.optimiser.momentum", "0",
+                        "--training.optimiser.nesterov", "true"], ["training.optimiser.nesterov"]),
+    "a batch of one": (["--training.batch_size", "479"], ["training.batch_size: found 479"]),
+    "value is no YAML": (["--loss.alpha", "[1"], ["--loss.alpha: found '[1'"]),
+    "value is no date": (["--name", "2024-13-45"], ["--name: found '2024-13-45'"]),
+    "model does not fit": (["--model.type", "Cnn7"], ["Cnn7", "8×8", "28×28"]),
+    "stray word": (["train"], ["'train'", "--section.field value"]),
+    "stray word after a value": (["--loss.alpha", "0.1", "0.2"], ["'0.2'"]),
+    "stray word before an option": (["extra", "--seed", "1"], ["'extra'"]),
+    "option without value": (["--loss.alpha"], ["--loss.alpha: found no value"]),
+    "--config without value": (["--config"], ["--config"]),
+    "--out without value": (["--out"], ["--out"]),
+    "missing recipe": (["--config", "none.yaml"], ["none.yaml"]),
+    "recipe is a folder": (["--config", "run"], ["run"]),
+    "missing MNIST": (["--data.type", "Mnist", "--data.root", "nowhere"],
+                      ["nowhere/MNIST/raw/train-images-idx3-ubyte", "--data.download"]),
+    "missing arrays": (["--data.type", "Arrays", "--data.path", "none.npz"], ["none.npz", "train_images"]),
+    "output holds a run": (["--out", "run"], ["run: found a run", "--resume run"]),
+    "output is a file": (["--out", "run/run.json"], ["run/run.json"]),
+    "output below a file": (["--out", "run/run.json/new"], ["run/run.json"]),
+    "resume nothing": (["--resume", "nowhere"], ["nowhere: found no run.json"]),
+    "resume a file": (["--resume", "run/run.json"], ["run/run.json"]),
+    "resume an overridden run": (["--resume", "run", "--loss.alpha", "0.1"], ["--loss.alpha: cannot be changed"]),
+    "resume into another folder": (["--resume", "run", "--out", "new"], ["--out: cannot be changed"]),
+    "resume by another recipe": (["--resume", "run", "--config", "x.yaml"], ["--config: cannot be changed"]),
+    "resume on an unknown device": (["--resume", "run", "--device", "gpu"], ["device: found 'gpu'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "mentions"), WORDS.values(), ids=WORDS)
+def test_bad_words(words, mentions, here, capsys):
+    assert_refused(here, capsys, words, mentions)
+
+
+@NO_CUDA
+@pytest.mark.parametrize(
+    "words", [["--device", "cuda"], ["--resume", "run", "--device", "cuda"]], ids=["new", "resume"]
+)
+def test_no_cuda(words, here, capsys):
+    assert_refused(here, capsys, words, ["device: found 'cuda'", "cpu"])
+
+
+RECIPES = {
+    "typo in a key": ("loss: {type: CcIbp, alhpa: 0.1}\n", ["loss.alhpa", "alpha"]),
+    "typo in a section": ("trainig: {epochs: 5}\n", ["trainig", "training"]),
+    "alpha above 1": ("loss: {type: CcIbp, alpha: 1.5}\n", ["loss.alpha: found 1.5"]),
+    "negative epsilon": ("perturbation: {type: LinfBall, epsilon: -1/255}\n", ["perturbation.epsilon: found -0.0039"]),
+    "zero denominator": ("perturbation: {type: LinfBall, epsilon: 1/0}\n", ["perturbation.epsilon: found '1/0'"]),
+    "unknown loss": ("loss: {type: TRADES}\n", ["loss.type: found 'TRADES'", "CcIbp"]),
+    "unknown choice": ("loss: {attack: {objective: both}}\n", ["loss.attack.objective: found 'both'", "margin"]),
+    "a boolean for a number": ("seed: true\n", ["seed: found True", "whole number"]),
+    "invalid YAML": ("seed: 1\nloss: {alpha: 0.1\n", ["line 3"]),
+    "a tab": ("loss:\n\talpha: 1\n", ["line 2"]),
+    "no date": ("name: 2024-13-45\n", []),
+    "a control character": ("name: \x00\n", []),
+    "an object to construct": ("name: !!python/object/apply:os.mkdir [ran]\n", ["line 1"]),
+    "empty": ("", ["mapping"]),
+    "a list": ("- seed\n", ["found list"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "mentions"), RECIPES.values(), ids=RECIPES)
+def test_bad_recipes(text, mentions, here, capsys):
+    (here / "recipe.yaml").write_text(text)
+    assert_refused(here, capsys, ["--config", "recipe.yaml"], ["recipe.yaml", *mentions])
+
+
+def arrays(**changes) -> dict[str, np.ndarray]:
+    grey = np.linspace(0, 1, 16).reshape(1, 1, 4, 4)
+    good = {"train_images": np.repeat(grey, 6, 0), "train_labels": np.arange(6) % 3,
+            "test_images": np.repeat(grey, 4, 0), "test_labels": np.arange(4) % 3}  # fmt: skip
+    return good | changes
+
+
+def with_pixel(name: str, value: float) -> dict[str, np.ndarray]:
+    made = arrays()
+    made[name] = made[name].copy()
+    made[name][2, 0, 1, 1] = value
+    return made
+
+
+ARRAYS = {
+    "labels above the range": (arrays(test_labels=np.array([0, 1, 2, 7])), ["test", "label 7 at image 3", "0 to 2"]),
+    "negative labels": (arrays(train_labels=np.array([0, 1, 2, 0, -1, 2])), ["train", "label -1 at image 4"]),
+    "pixels above 1": (with_pixel("train_images", 1.5), ["train", "1.5", "0 to 1"]),
+    "pixels below 0": (with_pixel("test_images", -0.25), ["test", "-0.25"]),
+    "pixels of 255": (arrays(train_images=255 * arrays()["train_images"]), ["train", "255"]),
+    "NaN pixel": (with_pixel("train_images", np.nan), ["train", "NaN", "image 2"]),
+    "infinite pixel": (with_pixel("test_images", np.inf), ["test", "inf"]),
+    "float labels": (arrays(train_labels=np.arange(6.0)), ["train_labels: found float64"]),
+    "objects": (arrays(train_labels=np.array([None] * 6)), ["pickle"]),
+    "missing array": ({k: v for k, v in arrays().items() if k != "test_images"}, ["test_images"]),
+    "no images": (arrays(test_images=arrays()["test_images"][:0], test_labels=np.arange(0)), ["test", "0 labels"]),
+}
+
+
+@pytest.mark.parametrize(("content", "mentions"), ARRAYS.values(), ids=ARRAYS)
+def test_bad_arrays(content, mentions, here, capsys):
+    np.savez(here / "mine.npz", **content)
+    words = ["--data.type", "Arrays", "--data.path", "mine.npz", *TINY, "--out", "new"]
+    assert_refused(here, capsys, words, ["mine.npz", *mentions])
+
+
+def test_truncated_arrays(here, capsys):
+    np.savez(here / "mine.npz", **arrays())
+    (here / "mine.npz").write_bytes((here / "mine.npz").read_bytes()[:-100])
+    words = ["--data.type", "Arrays", "--data.path", "mine.npz", *TINY]
+    assert_refused(here, capsys, words, ["mine.npz", "cannot be read"])
+
+
+def test_corrupt_mnist(here, capsys):
+    (here / "data" / "MNIST" / "raw").mkdir(parents=True)
+    (here / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"\x00\x00\x08\x03")
+    assert_refused(here, capsys, ["--data.type", "Mnist"], ["data/MNIST/raw/train-images-idx3-ubyte", "found md5"])
+
+
+def test_an_output_folder_that_holds_something_else(here, capsys):
+    (here / "thesis").mkdir()
+    (here / "thesis" / "chapter.tex").write_text("years of work")
+    assert_refused(here, capsys, [*TINY, "--out", "thesis"], ["thesis: found other files", "--out"])
+
+
+class Malicious:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def flip_a_weight(run: Path) -> None:
+    path = run / "resume.pt"
+    content = torch.load(path, weights_only=True)["content"]
+    whole = bytearray(path.read_bytes())
+    place = whole.find(content["model"]["1.weight"].numpy().tobytes())
+    assert place > 0
+    whole[place + 5] ^= 1
+    path.write_bytes(bytes(whole))
+
+
+def rewrite_checkpoint(change):
+    def tamper(run: Path) -> None:
+        whole = torch.load(run / "resume.pt", weights_only=True)
+        torch.save(change(whole, run), run / "resume.pt")
+
+    return tamper
+
+
+def write(name: str, content: bytes):
+    return lambda run: (run / name).write_bytes(content)
+
+
+def cut(name: str, share: float):
+    def truncate(run: Path) -> None:
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(whole[: int(share * len(whole))])
+
+    return truncate
+
+
+def edit_run(change):
+    def edit(run: Path) -> None:
+        described = json.loads((run / "run.json").read_text())
+        change(described)
+        (run / "run.json").write_text(json.dumps(described))
+
+    return edit
+
+
+CHECKPOINT, RUN = "run/resume.pt", "run/run.json"
+RUNS = {
+    "no run.json": (lambda run: (run / "run.json").unlink(), ["run: found no run.json"]),
+    "run.json is empty": (write("run.json", b""), [RUN]),
+    "run.json is cut": (cut("run.json", 0.5), [RUN]),
+    "run.json is binary": (write("run.json", b"\xff\xfe\x00"), [RUN]),
+    "run.json is a list": (write("run.json", b"[1]"), [RUN]),
+    "run.json without its recipe": (edit_run(lambda d: d.pop("config")), [RUN, "config"]),
+    "run.json without its device": (edit_run(lambda d: d.pop("device")), [RUN, "device"]),
+    "run.json without its threads": (edit_run(lambda d: d.pop("threads")), [RUN, "threads"]),
+    "run.json without its data": (edit_run(lambda d: d.pop("dataset")), [RUN, "dataset"]),
+    "run.json with a bad value": (edit_run(lambda d: d["config"]["loss"].update(alpha=2)), [RUN, "loss.alpha: found"]),
+    "other data": (edit_run(lambda d: d["dataset"].update(sha256="0" * 64)), ["data: found", "sha256", "000000"]),
+    "another architecture": (edit_run(lambda d: d["config"]["model"].update(hidden=[9])),
+                             [CHECKPOINT, "1.weight: found (8, 64)", "(9, 64)"]),
+    "more layers": (edit_run(lambda d: d["config"]["model"].update(hidden=[8, 8])), [CHECKPOINT, "3.weight"]),
+    "a kind of network": (edit_run(lambda d: d["config"].update(model={"type": "SmallCnn"})), [CHECKPOINT, "0.weight"]),
+    "another optimiser": (edit_run(lambda d: d["config"]["training"].update(epochs=3, optimiser={"type": "Sgd"})),
+                          [CHECKPOINT]),
+    "empty checkpoint": (write("resume.pt", b""), [CHECKPOINT]),
+    "truncated checkpoint": (cut("resume.pt", 0.6), [CHECKPOINT]),
+    "checkpoint cut by a byte": (cut("resume.pt", 0.9999), [CHECKPOINT]),
+    "no checkpoint but text": (write("resume.pt", b"hello"), [CHECKPOINT]),
+    "another file of torch": (rewrite_checkpoint(lambda whole, run: torch.zeros(3)), [CHECKPOINT]),
+    "a flipped bit in a weight": (flip_a_weight, [CHECKPOINT, "fingerprint"]),
+    "another format": (rewrite_checkpoint(lambda whole, run: {**whole, "format": 2}), [CHECKPOINT]),
+    "a malicious checkpoint": (rewrite_checkpoint(lambda whole, run: {**whole, "content": Malicious(run / "ran")}),
+                               [CHECKPOINT]),
+    "metrics are no JSON": (write("metrics.jsonl", b"{}\nhello\n{}\n"), ["run/metrics.jsonl, line 2"]),
+    "metrics are shorter than the checkpoint knows": (cut("metrics.jsonl", 0.3), ["run/metrics.jsonl"]),
+    "verdicts are no JSON": (write("verdicts.jsonl", b"hello\n"), ["run/verdicts.jsonl, line 1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "mentions"), RUNS.values(), ids=RUNS)
+def test_resuming_a_damaged_run(damage, mentions, here, capsys):
+    damage(here / "run")
+    assert_refused(here, capsys, ["--resume", "run"], mentions)
+    assert not (here / "run" / "ran").exists()
+
+
+def test_no_flipped_byte_of_a_checkpoint_goes_unnoticed(finished, tmp_path):
+    """Every byte counts or is none of ours: refused in one line, or the very same content."""
+    from certtrain.errors import InputError
+    from certtrain.training import checkpoint
+
+    whole = (finished / "resume.pt").read_bytes()
+    expected = checkpoint.fingerprint(checkpoint.load(finished / "resume.pt", torch.device("cpu")))
+    path, refused = tmp_path / "resume.pt", 0
+    for place in range(0, len(whole), 61):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << place % 8
+        path.write_bytes(bytes(broken))
+        try:
+            assert checkpoint.fingerprint(checkpoint.load(path, torch.device("cpu"))) == expected
+        except InputError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and "accepted" in str(error) and "\n" not in str(error)
+    assert refused > 50
+
+
+def test_the_damaged_run_would_have_gone_on(here, capsys):
+    """The control: undamaged, the same call ends the run."""
+    assert main(["train", "--resume", "run"]) == 0
+    assert json.loads((here / "run" / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "final"
+
+
+EDGES = {
+    "epsilon 0": ["--perturbation.epsilon", "0"],
+    "alpha 0": ["--loss.alpha", "0"],
+    "alpha 1": ["--loss.alpha", "1"],
+    "no ramp": ["--training.schedule.length", "0"],
+    "no stage": ["--certify.stages", "[]"],
+    "a linear model": ["--model.hidden", "[]"],
+    "batch larger than the data": ["--training.batch_size", "5000"],
+    "more images than there are": ["--certify.images", "100000"],
+}
+
+
+@pytest.mark.parametrize("words", EDGES.values(), ids=EDGES)
+def test_values_at_the_edge_of_their_range_are_not_bad(words, here, capsys):
+    assert main(["train", *TINY, *words, "--out", "edge"]) == 0
+    final = json.loads((here / "edge" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["clean_accuracy"] >= final["attacked_accuracy"] >= final["certified_accuracy"] >= 0
+    if words[-2:] == ["--perturbation.epsilon", "0"]:
+        assert final["certified_accuracy"] == final["clean_accuracy"]

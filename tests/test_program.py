@@ -1,0 +1,524 @@
+"""Tracing: what becomes which node, and that everything without a rule is refused by name."""
+
+import copy
+import io
+import operator
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Apply, Residual, small_cnn
+from torch import Tensor, nn
+
+from certtrain.bounds import Interval, UnsupportedNode, compute_bounds, trace
+from certtrain.bounds import program as p
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [type(node).__name__ for node in trace(model).nodes]
+
+
+def images(*shape, count=3):
+    torch.manual_seed(0)
+    return torch.rand(count, *shape, dtype=torch.float64)
+
+
+def assert_bounds_follow(model: nn.Module, x: Tensor):
+    """At a point the bounds are the model's own outputs, for whatever the model is by now."""
+    model = model.double().eval()
+    found = compute_bounds(model, Interval.point(x))
+    if not len(x):  # torch itself takes no x.view(0, -1)
+        assert found.center.shape == found.radius.shape and len(found.center) == 0
+        return
+    torch.testing.assert_close(found.center, model(x.clone()), rtol=1e-12, atol=1e-12)
+    assert (found.radius <= 1e-12).all()
+
+
+def head(function, **attributes):
+    """fc → function → out: ``function(module, y)`` sees the first layer's output."""
+    torch.manual_seed(0)
+    layers = {"fc": nn.Linear(4, 4), "out": nn.Linear(4, 3)}
+    return Apply(lambda m, x: m.out(function(m, m.fc(x))), **layers, **attributes)
+
+
+class TestFusing:
+    def test_layer_norm_and_activation_are_one_node(self):
+        model = small_cnn()
+        nodes = trace(model).nodes
+        assert kinds(model) == ["Input", "Affine", "Reshape", "Affine", "Affine"]
+        assert [node.path for node in nodes[1:]] == ["0", "3", "4", "7"]
+        first, last = nodes[1], nodes[4]
+        assert first.layer is model[0] and first.norm is model[1] and first.activation.kind == "relu"
+        assert last.norm is None and last.activation is None
+
+    def test_what_others_read_is_not_merged(self):
+        """conv's output is read by the norm and by the sum: it must stay visible."""
+        model = Apply(
+            lambda m, x: (lambda y: m.norm(y) + y)(m.conv(x)), conv=nn.Conv2d(2, 2, 1), norm=nn.BatchNorm2d(2)
+        )
+        assert kinds(model) == ["Input", "Affine", "Norm", "Add"]
+        assert_bounds_follow(model, images(2, 3, 3))
+
+    def test_an_output_that_others_read_is_not_merged(self):
+        model = Apply(lambda m, x: (m.fc(x), m.fc(x).relu())[0], fc=nn.Linear(4, 3))
+        assert_bounds_follow(model, images(4))
+
+    def test_the_output_comes_last(self):
+        """Steps after the output that nobody reads change nothing."""
+
+        def function(m, x):
+            y = m.fc(x)
+            m.other(y.relu())
+            return y
+
+        model = Apply(function, fc=nn.Linear(4, 3), other=nn.Linear(3, 2))
+        assert_bounds_follow(model, images(4))
+
+    def test_a_norm_alone_takes_the_activation(self):
+        assert kinds(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())) == ["Input", "Norm"]
+
+    def test_one_activation_and_one_norm_each(self):
+        layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.ReLU(), nn.Tanh()]
+        assert kinds(nn.Sequential(*layers)) == ["Input", "Affine", "Norm", "Activate"]
+
+    def test_dropout_stays_between(self):
+        layers = [nn.Linear(4, 4), nn.Dropout(), nn.ReLU()]
+        assert kinds(nn.Sequential(*layers)) == ["Input", "Affine", "Dropout", "Activate"]
+
+    def test_identity_and_nesting_leave_no_trace(self):
+        inner = nn.Sequential(nn.Identity(), nn.Linear(4, 4), nn.Sequential(nn.Identity(), nn.ReLU()))
+        model = nn.Sequential(nn.Sequential(nn.Sequential(inner)), nn.Linear(4, 2))
+        assert kinds(model) == ["Input", "Affine", "Affine"]
+        assert trace(model).nodes[1].path == "0.0.0.1"
+
+    def test_every_input_comes_first(self):
+        model = nn.Sequential(Residual(Residual(nn.Linear(4, 4), -1)), nn.Linear(4, 2))
+        for position, node in enumerate(trace(model).nodes):
+            assert all(read < position for read in node.inputs)
+
+
+FORMS = {
+    "F.relu": lambda m, x: F.relu(x),
+    "torch.relu": lambda m, x: torch.relu(x),
+    "x.relu()": lambda m, x: x.relu(),
+    "F.relu in place, read once": lambda m, x: F.relu(x, inplace=True),
+    "relu_, read once": lambda m, x: x.relu_(),
+    "F.leaky_relu": lambda m, x: F.leaky_relu(x, 0.3),
+    "F.leaky_relu by name": lambda m, x: F.leaky_relu(x, negative_slope=0.3),
+    "F.leaky_relu default": lambda m, x: F.leaky_relu(x),
+    "torch.sigmoid": lambda m, x: torch.sigmoid(x),
+    "F.tanh": lambda m, x: F.tanh(x),
+    "x + 2": lambda m, x: x + 2,
+    "2 + x": lambda m, x: 2 + x,
+    "x - 2": lambda m, x: x - 2,
+    "1 - x": lambda m, x: 1 - x,
+    "x * 3": lambda m, x: x * 3,
+    "x * -3": lambda m, x: x * -3.0,
+    "-3 * x": lambda m, x: -3.0 * x,
+    "x * 0": lambda m, x: x * 0,
+    "x / -4": lambda m, x: x / -4,
+    "buffer": lambda m, x: (x - m.buffer) / m.buffer,
+    "buffer - x": lambda m, x: m.buffer - x,
+    "parameter": lambda m, x: x * m.parameter + m.parameter,
+    "torch.sub": lambda m, x: torch.sub(x, m.buffer),
+    "x.mul": lambda m, x: x.mul(m.parameter).div(2.5),
+    "x + x": lambda m, x: x + x,
+    "x - relu(x)": lambda m, x: x - F.relu(x),
+    "torch.add": lambda m, x: torch.add(F.relu(x), x),
+    "x += 1, read once": lambda m, x: operator.iadd(x, 1),
+    "view -1": lambda m, x: x.view(x.size(0), -1),
+    "view shape": lambda m, x: x.view(x.shape[0], -1),
+    "view size()": lambda m, x: x.view(x.size()[0], 4),
+    "view list": lambda m, x: x.view([x.shape[0], 2, 2]).flatten(1),
+    "view -1 first": lambda m, x: x.view(-1, 4),
+    "reshape": lambda m, x: x.reshape(x.size(0), 2, -1).reshape(-1, 4),
+    "torch.reshape": lambda m, x: torch.reshape(x, (x.size(0), 4)),
+    "torch.flatten": lambda m, x: torch.flatten(x.view(-1, 2, 2), 1),
+    "flatten by name": lambda m, x: torch.flatten(input=x.view(-1, 2, 1, 2), start_dim=2, end_dim=-1).flatten(1),
+    "contiguous": lambda m, x: x.contiguous(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("count", [0, 1, 4], ids=lambda count: f"batch {count}")
+def test_functional_forms(form, count):
+    torch.manual_seed(0)
+    model = head(FORMS[form], buffer=torch.randn(4), parameter=nn.Parameter(torch.randn(4)))
+    assert_bounds_follow(model, images(4, count=count))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda m, x: F.max_pool2d(x, 2),
+        lambda m, x: F.max_pool2d(x, kernel_size=3, stride=1, padding=1),
+        lambda m, x: F.avg_pool2d(x, 2, 1),
+        lambda m, x: F.avg_pool2d(x, 3, padding=1, count_include_pad=False),
+        lambda m, x: F.adaptive_avg_pool2d(x, 1),
+    ],
+)
+def test_functional_pools(pool):
+    assert_bounds_follow(Apply(lambda m, x: torch.flatten(pool(m, x), 1)), images(2, 4, 4))
+
+
+class TestModules:
+    def test_a_shared_layer_is_two_nodes(self):
+        fc = nn.Linear(4, 4)
+        model = nn.Sequential(fc, nn.ReLU(), fc)
+        assert kinds(model) == ["Input", "Affine", "Affine"]
+        assert_bounds_follow(model, images(4))
+
+    def test_a_shared_activation(self):
+        relu = nn.ReLU()
+        assert_bounds_follow(nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu), images(4))
+
+    @pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(4), nn.Identity()])
+    def test_a_single_layer_is_a_model(self, layer):
+        assert_bounds_follow(layer, images(4))
+        replaced = nn.Sequential(layer)
+        assert_bounds_follow(replaced, images(4))
+
+    def test_a_model_that_does_nothing(self):
+        assert_bounds_follow(Apply(lambda m, x: x), images(4))
+
+    def test_a_subclass_with_the_same_forward_or_none_at_all(self):
+        """Followed or refused, never guessed."""
+
+        class Same(nn.ReLU):
+            pass
+
+        assert_bounds_follow(nn.Sequential(nn.Linear(4, 3), Same()), images(4))
+
+    def test_weights_are_followed(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+        trace(model)
+        nn.init.normal_(model[0].weight)
+        model[2].weight = nn.Parameter(torch.randn(3, 4))
+        assert_bounds_follow(model, images(4))
+
+    def test_a_weight_that_is_computed(self):
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+        trace(model)
+        nn.init.normal_(model[0].parametrizations.weight.original0)
+        assert_bounds_follow(model, images(4))
+
+    def test_tracing_leaves_the_model_as_it_was(self):
+        model = small_cnn().train()
+        model[1].eval()
+        before, names = [m.training for m in model.modules()], set(model.state_dict())
+        trace(model)
+        assert [m.training for m in model.modules()] == before and set(model.state_dict()) == names
+        broken = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)).train()
+        with pytest.raises(UnsupportedNode):
+            trace(broken)
+        assert all(m.training for m in broken.modules())
+
+    def test_traced_once(self):
+        model = small_cnn()
+        assert trace(model) is trace(model)
+
+
+class TestChangedModels:
+    """A program describes the model as it is now: a stale one would bound another network."""
+
+    def model(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
+        trace(model)
+        return model
+
+    def test_a_replaced_layer(self):
+        model = self.model()
+        model[1] = nn.Tanh()
+        assert_bounds_follow(model, images(4))
+
+    def test_a_layer_replaced_deep_inside(self):
+        model = nn.Sequential(self.model(), nn.Linear(4, 2))
+        trace(model)
+        model[0][1] = nn.Sigmoid()
+        assert_bounds_follow(model, images(4))
+
+    def test_a_removed_layer(self):
+        model = self.model()
+        del model[2]
+        assert_bounds_follow(model, images(4))
+
+    def test_an_added_layer(self):
+        model = self.model()
+        model.append(nn.Tanh())
+        assert_bounds_follow(model, images(4))
+
+    def test_an_added_layer_without_weights_deep_inside(self):
+        model = nn.Sequential(self.model(), nn.Linear(4, 2))
+        trace(model)
+        model[0].append(nn.ReLU())
+        assert_bounds_follow(model, images(4))
+
+    def test_a_replaced_module_that_torch_fx_looks_into(self):
+        model = nn.Sequential(nn.Linear(4, 4), Apply(lambda m, x: F.relu(x)))
+        trace(model)
+        model[1] = Apply(lambda m, x: torch.tanh(x))
+        assert_bounds_follow(model, images(4))
+
+    def test_a_replaced_normalisation(self):
+        def normalise(mean):
+            return Apply(lambda m, x: (x - m.mean) / 2, mean=torch.full((4,), mean))
+
+        model = nn.Sequential(normalise(0.1), nn.Linear(4, 4))
+        trace(model)
+        model[0] = normalise(0.9)
+        assert_bounds_follow(model, images(4))
+
+    def test_swapped_layers(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh())
+        trace(model)
+        model[1], model[3] = model[3], model[1]
+        assert_bounds_follow(model, images(4))
+
+    def test_a_changed_slope(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(0.1))
+        trace(model)
+        model[1].negative_slope = 0.9
+        assert_bounds_follow(model, images(4))
+
+    @pytest.mark.parametrize("where", ["layer", "model"])
+    def test_a_hook_that_came_later(self, where):
+        model = self.model()
+        (model[0] if where == "layer" else model).register_forward_hook(lambda module, inputs, output: -output)
+        with pytest.raises(UnsupportedNode, match="hook"):
+            compute_bounds(model, Interval.point(images(4)))
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda m, x: x - m.mean,
+            lambda m, x: x - m.mean.view(1, -1),
+            lambda m, x: x * m.mean.exp(),
+            lambda m, x: x / float(m.mean[0]),
+        ],
+        ids=["as it is", "reshaped", "computed", "as a number"],
+    )
+    @pytest.mark.parametrize("change", ["loaded", "replaced"])
+    def test_a_buffer_with_new_values(self, function, change):
+        """Refused or followed; the values of the moment of tracing are another network's."""
+        model = head(function, mean=torch.full((4,), 0.1)).double()
+        x = images(4)
+        try:
+            assert_bounds_follow(model, x)
+        except UnsupportedNode:
+            return
+        if change == "loaded":
+            model.load_state_dict({**model.state_dict(), "mean": torch.full((4,), 0.9)})
+        else:
+            model.mean = torch.full((4,), 0.9, dtype=torch.float64)
+        assert_bounds_follow(model, x)
+
+    def test_dtype_and_back(self):
+        model = head(lambda m, x: (x - m.mean) / m.mean, mean=torch.rand(4)).float()
+        trace(model)
+        model.double()
+        found = compute_bounds(model, Interval.point(images(4)))
+        assert found.center.dtype == torch.float64
+
+    @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_are_models_of_their_own(self, copier):
+        model = small_cnn()
+        x = images(2, 6, 6)
+        before = compute_bounds(model, Interval.box(x, 0.1))
+        copied = copier(model)
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        found = compute_bounds(copied, Interval.box(x, 0.1))
+        assert torch.equal(found.center, before.center) and torch.equal(found.radius, before.radius)
+        assert trace(copied).nodes[1].layer is copied[0]
+
+    def test_torch_save(self):
+        model, file = small_cnn(), io.BytesIO()
+        trace(model)
+        torch.save(model, file)
+        file.seek(0)
+        assert_bounds_follow(torch.load(file, weights_only=False), images(2, 6, 6))
+
+
+class NegatedLinear(nn.Linear):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def branches(m, x):
+    return x if x.sum() > 0 else -x
+
+
+def two_inputs():
+    class TwoInputs(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    return TwoInputs()
+
+
+REFUSED = {  # model, what the message names
+    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.GELU())), ["GELU", "'1.0'", "Conv2d"]),
+    "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=1)), ["Softmax", "'1'", "Conv2d"]),
+    "F.softmax": (lambda: head(lambda m, x: F.softmax(x, 1)), ["softmax", "Conv2d"]),
+    "max pooling with indices": (lambda: nn.MaxPool2d(2, return_indices=True), ["MaxPool2d"]),
+    "sum": (lambda: head(lambda m, x: x.sum(1)), ["sum", "Conv2d"]),
+    "transpose": (lambda: head(lambda m, x: x.T), ["accepted|supported"]),
+    "product": (lambda: head(lambda m, x: x * F.relu(x)), ["mul", "supported"]),
+    "quotient": (lambda: head(lambda m, x: 1 / x), ["div", "supported"]),
+    "scaled sum": (lambda: head(lambda m, x: torch.add(x, x, alpha=2)), ["add", "accepted"]),
+    "sum into": (lambda: head(lambda m, x: torch.add(x, 1, out=x)), ["add", "accepted"]),
+    "floor": (lambda: head(lambda m, x: torch.div(x, 2, rounding_mode="floor")), ["div", "accepted"]),
+    "branch": (lambda: Apply(branches), ["Apply", "accepted"]),
+    "flatten everything": (lambda: Apply(lambda m, x: torch.flatten(x)), ["flatten", "start_dim", "accepted"]),
+    "flatten from 0": (lambda: nn.Flatten(0), ["Flatten", "supported|accepted"]),
+    "literal batch size": (lambda: Apply(lambda m, x: x.view(3, 4)), ["view", "accepted"]),
+    "batch size in the middle": (lambda: Apply(lambda m, x: x.view(2, x.size(0), 2)), ["view", "accepted"]),
+    "another size as batch size": (lambda: Apply(lambda m, x: x.view(x.size(1), -1)), ["view", "accepted"]),
+    "two unknown sizes": (lambda: Apply(lambda m, x: x.view(-1, -1)), ["view", "accepted"]),
+    "two inputs": (two_inputs, ["y", "one input"]),
+    "two outputs": (lambda: head(lambda m, x: x) and Apply(lambda m, x: (x, x)), ["output", "one tensor"]),
+    "constant output": (lambda: Apply(lambda m, x: m.value, value=nn.Parameter(torch.ones(3))), ["output"]),
+    "other linear": (lambda: nn.Sequential(NegatedLinear(4, 3)), ["supported"]),
+    "other linear alone": (lambda: NegatedLinear(4, 3), ["supported"]),
+    "falling slope": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(-0.1)), ["LeakyReLU", "'1'", "-0.1"]),
+    "steep slope": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(1.5)), ["LeakyReLU", "'1'", "1.5"]),
+    "falling functional slope": (lambda: head(lambda m, x: F.leaky_relu(x, -0.1)), ["LeakyReLU", "-0.1"]),
+    "F.dropout": (lambda: head(lambda m, x: F.dropout(x, 0.5, m.training)), ["dropout", "nn.Dropout"]),
+    "pool of the image's size": (lambda: Apply(lambda m, x: F.avg_pool2d(x, x.size(2))), ["avg_pool2d|size"]),
+    "no running statistics": (
+        lambda: nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), ["batch norm", "accepted"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case):
+    make, names = REFUSED[case]
+    model = make().double().eval()
+    with pytest.raises(UnsupportedNode) as raised:
+        compute_bounds(model, Interval.point(images(2, 2, 2) if "pool" in case else images(4)))
+    for name in names:
+        raised.match(name)
+
+
+def hooked(register, root=False):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    getattr(model if root else model[0], register)(
+        (lambda m, i: (-i[0],)) if "pre" in register else (lambda m, i, o: -o)
+    )
+    return model
+
+
+def override(root):
+    model = nn.Sequential(nn.Linear(4, 4))
+    (model if root else model[0]).forward = lambda x: -x
+    return model
+
+
+def in_place(change, reads=lambda m, x, y: x + y):
+    """``change(m, y)`` alters y in place; ``reads`` looks at the altered one's other names."""
+    layers = {"relu": nn.ReLU(inplace=True), "leaky": nn.LeakyReLU(0.1, inplace=True)}
+    views = {"flat": nn.Flatten(), "same": nn.Identity(), "drop": nn.Dropout()}
+    return head(lambda m, y: reads(m, y, change(m, y)), **layers, **views)
+
+
+def augmented(operation):
+    def change(m, y):
+        namespace = {"y": y, "z": y}
+        exec(f"z {operation} 2", namespace)
+        return namespace["z"]
+
+    return change
+
+
+FOLLOWED_OR_REFUSED = {
+    "forward hook": lambda: hooked("register_forward_hook"),
+    "forward pre-hook": lambda: hooked("register_forward_pre_hook"),
+    "forward hook on the model": lambda: hooked("register_forward_hook", root=True),
+    "forward pre-hook on the model": lambda: hooked("register_forward_pre_hook", root=True),
+    "a layer's own forward": lambda: override(root=False),
+    "the model's own forward": lambda: override(root=True),
+    "x += 2": lambda: in_place(augmented("+=")),
+    "x -= 2": lambda: in_place(augmented("-=")),
+    "x *= 2": lambda: in_place(augmented("*=")),
+    "x /= 2": lambda: in_place(augmented("/=")),
+    "x += 2 through a view": lambda: in_place(lambda m, y: augmented("+=")(m, y.view(y.size(0), -1))),
+    "operator.iadd": lambda: in_place(lambda m, y: operator.iadd(y, 2)),
+    "add_": lambda: in_place(lambda m, y: y.add_(2)),
+    "mul_ through a view": lambda: in_place(lambda m, y: y.view(y.size(0), -1).mul_(2)),
+    "ReLU(inplace=True)": lambda: in_place(lambda m, y: m.relu(y)),
+    "F.relu(inplace=True)": lambda: in_place(lambda m, y: F.relu(y, inplace=True)),
+    "F.relu(inplace) by position": lambda: in_place(lambda m, y: F.relu(y, True)),
+    "relu_": lambda: in_place(lambda m, y: y.relu_()),
+    "torch.relu_": lambda: in_place(lambda m, y: torch.relu_(y)),
+    "F.leaky_relu(inplace=True)": lambda: in_place(lambda m, y: F.leaky_relu(y, 0.1, True)),
+    "nn.LeakyReLU(inplace=True)": lambda: in_place(lambda m, y: m.leaky(y)),
+    "through nn.Flatten": lambda: in_place(lambda m, y: m.relu(m.flat(y))),
+    "through nn.Identity": lambda: in_place(lambda m, y: m.relu(m.same(y))),
+    "through flatten": lambda: in_place(lambda m, y: m.relu(torch.flatten(y, 1))),
+    "through flatten by name": lambda: in_place(lambda m, y: m.relu(torch.flatten(input=y, start_dim=1))),
+    "through reshape": lambda: in_place(lambda m, y: y.reshape(y.size(0), 4).relu_()),
+    "through contiguous": lambda: in_place(lambda m, y: m.relu(y.contiguous())),
+    "through dropout": lambda: in_place(lambda m, y: m.relu(m.drop(y))),
+    "through two of them": lambda: in_place(lambda m, y: m.relu(m.flat(m.same(y.view(-1, 2, 2))))),
+    "result unused": lambda: in_place(lambda m, y: y.relu_(), lambda m, x, y: x),
+    "result of += unused": lambda: in_place(augmented("+="), lambda m, x, y: x),
+    "a view taken before": lambda: head(lambda m, y: (lambda v: y.relu_() + v)(y.view(y.size(0), -1))),
+    "the images": lambda: Apply(lambda m, x: F.relu(m.shift(x)) + x, shift=Apply(lambda m, x: x.sub_(0.5))),
+    "a residual's branch": lambda: nn.Sequential(
+        nn.Linear(4, 4), Residual(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)))
+    ),
+    "a subclass with a forward": lambda: nn.Sequential(NegatedLinear(4, 3)),
+    "+= of fresh values": lambda: Residual(nn.Sequential(nn.Linear(4, 4), Apply(augmented("+=")))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLLOWED_OR_REFUSED)
+def test_followed_or_refused(case):
+    """Value semantics cannot say it, or a hook hides it: bounds of another network must never come out."""
+    model = FOLLOWED_OR_REFUSED[case]().double().eval()
+    x = images(4) - 0.5
+    with torch.no_grad():
+        expected = model(x.clone())
+    try:
+        found = compute_bounds(model, Interval.point(x))
+    except UnsupportedNode as refusal:
+        assert "accepted" in str(refusal) or "supported" in str(refusal)
+    else:
+        torch.testing.assert_close(found.center, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_pool_with_a_negative_divisor():
+    """It turns the ends around: a plain average of radii would be negative."""
+    model = nn.Sequential(nn.AvgPool2d(2, divisor_override=-4), nn.Flatten())
+    x = images(1, 4, 4)
+    try:
+        found = compute_bounds(model, Interval.box(x, 0.1))
+    except UnsupportedNode:
+        return
+    assert (found.radius >= 0).all() and found.contains(model(x), 1e-12).all()
+
+
+def test_a_view_that_merges_the_batch_raises():
+    """x.view(-1, n) keeps the batch only if a sample has n entries: (3, 2, 4) → (6, 4) does not."""
+    model = Apply(lambda m, x: x.view(-1, 4))
+    with pytest.raises((UnsupportedNode, RuntimeError)):
+        compute_bounds(model, Interval.point(images(2, 4)))
+
+
+def test_the_supported_layers_are_what_the_message_says():
+    """Every layer that the message lists is accepted."""
+    layers = {
+        "Linear": nn.Linear(4, 4), "Conv2d": nn.Conv2d(2, 2, 1), "BatchNorm1d/2d": nn.BatchNorm2d(2), "ReLU": nn.ReLU(),
+        "LeakyReLU": nn.LeakyReLU(), "Sigmoid": nn.Sigmoid(), "Tanh": nn.Tanh(), "MaxPool2d": nn.MaxPool2d(2),
+        "AvgPool2d": nn.AvgPool2d(2), "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d(1), "Flatten": nn.Flatten(),
+        "Dropout": nn.Dropout(), "Identity": nn.Identity(),
+    }  # fmt: skip
+    with pytest.raises(UnsupportedNode) as raised:
+        trace(nn.Sequential(nn.Softplus()))
+    named = str(raised.value).split("supported: ")[1].split(", their functional forms")[0].split(", ")
+    assert set(named) == set(layers)
+    for layer in layers.values():
+        assert isinstance(trace(nn.Sequential(layer)).nodes[0], p.Input)
