@@ -46,13 +46,13 @@ def train(
         TrainingStopped: the loss or its gradient was not finite.
         Interrupted: SIGINT or SIGTERM; the run is saved.
     """
-    if not isinstance(config, Config):
-        config = load_config(None if config is None else Path(config))
-    device = config.resolved_device()
-    with _surroundings(config.threads):
-        dataset, model = _prepare(config)
-        folder = RunFolder.create(new_folder(config, out), _description(config, dataset, device))
-        return _go_on(folder, config, dataset, model, device, quiet)
+    recipe = config if isinstance(config, Config) else load_config(None if config is None else Path(config))
+    recipe = structure(Config, unstructure(recipe))  # as resume will read it: checked, and 0 is 0.0
+    device = recipe.resolved_device()
+    with _surroundings(recipe.threads):
+        dataset, model = _prepare(recipe)
+        folder = RunFolder.create(new_folder(recipe, out), _description(recipe, dataset, device))
+        return _go_on(folder, recipe, dataset, model, device, quiet)
 
 
 def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) -> RunFolder:

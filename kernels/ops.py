@@ -6,6 +6,7 @@ and accept any stride and empty batches. float32 and float64 are
 rounded to nearest: the bounds hold up to the layer's own rounding error, which is not added to the radius.
 """
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -19,9 +20,16 @@ def _check_interval(center: Tensor, radius: Tensor) -> None:
         raise TypeError(f"radius: found {radius.dtype}; expected that of center, {center.dtype}")
 
 
-def _check_features(name: str, values: Tensor | None, count: int) -> None:
+def _check_features(name: str, values: Tensor | None, count: int, dtype: torch.dtype) -> None:
     if values is not None and values.shape != (count,):
         raise ValueError(f"{name}: found shape {tuple(values.shape)}; expected ({count},)")
+    if values is not None:
+        _check_dtype(name, values, dtype)
+
+
+def _check_dtype(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    if values.dtype != dtype:
+        raise TypeError(f"{name}: found {values.dtype}; expected {dtype}")
 
 
 def ibp_affine(center: Tensor, radius: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,8 +44,8 @@ def ibp_affine(center: Tensor, radius: Tensor, scale: Tensor, shift: Tensor) -> 
         ValueError, TypeError: shapes or dtypes that do not fit, naming the argument.
     """
     _check_interval(center, radius)
-    _check_features("scale", scale, center.shape[1])
-    _check_features("shift", shift, center.shape[1])
+    _check_features("scale", scale, center.shape[1], center.dtype)
+    _check_features("shift", shift, center.shape[1], center.dtype)
     return reference.ibp_affine(center, radius, scale, shift)
 
 
@@ -66,8 +74,9 @@ def ibp_linear(
     _check_interval(center, radius)
     if weight.ndim != 2 or weight.shape[1] != center.shape[-1]:
         raise ValueError(f"weight: found shape {tuple(weight.shape)}; expected (H, {center.shape[-1]})")
+    _check_dtype("weight", weight, center.dtype)
     for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
-        _check_features(name, values, weight.shape[0])
+        _check_features(name, values, weight.shape[0], center.dtype)
     center, radius = IbpMatmul.apply(center, radius, weight)
     if scale is not None:  # on the outputs: they are far smaller than the weight
         center, radius = center * scale, radius * scale.abs()
@@ -103,8 +112,9 @@ def ibp_conv2d(
             f"weight: found shape {tuple(weight.shape)} with groups={groups}; "
             f"expected (K, {center.shape[1]} / groups, h, w)"
         )
+    _check_dtype("weight", weight, center.dtype)
     for name, values in (("bias", bias), ("scale", scale), ("shift", shift)):
-        _check_features(name, values, weight.shape[0])
+        _check_features(name, values, weight.shape[0], center.dtype)
     center, radius = reference.ibp_conv2d(
         center, radius, weight, bias, stride, padding, dilation, groups, scale=scale, shift=shift
     )
@@ -129,8 +139,9 @@ def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | N
     _check_interval(center, radius)
     if weight.ndim != 2 or center.ndim != 2 or weight.shape[1] != center.shape[1]:
         raise ValueError(f"weight: found shape {tuple(weight.shape)} for center {tuple(center.shape)}; expected (K, D)")
-    _check_features("bias", bias, weight.shape[0])
-    _check_features("labels", labels, center.shape[0])
+    _check_dtype("weight", weight, center.dtype)
+    _check_features("bias", bias, weight.shape[0], center.dtype)
+    _check_features("labels", labels, center.shape[0], torch.int64)
     return reference.ibp_margins(center, radius, weight, bias, labels)
 
 
@@ -147,6 +158,6 @@ def batch_statistics_norm(
         normalised x; mean (C,); biased variance (C,). All three are differentiable in ``x``, which torch's
         fused batch norm does not offer and certified training needs (its bounds use these statistics).
     """
-    _check_features("weight", weight, x.shape[1])
-    _check_features("bias", bias, x.shape[1])
+    _check_features("weight", weight, x.shape[1], x.dtype)
+    _check_features("bias", bias, x.shape[1], x.dtype)
     return reference.batch_statistics_norm(x, weight, bias, eps)

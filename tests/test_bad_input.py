@@ -64,7 +64,7 @@ WORDS = {
     "negative fraction": (["--perturbation.epsilon", "-2/255"], ["perturbation.epsilon: found -0.0078"]),
     "zero denominator": (["--perturbation.epsilon", "2/0"], ["perturbation.epsilon: found '2/0'", "fraction"]),
     "infinite epsilon": (["--perturbation.epsilon", ".inf"], ["perturbation.epsilon: found inf"]),
-    "unknown loss": (["--loss.type", "CCIBP"], ["loss.type: found 'CCIBP'", "CcIbp, ExpIbp, Ibp, MtlIbp"]),
+    "unknown loss": (["--loss.type", "CCIBP"], ["loss.type: found 'CCIBP'", "CcIbp", "ExpIbp", "MtlIbp"]),
     "a list for a type": (["--loss.type", "[CcIbp]"], ["loss.type: found ['CcIbp']", "CcIbp"]),
     "unknown choice": (["--loss.bn_mode", "both"], ["loss.bn_mode: found 'both'", "adv, clean"]),
     "unknown device": (["--device", "gpu"], ["device: found 'gpu'", "auto, cpu, cuda"]),

@@ -99,15 +99,14 @@ def test_resume_is_exact(kind, killed_at, tmp_path, monkeypatch):
     """Killed after any step, with the checkpoint one step behind, and resumed: as if never interrupted."""
     config = tiny(kind)
     expected = results(train(config, tmp_path / "whole", quiet=True))
-
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, checkpoint_seconds=0))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, checkpoint_seconds=0.0))
     done, save = [], loop_module._save
 
-    def save_or_die(folder, position, *rest):
+    def save_or_die(folder, recipe, position, *rest):
         done.append(position.step)
         if position.step == killed_at + 1:
             raise Killed
-        save(folder, position, *rest)
+        save(folder, recipe, position, *rest)
 
     monkeypatch.setattr(loop_module, "_save", save_or_die)
     with pytest.raises(Killed):

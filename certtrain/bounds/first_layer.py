@@ -19,6 +19,12 @@ def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
     scale, shift = _input_map(node, run, images)
     weight, bias = run.weights(node, position)
     layer = node.layer
+    kept = scale.shape[1:] == images.shape[1:] if isinstance(layer, nn.Conv2d) else scale.numel() == images[:1].numel()
+    if not kept and len(images):
+        raise p.UnsupportedNode(
+            f"{type(layer).__name__} at {node.path!r} as the first layer over {type(run.region.ball).__name__}: "
+            f"found an input of shape {tuple(scale.shape[1:])}; accepted: the image's own, {tuple(images.shape[1:])}"
+        )
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise p.UnsupportedNode(

@@ -122,6 +122,8 @@ class _Propagation:
         for position, node in enumerate(nodes[1:], start=1):
             inputs = [values[read] for read in node.inputs]
             if stop_before_last and position == len(nodes) - 1 and self._is_last_linear(node):
+                if self.keep:
+                    self.first = self.first or inputs[0]
                 return inputs[0], self.weights(node, position)
             values[position] = RULES[type(node)](node, position, self, *inputs)
             for read in {read for read in node.inputs if last_use[read] == position}:
@@ -202,7 +204,7 @@ def _norm(node: p.Norm, position: int, run: _Propagation, x: Interval) -> Interv
 
 def _pool(node: p.Pool, position: int, run: _Propagation, x: Interval) -> Interval:
     if node.linear:
-        return x.map(node.function)
+        return Interval(node.function(x.center), node.function(x.radius).abs())  # a divisor may be negative
     return Interval.from_bounds(node.function(x.lower), node.function(x.upper))
 
 

@@ -29,7 +29,8 @@ class PerturbationSet(Component):
 
     def __post_init__(self) -> None:
         if not isinstance(self.epsilon, Tensor):  # looking into a device's tensor would wait for the device
-            check(0 <= self.epsilon < float("inf"), "epsilon", self.epsilon, "a number >= 0, in pixel units of [0, 1]")
+            number = isinstance(self.epsilon, (int, float)) and 0 <= self.epsilon < float("inf")
+            check(number, "epsilon", self.epsilon, "a number >= 0, in pixel units of [0, 1]")
 
     def with_epsilon(self, epsilon: float | Tensor) -> Self:
         """The same kind of set with another radius."""
@@ -144,6 +145,7 @@ class L2Ball(PerturbationSet):
         with torch.no_grad():  # the envelope theorem: no gradient through the multiplier
             # |change| <= |form| / (2 multiplier): at multiplier = |form| / (2 epsilon) the ball is not left
             high = form.norm(dim=2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
+            high = high.clamp(max=torch.finfo(form.dtype).max / 8)
             low = torch.zeros_like(high)
             for _ in range(40):
                 middle = (low + high) / 2

@@ -120,7 +120,7 @@ class Program:
     """Nodes in an order in which every input comes first; the last one is the output."""
 
     nodes: tuple[Node, ...]
-    modules: tuple[tuple[str, nn.Module], ...]
+    signature: object = None  # of the model that it was traced from: see tracing.py
 
     def last_use(self) -> list[int]:
         """For each node the position of the last node that reads it: its value may be dropped afterwards."""

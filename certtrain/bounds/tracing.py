@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import program as p
+from .graph import Tracer, first_operand, refuse_hidden_forward, refuse_shared_mutation, signature
 
 
 def trace(model: nn.Module) -> p.Program:
@@ -23,7 +24,7 @@ def trace(model: nn.Module) -> p.Program:
         UnsupportedNode: an operation without a rule, named with its path in the model.
     """
     program = model.__dict__.get("_certtrain_program")
-    if program is None or any(module is not _find(model, path) for path, module in program.modules):
+    if program is None or program.signature != signature(model):
         training = {module: module.training for module in model.modules()}
         try:
             program = _Tracing(model.eval()).program()
@@ -32,13 +33,6 @@ def trace(model: nn.Module) -> p.Program:
                 module.training = mode
         model.__dict__["_certtrain_program"] = program
     return program
-
-
-def _find(model: nn.Module, path: str) -> nn.Module | None:
-    module: nn.Module | None = model
-    for name in path.split(".") if path else []:
-        module = module._modules.get(name) if module is not None else None
-    return module
 
 
 SUPPORTED = (
@@ -63,13 +57,14 @@ class _Tracing:
         self.model = model
         self.nodes: list[p.Node] = []
         self.values: dict[fx.Node, Any] = {}
-        self.used: list[tuple[str, nn.Module]] = []
 
     def program(self) -> p.Program:
-        tracer = fx.Tracer()
+        refuse_hidden_forward("", self.model)
+        tracer = Tracer()
         # a single layer as the whole model: torch.fx would look inside it
         single = tracer.is_leaf_module(self.model, "") and not isinstance(self.model, nn.Sequential)
         self.root = nn.Sequential(self.model) if single else self.model
+        before = set(vars(self.root))
         try:
             graph = tracer.trace(self.root)
         except Exception as error:  # whatever the model's own forward raises when it meets a proxy
@@ -77,15 +72,18 @@ class _Tracing:
                 f"{type(self.model).__name__}: its forward cannot be traced ({error}); "
                 "accepted: a forward without branches on values"
             ) from error
+        finally:
+            for name in set(vars(self.root)) - before:  # torch.fx leaves tensors that forward makes on the model
+                delattr(self.root, name)
         *steps, output = graph.nodes
         for node in steps:
-            _refuse_shared_mutation(self.root, node)
+            refuse_shared_mutation(self.root, node)
             self.values[node] = self._visit(node)
         value = output.args[0]
         if not isinstance(value, fx.Node) or type(self.values[value]) is not int:
             raise p.UnsupportedNode(f"output: found {value}; accepted: one tensor of logits")
         nodes = p.fuse(self.nodes, self.values[value])
-        return p.Program(nodes, (("", self.model),) if single else tuple(self.used))
+        return p.Program(nodes, signature(self.model))
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -96,6 +94,8 @@ class _Tracing:
             return None
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
+            if name.startswith("_tensor_constant"):
+                raise p.UnsupportedNode("a tensor made inside forward; accepted: buffers, parameters and numbers")
             return _Constant(self.root.get_submodule(owner), name)
         return self._module(node) if node.op == "call_module" else self._function(node)
 
@@ -105,10 +105,8 @@ class _Tracing:
 
     def _module(self, node: fx.Node) -> int:
         path, module = str(node.target), self.root.get_submodule(str(node.target))
-        self.used.append((path, module))
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise p.UnsupportedNode(f"{type(module).__name__} at {path!r} has forward hooks; accepted: none")
-        source = self._position(node, _first_operand(node))
+        refuse_hidden_forward(path, module)
+        source = self._position(node, first_operand(node))
         match module:
             case nn.Linear() | nn.Conv2d():
                 return self._append(p.Affine(path, (source,), module))
@@ -136,7 +134,7 @@ class _Tracing:
 
     def _function(self, node: fx.Node) -> Any:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        first = _first_operand(node)
+        first = first_operand(node)
         value = self.values.get(first) if isinstance(first, fx.Node) else first
         if name == "size" or (name == "getattr" and node.args[1] == "shape"):
             asked = node.args[1:] if name == "size" else ()
@@ -148,9 +146,27 @@ class _Tracing:
             node.op == "call_method" and name.rstrip("_") in ("add", "sub", "mul", "div")
         ):  # fmt: skip
             return self._arithmetic(node, name.rstrip("_").removeprefix("i").removeprefix("true"))
+        if isinstance(value, _Constant) and name in _OF_CONSTANTS:
+            return self._computed(node)
         if name in _FUNCTIONS:
             return _FUNCTIONS[name](self, node, self._position(node, first))
         raise p.UnsupportedNode(f"{name} at {node.name!r} has no bound rule; supported: {SUPPORTED}")
+
+    def _computed(self, node: fx.Node) -> _Constant:
+        """A constant made of constants, computed when it is asked for, because buffers may change."""
+        arguments = [self.values[a] if isinstance(a, fx.Node) else a for a in node.args]
+        if node.kwargs or any(
+            type(a) is int and isinstance(n, fx.Node) for a, n in zip(arguments, node.args, strict=True)
+        ):
+            raise p.UnsupportedNode(f"{node.name!r}: accepted: a constant made of constants alone")
+
+        def compute() -> Any:
+            values = [a.value() if isinstance(a, _Constant) else a for a in arguments]
+            if isinstance(node.target, str):
+                return getattr(values[0], node.target)(*values[1:])
+            return node.target(*values)  # type: ignore[operator]
+
+        return _Constant(compute, computed=True)
 
     def _position(self, node: fx.Node, argument: Any) -> int:
         value = self.values.get(argument) if isinstance(argument, fx.Node) else argument
@@ -166,11 +182,13 @@ class _Tracing:
             raise p.UnsupportedNode(f"LeakyReLU at {path!r}: found slope {slope}; accepted: a slope in [0, 1]")
         return self._activate(path, source, p.Activation("leaky_relu", slope))
 
-    def _arithmetic(self, node: fx.Node, kind: str) -> int:
-        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") or len(node.args) != 2:
+    def _arithmetic(self, node: fx.Node, kind: str) -> Any:
+        if node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"} or len(node.args) != 2:
             raise p.UnsupportedNode(f"{kind} at {node.name!r}: accepted: two operands and no options")
         left, right = (self.values[a] if isinstance(a, fx.Node) else _Constant.number(a) for a in node.args)
         positions = [value for value in (left, right) if type(value) is int]
+        if not positions:
+            return self._computed(node)
         if len(positions) == 2 and kind in ("add", "sub"):
             return self._append(p.Add(node.name, (positions[0], positions[1]), 1.0 if kind == "add" else -1.0))
         constant = right if type(left) is int else left
@@ -187,16 +205,13 @@ class _Tracing:
         return self._append(p.Scale(node.name, (positions[0],), coefficients[kind]))
 
 
-def _first_operand(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
-
-
 @dataclass(frozen=True, eq=False)
 class _Constant:
     """A number, or a tensor looked up where it lives each time (``.to(device)`` replaces buffers)."""
 
     owner: Any
     name: str = ""
+    computed: bool = False
 
     @classmethod
     def number(cls, value: Any) -> _Constant:
@@ -205,6 +220,8 @@ class _Constant:
         return cls(value)
 
     def value(self) -> Any:
+        if self.computed:
+            return self.owner()
         return getattr(self.owner, self.name) if self.name else self.owner
 
 
@@ -242,6 +259,8 @@ def _pool(linear: bool):
         function: Any = node.target
         if keywords.pop("return_indices", False):
             raise p.UnsupportedNode(f"{node.name!r}: max pooling that returns indices has no bound rule")
+        if any(isinstance(option, fx.Node) for option in (*options, *keywords.values())):
+            raise p.UnsupportedNode(f"{node.name!r}: a pool whose size depends on the images; accepted: numbers")
         return tracing._append(p.Pool(node.name, (source,), lambda x: function(x, *options, **keywords), linear))
 
     return rule
@@ -260,29 +279,7 @@ def _functional_dropout(tracing: _Tracing, node: fx.Node, source: int) -> int:
     raise p.UnsupportedNode(f"F.dropout at {node.name!r} freezes its mode when traced; accepted: nn.Dropout")
 
 
-_VIEWS = ("view", "reshape", "flatten", "contiguous")
-
-
-def _refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
-    """An in-place operation changes what *other* readers of its input see; the program would not, so its
-    bounds would be those of another network."""
-    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or (
-        node.op != "call_module" and name.endswith("_") and not name.endswith("__")
-    ) or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)  # fmt: skip
-    value = _first_operand(node)
-    while in_place and isinstance(value, fx.Node):
-        if len(value.users) > 1:
-            raise p.UnsupportedNode(
-                f"{name} at {node.name!r} changes {value.name!r} in place while others read it; accepted: inplace=False"
-            )
-        layer = model.get_submodule(str(value.target)) if value.op == "call_module" else None
-        views = isinstance(layer, (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)) or (
-            getattr(layer, "inplace", False) or getattr(value.target, "__name__", value.target) in _VIEWS
-        )
-        value = value.args[0] if views and value.args else None
-
+_OF_CONSTANTS = ("view", "reshape", "unsqueeze", "squeeze", "getitem", "exp", "sqrt", "reciprocal", "neg")
 
 _FUNCTIONS: dict[str, Callable[[_Tracing, fx.Node, int], int]] = {
     "relu": _activation("relu"),
