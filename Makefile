@@ -8,7 +8,7 @@ train: $(READY)
 	.venv/bin/python scripts/train_ccibp.py
 
 test: $(READY)
-	.venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright

@@ -1,8 +1,13 @@
 """Fixtures that several test files share."""
 
-import pytest
+import os
 
-from certtrain.data import Dataset, Digits
+# one thread for each pytest worker: two workers of two threads on two cores made the suite eight times as slow
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+from certtrain.data import Dataset, Digits  # noqa: E402
 
 
 @pytest.fixture(scope="session")
