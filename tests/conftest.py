@@ -5,9 +5,9 @@ import os
 # one thread for each pytest worker: two workers of two threads on two cores made the suite eight times as slow
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from certtrain.data import Dataset, Digits  # noqa: E402
+from certtrain.data import Dataset, Digits
 
 
 @pytest.fixture(scope="session")
