@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import torch.utils.deterministic
 from torch import nn
 
 from . import __version__
@@ -49,7 +50,7 @@ def train(
     recipe = config if isinstance(config, Config) else load_config(None if config is None else Path(config))
     recipe = structure(Config, unstructure(recipe))  # as resume will read it: checked, and 0 is 0.0
     device = recipe.resolved_device()
-    with _surroundings(recipe.threads):
+    with _surroundings(recipe.threads, device):
         dataset, model = _prepare(recipe)
         folder = RunFolder.create(new_folder(recipe, out), _description(recipe, dataset, device))
         return _go_on(folder, recipe, dataset, model, device, quiet)
@@ -71,14 +72,15 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     config = _recorded_config(folder, description)
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
-    with _surroundings(config.threads):
+    found = config.resolved_device()
+    with _surroundings(config.threads, found):
         dataset, model = _prepare(config)
         if dataset.checksum != description["dataset"]["sha256"]:
             raise InputError(
                 f"data: found images with sha256 {dataset.checksum[:12]}…; accepted: those that the run was started "
                 f"with, {description['dataset']['sha256'][:12]}…"
             )
-        return _go_on(folder, config, dataset, model, config.resolved_device(), quiet)
+        return _go_on(folder, config, dataset, model, found, quiet)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Config]:
@@ -216,13 +218,26 @@ def _description(config: Config, dataset: Dataset, device: torch.device) -> Mapp
 
 
 @contextmanager
-def _surroundings(threads: int):
-    """float32 means float32, on the recorded number of threads; the caller's settings and generator come back."""
+def _surroundings(threads: int, device: torch.device):
+    """The recorded number of threads, float32 that means float32, and on the CPU the same bits in every run.
+
+    Without torch's deterministic algorithms two runs of one seed differ there: with several threads the gradient
+    of an indexed tensor is summed in whatever order the threads arrive (seen with 2 threads). On CUDA they would
+    cost speed and still promise nothing across devices. The caller's settings and generator come back.
+    """
     before = torch.get_num_threads()
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     if threads:
         torch.set_num_threads(threads)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False  # a debugging aid that costs passes over memory
     try:
         with full_float32(), torch.random.fork_rng():
             yield
     finally:
+        memory.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
         torch.set_num_threads(before)

@@ -54,7 +54,8 @@ def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | N
     classes = len(weight)
     others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
     others = others + (others >= labels[:, None])  # j != y, increasing
-    rows = weight[labels][:, None] - weight[others]
+    # embedding, not indexing: the gradient of an index is summed in the threads' order of arrival
+    rows = F.embedding(labels, weight)[:, None] - F.embedding(others, weight)
     lower = torch.einsum("bkd,bd->bk", rows, center) - torch.einsum("bkd,bd->bk", rows.abs(), radius)
     return lower if bias is None else lower + bias[labels][:, None] - bias[others]
 

@@ -247,6 +247,14 @@ def test_the_seed_decides_everything(tmp_path):
     assert first == again and first[0] != other[0]
 
 
+def test_two_threads_give_the_same_bits_every_time(tmp_path):
+    """Batches large enough for torch to split the work: what a racing sum does shows within a few steps."""
+    config = dataclasses.replace(TINY, threads=2, model=SmallCnn(), certify=Certify(images=1))
+    config = with_training(config, batch_size=640, checkpoint_seconds=100.0)
+    weights = {train(config, tmp_path / str(n), quiet=True).model.read_bytes() for n in range(4)}
+    assert len(weights) == 1
+
+
 def test_the_callers_surroundings_come_back(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -254,6 +262,7 @@ def test_the_callers_surroundings_come_back(tmp_path):
     threads = torch.get_num_threads()
     train(dataclasses.replace(TINY, threads=1), tmp_path / "run", quiet=True)
     assert torch.rand(1) == expected and torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_accumulated_gradients_are_those_of_the_batch(tmp_path):
