@@ -1,6 +1,9 @@
-"""Fused bound kernels: interval arithmetic on (center, radius) pairs of tensors, useful on their own.
+"""Fused bound kernels: interval arithmetic, linear relaxation and sparse projection on tensors, useful on their own.
 
-Depends on torch alone and knows tensors, not networks. Installed as ``certtrain.kernels``.
+Depends on torch alone (numba and Triton are imported when they are first used) and knows tensors, not networks.
+An interval is a pair (center, radius) of equal shape, dtype and device with radius >= 0. Ops take any stride and empty
+batches. Bounds hold in the dtype's round-to-nearest arithmetic: its own rounding is not added to the radius.
+Installed as ``certtrain.kernels``.
 """
 
 if __name__ == "kernels":  # imported by its folder's name in a checkout: hand over to the one real module
@@ -8,6 +11,17 @@ if __name__ == "kernels":  # imported by its folder's name in a checkout: hand o
 
     hand_over("kernels")
 else:
-    from .ops import batch_statistics_norm, ibp_affine, ibp_conv2d, ibp_linear, ibp_margins, ibp_relu
+    from . import reference
+    from .checks import check_values
+    from .convolution import ibp_conv2d
+    from .dispatch import available_backends, use_backend
+    from .linear import ibp_linear
+    from .margins import ibp_margins
+    from .pointwise import batch_statistics_norm, ibp_affine, ibp_relu
+    from .relaxation import crown_relu_step
+    from .sparse import sparse_apply, spgd_step, topk_mask
 
-    __all__ = ["batch_statistics_norm", "ibp_affine", "ibp_conv2d", "ibp_linear", "ibp_margins", "ibp_relu"]
+    __all__ = [
+        "available_backends", "batch_statistics_norm", "check_values", "crown_relu_step", "ibp_affine", "ibp_conv2d",
+        "ibp_linear", "ibp_margins", "ibp_relu", "reference", "sparse_apply", "spgd_step", "topk_mask", "use_backend",
+    ]  # fmt: skip

@@ -46,11 +46,22 @@ def test_the_walk_sees_imports():
     assert {"attacks", "bounds"} <= imported_rooms(ROOT / "verifiers" / "cascade.py")
 
 
-def test_kernels_import_torch_alone():
+def test_kernels_import_torch_and_one_compiler_alone():
+    compilers = {"cpu": {"numba", "numpy"}, "gpu": {"triton"}}
     for path in (ROOT / "kernels").rglob("*.py"):
+        allowed = {"torch", *compilers.get(path.parent.name, ()), *sys.stdlib_module_names}
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 0 and "hand_over" not in {a.name for a in node.names}:
-                assert str(node.module).split(".")[0] in ("torch", "collections", "typing", "__future__")
+                assert str(node.module).split(".")[0] in allowed, path
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level <= len(path.relative_to(ROOT).parts) - 1, f"{path} imports of certtrain"
+
+
+def test_importing_the_kernels_imports_no_compiler():
+    code = "import sys, certtrain.kernels; sys.exit(bool({'numba', 'triton.language', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_importing_certtrain_imports_nothing_else():

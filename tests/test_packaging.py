@@ -27,7 +27,7 @@ def test_the_wheel_takes_no_bare_name(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "certtrain/kernels/ops.py" in names and "certtrain/verifiers/cascade.py" in names
+    assert "certtrain/kernels/cpu/selection.py" in names and "certtrain/verifiers/cascade.py" in names
     assert not any(name.startswith(("kernels", "verifiers", "tests", "scripts")) for name in names)
 
     site = tmp_path / "site"
@@ -42,23 +42,23 @@ def test_the_wheel_takes_no_bare_name(tmp_path):
         "print(certtrain.kernels.__file__, certtrain.kernels.ibp_relu.__module__, certify.__module__)"
     )
     said = run(code, site, cwd=tmp_path)
-    assert said.startswith(str(site)) and said.endswith("certtrain.kernels.ops certtrain.verifiers.cascade")
+    assert said.startswith(str(site)) and said.endswith("certtrain.kernels.pointwise certtrain.verifiers.cascade")
 
 
 def test_in_a_checkout_the_folders_are_one_module_with_the_package():
     code = (
-        "import sys, kernels, verifiers, kernels.ops, verifiers.problem\n"
+        "import sys, kernels, verifiers, kernels.linear, verifiers.problem\n"
         "from kernels.reference import ibp_relu\n"
         "import certtrain.kernels, certtrain.verifiers, certtrain.kernels.reference\n"
         "assert kernels is certtrain.kernels and verifiers is certtrain.verifiers\n"
-        "assert kernels.ops is certtrain.kernels.ops and ibp_relu is certtrain.kernels.reference.ibp_relu\n"
+        "assert kernels.linear is certtrain.kernels.linear and ibp_relu is certtrain.kernels.reference.ibp_relu\n"
         "assert verifiers.Verdict is certtrain.verifiers.Verdict and verifiers.problem.Verdict is verifiers.Verdict\n"
-        "assert kernels.ops.__spec__.name == 'certtrain.kernels.ops'\n"
+        "assert kernels.linear.__spec__.name == 'certtrain.kernels.linear'\n"
         "print('one')"
     )
     assert run(code, ROOT, cwd=ROOT) == "one"
     reverse = (
-        "import certtrain.kernels.ops as a, kernels.ops as b, certtrain.kernels as c, kernels as d\n"
+        "import certtrain.kernels.linear as a, kernels.linear as b, certtrain.kernels as c, kernels as d\n"
         "print(a is b and c is d)"
     )
     assert run(reverse, ROOT, cwd=ROOT) == "True"

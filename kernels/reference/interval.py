@@ -1,7 +1,6 @@
-"""Plain torch, as the formulas read: the oracle of every compiled backend, and the fallback.
+"""Interval arithmetic (Gowal et al., arXiv 1810.12715, last-layer elision included).
 
 Notation: an interval is (center, radius) with radius >= 0; lower = center - radius, upper = center + radius.
-Interval arithmetic after Gowal et al., arXiv 1810.12715, last-layer elision included.
 """
 
 import torch
@@ -14,9 +13,12 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 2))
 
 
-def ibp_affine(center: Tensor, radius: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def ibp_affine(
+    center: Tensor, radius: Tensor, scale: Tensor, shift: Tensor, *, relu: bool = False
+) -> tuple[Tensor, Tensor]:
     scale, shift = per_channel(scale, center), per_channel(shift, center)
-    return center * scale + shift, radius * scale.abs()
+    center, radius = center * scale + shift, radius * scale.abs()
+    return ibp_relu(center, radius) if relu else (center, radius)
 
 
 def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +26,7 @@ def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     return (upper + lower) / 2, (upper - lower) / 2
 
 
-def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None):
+def fold(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None):
     """The affine map after the layer, folded into its weights: exact for any output channel."""
     if scale is not None:
         weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
@@ -35,7 +37,7 @@ def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Te
 
 
 def ibp_linear(center, radius, weight, bias=None, *, scale=None, shift=None, relu=False):
-    weight, bias = _folded(weight, bias, scale, shift)
+    weight, bias = fold(weight, bias, scale, shift)
     center, radius = F.linear(center, weight, bias), F.linear(radius, weight.abs())
     return ibp_relu(center, radius) if relu else (center, radius)
 
@@ -44,7 +46,7 @@ def ibp_conv2d(
     center, radius, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
     *, scale=None, shift=None, relu=False,
 ):  # fmt: skip
-    weight, bias = _folded(weight, bias, scale, shift)
+    weight, bias = fold(weight, bias, scale, shift)
     center = F.conv2d(center, weight, bias, stride, padding, dilation, groups)
     radius = F.conv2d(radius, weight.abs(), None, stride, padding, dilation, groups)
     return ibp_relu(center, radius) if relu else (center, radius)

@@ -1,0 +1,102 @@
+"""What an op accepts; every error names the argument, what was found and what was expected."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_values = False
+
+
+@contextmanager
+def check_values() -> Iterator[None]:
+    """Also check values, not only shapes and dtypes, while the context lasts: a negative radius raises ValueError.
+
+    Each check waits for the device. The setting holds for the whole process.
+    """
+    global _values
+    before, _values = _values, True
+    try:
+        yield
+    finally:
+        _values = before
+
+
+def interval(center: Tensor, radius: Tensor) -> None:
+    same_as("radius", radius, center, "center")
+    floating("center", center)
+    if radius.shape != center.shape:
+        raise ValueError(f"radius: found shape {tuple(radius.shape)}; expected that of center, {tuple(center.shape)}")
+    if _values and bool((radius < 0).any()):
+        raise ValueError(f"radius: found {float(radius.min()):g}; expected radius >= 0")
+
+
+def floating(name: str, values: Tensor) -> None:
+    if not values.dtype.is_floating_point:
+        raise TypeError(f"{name}: found {values.dtype}; expected a floating-point dtype")
+
+
+def same_as(name: str, values: Tensor, like: Tensor, like_name: str) -> None:
+    """Same dtype and device."""
+    if values.dtype != like.dtype:
+        raise TypeError(f"{name}: found {values.dtype}; expected that of {like_name}, {like.dtype}")
+    same_device(name, values, like, like_name)
+
+
+def same_device(name: str, values: Tensor, like: Tensor, like_name: str) -> None:
+    if values.device != like.device:
+        raise ValueError(f"{name}: found device {values.device}; expected that of {like_name}, {like.device}")
+
+
+def shape(name: str, values: Tensor, expected: tuple[int, ...]) -> None:
+    if values.shape != expected:
+        raise ValueError(f"{name}: found shape {tuple(values.shape)}; expected {expected}")
+
+
+def features(name: str, values: Tensor | None, count: int, like: Tensor, like_name: str = "center") -> None:
+    """One value a feature, or None."""
+    if values is not None:
+        same_as(name, values, like, like_name)
+        shape(name, values, (count,))
+
+
+def parameters(center: Tensor, weight: Tensor, *vectors: Tensor | None) -> None:
+    """A layer's weight, bias, scale and shift; the last three have one value for each of its outputs, or are None."""
+    same_as("weight", weight, center, "center")
+    for name, values in zip(("bias", "scale", "shift"), vectors, strict=True):
+        features(name, values, len(weight), center)
+
+
+def channels(name: str, values: Tensor) -> int:
+    if values.ndim < 2:
+        raise ValueError(f"{name}: found {values.ndim} dimensions; expected (B, C, *spatial)")
+    return values.shape[1]
+
+
+def labels(name: str, values: Tensor, like: Tensor) -> None:
+    if values.dtype != torch.int64:
+        raise TypeError(f"{name}: found {values.dtype}; expected torch.int64")
+    same_device(name, values, like, "center")
+    shape(name, values, (len(like),))
+
+
+def label_values(values: Tensor, classes: int) -> None:
+    """Called inside an op, where tensors are real. On a GPU under ``check_values`` only: it waits for the device."""
+    if len(values) and (_values or values.device.type == "cpu"):
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels: found {low if low < 0 else high}; expected 0 to {classes - 1}")
+
+
+def budget(k: int | Tensor, rows: Tensor, rows_name: str) -> None:
+    """k: one int for all rows, or an int64 tensor with one for each (clamped to [0, N] when it is used)."""
+    if isinstance(k, Tensor):
+        if k.dtype != torch.int64:
+            raise TypeError(f"k: found {k.dtype}; expected an int or torch.int64")
+        same_device("k", k, rows, rows_name)
+        shape("k", k, (len(rows),))
+    elif isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: found {type(k).__name__}; expected an int or an int64 tensor")
+    elif k < 0:
+        raise ValueError(f"k: found {k}; expected k >= 0")

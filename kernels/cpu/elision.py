@@ -1,0 +1,80 @@
+"""Margins: sum over d of |w_y - w_j| r taken where it is needed, with two weight rows and an image's row in cache."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .threads import array, jit, run
+
+TILE = 16
+"""Classes that stay in cache while the images of a thread pass by: 16 × 512 float32 are 32 KiB."""
+
+
+@jit(reassociate=True)
+def _forward(first, last, center, radius, weight, bias, labels, out, zero):
+    """Items are images."""
+    classes, tile = weight.shape[0], 16
+    for start in range(0, classes, tile):
+        for image in range(first, last):
+            label = labels[image]
+            own, c, r = weight[label], center[image], radius[image]
+            for j in range(start, min(start + tile, classes)):
+                if j != label:
+                    other, total = weight[j], zero
+                    for d in range(own.shape[0]):
+                        difference = own[d] - other[d]
+                        total += difference * c[d] - abs(difference) * r[d]
+                    out[image, j - (j > label)] = total + (bias[label] - bias[j])
+
+
+@jit
+def _to_radius(first, last, grad, weight, labels, for_radius, signs):
+    """Items are images. ``signs`` gets the sum over j of grad sign(w_y - w_j): times -radius, what w_y is due."""
+    for image in range(first, last):
+        label = labels[image]
+        own, to, onto = weight[label], for_radius[image], signs[image]
+        for j in range(weight.shape[0]):
+            if j != label:
+                other, g = weight[j], grad[image, j - (j > label)]
+                for d in range(own.shape[0]):
+                    difference = own[d] - other[d]
+                    to[d] -= g * abs(difference)
+                    onto[d] += g if difference > 0 else -g if difference < 0 else g * 0
+
+
+@jit
+def _to_weight(first, last, grad, radius, weight, labels, signs, for_weight):
+    """Items are classes: as another's rival in each image, and as its images' own."""
+    for image in range(labels.shape[0]):
+        label = labels[image]
+        own, r = weight[label], radius[image]
+        if first <= label < last:
+            to, onto = for_weight[label], signs[image]
+            for d in range(r.shape[0]):
+                to[d] -= onto[d] * r[d]
+        for j in range(first, last):
+            if j != label:
+                other, to, g = weight[j], for_weight[j], grad[image, j - (j > label)]
+                for d in range(r.shape[0]):
+                    difference, step = own[d] - other[d], g * r[d]
+                    to[d] += step if difference > 0 else -step if difference < 0 else step * 0
+
+
+def margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    out = center.new_empty(len(center), max(len(weight) - 1, 0))
+    constant = center.new_zeros(len(weight)) if bias is None else bias.detach().contiguous()
+    zero = np.float32(0) if center.dtype == torch.float32 else np.float64(0)
+    arrays = [array(t, *t.shape) for t in (center, radius, weight, constant, labels, out)]
+    run(_forward, len(center), out.numel() * center.shape[1], *arrays, zero)
+    return out
+
+
+def margins_backward(grad: Tensor, radius: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    for_radius, signs, for_weight = torch.zeros_like(radius), torch.zeros_like(radius), torch.zeros_like(weight)
+    work = grad.numel() * radius.shape[1]
+    g, r, w, y, to_r, s, to_w = (
+        array(t, *t.shape) for t in (grad, radius, weight, labels, for_radius, signs, for_weight)
+    )
+    run(_to_radius, len(radius), work, g, w, y, to_r, s)
+    run(_to_weight, len(weight), work, g, r, w, y, s, to_w)
+    return for_radius, for_weight

@@ -1,0 +1,90 @@
+"""One backward step of linear relaxation: each coefficient is read once and written once."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .threads import array, jit, run
+
+BLOCK = 4096
+"""Neurons that make an item of the backward pass, so that one image's many forms share the threads as well."""
+
+
+@jit(reassociate=True)
+def _forward(first, last, coefficients, lower_slope, upper_slope, upper_intercept, upper, through, constants, zero):
+    """Items are forms of images, (B R); lines are (B, R or 1, N)."""
+    forms = coefficients.shape[1]
+    for item in range(first, last):
+        image, form = item // forms, item % forms
+        a, out = coefficients[image, form], through[image, form]
+        low = lower_slope[image, min(form, lower_slope.shape[1] - 1)]
+        up = upper_slope[image, min(form, upper_slope.shape[1] - 1)]
+        intercept = upper_intercept[image, min(form, upper_intercept.shape[1] - 1)]
+        total = zero
+        if upper:
+            for n in range(a.shape[0]):
+                below = a[n] <= zero
+                out[n] = a[n] * (low[n] if below else up[n])
+                total += zero if below else a[n] * intercept[n]
+        else:
+            for n in range(a.shape[0]):
+                below = a[n] >= zero
+                out[n] = a[n] * (low[n] if below else up[n])
+                total += zero if below else a[n] * intercept[n]
+        constants[image, form] = total
+
+
+@jit
+def _backward(
+    first, last, block, grad, grad_bias, coefficients, lower_slope, upper_slope, upper_intercept, upper,
+    to_coefficients, to_lower, to_upper, to_intercept, zero,
+):  # fmt: skip
+    """Items are blocks of neurons of images, so that the sums over forms belong to one thread."""
+    forms, blocks = coefficients.shape[1], (coefficients.shape[2] + block - 1) // block
+    for item in range(first, last):
+        image, start = item // blocks, item % blocks * block
+        part = slice(start, start + block)
+        for form in range(forms):
+            one, two, three = (
+                min(form, lower_slope.shape[1] - 1), min(form, upper_slope.shape[1] - 1),
+                min(form, upper_intercept.shape[1] - 1),
+            )  # fmt: skip
+            a, g, h = coefficients[image, form, part], grad[image, form, part], grad_bias[image, form]
+            low, up = lower_slope[image, one, part], upper_slope[image, two, part]
+            intercept, out = upper_intercept[image, three, part], to_coefficients[image, form, part]
+            onto_low, onto_up = to_lower[image, one, part], to_upper[image, two, part]
+            onto_intercept = to_intercept[image, three, part]
+            for n in range(a.shape[0]):
+                below = a[n] <= zero if upper else a[n] >= zero
+                out[n] = low[n] * g[n] if below else up[n] * g[n] + intercept[n] * h
+                onto_low[n] += a[n] * g[n] if below else zero
+                onto_up[n] += zero if below else a[n] * g[n]
+                onto_intercept[n] += zero if below else a[n] * h
+
+
+def crown(
+    coefficients: Tensor, lower_slope: Tensor, upper_slope: Tensor, upper_intercept: Tensor, upper: bool
+) -> tuple[Tensor, Tensor]:
+    batch, forms, _ = coefficients.shape
+    through, constants = torch.empty_like(coefficients), coefficients.new_zeros(batch, forms)
+    inputs = [array(t, *t.shape) for t in (coefficients, lower_slope, upper_slope, upper_intercept)]
+    outputs = [array(t, *t.shape) for t in (through, constants)]
+    run(_forward, batch * forms, coefficients.numel() * 4, *inputs, upper, *outputs, _zero(coefficients))
+    return through, constants
+
+
+def crown_backward(
+    grad: Tensor, grad_bias: Tensor, coefficients: Tensor, lower_slope: Tensor, upper_slope: Tensor,
+    upper_intercept: Tensor, upper: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = (coefficients, lower_slope, upper_slope, upper_intercept)
+    outputs = (torch.empty_like(coefficients), *(torch.zeros_like(t) for t in inputs[1:]))
+    blocks = len(coefficients) * -(-coefficients.shape[2] // BLOCK)
+    arrays = [array(t, *t.shape) for t in (grad, grad_bias, *inputs)]
+    results = [array(t, *t.shape) for t in outputs]
+    run(_backward, blocks, coefficients.numel() * 8, BLOCK, *arrays, upper, *results, _zero(coefficients))
+    return outputs
+
+
+def _zero(like: Tensor) -> np.floating:
+    return np.float32(0) if like.dtype == torch.float32 else np.float64(0)

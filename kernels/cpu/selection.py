@@ -1,0 +1,111 @@
+"""The k largest entries of a row by bisection on an integer key, one bit of it a round.
+
+Each round counts keys, which vectorises; the number of rounds does not depend on the data, so that no input is slow.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .threads import array, jit, run
+
+
+@jit
+def order_keys(row, keys):
+    """Integers as wide as the row's floats and in their order: -0 as +0, every NaN the greatest."""
+    bits = row.view(keys.dtype)
+    bound = np.empty(2, keys.dtype)  # of the keys' own type: wider ones would halve the lanes
+    bound[0] = np.iinfo(keys.dtype).max
+    greatest = bound[0]
+    width = np.int32(8 * keys.itemsize - 1)
+    for i in range(row.shape[0]):
+        ordered = bits[i] ^ ((bits[i] >> width) & greatest)
+        keys[i] = greatest if row[i] != row[i] else ordered if row[i] != 0 else 0
+
+
+@jit
+def _count(keys, bound):
+    """How many keys are >= bound, in 32 bits: the count of a 64-bit sum vectorises to half the lanes."""
+    found = np.int32(0)
+    for i in range(keys.shape[0]):
+        found = np.int32(found + np.int32(keys[i] >= bound))
+    return found
+
+
+@jit
+def select(keys, k, mask):
+    """Mark the k greatest keys, ties to the lowest index."""
+    k = min(k, keys.shape[0])
+    if k <= 0:
+        mask[:] = 0
+        return
+    low, high = keys[0], keys[0]
+    for i in range(keys.shape[0]):
+        low, high = min(low, keys[i]), max(high, keys[i])
+    bound = np.empty(1, keys.dtype)  # of the keys' own type: a wider one would halve the lanes
+    bound[0] = low
+    at_least = keys.shape[0]  # keys >= low, never fewer than k; fewer than k are > high
+    while low < high and at_least != k:
+        bound[0] = (low | high) - ((low ^ high) >> 1)  # their mean rounded up, without overflow
+        found = _count(keys, bound[0])
+        if found >= k:
+            low, at_least = bound[0], found
+        else:
+            high = bound[0] - 1
+    bound[0] = low
+    least = bound[0]
+    for i in range(keys.shape[0]):
+        mask[i] = keys[i] >= least
+    surplus = at_least - k
+    i = keys.shape[0] - 1
+    while surplus > 0:  # the least key occurs more often than there is room for: drop its last ones
+        if keys[i] == least:
+            mask[i] = 0
+            surplus -= 1
+        i -= 1
+
+
+@jit
+def _masks(first, last, scores, budgets, k, mask, integer):
+    """Items are rows."""
+    keys = np.empty(scores.shape[1], integer.dtype)
+    for row in range(first, last):
+        order_keys(scores[row], keys)
+        select(keys, k if budgets is None else budgets[row], mask[row])
+
+
+@jit
+def _apply(first, last, x, p, mask, out, zero, one):
+    """Items are images."""
+    for row in range(first, last):
+        chosen = mask[row]
+        for channel in range(x.shape[1]):
+            source, change, to = x[row, channel], p[row, channel], out[row, channel]
+            for i in range(chosen.shape[0]):
+                value = source[i] + change[i]
+                value = zero if value < zero else one if value > one else value
+                to[i] = value if chosen[i] else source[i]
+
+
+def topk_mask(scores: Tensor, rows: Tensor | None, k: int) -> Tensor:
+    mask = torch.empty(scores.shape, dtype=torch.uint8)
+    inputs = array(scores, *scores.shape), budgets_of(rows), k
+    run(_masks, len(scores), scores.numel() * 16, *inputs, mask.numpy(), integer_like(scores))
+    return mask
+
+
+def sparse_apply(x: Tensor, p: Tensor, scores: Tensor, rows: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    mask, out = topk_mask(scores, rows, k), torch.empty_like(x)
+    number = np.float32 if x.dtype == torch.float32 else np.float64
+    arrays = [array(t, *t.shape) for t in (x, p, mask, out)]
+    run(_apply, len(x), x.numel() * 4, *arrays, number(0), number(1))
+    return out, mask
+
+
+def budgets_of(rows: Tensor | None) -> np.ndarray | None:
+    return None if rows is None else rows.contiguous().numpy()
+
+
+def integer_like(x: Tensor) -> np.ndarray:
+    """An empty array of the integers as wide as x's floats."""
+    return np.empty(0, np.int32 if x.dtype == torch.float32 else np.int64)

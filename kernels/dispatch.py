@@ -1,0 +1,121 @@
+"""Which backend computes, and why not the others.
+
+The choice is made inside an op, when it runs, so that a compiled graph follows it too. A backend is a module of
+plain functions on tensors (``reference/backend.py`` lists them); it is imported when it is first used.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT = "CERTTRAIN_BACKEND"
+_MODULES = {"gpu": ".gpu", "cpu": ".cpu", "reference": ".reference.backend"}
+_DTYPES = {
+    "gpu": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    "cpu": (torch.float32, torch.float64),
+}
+_chosen: str | None = None
+
+
+def available_backends() -> dict[str, str | None]:
+    """Each backend's name, with None where it is available here and otherwise the reason why it is not.
+
+    ``gpu`` is Triton, ``cpu`` numba, ``reference`` plain torch (any device and dtype).
+    """
+    return {name: _missing(name) for name in _MODULES}
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Make every op use the backend ``name`` while the context lasts; None chooses automatically.
+
+    The choice holds for the whole process, because the backward pass may run in other threads. The environment
+    variable CERTTRAIN_BACKEND sets it from outside. Automatically, CUDA tensors go to ``gpu``, CPU tensors in
+    float32 and float64 to ``cpu``, and what these two cannot take to ``reference``.
+
+    Raises:
+        ValueError: the backend is unknown or not available; the line lists those that are. An op raises it when
+            its tensors are not on the backend's device or of a dtype that it has.
+    """
+    global _chosen
+    _check_choice(name, "use_backend")
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def backend_for(tensor: Tensor) -> ModuleType:
+    """The module whose functions are to work on ``tensor`` and its companions."""
+    name = _chosen or os.environ.get(ENVIRONMENT)
+    if not name:
+        return _load(_automatic(tensor.device.type, tensor.dtype))
+    _check_choice(name, ENVIRONMENT)
+    reason = _refusal(name, tensor.device.type, tensor.dtype)
+    if reason:
+        others = [other for other in _MODULES if not _refusal(other, tensor.device.type, tensor.dtype)]
+        raise ValueError(f"backend {name!r} was asked for: {reason}; accepted for these tensors: {', '.join(others)}")
+    return _load(name)
+
+
+@cache
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    return next(name for name in _MODULES if not _refusal(name, device, dtype) and not _only_by_name(name, device))
+
+
+def _only_by_name(name: str, device: str) -> bool:
+    return name == "gpu" and device != "cuda"  # Triton's interpreter is for tests
+
+
+def _check_choice(name: str | None, where: str) -> None:
+    if name is None:
+        return
+    if name not in _MODULES:
+        raise ValueError(f"{where}: found {name!r}; accepted: {', '.join(_MODULES)}")
+    reason = _missing(name)
+    if reason:
+        others = [other for other in _MODULES if not _missing(other)]
+        raise ValueError(f"{where}: backend {name!r} is not available: {reason}; accepted here: {', '.join(others)}")
+
+
+@cache
+def _missing(name: str) -> str | None:
+    package = {"gpu": "triton", "cpu": "numba"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if name == "gpu" and not interpreting():
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return f"the device has compute capability {torch.cuda.get_device_capability()}; needed: (8, 0) or above"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which needs no GPU (and is slow)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
+    missing = _missing(name)
+    if missing or name == "reference":
+        return missing
+    devices = ("cuda", "cpu") if name == "gpu" and interpreting() else ("cuda",) if name == "gpu" else ("cpu",)
+    if device not in devices:
+        return f"found tensors on {device}"
+    if dtype not in _DTYPES[name]:
+        return f"found {dtype}"
+    return None
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name], __package__)

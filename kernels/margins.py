@@ -1,0 +1,85 @@
+"""Bounds of all margins of a classifier's last layer, without one (K - 1) × D matrix for each image."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .dispatch import backend_for
+from .registration import register
+
+
+def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Lower bounds of all margins z_y - z_j of the logits z = W x + b: last-layer elision.
+
+    Merging the specification into the last layer uses |w_y - w_j| <= |w_y| + |w_j|, so the result is never
+    below (and mostly above) the difference of the logits' own bounds (arXiv 1810.12715). Extra memory, forward and
+    backward, is a few times the output's and the weight's; the ``reference`` backend alone makes (B, K - 1, D) tensors.
+
+    Args:
+        center, radius: (B, D), the last hidden interval; float32 or float64 (on GPU also float16 and bfloat16).
+        weight: (K, D); bias: (K,) or None.
+        labels: (B,) int64 in [0, K). Their values are checked on the CPU, and on a GPU under ``check_values`` only.
+    Returns:
+        (B, K - 1), columns j != y in increasing order. Differentiable once in every tensor but labels; a second
+        derivative raises.
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the argument.
+    """
+    checks.interval(center, radius)
+    if weight.ndim != 2 or center.ndim != 2 or weight.shape[1] != center.shape[1]:
+        raise ValueError(f"weight: found shape {tuple(weight.shape)} for center {tuple(center.shape)}; expected (K, D)")
+    checks.parameters(center, weight, bias, None, None)
+    checks.labels("labels", labels, center)
+    return _margins(center, radius, weight, bias, labels)
+
+
+@torch.library.custom_op("certtrain::ibp_margins", mutates_args=())
+def _margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    checks.label_values(labels, len(weight))
+    center, radius, weight, labels = (t.contiguous() for t in (center, radius, weight, labels))
+    return backend_for(center).margins(center, radius, weight, bias, labels)
+
+
+@torch.library.custom_op("certtrain::ibp_margins_backward", mutates_args=())
+def _margins_backward(
+    grad: Tensor, center: Tensor, radius: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of center, radius, weight and bias. The center's is a product of matrices, with torch."""
+    grad, center, radius, weight, labels = (t.contiguous() for t in (grad, center, radius, weight, labels))
+    for_radius, for_weight = backend_for(center).margins_backward(grad, radius, weight, labels)
+    for_logits = _onto_logits(grad, labels, len(weight))
+    return for_logits @ weight, for_radius, for_weight.addmm_(for_logits.T, center), for_logits.sum(0)
+
+
+def _onto_logits(grad: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The gradient of z = W c + b: the row's sum at y, -grad at the others."""
+    onto = grad.new_zeros(len(grad), classes)
+    others = torch.arange(classes - 1, device=labels.device) + (
+        torch.arange(classes - 1, device=labels.device) >= labels[:, None]
+    )
+    onto.scatter_(1, others, -grad)
+    return onto.scatter_(1, labels[:, None], grad.sum(1, keepdim=True))
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    center, radius, weight, _, labels = inputs
+    ctx.save_for_backward(center, radius, weight, labels)
+
+
+def _gradient(ctx: Any, grad: Tensor):
+    *grads, for_bias = _margins_backward(grad, *ctx.saved_tensors)
+    return *grads, for_bias if ctx.needs_input_grad[3] else None, None
+
+
+register(
+    _margins,
+    fake=lambda center, radius, weight, bias, labels: center.new_empty(len(center), max(len(weight) - 1, 0)),
+    backward=_margins_backward,
+    fake_backward=lambda grad, center, radius, weight, labels: (
+        center.new_empty(center.shape), center.new_empty(center.shape), center.new_empty(weight.shape),
+        center.new_empty(len(weight)),
+    ),
+    save=_save, gradient=_gradient,
+)  # fmt: skip

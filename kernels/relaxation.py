@@ -1,0 +1,105 @@
+"""Backward linear relaxation through an activation layer: CROWN's inner step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .dispatch import backend_for
+from .registration import for_inductor, plain, register
+
+
+def crown_relu_step(
+    coefficients: Tensor, bias: Tensor, lower_slope: Tensor, upper_slope: Tensor, upper_intercept: Tensor,
+    *, upper: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Carry linear bounds of the outputs backward through ReLUs (CROWN, arXiv 1811.00866; alpha-CROWN, 2011.13824).
+
+    Each neuron lies between two lines: ``lower_slope * x <= relu(x) <= upper_slope * x + upper_intercept``. A lower
+    bound takes the lower line where its coefficient is positive and the upper line where it is negative; an upper
+    bound the other way round. LeakyReLU has lines of the same form.
+
+    Args:
+        coefficients: (B, R, *shape), R linear forms of the neurons' outputs for each image; float32 or float64.
+        bias: (B, R), their constants.
+        lower_slope, upper_slope, upper_intercept: (B, *shape), or (B, R, *shape) where each form has lines of its own.
+        upper: whether the forms bound from above.
+    Returns:
+        (coefficients, bias) of the forms before the layer. Sound, up to rounding, wherever the lines are.
+        Differentiable once in every tensor (a coefficient of 0 counts as positive for a lower bound, as negative for
+        an upper one); a second derivative raises.
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the argument.
+    """
+    checks.floating("coefficients", coefficients)
+    if coefficients.ndim < 3:
+        raise ValueError(f"coefficients: found {coefficients.ndim} dimensions; expected (B, R, *shape)")
+    checks.same_as("bias", bias, coefficients, "coefficients")
+    checks.shape("bias", bias, tuple(coefficients.shape[:2]))
+    lines = [
+        _rows(name, line, coefficients)
+        for name, line in (
+            ("lower_slope", lower_slope), ("upper_slope", upper_slope), ("upper_intercept", upper_intercept)
+        )
+    ]  # fmt: skip
+    if for_inductor(coefficients):
+        through, bias = plain(reference.crown_relu_step, coefficients.flatten(2), bias, *lines, upper=upper)
+    else:
+        through, constant = _crown(coefficients.flatten(2), *lines, upper)
+        bias = bias + constant
+    return through.reshape(coefficients.shape), bias
+
+
+def _rows(name: str, line: Tensor, coefficients: Tensor) -> Tensor:
+    """(B, 1 or R, N)."""
+    checks.same_as(name, line, coefficients, "coefficients")
+    batch, _, *rest = coefficients.shape
+    if line.shape == coefficients.shape:
+        return line.flatten(2)
+    if line.shape != (batch, *rest):
+        raise ValueError(
+            f"{name}: found shape {tuple(line.shape)}; expected {(batch, *rest)} or {tuple(coefficients.shape)}"
+        )
+    return line.flatten(1).unsqueeze(1)
+
+
+@torch.library.custom_op("certtrain::crown_relu_step", mutates_args=())
+def _crown(
+    coefficients: Tensor, lower_slope: Tensor, upper_slope: Tensor, upper_intercept: Tensor, upper: bool
+) -> tuple[Tensor, Tensor]:
+    tensors = (t.contiguous() for t in (coefficients, lower_slope, upper_slope, upper_intercept))
+    return backend_for(coefficients).crown(*tensors, upper)
+
+
+@torch.library.custom_op("certtrain::crown_relu_step_backward", mutates_args=())
+def _crown_backward(
+    grad: Tensor, grad_bias: Tensor, coefficients: Tensor, lower_slope: Tensor, upper_slope: Tensor,
+    upper_intercept: Tensor, upper: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (
+        t.contiguous() for t in (grad, grad_bias, coefficients, lower_slope, upper_slope, upper_intercept)
+    )  # fmt: skip
+    return backend_for(coefficients).crown_backward(*tensors, upper)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.upper = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx: Any, grad: Tensor, grad_bias: Tensor):
+    return *_crown_backward(grad, grad_bias, *ctx.saved_tensors, ctx.upper), None
+
+
+register(
+    _crown,
+    fake=lambda coefficients, lower_slope, upper_slope, upper_intercept, upper: (
+        coefficients.new_empty(coefficients.shape), coefficients.new_empty(coefficients.shape[:2]),
+    ),
+    backward=_crown_backward,
+    fake_backward=lambda grad, grad_bias, coefficients, *lines_and_side: (
+        *(t.new_empty(t.shape) for t in (coefficients, *lines_and_side[:3])),
+    ),
+    save=_save, gradient=_gradient,
+)  # fmt: skip

@@ -1,0 +1,169 @@
+"""Top-k pixels: selection in a fixed order, their application to images, and one fused sPGD update.
+
+Order, on every backend: value descending, every NaN equal and greatest, -0 equal to +0, ties to the lowest index.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .dispatch import backend_for
+from .registration import register
+
+
+def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
+    """Mark the k largest entries of each row: exactly min(k, N), in the fixed order above. Never waits for the device.
+
+    Args:
+        scores: (B, *shape), rows of N entries; float64, float32, float16 or bfloat16.
+        k: an int >= 0, or int64 (B,), one for each row (clamped to [0, N]).
+    Returns:
+        uint8 mask of the same shape. Not differentiable (``sparse_apply`` has a straight-through gradient).
+    Raises:
+        ValueError, TypeError: a negative int, or shapes, dtypes or devices that do not fit, naming the argument.
+    """
+    checks.floating("scores", scores)
+    if not scores.ndim:
+        raise ValueError("scores: found 0 dimensions; expected (B, *shape)")
+    checks.budget(k, scores, "scores")
+    return _topk_mask(scores.detach().flatten(1) if scores.ndim > 1 else scores.detach()[:, None], *_split(k)).reshape(
+        scores.shape
+    )
+
+
+def sparse_apply(
+    x: Tensor, p: Tensor, scores: Tensor, k: int | Tensor, *, projected: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Change the k best-scored pixels of each image: clamp(x + p, 0, 1) there, bit-identical x elsewhere.
+
+    Args:
+        x, p: (B, C, *spatial), images in [0, 1] and what to add; float32 or float64 (on GPU also half types).
+        scores: (B, *spatial), one for each pixel, all channels together.
+        k: as in ``topk_mask``.
+        projected: which straight-through gradient p gets, G being that of the result: G where selected (True), or
+            G sigmoid(scores) everywhere. scores get the sum over channels of G p, x gets G.
+    Returns:
+        images (B, C, *spatial) and the uint8 mask (B, *spatial). A second derivative raises.
+    Raises:
+        ValueError, TypeError: as in ``topk_mask``. Source: sPGD, arXiv 2405.05075.
+    """
+    checks.floating("x", x)
+    checks.channels("x", x)
+    pixels = (len(x), *x.shape[2:])
+    for name, values, shape in (("p", p, tuple(x.shape)), ("scores", scores, pixels)):
+        checks.same_as(name, values, x, "x")
+        checks.shape(name, values, shape)
+    checks.budget(k, x, "x")
+    images, mask = _sparse_apply(x.flatten(2), p.flatten(2), scores.reshape(len(x), -1), *_split(k), projected)
+    return images.reshape(x.shape), mask.reshape(pixels)
+
+
+def spgd_step(
+    gradient: Tensor, p: Tensor, m: Tensor, x: Tensor, mask: Tensor, k: int | Tensor,
+    *, alpha: float, beta: float, projected: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """One update of sPGD given the gradient of the loss at the perturbed images (arXiv 2405.05075), in one pass.
+
+    Moves the logits m by beta sqrt(N) along the normalised gradient of the mask (a row whose gradient has a norm that
+    is not finite or below 2e-10 stays), the magnitudes p by alpha along the gradient's sign (NaN takes no step) within
+    [-1, 1] and the image box, and selects anew. Never waits for the device.
+
+    Args:
+        gradient, p, x: (B, C, *spatial); float32 or float64 (on GPU also half types). For single features instead of
+            pixels give (B, 1, N) views.
+        m: (B, *spatial) logits, compared as they are: their sigmoids tie from 17 upward.
+        mask: uint8 (B, *spatial), the selection by the m that is given.
+        k: as in ``topk_mask``. alpha, beta: step sizes. projected: whether only selected pixels move (sPGD_p, sPGD_u).
+    Returns:
+        new p, m, mask, perturbed images, and whether each image's mask changed, bool (B,). Not differentiable.
+    Raises:
+        ValueError, TypeError: as in ``topk_mask``.
+    """
+    checks.floating("x", x)
+    checks.channels("x", x)
+    pixels = (len(x), *x.shape[2:])
+    for name, values, shape in (
+        ("gradient", gradient, tuple(x.shape)), ("p", p, tuple(x.shape)), ("m", m, pixels)
+    ):  # fmt: skip
+        checks.same_as(name, values, x, "x")
+        checks.shape(name, values, shape)
+    if mask.dtype != torch.uint8:
+        raise TypeError(f"mask: found {mask.dtype}; expected torch.uint8")
+    checks.same_device("mask", mask, x, "x")
+    checks.shape("mask", mask, pixels)
+    checks.budget(k, x, "x")
+    rows = len(x)
+    with torch.no_grad():
+        p, m, mask, images, changed = _spgd_step(
+            gradient.flatten(2), p.flatten(2), m.reshape(rows, -1), x.flatten(2), mask.reshape(rows, -1),
+            *_split(k), alpha, beta, projected,
+        )  # fmt: skip
+    return p.reshape(x.shape), m.reshape(pixels), mask.reshape(pixels), images.reshape(x.shape), changed
+
+
+def _split(k: int | Tensor) -> tuple[Tensor | None, int]:
+    return (k, 0) if isinstance(k, Tensor) else (None, k)
+
+
+@torch.library.custom_op("certtrain::topk_mask", mutates_args=())
+def _topk_mask(scores: Tensor, rows: Tensor | None, k: int) -> Tensor:
+    return backend_for(scores).topk_mask(scores.contiguous(), rows, k)
+
+
+register(_topk_mask, fake=lambda scores, rows, k: scores.new_empty(scores.shape, dtype=torch.uint8))
+
+
+@torch.library.custom_op("certtrain::sparse_apply", mutates_args=())
+def _sparse_apply(
+    x: Tensor, p: Tensor, scores: Tensor, rows: Tensor | None, k: int, projected: bool
+) -> tuple[Tensor, Tensor]:
+    return backend_for(x).sparse_apply(x.contiguous(), p.contiguous(), scores.contiguous(), rows, k)
+
+
+@torch.library.custom_op("certtrain::sparse_apply_backward", mutates_args=())
+def _sparse_apply_backward(
+    grad: Tensor, p: Tensor, scores: Tensor, mask: Tensor, projected: bool
+) -> tuple[Tensor, Tensor]:
+    share = mask.to(grad.dtype) if projected else torch.sigmoid(scores)
+    return grad * share[:, None], (grad * p).sum(1)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, p, scores, _, _, ctx.projected = inputs
+    ctx.save_for_backward(p, scores, output[1])
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Tensor):
+    for_p, for_scores = _sparse_apply_backward(grad, *ctx.saved_tensors, ctx.projected)
+    return grad if ctx.needs_input_grad[0] else None, for_p, for_scores, None, None, None
+
+
+register(
+    _sparse_apply,
+    fake=lambda x, p, scores, rows, k, projected: (
+        x.new_empty(x.shape), scores.new_empty(scores.shape, dtype=torch.uint8)
+    ),
+    backward=_sparse_apply_backward,
+    fake_backward=lambda grad, p, scores, mask, projected: (torch.empty_like(grad), grad.new_empty(scores.shape)),
+    save=_save, gradient=_gradient,
+)  # fmt: skip
+
+
+@torch.library.custom_op("certtrain::spgd_step", mutates_args=())
+def _spgd_step(
+    gradient: Tensor, p: Tensor, m: Tensor, x: Tensor, mask: Tensor, rows: Tensor | None, k: int,
+    alpha: float, beta: float, projected: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (t.contiguous() for t in (gradient, p, m, x, mask))
+    return backend_for(x).spgd_step(*tensors, rows, k, alpha, beta, projected)
+
+
+register(
+    _spgd_step,
+    fake=lambda gradient, p, m, x, mask, rows, k, alpha, beta, projected: (
+        p.new_empty(p.shape), m.new_empty(m.shape), mask.new_empty(mask.shape), x.new_empty(x.shape),
+        x.new_empty(len(x), dtype=torch.bool),
+    ),
+)  # fmt: skip
