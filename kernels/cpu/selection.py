@@ -33,26 +33,67 @@ def _count(keys, bound):
 
 
 @jit
-def select(keys, k, mask):
-    """Mark the k greatest keys, ties to the lowest index."""
-    k = min(k, keys.shape[0])
-    if k <= 0:
-        mask[:] = 0
-        return
-    low, high = keys[0], keys[0]
-    for i in range(keys.shape[0]):
-        low, high = min(low, keys[i]), max(high, keys[i])
+def _kth(keys, k, low):
+    """(the k-th greatest key or a lower one, how many keys are >= it), given that at least k keys are >= ``low``.
+
+    It is lower only where exactly k keys are >= it: then the selection is known, and bisection stops early.
+    """
     bound = np.empty(1, keys.dtype)  # of the keys' own type: a wider one would halve the lanes
+    high = keys[0]
+    for i in range(keys.shape[0]):
+        high = max(high, keys[i])
     bound[0] = low
-    at_least = keys.shape[0]  # keys >= low, never fewer than k; fewer than k are > high
-    while low < high and at_least != k:
+    at_least = _count(keys, bound[0])
+    while low < high and at_least != k:  # at least k keys are >= low, fewer than k are > high
         bound[0] = (low | high) - ((low ^ high) >> 1)  # their mean rounded up, without overflow
         found = _count(keys, bound[0])
         if found >= k:
             low, at_least = bound[0], found
         else:
             high = bound[0] - 1
-    bound[0] = low
+    return low, at_least
+
+
+@jit
+def _candidates(keys, k, room):
+    """Keys among which the k greatest are: those that reach the k-th greatest of some groups' maxima.
+
+    k groups hold a key that large, so that at least k keys do. On random rows about 2 k of them are left.
+    """
+    groups = (5 * k) // 2
+    maxima = keys[:groups].copy()
+    for start in range(groups, keys.shape[0], groups):
+        part = keys[start : start + groups]
+        for i in range(part.shape[0]):
+            maxima[i] = max(maxima[i], part[i])
+    least = np.empty(1, keys.dtype)
+    least[0], _ = _kth(maxima, k, maxima.min())
+    bound, count = least[0], 0
+    for start in range(0, keys.shape[0], 16):
+        part = keys[start : start + 16]
+        hit = False
+        for i in range(part.shape[0]):
+            hit |= part[i] >= bound
+        if hit:
+            for i in range(part.shape[0]):
+                room[count] = part[i]
+                count += part[i] >= bound
+    return room[:count]
+
+
+@jit
+def select(keys, k, mask, room):
+    """Mark the k greatest keys, ties to the lowest index. ``room`` is space for as many keys and one more."""
+    k = min(k, keys.shape[0])
+    if k <= 0:
+        mask[:] = 0
+        return
+    few = keys
+    if keys.shape[0] >= 4096 and keys.shape[0] >= 16 * k:  # shorter rows are in the nearest cache: count them all
+        few = _candidates(keys, k, room)
+    least, at_least = _kth(few, k, few.min())
+    bound = np.empty(1, keys.dtype)
+    bound[0] = least
     least = bound[0]
     for i in range(keys.shape[0]):
         mask[i] = keys[i] >= least
@@ -68,10 +109,10 @@ def select(keys, k, mask):
 @jit
 def _masks(first, last, scores, budgets, k, mask, integer):
     """Items are rows."""
-    keys = np.empty(scores.shape[1], integer.dtype)
+    keys, room = np.empty(scores.shape[1], integer.dtype), np.empty(scores.shape[1] + 1, integer.dtype)
     for row in range(first, last):
         order_keys(scores[row], keys)
-        select(keys, k if budgets is None else budgets[row], mask[row])
+        select(keys, k if budgets is None else budgets[row], mask[row], room)
 
 
 @jit

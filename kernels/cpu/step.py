@@ -102,7 +102,8 @@ def _steps(
     to_p, to_m, to_mask, out, changed, zero, one, floor, stabiliser, integer,
 ):  # fmt: skip
     """Items are images."""
-    keys, weights = np.empty(m.shape[1], integer.dtype), np.empty(m.shape[1], m.dtype)
+    keys, room = np.empty(m.shape[1], integer.dtype), np.empty(m.shape[1] + 1, integer.dtype)
+    weights = np.empty(m.shape[1], m.dtype)
     for row in range(first, last):
         if keys.itemsize == 4:
             _slopes32(m[row], weights, keys)
@@ -113,7 +114,7 @@ def _steps(
             weights, zero, one, floor, stabiliser,
         )  # fmt: skip
         order_keys(to_m[row], keys)
-        select(keys, k if budgets is None else budgets[row], to_mask[row])
+        select(keys, k if budgets is None else budgets[row], to_mask[row], room)
         changed[row] = _finished(x[row], to_p[row], mask[row], to_mask[row], out[row], zero, one)
 
 
