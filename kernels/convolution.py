@@ -4,6 +4,7 @@ The two convolutions are the vendor's; what follows them is one fused pass over 
 is folded into the weights, which are small. |W| is taken where it is used and not saved.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from . import checks, reference
 from .dispatch import backend_for
 from .layout import empty, memory_format
 from .reference.interval import fold
-from .registration import asked, dense, for_inductor, plain, register
+from .registration import asked, dense, formula_is_faster, plain, register
 
 
 def ibp_conv2d(
@@ -51,7 +52,7 @@ def ibp_conv2d(
         center, radius, paddings = _padded(center, radius, weight, padding, strides, dilations)
     else:
         paddings = _pair("padding", padding)
-    if for_inductor(center):
+    if formula_is_faster(center, math.prod(_output_shape(center, weight, strides, paddings, dilations))):
         return plain(
             reference.ibp_conv2d, center, radius, weight, bias, strides, paddings, dilations, groups,
             scale=scale, shift=shift, relu=relu,
@@ -136,12 +137,18 @@ def _conv2d_backward(
     return dense(grads, center)
 
 
-def _fake_conv2d(center, radius, weight, bias, scale, shift, stride, padding, dilation, groups, relu):
+def _output_shape(
+    center: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[int, ...]:
     sizes = [
         (size + 2 * p - d * (kernel - 1) - 1) // s + 1
         for size, kernel, s, p, d in zip(center.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
-    shape = (len(center), len(weight), *sizes)
+    return (len(center), len(weight), *sizes)
+
+
+def _fake_conv2d(center, radius, weight, bias, scale, shift, stride, padding, dilation, groups, relu):
+    shape = _output_shape(center, weight, stride, padding, dilation)
     state = empty(center, torch.uint8, shape) if relu else center.new_empty(0, dtype=torch.uint8)
     return empty(center, shape=shape), empty(center, shape=shape), state
 

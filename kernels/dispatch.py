@@ -38,7 +38,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     The choice holds for the whole process, because the backward pass may run in other threads. The environment
     variable CERTTRAIN_BACKEND sets it from outside. Automatically, CUDA tensors go to ``gpu``, CPU tensors in
-    float32 and float64 to ``cpu``, and what these two cannot take to ``reference``.
+    float32 and float64 to ``cpu``, and what these two cannot take to ``reference``; small intervals on the CPU are
+    left to the plain formula, which costs them less than a call.
 
     Raises:
         ValueError: the backend is unknown or not available; the line lists those that are. An op raises it when
@@ -53,9 +54,14 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen = before
 
 
+def chosen() -> str | None:
+    """The backend that was asked for, if one was."""
+    return _chosen or os.environ.get(ENVIRONMENT) or None
+
+
 def backend_for(tensor: Tensor) -> ModuleType:
     """The module whose functions are to work on ``tensor`` and its companions."""
-    name = _chosen or os.environ.get(ENVIRONMENT)
+    name = chosen()
     if not name:
         return _load(_automatic(tensor.device.type, tensor.dtype))
     _check_choice(name, ENVIRONMENT)

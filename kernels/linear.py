@@ -5,6 +5,7 @@ saved. The affine map is applied to the outputs, which are smaller than the weig
 97 % of all its parameters.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from . import checks, reference
 from .dispatch import backend_for
 from .reference.interval import fold
-from .registration import asked, dense, for_inductor, plain, register
+from .registration import asked, dense, formula_is_faster, plain, register
 
 BLOCK = 1 << 20
 """Entries of |W| that are alive at a time on the CPU. Each fresh 64 MB tensor costs more in page faults than the
@@ -44,7 +45,8 @@ def ibp_linear(
         width = center.shape[-1] if center.ndim else "D"
         raise ValueError(f"weight: found shape {tuple(weight.shape)}; expected (H, {width})")
     checks.parameters(center, weight, bias, scale, shift)
-    if for_inductor(center):
+    outputs = math.prod(center.shape[:-1]) * len(weight)
+    if formula_is_faster(center, max(outputs, weight.numel() // 8)):  # the formula makes |W| and keeps it
         return plain(reference.ibp_linear, center, radius, weight, bias, scale=scale, shift=shift, relu=relu)
     return _linear(center, radius, weight, bias, scale, shift, relu)[:2]
 

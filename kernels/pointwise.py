@@ -8,7 +8,7 @@ from torch import Tensor
 from . import checks, reference
 from .dispatch import backend_for
 from .layout import empty, packed
-from .registration import for_inductor, plain, register
+from .registration import formula_is_faster, plain, register
 
 
 def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the argument.
     """
     checks.interval(center, radius)
-    if for_inductor(center):
+    if formula_is_faster(center, center.numel()):
         return plain(reference.ibp_relu, center, radius)
     return _pointwise(center, radius, None, None, True)[:2]
 
@@ -46,7 +46,7 @@ def ibp_affine(
     count = checks.channels("center", center)
     checks.features("scale", scale, count, center)
     checks.features("shift", shift, count, center)
-    if for_inductor(center):
+    if formula_is_faster(center, center.numel()):
         return plain(reference.ibp_affine, center, radius, scale, shift, relu=relu)
     return _pointwise(center, radius, scale, shift, relu)[:2]
 
@@ -73,7 +73,7 @@ def batch_statistics_norm(
     checks.features("bias", bias, count, x, "x")
     if x.numel() < 2 * count:
         raise ValueError(f"x: found shape {tuple(x.shape)}; expected at least two values for each channel")
-    if for_inductor(x):
+    if formula_is_faster(x, x.numel()):
         return plain(reference.batch_statistics_norm, x, weight, bias, eps)
     return _batch_norm(x, weight, bias, eps)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .dispatch import backend_for
-from .registration import for_inductor, plain, register
+from .registration import formula_is_faster, plain, register
 
 
 def crown_relu_step(
@@ -43,7 +43,7 @@ def crown_relu_step(
             ("lower_slope", lower_slope), ("upper_slope", upper_slope), ("upper_intercept", upper_intercept)
         )
     ]  # fmt: skip
-    if for_inductor(coefficients):
+    if formula_is_faster(coefficients, coefficients.numel()):
         through, bias = plain(reference.crown_relu_step, coefficients.flatten(2), bias, *lines, upper=upper)
     else:
         through, constant = _crown(coefficients.flatten(2), *lines, upper)

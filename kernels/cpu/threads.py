@@ -1,14 +1,17 @@
 """How numba kernels are compiled and run on several threads.
 
 A kernel is ``kernel(first, last, *arrays)`` and works on the items [first, last); items do not share outputs, so that
-results do not depend on the number of threads. The threads are ours, as many as torch uses: numba's own layers
-abort when two Python threads meet (workqueue) or after a fork (OpenMP), and need a system library (OpenMP, TBB).
+results do not depend on the number of threads. The threads are torch's own, borrowed from its OpenMP runtime: after
+each operation they spin for milliseconds, and any others would have to share the cores with them. (numba's layers abort
+when two Python threads meet, or after a fork.) A forked child has none of its parent's threads and computes alone.
 """
 
+import ctypes
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GRAIN = 1 << 17
-"""Elementary operations below which a second thread costs more than it brings: handing over takes about 50 µs."""
+GRAIN = 1 << 21
+"""Elementary operations below which another thread costs more than it brings: handing over takes about 50 µs."""
 
-_pool: ThreadPoolExecutor | None = None
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_forked = False
 
 
 def jit(function: Callable | None = None, *, reassociate: bool = False, inline: bool = False) -> Any:
@@ -43,30 +47,52 @@ def jit(function: Callable | None = None, *, reassociate: bool = False, inline: 
 def run(kernel: Callable, items: int, work: int, *arguments: Any) -> None:
     """Call ``kernel`` over all items, on as many threads as torch uses and ``work`` elementary operations deserve."""
     threads = min(torch.get_num_threads(), items, work // GRAIN)
-    if threads <= 1:
-        if items:
-            kernel(0, items, *arguments)
-        return
-    ends = [items * part // threads for part in range(threads + 1)]
-    waiting = [_threads().submit(kernel, *part, *arguments) for part in pairwise(ends[1:])]
-    kernel(0, ends[1], *arguments)
-    for part in waiting:
-        part.result()
+    if threads > 1 and (team := _team()) is not None and not _forked:
+        kernel(0, 0, *arguments)  # compiles here if it is new: the runtime's threads may have small stacks
+        ends = [items * part // threads for part in range(threads + 1)]
+        _on_a_team(team, threads, lambda first, last: kernel(first, last, *arguments), pairwise(ends))
+    elif items:
+        kernel(0, items, *arguments)
 
 
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="certtrain-kernels")
-    return _pool
+def _on_a_team(team: Callable, threads: int, work: Callable, parts: Iterator[tuple[int, int]]) -> None:
+    """Each thread takes parts until none is left: the runtime may give fewer threads than were asked for."""
+    errors: list[BaseException] = []
+
+    @_BODY
+    def body(_: int | None) -> None:
+        try:
+            for part in parts:
+                work(*part)
+        except BaseException as error:  # it cannot cross the runtime
+            errors.append(error)
+
+    team(body, None, threads, 0)
+    if errors:
+        raise errors[0]
 
 
-def _forget_threads() -> None:
-    global _pool
-    _pool = None
+@cache
+def _team() -> Callable | None:
+    """``GOMP_parallel`` of the OpenMP runtime that torch computes with, as GNU's, LLVM's and Intel's export it."""
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
+    runtimes = [p for p in loaded if Path(p).name.startswith(("libgomp", "libomp", "libiomp"))]
+    folder = str(Path(torch.__file__).parent)  # torch and torch.libs: a wheel brings its own
+    for path in sorted(runtimes, key=lambda p: (not p.startswith(folder), p)):
+        function = getattr(ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW), "GOMP_parallel", None)
+        if function is not None:
+            function.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            function.restype = None
+            return function
+    return None
 
 
-os.register_at_fork(after_in_child=_forget_threads)  # the child has none of its parent's threads
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def array(tensor: Tensor, *shape: int) -> np.ndarray:
