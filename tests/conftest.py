@@ -6,6 +6,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before triton is imported: its kernels are interpreted on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from certtrain.data import Dataset, Digits
 

@@ -1,0 +1,13 @@
+"""Triton: CUDA tensors from compute capability 8.0 upward. The functions are those of ``reference/backend.py``."""
+
+from .elementwise import pointwise, pointwise_backward
+from .elision import margins, margins_backward
+from .norm import batch_norm, batch_norm_backward
+from .relaxation import crown, crown_backward
+from .selection import sparse_apply, topk_mask
+from .step import spgd_step
+
+__all__ = [
+    "batch_norm", "batch_norm_backward", "crown", "crown_backward", "margins", "margins_backward", "pointwise",
+    "pointwise_backward", "sparse_apply", "spgd_step", "topk_mask",
+]  # fmt: skip
