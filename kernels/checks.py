@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
 _values = False
 
 
@@ -13,7 +14,7 @@ _values = False
 def check_values() -> Iterator[None]:
     """Also check values, not only shapes and dtypes, while the context lasts: a negative radius raises ValueError.
 
-    Each check waits for the device. The setting holds for the whole process.
+    Each check waits for the device. The setting holds for the whole process; compiled graphs are not checked.
     """
     global _values
     before, _values = _values, True
@@ -28,7 +29,7 @@ def interval(center: Tensor, radius: Tensor) -> None:
     floating("center", center)
     if radius.shape != center.shape:
         raise ValueError(f"radius: found shape {tuple(radius.shape)}; expected that of center, {tuple(center.shape)}")
-    if _values and bool((radius < 0).any()):
+    if _values and not torch.compiler.is_compiling() and bool((radius < 0).any()):
         raise ValueError(f"radius: found {float(radius.min()):g}; expected radius >= 0")
 
 
@@ -38,10 +39,14 @@ def floating(name: str, values: Tensor) -> None:
 
 
 def same_as(name: str, values: Tensor, like: Tensor, like_name: str) -> None:
-    """Same dtype and device."""
-    if values.dtype != like.dtype:
+    """Same dtype and device; under autocast, which makes them float32, halves may meet float32."""
+    if values.dtype != like.dtype and not ({values.dtype, like.dtype} <= AUTOCAST and _autocasts(like.device.type)):
         raise TypeError(f"{name}: found {values.dtype}; expected that of {like_name}, {like.dtype}")
     same_device(name, values, like, like_name)
+
+
+def _autocasts(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def same_device(name: str, values: Tensor, like: Tensor, like_name: str) -> None:

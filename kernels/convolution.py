@@ -52,7 +52,11 @@ def ibp_conv2d(
         center, radius, paddings = _padded(center, radius, weight, padding, strides, dilations)
     else:
         paddings = _pair("padding", padding)
-    if formula_is_faster(center, math.prod(_output_shape(center, weight, strides, paddings, dilations))):
+    shape = _output_shape(center, weight, strides, paddings, dilations)
+    if min(shape[2:]) < 1:
+        found = f"{tuple(weight.shape)} with dilation {dilations}, padding {paddings}"
+        raise ValueError(f"weight: found shape {found}; expected a kernel that fits into center, {tuple(center.shape)}")
+    if formula_is_faster(center, math.prod(shape)):
         return plain(
             reference.ibp_conv2d, center, radius, weight, bias, strides, paddings, dilations, groups,
             scale=scale, shift=shift, relu=relu,

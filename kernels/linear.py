@@ -66,10 +66,8 @@ def _linear(
         return middle, spread, no_state, nothing, center.new_empty(0)
     if scale is None:
         shift = fold(weight, bias, None, shift)[1] if relu else shift
-    shape, rows = middle.shape, (-1, len(weight))
-    found = backend_for(center).pointwise(
-        middle.reshape(rows), spread.reshape(rows), scale, shift, relu, overwrite=scale is None
-    )
+    shape = middle.shape
+    found = backend_for(center).pointwise(_rows(middle), _rows(spread), scale, shift, relu, overwrite=scale is None)
     outputs = found[0].reshape(shape), found[1].reshape(shape), found[2]
     return (*outputs, nothing, center.new_empty(0)) if scale is None else (*outputs, middle, spread)
 
@@ -80,11 +78,10 @@ def _linear_backward(
     scale: Tensor | None, middle: Tensor, spread: Tensor, relu: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of center, radius, weight, bias, scale, shift; empty where ``needs`` says so."""
-    rows, columns = weight.shape
-    from_center, from_radius = grad_center.reshape(-1, rows).contiguous(), grad_radius.reshape(-1, rows).contiguous()
+    from_center, from_radius = _rows(grad_center).contiguous(), _rows(grad_radius).contiguous()
     for_shift = for_scale = None
     if relu or scale is not None:
-        before = (None, None) if scale is None else (middle.reshape(-1, rows), spread.reshape(-1, rows))
+        before = (None, None) if scale is None else (_rows(middle), _rows(spread))
         from_center, from_radius, for_scale, for_shift = backend_for(center).pointwise_backward(
             from_center, from_radius, state, *before, scale, needs[3] or needs[5]
         )
@@ -94,13 +91,13 @@ def _linear_backward(
     if needs[0]:
         grads[0] = (from_center @ weight).reshape(center.shape)
     if needs[1]:
-        summed = radius.new_zeros(len(from_radius), columns)
+        summed = radius.new_zeros(len(from_radius), weight.shape[1])
         for part, buffer in _blocks(weight):
             summed.addmm_(from_radius[:, part], torch.abs(weight[part], out=buffer))
         grads[1] = summed.reshape(radius.shape)
     if needs[2]:
         grads[2] = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        flat_center, flat_radius = center.reshape(-1, columns), radius.reshape(-1, columns)
+        flat_center, flat_radius = _rows(center), _rows(radius)
         for part, buffer in _blocks(weight):
             block = grads[2][part]
             torch.mm(from_radius[:, part].T, flat_radius, out=block)
@@ -111,6 +108,11 @@ def _linear_backward(
         grads[5] = for_shift.clone() if needs[5] else None
     grads[4] = for_scale if needs[4] else None
     return dense(grads, center)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, *, D) → (B *, D); torch cannot infer the rows where D = 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -126,9 +128,7 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _fake_linear(center, radius, weight, bias, scale, shift, relu):
     shape = (*center.shape[:-1], len(weight))
-    state = center.new_empty(
-        (center.numel() // max(center.shape[-1], 1), len(weight)) if relu else 0, dtype=torch.uint8
-    )
+    state = center.new_empty((math.prod(shape[:-1]), len(weight)) if relu else 0, dtype=torch.uint8)
     middle = 0 if scale is None else shape
     return center.new_empty(shape), center.new_empty(shape), state, center.new_empty(middle), center.new_empty(middle)
 

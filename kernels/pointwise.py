@@ -71,7 +71,7 @@ def batch_statistics_norm(
     count = checks.channels("x", x)
     checks.features("weight", weight, count, x, "x")
     checks.features("bias", bias, count, x, "x")
-    if x.numel() < 2 * count:
+    if not count or x.numel() < 2 * count:
         raise ValueError(f"x: found shape {tuple(x.shape)}; expected at least two values for each channel")
     if formula_is_faster(x, x.numel()):
         return plain(reference.batch_statistics_norm, x, weight, bias, eps)

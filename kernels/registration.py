@@ -74,7 +74,7 @@ def formula_is_faster(tensor: Tensor, entries: int) -> bool:
     compiler, since Inductor fuses the formula there and cannot look into an op."""
     if tensor.device.type != "cpu":
         return False
-    return torch.compiler.is_compiling() or (entries < SMALL and not chosen())
+    return not chosen() and (torch.compiler.is_compiling() or entries < SMALL)
 
 
 def plain(formula: Callable, *arguments: Any, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 Order, on every backend: value descending, every NaN equal and greatest, -0 equal to +0, ties to the lowest index.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
     if not scores.ndim:
         raise ValueError("scores: found 0 dimensions; expected (B, *shape)")
     checks.budget(k, scores, "scores")
-    return _topk_mask(scores.detach().flatten(1) if scores.ndim > 1 else scores.detach()[:, None], *_split(k)).reshape(
-        scores.shape
-    )
+    return _topk_mask(_rows(scores.detach()), *_split(k)).reshape(scores.shape)
 
 
 def sparse_apply(
@@ -56,7 +55,7 @@ def sparse_apply(
         checks.same_as(name, values, x, "x")
         checks.shape(name, values, shape)
     checks.budget(k, x, "x")
-    images, mask = _sparse_apply(x.flatten(2), p.flatten(2), scores.reshape(len(x), -1), *_split(k), projected)
+    images, mask = _sparse_apply(_images(x), _images(p), _rows(scores), *_split(k), projected)
     return images.reshape(x.shape), mask.reshape(pixels)
 
 
@@ -94,13 +93,21 @@ def spgd_step(
     checks.same_device("mask", mask, x, "x")
     checks.shape("mask", mask, pixels)
     checks.budget(k, x, "x")
-    rows = len(x)
     with torch.no_grad():
         p, m, mask, images, changed = _spgd_step(
-            gradient.flatten(2), p.flatten(2), m.reshape(rows, -1), x.flatten(2), mask.reshape(rows, -1),
-            *_split(k), alpha, beta, projected,
-        )  # fmt: skip
+            _images(gradient), _images(p), _rows(m), _images(x), _rows(mask), *_split(k), alpha, beta, projected
+        )
     return p.reshape(x.shape), m.reshape(pixels), mask.reshape(pixels), images.reshape(x.shape), changed
+
+
+def _images(x: Tensor) -> Tensor:
+    """(B, C, *spatial) → (B, C, N); torch cannot infer N where B = 0."""
+    return x.reshape(len(x), x.shape[1], math.prod(x.shape[2:]))
+
+
+def _rows(scores: Tensor) -> Tensor:
+    """(B, *spatial) → (B, N)."""
+    return scores.reshape(len(scores), math.prod(scores.shape[1:]))
 
 
 def _split(k: int | Tensor) -> tuple[Tensor | None, int]:

@@ -13,7 +13,8 @@ from .threads import array, jit, run
 
 @jit
 def _slopes32(logits, slopes, powers):
-    """s (1 - s) of the sigmoid s = e / (1 + e), e = exp(-|m|), within a few ulp; NaN for NaN.
+    """s (1 - s) of the sigmoid s, from e = exp(-|m|), within a few ulp; NaN for NaN; 0 where s rounds to 1, as in the
+    authors' code.
 
     The library's exp does not vectorise: here 2^n, written as bits, times Cephes' polynomial on [-ln 2 / 2, ln 2 / 2].
     """
@@ -33,14 +34,16 @@ def _slopes32(logits, slopes, powers):
     scales = powers.view(np.float32)
     for i in range(logits.shape[0]):
         e = slopes[i] * scales[i]
-        slopes[i] = e / ((np.float32(1) + e) * (np.float32(1) + e)) + logits[i] * np.float32(0)
+        slope = e / ((np.float32(1) + e) * (np.float32(1) + e))
+        slope = np.float32(0) if np.float32(1) + e == np.float32(1) and logits[i] > np.float32(0) else slope
+        slopes[i] = slope if logits[i] == logits[i] else logits[i]
 
 
 @jit
 def _slopes64(logits, slopes):
     for i in range(logits.shape[0]):
         e = math.exp(-abs(logits[i]))
-        slopes[i] = e / ((1 + e) * (1 + e))
+        slopes[i] = 0 if 1 + e == 1 and logits[i] > 0 else e / ((1 + e) * (1 + e))
 
 
 @jit(reassociate=True)

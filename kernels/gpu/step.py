@@ -23,7 +23,8 @@ def _mask_gradient(gradient, p, logits, at, inside, channels, pixels):
     for _ in range(channels):
         total += wide(tl.load(gradient + at, inside, 0.0)) * wide(tl.load(p + at, inside, 0.0))
         gradient, p = gradient + pixels, p + pixels
-    return total * (decay / ((1.0 + decay) * (1.0 + decay)))
+    slope = decay / ((1.0 + decay) * (1.0 + decay))
+    return total * tl.where((logits > 0) & (1.0 + decay == 1.0), 0.0, slope)  # as in the authors' code, where s is 1
 
 
 @triton.jit

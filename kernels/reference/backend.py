@@ -39,6 +39,8 @@ def pointwise_backward(
         to_upper = (grad_center + grad_radius) / 2 * (state > 0)
         to_lower = (grad_center - grad_radius) / 2 * (state > 1)
         grad_center, grad_radius = to_upper + to_lower, to_upper - to_lower
+    else:
+        grad_center, grad_radius = grad_center.clone(), grad_radius.clone()
     axes = [axis for axis in range(grad_center.ndim) if axis != 1]
     grad_shift = grad_center.sum(axes) if sums else None
     if scale is None or center is None or radius is None:
@@ -73,7 +75,7 @@ def batch_norm_backward(
         + interval.per_channel(onto_centered, x) * centered
         + interval.per_channel(constant, x)
     )
-    return grad_x, grad_weight, grad_bias
+    return grad_x.to(x.dtype), grad_weight.to(x.dtype), grad_bias  # half types have float32 statistics
 
 
 def margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | N
 
 def batch_statistics_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
     axes = [axis for axis in range(x.ndim) if axis != 1]
-    variance, mean = torch.var_mean(x, dim=axes, correction=0)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    variance, mean = torch.var_mean(wide, dim=axes, correction=0)
     # torch's fused norm gives no gradient to its statistics; var_mean's copy of them does
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), mean, variance

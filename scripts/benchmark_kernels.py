@@ -1,0 +1,229 @@
+"""Time the kernels against other ways to compute the same, all in one run.
+
+    python scripts/benchmark_kernels.py [--op ibp_margins] [--shape B=256,K=1000,D=512] [--dtype float32] [--device cpu]
+                                        [--rounds 11] [--no-compile] [--json FILE] [--against COMMIT]
+
+Contenders take turns in every round, so that a drifting machine slows all of them; ratios are medians over the
+rounds of time / certtrain's time: above 1 is slower than certtrain. Peak memory is what one pass allocates at most,
+beyond what was there before. ``floor`` is two plain products with gradients, or bytes over this run's copy bandwidth.
+auto_LiRPA (0.7 or later, from its git) is timed where it can be imported. ``--against`` times the same op of another
+commit, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from kernel_cases import CASES, ON_GPU, Case, Maker
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSES = ("forward", "forward + backward")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", choices=CASES, help="default: all")
+    parser.add_argument("--shape", help="for one --op, for example B=256,K=1000,D=512")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--against", metavar="COMMIT")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.shape and len(options.op or ()) != 1:
+        parser.error("--shape wants exactly one --op")
+    if options.serve:
+        return _serve(_cases(options, compiled=False))
+    bandwidth = _bandwidth(options.device)
+    results = []
+    with _other_commit(options) as other:
+        for case in _cases(options, compiled=not options.no_compile):
+            for kind in PASSES[: 1 + bool(case.leaves)]:
+                results.append(_measure(case, kind, options, bandwidth, other))
+                _print(results[-1], case)
+    if options.json:
+        machine = {"torch": torch.__version__, "device": _device_name(options.device), "threads": options.threads}
+        options.json.write_text(json.dumps({**machine, "dtype": options.dtype, "results": results}, indent=2) + "\n")
+
+
+def _cases(options: argparse.Namespace, compiled: bool):
+    make = Maker(getattr(torch, options.dtype), options.device, compiled)
+    for op in options.op or CASES:
+        build, shapes = CASES[op]
+        if options.device != "cpu":
+            shapes = ON_GPU.get(op, shapes)
+        if options.shape:
+            shapes = [{name: int(value) for name, value in (part.split("=") for part in options.shape.split(","))}]
+        for shape in shapes:
+            yield build(make, **shape)
+
+
+def _measure(case: Case, kind: str, options: argparse.Namespace, bandwidth: float, other) -> dict:
+    runs = {name: _pass(forward, case.leaves, kind) for name, forward in case.contenders.items()}
+    clocks: dict[str, Callable[[], float]] = {name: partial(_timed, run, options.device) for name, run in runs.items()}
+    if other:
+        clocks[options.against] = partial(other, case, kind)
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    for number in range(options.rounds + 2):
+        for name, clock in clocks.items():
+            elapsed = clock()
+            if number > 1:  # two rounds warm up: the first compiles
+                seconds[name].append(elapsed)
+    ours = seconds["certtrain"]
+    result = {
+        "op": case.op, "shape": case.shape, "pass": kind,
+        "seconds": {name: median(times) for name, times in seconds.items()},
+        "ratio": {name: median(a / b for a, b in zip(times, ours, strict=True)) for name, times in seconds.items()},
+        "peak_memory": {name: _peak(run, options.device) for name, run in runs.items()},
+        "notes": case.notes,
+    }  # fmt: skip
+    if case.touched and kind == PASSES[0]:
+        result["seconds"]["floor"] = case.touched / bandwidth
+        result["ratio"]["floor"] = case.touched / bandwidth / median(ours)
+    return result
+
+
+def _pass(forward: Callable, leaves: Sequence[Tensor], kind: str) -> Callable[[], None]:
+    def run() -> None:
+        if kind == PASSES[0]:
+            with torch.no_grad():
+                forward()
+            return
+        found = forward()
+        outputs = [t for t in ((found,) if isinstance(found, Tensor) else found) if t.requires_grad]
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs], allow_unused=True)
+
+    return run
+
+
+def _timed(run: Callable[[], object], device: str) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _peak(run: Callable[[], None], device: str) -> int:
+    """Bytes that one pass allocates at most; on the CPU from the profiler's record of torch's allocator."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with (
+        _silent(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        run()
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profile.export_chrome_trace(trace.name)
+        events = [e for e in json.loads(Path(trace.name).read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        alive += event["args"]["Bytes"]
+        peak = max(peak, alive)
+    return peak
+
+
+@contextmanager
+def _silent():
+    """Without what the profiler's library writes to stderr at each start and stop."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of copying 256 MB."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(7))
+
+
+def _device_name(device: str) -> str:
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def _print(result: dict, case: Case) -> None:
+    print(f"\n{result['op']}  {result['shape']}  {result['pass']}")
+    for name, ratio in sorted(result["ratio"].items(), key=lambda item: item[1]):
+        memory = result["peak_memory"].get(name)
+        held = "" if memory is None else f"{memory / 2**20:10.1f} MiB"
+        print(f"  {name:20s} {result['seconds'][name] * 1e3:10.3f} ms  {ratio:8.2f}x {held}")
+    for note in case.notes:
+        print(f"  {note}")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _other_commit(options: argparse.Namespace):
+    """A function that times a case's op as another commit has it, in a process of its own; None without --against."""
+    if not options.against:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", tree, options.against], cwd=ROOT, check=True)
+        try:
+            arguments = [a for a in sys.argv[1:] if a not in ("--against", options.against)]
+            command = [sys.executable, __file__, *arguments, "--serve"]
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env={**os.environ, "PYTHONPATH": str(tree)},
+            ) as child:  # fmt: skip
+                ask, answer = child.stdin, child.stdout
+                assert ask and answer
+
+                def clock(case: Case, kind: str) -> float:
+                    print(json.dumps([case.op, case.shape, kind]), file=ask, flush=True)
+                    return float(answer.readline())
+
+                yield clock
+                ask.close()
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
+
+
+def _serve(cases) -> None:
+    """The other side of --against: read which case to time, answer with seconds."""
+    ready = {(case.op, case.shape): case for case in cases}
+    for line in sys.stdin:
+        op, shape, kind = json.loads(line)
+        case = ready[op, shape]
+        run = _pass(case.contenders["certtrain"], case.leaves, kind)
+        device = str(case.leaves[0].device.type) if case.leaves else "cpu"
+        print(_timed(run, device), flush=True)
+
+
+if __name__ == "__main__":
+    main()
