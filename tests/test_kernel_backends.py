@@ -210,7 +210,7 @@ def test_one_thread_and_two_give_the_same_bits():
             vectors = [tensor(5, seed=1), tensor(5, seed=2)]
             hidden, weight, labels = tensor(61, 301), tensor(307, 301, seed=3), torch.arange(61) * 5
             forms, lines = tensor(3, 7, 53001), [tensor(3, 53001, seed=s).abs() for s in (4, 5, 6)]
-            pictures, scores = tensor(9, 3, 40001).sigmoid(), tensor(9, 40001)
+            pictures, scores = tensor(9, 3, 60001).sigmoid(), tensor(9, 60001)
             mask = (scores > 2).to(torch.uint8)
             return [
                 (kernels.ibp_relu, image, image.abs()),
@@ -221,10 +221,10 @@ def test_one_thread_and_two_give_the_same_bits():
                 (lambda *a: kernels.batch_statistics_norm(*a, 1e-3), last, *vectors),
                 (lambda *a: kernels.ibp_margins(*a, labels), hidden, hidden.abs(), weight, tensor(307)),
                 (kernels.crown_relu_step, forms, tensor(3, 7), *lines),
-                (lambda *a: kernels.sparse_apply(*a, 77), pictures, tensor(9, 3, 40001), scores),
-                (lambda s: kernels.topk_mask(s, 400), tensor(32, 10001)),
+                (lambda *a: kernels.sparse_apply(*a, 77), pictures, tensor(9, 3, 60001), scores),
+                (lambda s: kernels.topk_mask(s, 400), tensor(64, 10001)),
                 (lambda g, p, m, x: kernels.spgd_step(g, p, m, x, mask, 77, alpha=0.1, beta=0.2, projected=True),
-                 tensor(9, 3, 40001, seed=7), tensor(9, 3, 40001, seed=8).sigmoid() - 0.5, scores, pictures),
+                 tensor(9, 3, 60001, seed=7), tensor(9, 3, 60001, seed=8).sigmoid() - 0.5, scores, pictures),
             ]
 
         def results(given):
@@ -256,7 +256,7 @@ def test_two_python_threads_at_once():
         from concurrent.futures import ThreadPoolExecutor
 
         def work(seed):
-            scores, center = randn(64, 5001, seed=seed), randn(1 << 20, seed=seed)
+            scores, center = randn(128, 5001, seed=seed), randn(1 << 20, seed=seed)
             return kernels.topk_mask(scores, 20), *kernels.ibp_relu(center, center.abs())
 
         with kernels.use_backend("reference"):

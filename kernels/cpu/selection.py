@@ -55,15 +55,15 @@ def _kth(keys, k, low):
 
 
 @jit
-def _candidates(keys, k, room):
-    """Keys among which the k greatest are: those that reach the k-th greatest of some groups' maxima.
-
-    k groups hold a key that large, so that at least k keys do. On random rows about 2 k of them are left.
-    """
+def _candidates(row, k, keys, room, places):
+    """Keys among which the k greatest are, in ``room``, and their places: those that reach the k-th greatest of some
+    groups' maxima. k groups hold a key that large, so that at least k keys do; of random rows about 2 k."""
     groups = (5 * k) // 2
+    order_keys(row[:groups], keys[:groups])
     maxima = keys[:groups].copy()
     for start in range(groups, keys.shape[0], groups):
         part = keys[start : start + groups]
+        order_keys(row[start : start + groups], part)
         for i in range(part.shape[0]):
             maxima[i] = max(maxima[i], part[i])
     least = np.empty(1, keys.dtype)
@@ -76,43 +76,56 @@ def _candidates(keys, k, room):
             hit |= part[i] >= bound
         if hit:
             for i in range(part.shape[0]):
-                room[count] = part[i]
+                room[count], places[count] = part[i], start + i
                 count += part[i] >= bound
-    return room[:count]
+    return count
 
 
 @jit
-def select(keys, k, mask, room):
-    """Mark the k greatest keys, ties to the lowest index. ``room`` is space for as many keys and one more."""
-    k = min(k, keys.shape[0])
+def select(row, k, mask, keys, room, places):
+    """Mark the k greatest entries, ties to the lowest index. The last three are space for as many keys, for one more,
+    and for the places of those."""
+    k = min(k, row.shape[0])
     if k <= 0:
         mask[:] = 0
         return
-    few = keys
-    if keys.shape[0] >= 4096 and keys.shape[0] >= 16 * k:  # shorter rows are in the nearest cache: count them all
-        few = _candidates(keys, k, room)
-    least, at_least = _kth(few, k, few.min())
+    long = row.shape[0] >= 4096 and row.shape[0] >= 16 * k  # shorter rows are in the nearest cache: look at all
+    if long:
+        keys = room[: _candidates(row, k, keys, room, places)]
+        mask[:] = 0
+    else:
+        order_keys(row, keys)
+    least, at_least = _kth(keys, k, keys.min())
     bound = np.empty(1, keys.dtype)
     bound[0] = least
     least = bound[0]
-    for i in range(keys.shape[0]):
-        mask[i] = keys[i] >= least
+    if long:
+        for i in range(keys.shape[0]):
+            mask[places[i]] = keys[i] >= least
+    else:
+        for i in range(keys.shape[0]):
+            mask[i] = keys[i] >= least
     surplus = at_least - k
     i = keys.shape[0] - 1
     while surplus > 0:  # the least key occurs more often than there is room for: drop its last ones
         if keys[i] == least:
-            mask[i] = 0
+            mask[places[i] if long else i] = 0
             surplus -= 1
         i -= 1
 
 
 @jit
+def spaces(entries, integer):
+    """What ``select`` works in."""
+    return np.empty(entries, integer.dtype), np.empty(entries + 1, integer.dtype), np.empty(entries + 1, np.int32)
+
+
+@jit
 def _masks(first, last, scores, budgets, k, mask, integer):
     """Items are rows."""
-    keys, room = np.empty(scores.shape[1], integer.dtype), np.empty(scores.shape[1] + 1, integer.dtype)
+    keys, room, places = spaces(scores.shape[1], integer)
     for row in range(first, last):
-        order_keys(scores[row], keys)
-        select(keys, k if budgets is None else budgets[row], mask[row], room)
+        select(scores[row], k if budgets is None else budgets[row], mask[row], keys, room, places)
 
 
 @jit
@@ -131,7 +144,7 @@ def _apply(first, last, x, p, mask, out, zero, one):
 def topk_mask(scores: Tensor, rows: Tensor | None, k: int) -> Tensor:
     mask = torch.empty(scores.shape, dtype=torch.uint8)
     inputs = array(scores, *scores.shape), budgets_of(rows), k
-    run(_masks, len(scores), scores.numel() * 16, *inputs, mask.numpy(), integer_like(scores))
+    run(_masks, len(scores), scores.numel() * 8, *inputs, mask.numpy(), integer_like(scores))
     return mask
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..reference.sparse import NORM_FLOOR
-from .selection import budgets_of, integer_like, order_keys, select
+from .selection import budgets_of, integer_like, select, spaces
 from .threads import array, jit, run
 
 
@@ -105,7 +105,7 @@ def _steps(
     to_p, to_m, to_mask, out, changed, zero, one, floor, stabiliser, integer,
 ):  # fmt: skip
     """Items are images."""
-    keys, room = np.empty(m.shape[1], integer.dtype), np.empty(m.shape[1] + 1, integer.dtype)
+    keys, room, places = spaces(m.shape[1], integer)
     weights = np.empty(m.shape[1], m.dtype)
     for row in range(first, last):
         if keys.itemsize == 4:
@@ -116,8 +116,7 @@ def _steps(
             gradient[row], p[row], m[row], x[row], mask[row], alpha, factor, projected, to_p[row], to_m[row],
             weights, zero, one, floor, stabiliser,
         )  # fmt: skip
-        order_keys(to_m[row], keys)
-        select(keys, k if budgets is None else budgets[row], to_mask[row], room)
+        select(to_m[row], k if budgets is None else budgets[row], to_mask[row], keys, room, places)
         changed[row] = _finished(x[row], to_p[row], mask[row], to_mask[row], out[row], zero, one)
 
 
