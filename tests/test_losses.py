@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from certtrain.bounds import L2Ball, LinfBall, compute_margins, forward
-from certtrain.losses import CcIbp, ExpIbp, Ibp, MtlIbp, Ramp
-from certtrain.losses.certified import margin_loss, margins_of, mix
+from certtrain.bounds.crown import bound_forms, interval_bounds
+from certtrain.bounds.folding import fold
+from certtrain.losses import CcIbp, CrownIbp, ExpIbp, Ibp, MtlIbp, Ramp
+from certtrain.losses.certified import margin_loss, margin_rows, margins_of, mix
 from certtrain.losses.regularisers import l1_norm, warmup_regularisers
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
@@ -260,3 +262,51 @@ def test_regularisers_against_their_formulas():
             balance += max(0, 0.5 - min(float(ratio), 1 / max(float(ratio), 1e-12))) / 0.5 / 2
     found = warmup_regularisers(activity)
     assert found[0].item() == pytest.approx(tight) and found[1].item() == pytest.approx(balance)
+
+
+class TestCrownIbp:
+    def test_margin_rows_give_the_margins(self):
+        logits, labels = torch.randn(5, 7), torch.arange(5)
+        found = (margin_rows(labels, logits) @ logits.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(found, margins_of(logits, labels))
+
+    def test_without_linear_bounds_it_is_ibp(self):
+        model, batch = make_model(), make_batch()
+        found = gradient(model, CrownIbp(beta=0.0, kappa=0.3, regularisation=0.0), batch, make_step())
+        expected = gradient(model, Ibp(kappa=0.3, regularisation=0.0), batch, make_step())
+        torch.testing.assert_close(found[0].total, expected[0].total)
+        torch.testing.assert_close(found[1], expected[1])
+
+    def test_with_them_alone_it_is_the_cross_entropy_of_the_linear_bounds(self):
+        """In evaluation mode, where the statistics are the running ones."""
+        model, batch, step = make_model().eval(), make_batch(), make_step()
+        region, network = step.ball.region(batch.images), fold(model, batch.images.shape[1:])
+        rows = margin_rows(batch.labels, model(batch.images))
+        lower = bound_forms(network, region, rows, interval_bounds(network, region))
+        found = CrownIbp(beta=1.0, regularisation=0.0)(model, batch, step)
+        torch.testing.assert_close(found.total, margin_loss(lower).mean())
+
+    def test_the_share_falls_along_the_ramp(self):
+        model, batch = make_model(), make_batch()
+        halfway = CrownIbp(beta=Ramp(1.0, 0.0), regularisation=0.0)(model, batch, make_step(ramp=0.5))
+        fixed = CrownIbp(beta=0.5, regularisation=0.0)(model, batch, make_step(ramp=0.5))
+        torch.testing.assert_close(halfway.total, fixed.total)
+
+    def test_gradients_by_finite_differences(self):
+        """Through linear bounds, interval bounds and batch statistics."""
+        model, batch, step = make_model(), make_batch(4), make_step()
+        loss = CrownIbp(beta=0.7, regularisation=0.0)
+        _, slope = gradient(model, loss, batch, step)
+        torch.manual_seed(3)
+        direction = [torch.randn_like(p) for p in model.parameters()]
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, d in zip(model.parameters(), direction, strict=True):
+                    p.add_(sign * 1e-6 * d)
+            values.append(float(loss(model, batch, step).total))
+            with torch.no_grad():
+                for p, d in zip(model.parameters(), direction, strict=True):
+                    p.sub_(sign * 1e-6 * d)
+        expected = float(slope @ torch.cat([d.flatten() for d in direction]))
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(expected, rel=1e-5)

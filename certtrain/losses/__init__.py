@@ -2,8 +2,9 @@
 
 from .base import Loss, LossTerms, Ramp
 from .cc_ibp import CcIbp
+from .crown_ibp import CrownIbp
 from .exp_ibp import ExpIbp
 from .ibp import Ibp
 from .mtl_ibp import MtlIbp
 
-__all__ = ["CcIbp", "ExpIbp", "Ibp", "Loss", "LossTerms", "MtlIbp", "Ramp"]
+__all__ = ["CcIbp", "CrownIbp", "ExpIbp", "Ibp", "Loss", "LossTerms", "MtlIbp", "Ramp"]

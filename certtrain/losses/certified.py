@@ -33,6 +33,13 @@ def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[own].reshape(-1, 1) - logits[~own].reshape(len(labels), -1)
 
 
+def margin_rows(labels: Tensor, logits: Tensor) -> Tensor:
+    """(B, K - 1, K) linear forms e_y - e_j of logits (B, K), in the same order."""
+    own = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    others = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    return (own[:, None] - others)[own == 0].reshape(len(labels), -1, logits.shape[1])
+
+
 def mix(at_zero: Tensor, at_one: Tensor, share: float) -> Tensor:
     """(1 - share) at_zero + share at_one; *exactly* the end at a share of 0 or 1 (0 · -inf would be NaN)."""
     if share == 0:

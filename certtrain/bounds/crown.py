@@ -1,0 +1,228 @@
+"""Linear bounds of a folded network, carried backward from linear forms of its values to its input.
+
+CROWN (arXiv 1811.00866) and, with interval bounds of the activations' inputs, CROWN-IBP (arXiv 1906.06316).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .folded import Dense, Folded, Nonlinear, Operation, Sum
+from .interval import Bounds, Interval
+from .perturbation import Region
+from .relaxation import Lines, relax
+from .rounding import Slack, interval_of, widened
+
+MEMORY = 1 << 28
+"""Bytes of coefficients that are alive at a time on the CPU; a GPU takes a quarter of what is free."""
+
+
+@dataclass(frozen=True)
+class LinearBound:
+    """forms · x + constants is below the bounded quantity for every x of the region: (B, R, *shape), (B, R)."""
+
+    forms: Tensor
+    constants: Tensor
+    slack: Slack | None = None
+    size: Tensor | None = None
+
+    def lower(self, region: Region) -> Tensor:
+        """(B, R), its minimum over the region; with a ``slack``, below it whatever float64 rounds."""
+        found = region.ball.concretise(self.forms, region.images) + self.constants
+        if self.slack is None or self.size is None:
+            return found
+        return found - self.slack.remainder(self.forms, self.size, region.hull)
+
+
+def backward(
+    network: Folded,
+    position: int,
+    forms: Tensor,
+    lines: Mapping[int, Lines],
+    multipliers: Mapping[int, Tensor] | None = None,
+    seen: dict[int, Tensor] | None = None,
+    slack: Slack | None = None,
+) -> LinearBound:
+    """Lower bounds of linear forms of an operation's output, as linear forms of the input.
+
+    Args:
+        position: of the operation; forms: (B, R, *its output's shape).
+        lines: of every non-linear operation that ``position`` depends on.
+        multipliers: (B, R or 1, *shape) by non-linear operation, added to the forms of its input: what constraints on
+            it bring (beta-CROWN, arXiv 2103.06624).
+        seen: is given the forms that reach each non-linear operation's output.
+        slack: what rounding may cost, for networks with a ``rounding``.
+    """
+    constants: Tensor = forms.new_zeros(forms.shape[:2])
+    size = constants
+    pending = {position: forms}
+    for number in range(position, 0, -1):
+        if number not in pending:
+            continue
+        forms, operation = pending.pop(number), network.operations[number]
+        if slack is not None:
+            cost, more = slack.charge(number, forms)
+            constants, size = constants - cost, size + more
+        if isinstance(operation, Nonlinear):
+            if seen is not None:
+                seen[number] = forms
+            forms, constants = lines[number].step(forms, constants)
+            if multipliers is not None and number in multipliers:
+                forms = forms + multipliers[number]
+                if slack is not None:
+                    constants = constants - slack.charge(number, forms)[0]
+            parts = [forms]
+        elif isinstance(operation, Sum):
+            parts = operation.adjoints(forms, *(network.shapes[read] for read in operation.inputs))
+        else:
+            constants = constants + operation.constant(forms)  # type: ignore[attr-defined]
+            parts = [operation.adjoint(forms, network.shapes[operation.inputs[0]])]  # type: ignore[attr-defined]
+        for read, part in zip(operation.inputs, parts, strict=True):
+            pending[read] = pending[read] + part if read in pending else part
+    none = constants.new_zeros(*constants.shape, *network.shapes[0])
+    return LinearBound(pending.get(0, none), constants, slack, size)
+
+
+def relax_all(network: Folded, bounds: Mapping[int, Bounds], alphas: Mapping[int, Tensor] | None = None):
+    """Lines of the non-linear operations whose inputs have ``bounds``."""
+    return {
+        number: relax(_activation(network, number), found.lower, found.upper, alphas.get(number) if alphas else None)
+        for number, found in bounds.items()
+    }
+
+
+def bound_forms(
+    network: Folded, region: Region, forms: Tensor, bounds: Mapping[int, Bounds], position: int | None = None
+) -> Tensor:
+    """(B, R) lower bounds of linear forms (B, R, *shape) of an operation's output (the logits by default)."""
+    place = len(network.operations) - 1 if position is None else position
+    slack = slack_of(network, region, bounds)
+    return backward(network, place, forms, relax_all(network, bounds), slack=slack).lower(region)
+
+
+def interval_forms(network: Folded, region: Region, forms: Tensor) -> Tensor:
+    """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone, the forms merged into a last
+    dense layer."""
+    walk = _Bounding(network, region, refine=False)
+    walk.run()
+    number, slack = len(network.operations) - 1, None
+    cost = size = constants = forms.new_zeros(forms.shape[:2])
+    if network.rounding is not None:
+        slack = Slack.of(network, walk.intervals)
+        cost, size = slack.charge(number, forms)
+    if isinstance(operation := network.operations[number], Dense):
+        (read,) = operation.inputs
+        constants = constants + operation.constant(forms)
+        forms, number = operation.adjoint(forms, network.shapes[read]), read
+    box = walk.intervals[number]
+    center, radius = (part.flatten(1).unsqueeze(-1) for part in (box.center, box.radius))
+    flat = forms.flatten(2)
+    found = (flat @ center - flat.abs() @ radius).squeeze(-1) + constants - cost
+    return found if slack is None else found - slack.remainder(forms, size, box)
+
+
+def slack_of(network: Folded, region: Region, bounds: Mapping[int, Bounds]) -> Slack | None:
+    """What rounding may cost linear bounds, given bounds of the activations' inputs; None without a ``rounding``."""
+    if network.rounding is None:
+        return None
+    walk = _Bounding(network, region, refine=False, given=bounds)
+    walk.run()
+    return Slack.of(network, walk.intervals)
+
+
+def interval_bounds(network: Folded, region: Region) -> dict[int, Bounds]:
+    """Interval bounds of every non-linear operation's input."""
+    return _Bounding(network, region, refine=False).run()
+
+
+def crown_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] | None = None) -> dict[int, Bounds]:
+    """Bounds of every non-linear operation's input, by backward passes for those entries whose sign intervals leave
+    open; the best of interval and linear bounds, and of those ``given``, is kept, entry by entry.
+
+    Bounds that are given may rest on assumptions. Where these contradict each other lower > upper may result.
+    """
+    return _Bounding(network, region, refine=True, given=given).run()
+
+
+class _Bounding:
+    """One walk from the input to the output, with what is known so far."""
+
+    def __init__(self, network: Folded, region: Region, refine: bool, given: Mapping[int, Bounds] | None = None):
+        self.network, self.region, self.refine, self.given = network, region, refine, given or {}
+        self.intervals = {0: region.hull if network.rounding is None else widened(region.hull)}
+        self.bounds: dict[int, Bounds] = {}
+
+    def run(self) -> dict[int, Bounds]:
+        behind: list[bool] = [False]  # whether a non-linear operation lies behind each
+        for number, operation in enumerate(self.network.operations[1:], start=1):
+            behind.append(isinstance(operation, Nonlinear) or any(behind[read] for read in operation.inputs))
+            if isinstance(operation, Nonlinear):
+                (read,) = operation.inputs
+                found = self.intervals[read].bounds()
+                if number in self.given:
+                    found = found.intersect(self.given[number])
+                if not self.region.ball.is_box and not behind[read]:
+                    found = self._refined(read, found, torch.ones_like(found.lower, dtype=torch.bool))
+                elif self.refine and behind[read]:
+                    found = self._refined(read, found, _open(operation, found))
+                self.bounds[number] = found
+                self.intervals[read] = Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
+            inputs = [self.intervals[read] for read in operation.inputs]
+            self.intervals[number] = interval_of(self.network, operation, *inputs)
+            if isinstance(operation, Sum) and operation.largest is not None:  # b + relu(a - b) forgets that b is b
+                self.intervals[number] = self._maximum(number, *operation.largest)
+        return self.bounds
+
+    def _maximum(self, number: int, *positions: int) -> Interval:
+        """What is known of an operation's output, and that it is the largest of others."""
+        ends = zip(*((self.intervals[i].lower, self.intervals[i].upper) for i in positions), strict=True)
+        found = Bounds(*(torch.maximum(*pair) for pair in ends)).intersect(self.intervals[number].bounds())
+        return Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
+
+    def _refined(self, position: int, found: Bounds, wanted: Tensor) -> Bounds:
+        """``found`` of an operation's output, tightened at the entries ``wanted`` (B, *shape)."""
+        shape = wanted.shape
+        wanted = wanted.flatten(1)
+        most = int(wanted.sum(1).max()) if wanted.numel() else 0
+        if not most:
+            return found
+        # each image's wanted entries first; others fill its row up, and stay: bounds are not to depend on the batch
+        order = torch.argsort(wanted.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
+        lines = relax_all(self.network, self.bounds)
+        slack = None if self.network.rounding is None else Slack.of(self.network, self.intervals)
+        lower, upper = found.lower.flatten(1).clone(), found.upper.flatten(1).clone()
+        for part in order.split(rows_at_a_time(self.network, len(order), lower) // 2 or 1, dim=1):
+            units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
+            forms = torch.cat([units, -units], 1).reshape(len(part), -1, *shape[1:])
+            values = backward(self.network, position, forms, lines, slack=slack).lower(self.region)
+            below, above = values.split(part.shape[1], 1)
+            below, above = (
+                torch.where(wanted.gather(1, part), end, -torch.inf).nan_to_num(-torch.inf) for end in (below, above)
+            )
+            lower.scatter_reduce_(1, part, below, "amax")
+            upper.scatter_reduce_(1, part, -above, "amin")
+        return Bounds(lower.reshape(shape), upper.reshape(shape))
+
+
+def rows_at_a_time(network: Folded, batch: int, like: Tensor) -> int:
+    """How many linear forms of each image fit into memory together."""
+    widest = max(shape.numel() for shape in network.shapes)
+    budget = torch.cuda.mem_get_info(like.device)[0] // 4 if like.is_cuda else MEMORY
+    return max(1, budget // max(1, 4 * batch * widest * like.element_size()))
+
+
+def _open(operation: Nonlinear, found: Bounds) -> Tensor:
+    """Entries over whose interval the function is not linear."""
+    if operation.activation.kind in ("relu", "leaky_relu"):
+        return (found.lower < 0) & (found.upper > 0)
+    return found.lower < found.upper
+
+
+def _activation(network: Folded, number: int):
+    operation: Operation = network.operations[number]
+    assert isinstance(operation, Nonlinear)
+    return operation.activation

@@ -1,0 +1,127 @@
+"""Lines that enclose an activation over an interval: one small rule per kind, the table last.
+
+ReLU and LeakyReLU as in CROWN (arXiv 1811.00866), with the lower slope free as in alpha-CROWN (arXiv 2011.13824);
+sigmoid and tanh by tangents and chords (arXiv 1811.00866, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .program import Activation
+
+
+@dataclass(frozen=True)
+class Lines:
+    """lower_slope x + lower_intercept <= f(x) <= upper_slope x + upper_intercept on an interval of x.
+
+    Each (B, *shape), or (B, R, *shape) where each of R linear forms has its own. ``lower_intercept`` None is 0.
+    """
+
+    lower_slope: Tensor
+    upper_slope: Tensor
+    upper_intercept: Tensor
+    lower_intercept: Tensor | None = None
+
+    def step(self, forms: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower bounds: forms (B, R, *shape) of f(x), with constants (B, R), as forms of x."""
+        through, constants = kernels.crown_relu_step(
+            forms, constants, self.lower_slope, self.upper_slope, self.upper_intercept
+        )
+        if self.lower_intercept is None:
+            return through, constants
+        intercept = self.lower_intercept
+        intercept = intercept if intercept.ndim == forms.ndim else intercept.unsqueeze(1)
+        return through, constants + (forms.clamp(min=0) * intercept).flatten(2).sum(-1)
+
+
+def relax(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None = None) -> Lines:
+    """Lines over [lower, upper], both (B, *shape).
+
+    Args:
+        alpha: lower slopes where the function has a kink inside the interval, cut to what is sound; (B, *shape) or
+            (B, R, *shape). None chooses the one that makes the smaller area. Ignored by sigmoid and tanh.
+    """
+    return RELAXATIONS[activation.kind](activation, lower, upper, alpha)
+
+
+def _kinked(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
+    low = activation.slope if activation.kind == "leaky_relu" else 0.0
+    one = torch.ones_like(lower)  # where() of two numbers would be float32, and round a slope
+    positive, unstable = lower >= 0, (lower < 0) & (upper > 0)
+    width = torch.where(unstable, upper - lower, 1.0)
+    slope = torch.where(unstable, (upper - low * lower) / width, torch.where(positive, one, low))
+    intercept = torch.where(unstable, -(1 - low) * lower * (upper / width), 0.0)
+    if alpha is None:
+        return Lines(torch.where(unstable, torch.where(upper > -lower, one, low), slope), slope, intercept)
+    if alpha.ndim > lower.ndim:
+        unstable, fixed = unstable.unsqueeze(1), slope.unsqueeze(1)
+    else:
+        fixed = slope
+    # clamp's own gradient is 0 at its ends, where ascents start: this one passes there and beyond
+    sound = alpha.clamp(low, 1.0).detach() + (alpha - alpha.detach())
+    return Lines(torch.where(unstable, sound, fixed), slope, intercept)
+
+
+def _tanh(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
+    slope, intercept = _above_tanh(lower, upper)
+    mirrored, below = _above_tanh(-upper, -lower)
+    return Lines(mirrored, slope, intercept, -below)
+
+
+def _sigmoid(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
+    """1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2."""
+    slope, intercept = _above_tanh(lower / 2, upper / 2)
+    mirrored, below = _above_tanh(-upper / 2, -lower / 2)
+    return Lines(mirrored / 4, slope / 4, (1 + intercept) / 2, (1 - below) / 2)
+
+
+def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """(slope, intercept) of a line above tanh: a chord, or a tangent at a point right of 0.
+
+    A tangent at d >= 0 is above the concave half; it is above the convex half too if it is at ``lower``. Where not
+    even the tangent at ``upper`` is, the chord is above all of it.
+    """
+    at_lower, at_upper = torch.tanh(lower), torch.tanh(upper)
+
+    def tangent(point: Tensor) -> tuple[Tensor, Tensor]:
+        value = torch.tanh(point)
+        slope = 1 - value * value
+        return slope, value - slope * point
+
+    with torch.no_grad():
+        low, high = torch.zeros_like(lower), upper.clamp(min=0)
+        for _ in range(30):
+            middle = (low + high) / 2
+            slope, intercept = tangent(middle)
+            above = slope * lower + intercept >= at_lower
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        slope, intercept = tangent(high)
+        # of the tangent's height at ``lower``, by its point
+        derivative = (2 * torch.tanh(high) * slope * (high - lower)).clamp(min=1e-30)
+    # the point moves with ``lower``: the implicit function's gradient, and no change of value
+    height = slope * lower + intercept - at_lower
+    touching = high - (height - height.detach()) / derivative
+    # tangents further right are above it as well; the one in the middle leaves the smallest area
+    slope, intercept = tangent(torch.maximum(touching, (lower + upper) / 2))
+    width = upper - lower
+    chord = torch.where(width > 0, (at_upper - at_lower) / torch.where(width > 0, width, 1.0), 1 - at_lower * at_lower)
+    use_chord = (upper <= 0) | ((slope * lower + intercept < at_lower) & (lower < 0))
+    slope = torch.where(use_chord, chord, slope)
+    # the line's own rounding: it must not fall below either end
+    intercept = torch.where(use_chord, at_lower - slope * lower, intercept)
+    lift = torch.maximum(at_lower - (slope * lower + intercept), at_upper - (slope * upper + intercept)).clamp(min=0)
+    return slope, intercept + lift + 4 * torch.finfo(lower.dtype).eps
+
+
+RELAXATIONS: dict[str, Callable[[Activation, Tensor, Tensor, Tensor | None], Lines]] = {
+    "relu": _kinked,
+    "leaky_relu": _kinked,
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+}

@@ -1,0 +1,222 @@
+"""Lines enclose their activation, whatever the interval and the slopes asked for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from certtrain.bounds.program import Activation
+from certtrain.bounds.relaxation import RELAXATIONS, Lines, relax
+
+ACTIVATIONS = {
+    "relu": Activation("relu"),
+    **{f"leaky_relu {slope}": Activation("leaky_relu", slope) for slope in (0.0, 0.01, 0.5, 1.0)},
+    "sigmoid": Activation("sigmoid"),
+    "tanh": Activation("tanh"),
+}
+KINKED, SMOOTH = list(ACTIVATIONS)[:5], list(ACTIVATIONS)[5:]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+properties = settings(deadline=None, max_examples=100, derandomize=True, database=None)
+
+WIDTHS = st.one_of(st.just(0.0), st.floats(-12, 4).map(lambda power: 10**power))
+STARTS = st.one_of(
+    st.just(0.0), st.floats(-5, 5), st.floats(-12, 4).map(lambda power: 10**power),
+    st.floats(-12, 4).map(lambda power: -(10**power)), st.sampled_from([-1e30, -1e15, 1e15, 1e30]),
+)  # fmt: skip
+HUGE = [(-1e30, 1e30), (-1e30, 1.0), (-1.0, 1e30), (-1e30, 0.0), (0.0, 1e30), (-1e30, -1e29), (-1e4, 1e-12)]
+
+
+@st.composite
+def intervals(draw) -> tuple[Tensor, Tensor]:
+    """16 intervals, (16, 1) each; some end at 0 and some begin there."""
+    ends = []
+    for start, width in draw(st.lists(st.tuples(STARTS, WIDTHS), min_size=8, max_size=8)):
+        ends += [(start, start + width), (-width, 0.0) if start < 0 else (-width / 3, width)]
+    lower, upper = torch.tensor(ends, dtype=torch.float64).unbind(1)
+    return lower.unsqueeze(1), upper.unsqueeze(1)
+
+
+def samples(lower: Tensor, upper: Tensor) -> Tensor:
+    """(B, S) float64 points of each interval: even ones, and ever denser ones towards both ends and 0."""
+    even = torch.linspace(0, 1, 301, dtype=torch.float64)
+    shares = torch.cat([even, torch.logspace(-16, 0, 65, dtype=torch.float64)])
+    near = torch.logspace(-13, 2, 151, dtype=torch.float64)
+    lower, upper = lower.double(), upper.double()
+    width = upper - lower
+    points = [lower + shares * width, upper - shares * width, (near + 0 * lower), (-near + 0 * lower), 0 * lower]
+    return torch.minimum(torch.maximum(torch.cat(points, 1), lower), upper)
+
+
+def gaps(activation: Activation, lines: Lines, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """At samples (B, S), in float64: how far the function is above the lower and below the upper line; and the
+    numbers' size, to which rounding is relative."""
+    x = samples(lower, upper)
+    value = activation(x)
+    zero = torch.zeros_like(lines.upper_intercept)
+    intercepts = zero if lines.lower_intercept is None else lines.lower_intercept, lines.upper_intercept
+    low, up = (
+        (slope.double() * x, intercept.double())
+        for slope, intercept in zip((lines.lower_slope, lines.upper_slope), intercepts)
+    )
+    largest = torch.stack([lower.abs(), upper.abs()]).amax(0).double()
+    slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs()).double()
+    size = slopes * largest + value.abs().amax(1, keepdim=True) + intercepts[1].abs().double()
+    return value - sum(low), sum(up) - value, size
+
+
+def assert_encloses(activation: Activation, lines: Lines, lower: Tensor, upper: Tensor) -> None:
+    below, above, size = gaps(activation, lines, lower, upper)
+    tolerance = 4 * torch.finfo(lower.dtype).eps * size
+    assert (below >= -tolerance).all() and (above >= -tolerance).all()
+
+
+def test_every_activation_is_here():
+    assert {activation.kind for activation in ACTIVATIONS.values()} == set(RELAXATIONS)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+class TestSound:
+    @DTYPES
+    @given(found=intervals())
+    @properties
+    def test_on_any_interval(self, name, dtype, found):
+        lower, upper = (end.to(dtype) for end in found)
+        assert_encloses(ACTIVATIONS[name], relax(ACTIVATIONS[name], lower, upper), lower, upper)
+
+    @DTYPES
+    def test_on_huge_ones(self, name, dtype):
+        lower, upper = torch.tensor(HUGE, dtype=dtype).split(1, 1)
+        assert_encloses(ACTIVATIONS[name], relax(ACTIVATIONS[name], lower, upper), lower, upper)
+
+    @DTYPES
+    @given(found=intervals(), alpha=st.one_of(st.floats(0, 1), st.floats(-1e6, 1e6)))
+    @properties
+    def test_with_any_slope(self, name, dtype, found, alpha):
+        lower, upper = (end.to(dtype) for end in found)
+        lines = relax(ACTIVATIONS[name], lower, upper, torch.full_like(lower, alpha))
+        assert_encloses(ACTIVATIONS[name], lines, lower, upper)
+
+    @given(found=intervals())
+    @properties
+    def test_gradients_are_finite(self, name, found):
+        lower, upper = (end.clone().requires_grad_() for end in found)
+        alpha = torch.full_like(lower, 0.3).requires_grad_()
+        lines = relax(ACTIVATIONS[name], lower, upper, alpha)
+        parts = (lines.lower_slope, lines.upper_slope, lines.upper_intercept, lines.lower_intercept)
+        total = sum(part.sum() for part in parts if part is not None)
+        if not total.requires_grad:  # type: ignore[union-attr]
+            return
+        for gradient in torch.autograd.grad(total, (lower, upper, alpha), allow_unused=True):  # type: ignore[arg-type]
+            assert gradient is None or gradient.isfinite().all()
+
+    def test_of_several_forms(self, name):
+        """(B, R, *shape) slopes: each row's lines are those that it would have alone."""
+        lower = torch.tensor([[-1.0, -2.0, 0.5], [-3.0, -1.0, -2.0]])
+        upper, alpha = lower.abs() + 0.5, torch.rand(2, 4, 3)
+        together = relax(ACTIVATIONS[name], lower, upper, alpha)
+        for row in range(4):
+            alone = relax(ACTIVATIONS[name], lower, upper, alpha[:, row])
+            mine = together.lower_slope
+            assert torch.equal(mine[:, row] if mine.ndim == 3 else mine, alone.lower_slope)
+
+    def test_a_step_bounds_from_below(self, name):
+        """forms · f(x) >= (forms through the lines) · x + constants."""
+        torch.manual_seed(0)
+        lower = torch.randn(5, 7, dtype=torch.float64)
+        upper = lower + 2 * torch.rand_like(lower)
+        lines = relax(ACTIVATIONS[name], lower, upper)
+        forms = torch.randn(5, 3, 7, dtype=torch.float64)
+        through, constants = lines.step(forms, torch.zeros(5, 3, dtype=torch.float64))
+        for _ in range(100):
+            x = lower + (upper - lower) * torch.rand_like(lower)
+            value = (forms * ACTIVATIONS[name](x).unsqueeze(1)).sum(2)
+            assert ((through * x.unsqueeze(1)).sum(2) + constants <= value + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", KINKED)
+class TestKinked:
+    @given(found=intervals())
+    @properties
+    def test_lines_are_the_tightest(self, name, found):
+        """The upper one is the chord, the lower one goes through the kink; without a kink both are the function."""
+        lower, upper = found
+        activation = ACTIVATIONS[name]
+        lines = relax(activation, lower, upper)
+        assert lines.lower_intercept is None
+        below, above, size = gaps(activation, lines, lower, upper)
+        tolerance, x = 4e-16 * size, samples(lower, upper)
+        ends = (x == lower) | (x == upper)
+        assert (above[ends] <= tolerance.expand_as(above)[ends]).all()
+        assert (below[x == 0] == 0).all()
+        linear = ((lower >= 0) | (upper <= 0)).flatten()
+        assert (below[linear].abs() <= tolerance[linear]).all() and (above[linear].abs() <= tolerance[linear]).all()
+
+    def test_the_lower_line_leaves_the_smaller_area(self, name):
+        slope = ACTIVATIONS[name].slope
+        lower, upper = torch.tensor([[-1.0, -2.0, -1.0]]), torch.tensor([[2.0, 1.0, 1.0]])
+        lines = relax(ACTIVATIONS[name], lower, upper)
+        assert torch.equal(lines.lower_slope, torch.tensor([[1.0, slope, slope]]))
+
+    def test_slopes_where_they_are_free(self, name):
+        lower, upper = torch.tensor([[-1.0, -2.0, 0.0, 1.0]]), torch.tensor([[2.0, 0.0, 3.0, 2.0]])
+        low = ACTIVATIONS[name].slope
+        lines = relax(ACTIVATIONS[name], lower, upper, torch.full_like(lower, 0.7))
+        assert torch.equal(lines.lower_slope, torch.tensor([[max(0.7, low), low, 1.0, 1.0]]))
+
+    @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.3, 1.0, 1.5])
+    def test_gradients_pass_at_the_ends(self, name, alpha):
+        """An ascent starts at 0 or 1, where torch's clamp has no gradient; it must be able to leave."""
+        lower, upper = torch.tensor([[-1.0, 0.0]]), torch.tensor([[2.0, 1.0]])
+        slopes = torch.full((1, 2), alpha, requires_grad=True)
+        (found,) = torch.autograd.grad(relax(ACTIVATIONS[name], lower, upper, slopes).lower_slope.sum(), slopes)
+        assert torch.equal(found, torch.tensor([[1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+class TestSmooth:
+    @given(found=st.lists(st.tuples(st.floats(-8, 6), st.floats(-2, 1).map(lambda p: 10**p)), min_size=16, max_size=16))
+    @properties
+    def test_lines_touch(self, name, found):
+        """Each line meets the function; where it is convex (concave) throughout, it is its chord."""
+        lower, width = torch.tensor(found, dtype=torch.float64).split(1, 1)
+        upper = lower + width
+        activation = ACTIVATIONS[name]
+        below, above, _ = gaps(activation, relax(activation, lower, upper), lower, upper)
+        tolerance = 1e-3 * (activation(upper) - activation(lower)) + 1e-15
+        # a tangent meets the function between samples, 1/300 of the width apart: 1e-3 of the rise covers that
+        assert (below.amin(1, keepdim=True) <= tolerance).all() and (above.amin(1, keepdim=True) <= tolerance).all()
+        ends = (samples(lower, upper) == lower) | (samples(lower, upper) == upper)
+        for gap, chord in ((above, upper <= 0), (below, lower >= 0)):
+            assert (gap <= tolerance)[ends & chord].all()
+
+    @given(found=st.tuples(st.floats(-6, 5), st.floats(-1.5, 1).map(lambda p: 10**p)))
+    @properties
+    def test_the_smallest_area(self, name, found):
+        """Among all sound tangents, and the chord: the line is the lowest in the middle."""
+        activation, (start, width) = ACTIVATIONS[name], found
+        lower, upper = (torch.tensor([[end]], dtype=torch.float64) for end in (start, start + width))
+        lines, x = relax(activation, lower, upper), torch.linspace(start, start + width, 401, dtype=torch.float64)
+        at = x.clone().requires_grad_()
+        value = activation(at)
+        (slope,) = torch.autograd.grad(value.sum(), at)
+        chord = (value[-1] - value[0]) / width
+        slopes, points = torch.cat([slope, chord.reshape(1)]).detach(), torch.cat([x, x[:1]])
+        candidates = activation(points).unsqueeze(1) + slopes.unsqueeze(1) * (x - points.unsqueeze(1))
+        middle, assured = candidates[:, 200], 1e-12 + 2e-3 * float(value[-1] - value[0])
+        best_above = middle[(candidates >= activation(x) - 1e-12).all(1)].min()
+        best_below = middle[(candidates <= activation(x) + 1e-12).all(1)].max()
+        assert lines.lower_intercept is not None
+        assert lines.upper_slope * x[200] + lines.upper_intercept <= best_above + assured
+        assert lines.lower_slope * x[200] + lines.lower_intercept >= best_below - assured
+
+    def test_gradients_are_right(self, name):
+        """Tangents move with the ends: against finite differences."""
+        lower = torch.tensor([-3.0, -1.0, -0.5, 0.2, 1.0, -2.0, -0.3], dtype=torch.float64).requires_grad_()
+        upper = torch.tensor([-1.0, 0.1, 2.0, 0.9, 4.0, 3.0, 0.4], dtype=torch.float64).requires_grad_()
+
+        def parts(lower, upper):
+            lines = relax(ACTIVATIONS[name], lower, upper)
+            return lines.lower_slope, lines.lower_intercept, lines.upper_slope, lines.upper_intercept
+
+        assert torch.autograd.gradcheck(parts, (lower, upper), eps=1e-5, atol=1e-4)

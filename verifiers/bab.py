@@ -1,0 +1,315 @@
+"""Branch and bound on the signs of ReLU inputs, with beta-CROWN's bounds (arXiv 2103.06624) and subproblems of many
+images in one batch.
+
+A subproblem is one clause of one image's specification under assumed signs. Each round takes the worst-bounded ones of
+every image, splits each at one neuron, and bounds the halves. A leaf, where every sign is known, goes to an LP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..bounds import Bounds, Region
+from ..bounds.crown import crown_bounds, rows_at_a_time
+from ..bounds.folded import Folded
+from .branching import look_ahead, minimiser, scores
+from .known import Known
+from .lp import solve_leaf
+from .optimise import Neurons, Subproblems, maximise, starting_slopes
+from .problem import Problem
+from .tree import Tree, columns_of, rows_of, scattered
+
+TOLERANCE = 1e-6
+"""Of the logits' scale: a leaf whose exact minimum is closer to 0 is left undecided."""
+
+EMPTY = 1e-5
+"""A neuron whose bounds cross by more, relative to 1 + |bound|, contradicts the assumed signs; less may be rounding."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search.
+
+    Args:
+        batch: subproblems that are split in one round, over all images.
+        steps, rate: of the ascent on slopes and multipliers that bounds a subproblem.
+        candidates: neurons that are looked ahead for each split.
+        tighten: whether a split bounds all later neurons anew.
+        most: splits of one image at which it is given up; None for no limit.
+    """
+
+    batch: int = 256
+    steps: int = 8
+    rate: float = 0.1
+    candidates: int = 1
+    tighten: bool = True
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of B images: whether all their clauses are proved; a counterexample or None; the bound of the worst margin (B,);
+    seconds (B,); and why an image was given up, where it was."""
+
+    proved: Tensor
+    counterexamples: list[Tensor | None]
+    lower: Tensor
+    seconds: Tensor
+    reasons: list[str | None]
+
+
+def branch_and_bound(
+    problem: Problem,
+    known: Known,
+    exact: Folded,
+    search: Search,
+    timeout: float,
+    violates: Callable[[int, Tensor], bool],
+) -> Outcome:
+    """Prove or refute the clauses that ``known`` leaves open.
+
+    Args:
+        exact: the network in float64, for the leaves.
+        timeout: seconds of each image's share of the time; as many again on the wall clock for each image at most.
+        violates: whether an input (*shape) of the given image's region is a counterexample, by replay.
+    """
+    return _Search(problem, known, exact, search, timeout, violates).run()
+
+
+class _Search:
+    def __init__(self, problem: Problem, known: Known, exact: Folded, search: Search, timeout: float, violates):
+        self.problem, self.network, self.exact = problem, known.network, exact
+        self.search, self.timeout, self.violates = search, timeout, violates
+        self.neurons = Neurons.of(known.network)
+        count, device = len(problem), problem.index.device
+        self.lower, self.upper = (
+            self.neurons.together({place: getattr(b, end) for place, b in known.bounds.items()})
+            for end in ("lower", "upper")
+        )
+        open_ = (self.lower < 0) & (self.upper > 0)
+        self.columns = columns_of(open_)
+        self.rows_of, self.clauses = rows_of(problem.specification.clauses)
+        worst = known.rows[:, self.rows_of].amax(-1)  # (B, clauses)
+        self.leaves = torch.full_like(worst, torch.inf)  # the least bound of each clause's closed subproblems
+        self.root = worst
+        self.seconds = torch.zeros(count, dtype=torch.float64)
+        self.splits = [0] * count
+        self.counterexamples: list[Tensor | None] = [None] * count
+        self.reasons: list[str | None] = [None] * count
+        image, clause = (~(worst > 0)).nonzero(as_tuple=True)
+        slopes = known.alphas
+        if slopes is None:
+            slopes = starting_slopes(self.lower, self.upper, known.rows.shape[1])
+        alphas = self._gathered(slopes[image[:, None], self.rows_of[clause]], image)
+        self.tree = Tree(
+            image, clause, worst[image, clause], torch.zeros_like(image),
+            torch.zeros(len(image), self.columns.shape[1], dtype=torch.int8, device=device),
+            *(self._gathered(end[image].unsqueeze(1), image)[:, 0] for end in (self.lower, self.upper)),
+            alphas, torch.zeros_like(alphas),
+        )  # fmt: skip
+
+    def run(self) -> Outcome:
+        started = time.perf_counter()
+        roots, self.tree = self.tree, self.tree.take(torch.arange(0))
+        self._bound(roots)
+        cap = started + self.timeout * len(self.problem)
+        while len(self.tree):
+            if time.perf_counter() > cap:
+                self._give_up(set(self.tree.image.tolist()), "wall clock")
+                break
+            chosen = self._chosen()
+            left = torch.ones(len(self.tree), dtype=torch.bool, device=chosen.device)
+            left[chosen] = False
+            parents, self.tree = self.tree.take(chosen), self.tree.take(left)
+            self._bound(self._halves(parents))
+        count = len(self.problem)
+        given_up = torch.tensor([reason is not None for reason in self.reasons])
+        refuted = torch.tensor([found is not None for found in self.counterexamples])
+        lower = torch.maximum(self.root, self.leaves).amin(-1) if self.root.numel() else self.root.new_zeros(count)
+        return Outcome(~(given_up | refuted), self.counterexamples, lower, self.seconds, self.reasons)
+
+    def _chosen(self) -> Tensor:
+        """The worst-bounded subproblems of each image, images taking turns."""
+        order = torch.argsort(self.tree.bound, stable=True)
+        order = order[torch.argsort(self.tree.image[order], stable=True)]
+        image = self.tree.image[order]
+        first = torch.searchsorted(image, image)  # where the image's own begin
+        rank = torch.arange(len(order), device=order.device) - first
+        size = min(self.search.batch, rows_at_a_time(self.network, 2, self.lower))
+        return order[torch.argsort(rank, stable=True)[:size]]
+
+    def _halves(self, parents: Tree) -> Tree:
+        at = parents.branch.unsqueeze(1)
+        halves = [replace(parents, signs=parents.signs.scatter(1, at, sign)) for sign in (1, -1)]
+        for image in parents.image.tolist():
+            self.splits[image] += 1
+        return halves[0].joined(halves[1])
+
+    def _bound(self, tree: Tree) -> None:
+        """Bound subproblems; keep those that stay open, each with the neuron to split at."""
+        size = max(1, min(2 * self.search.batch, rows_at_a_time(self.network, 1, self.lower)))
+        for part in torch.arange(len(tree), device=tree.image.device).split(size):
+            started = time.perf_counter()
+            batch = tree.take(part)
+            images = batch.image.cpu()
+            self._bound_batch(batch)
+            share = (time.perf_counter() - started) / len(part)
+            self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
+            late = {i for i in set(images.tolist()) if self.seconds[i] > self.timeout}
+            most = self.search.most
+            many = {i for i in set(images.tolist()) if most is not None and self.splits[i] >= most}
+            self._give_up(late, "timeout")
+            self._give_up(many - late, f"{most} splits")
+
+    def _bound_batch(self, tree: Tree) -> None:
+        tree, empty = self._tightened(tree)
+        sub = self.subproblems(tree)
+        signs, lower, upper = sub.signs, sub.lower, sub.upper
+        assert signs is not None
+        found = maximise(
+            self.network, sub, self._spread(tree.alphas, tree, 0.5), self._spread(tree.betas, tree, 0.0),
+            steps=self.search.steps, rate=self.search.rate,
+            done=lambda best: (best.amax(1) > 0) | empty,
+        )  # fmt: skip
+        bound = torch.where(empty, torch.inf, torch.maximum(tree.bound, found.best.amax(1)))
+        assert found.betas is not None
+        alphas, betas = (self._gathered(values, tree.image) for values in (found.alphas, found.betas))
+        closed = bound > 0
+        self._close(tree, bound, closed)
+        row = found.best.argmax(1)
+        point = minimiser(found, sub.region, row)
+        self._try(tree, ~closed, point)
+        cost = scores(self.network, found, lower, upper, row, point)
+        cost = torch.cat([cost, torch.full_like(cost[:, :1], -torch.inf)], 1)
+        cost = cost.gather(1, self.columns[tree.image])  # (D, U), -inf where nothing is left to split
+        leaf = ~closed & ~(cost > -torch.inf).any(1)
+        for number in leaf.nonzero().flatten().tolist():
+            bound[number] = self._solve(tree, number, lower[number], upper[number], signs[number], int(row[number]))
+        wanted = torch.tensor([self._wanted(i) for i in tree.image.tolist()], device=closed.device)
+        keep = ~closed & ~leaf & wanted
+        self._close(tree, bound, ~closed & ~keep)
+        index = keep.nonzero().flatten()
+        if len(index):
+            kept = replace(tree, bound=bound, alphas=alphas, betas=betas).take(index)
+            branch = look_ahead(self, kept, cost[index], self.search.candidates)
+            self.tree = self.tree.joined(replace(kept, branch=branch))
+
+    def _tightened(self, tree: Tree) -> tuple[Tree, Tensor]:
+        """With its neurons bounded anew under its signs; and which subproblems (D,) nothing satisfies."""
+        lower, upper = tree.lower, tree.upper
+        lower = torch.where(tree.signs > 0, lower.clamp(min=0), lower)
+        upper = torch.where(tree.signs < 0, upper.clamp(max=0), upper)
+        tree = replace(tree, lower=lower, upper=upper)
+        if self.search.tighten and bool((tree.signs != 0).any()):
+            _, lower, upper = self.dense(tree)
+            given = {
+                place: Bounds(low, up)
+                for (place, low), up in zip(
+                    self.neurons.apart(lower).items(), self.neurons.apart(upper).values(), strict=True
+                )
+            }
+            found = crown_bounds(self.network, self._region(tree.image), given)
+            ends = (
+                self.neurons.together({place: getattr(b, e) for place, b in found.items()}) for e in ("lower", "upper")
+            )
+            lower, upper = (self._gathered(end.unsqueeze(1), tree.image)[:, 0] for end in ends)
+        crossed = lower - upper
+        real = self.columns[tree.image] < self.lower.shape[1]
+        empty = (real & (crossed > EMPTY * (1 + lower.abs()))).any(1)
+        return replace(tree, lower=lower, upper=torch.maximum(lower, upper)), empty
+
+    def dense(self, tree: Tree) -> tuple[Tensor, Tensor, Tensor]:
+        """(signs, lower, upper), each (D, N)."""
+        signs = self._spread(tree.signs.unsqueeze(1), tree, 0)[:, 0]
+        lower, upper = (
+            scattered(whole[tree.image], self.columns[tree.image], part)
+            for whole, part in ((self.lower, tree.lower), (self.upper, tree.upper))
+        )
+        return signs, lower, upper
+
+    def subproblems(self, tree: Tree) -> Subproblems:
+        signs, lower, upper = self.dense(tree)
+        at, specification = (tree.image[:, None], self.rows_of[tree.clause]), self.problem.specification
+        forms, offsets = specification.rows[at].to(lower.dtype), specification.offsets[at].to(lower.dtype)
+        return Subproblems(self._region(tree.image), forms, offsets, lower, upper, signs)
+
+    def bounds_of(self, tree: Tree) -> Tensor:
+        """(D,) bounds with the slopes and multipliers that the subproblems have."""
+        lower = torch.where(tree.signs > 0, tree.lower.clamp(min=0), tree.lower)
+        upper = torch.where(tree.signs < 0, tree.upper.clamp(max=0), tree.upper)
+        sub = self.subproblems(replace(tree, lower=lower, upper=upper))
+        alphas, betas = self._spread(tree.alphas, tree, 0.5), self._spread(tree.betas, tree, 0.0)
+        return maximise(self.network, sub, alphas, betas, steps=0).best.amax(1)
+
+    def _spread(self, values: Tensor, tree: Tree, fill: float) -> Tensor:
+        """(D, R, U) of columns → (D, R, N) of neurons."""
+        out = values.new_full((*values.shape[:2], self.lower.shape[1]), fill)
+        return scattered(out, self.columns[tree.image].unsqueeze(1).expand_as(values), values)
+
+    def _gathered(self, values: Tensor, image: Tensor) -> Tensor:
+        """(D, R, N) of neurons → (D, R, U) of columns."""
+        columns = self.columns[image].unsqueeze(1).expand(-1, values.shape[1], -1)
+        return torch.cat([values, values[..., :1]], -1).gather(2, columns)
+
+    def _region(self, image: Tensor) -> Region:
+        return Region(self.problem.region.ball, self.problem.region.images[image])
+
+    def _close(self, tree: Tree, bound: Tensor, closed: Tensor) -> None:
+        for number in closed.nonzero().flatten().tolist():
+            image, clause = int(tree.image[number]), int(tree.clause[number])
+            self.leaves[image, clause] = min(float(self.leaves[image, clause]), float(bound[number]))
+
+    def _wanted(self, image: int) -> bool:
+        return self.counterexamples[image] is None and self.reasons[image] is None
+
+    def _try(self, tree: Tree, open_: Tensor, points: Tensor) -> None:
+        """Bounds' own minimisers are good candidates for counterexamples."""
+        specification = self.problem.specification.subset(tree.image)
+        suspected = open_ & ~(specification.worst(specification.values(self.network(points))) > 0)
+        for number in suspected.nonzero().flatten().tolist():
+            self._refute(int(tree.image[number]), points[number])
+
+    def _refute(self, image: int, point: Tensor) -> bool:
+        if self.counterexamples[image] is None and self.violates(image, point):
+            self.counterexamples[image] = point
+            self._drop({image})
+        return self.counterexamples[image] is not None
+
+    def _give_up(self, images: set[int], reason: str) -> None:
+        unfinished = {i for i in images if self._wanted(i) and bool((self.tree.image == i).any())}
+        for image in unfinished:
+            self.reasons[image] = reason
+        self._drop(unfinished)
+
+    def _drop(self, images: set[int]) -> None:
+        """Without an image's subproblems; what is left open of a clause bounds it."""
+        keep = torch.tensor([i not in images for i in self.tree.image.tolist()], dtype=torch.bool)
+        keep = keep.to(self.tree.image.device)
+        self._close(self.tree, self.tree.bound, ~keep)
+        self.tree = self.tree.take(keep)
+
+    def _solve(self, tree: Tree, number: int, lower: Tensor, upper: Tensor, signs: Tensor, row: int) -> float:
+        """The bound of a leaf, where the network is affine: an LP's dual, evaluated as a bound."""
+        image, clause = int(tree.image[number]), int(tree.clause[number])
+        if not self._wanted(image):
+            return float(tree.bound[number])
+        at = self.rows_of[clause, row]
+        specification = self.problem.specification
+        region = Region(self.problem.region.ball, self.problem.region.images[image : image + 1].double())
+        leaf = solve_leaf(
+            self.exact, region, specification.rows[image, at].double(), float(specification.offsets[image, at]),
+            lower.double(), upper.double(), signs,
+        )  # fmt: skip
+        refuted = leaf.point is not None and self._refute(image, leaf.point.to(self.problem.region.images.dtype))
+        if not leaf.bound > 0 and not refuted:
+            self.reasons[image] = "within tolerance" if leaf.bound > -TOLERANCE * self._scale(image) else "leaf"
+            self._drop({image})
+        return leaf.bound
+
+    def _scale(self, image: int) -> float:
+        return float(self.network(self.problem.region.images[image : image + 1]).abs().max().clamp(min=1))

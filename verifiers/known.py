@@ -1,0 +1,42 @@
+"""What earlier stages have learned about a batch of problems, handed from stage to stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..bounds import Bounds
+from ..bounds.folded import Folded
+from .optimise import finite
+
+
+@dataclass(frozen=True)
+class Known:
+    """Facts about B problems of one network.
+
+    Args:
+        network: its folded form.
+        rows: (B, R) the best lower bounds of the specification's rows so far, offsets included.
+        bounds: of every non-linear operation's input, by its position; empty before a stage computed them.
+        alphas: (B, R, N) slopes that a stage found good; None before.
+    """
+
+    network: Folded
+    rows: Tensor
+    bounds: dict[int, Bounds]
+    alphas: Tensor | None = None
+
+    def subset(self, index: Tensor) -> Known:
+        bounds = {place: Bounds(found.lower[index], found.upper[index]) for place, found in self.bounds.items()}
+        alphas = None if self.alphas is None else self.alphas[index]
+        return Known(self.network, self.rows[index], bounds, alphas)
+
+    def with_rows(self, rows: Tensor) -> Known:
+        """With further lower bounds of the rows: the better ones are kept. One that is not finite proves nothing."""
+        return replace(self, rows=torch.maximum(self.rows, finite(rows).to(self.rows.dtype)))
+
+    def with_bounds(self, bounds: dict[int, Bounds]) -> Known:
+        merged = {place: self.bounds[place].intersect(b) if self.bounds else b for place, b in bounds.items()}
+        return replace(self, bounds=merged)

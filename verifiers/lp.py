@@ -1,0 +1,194 @@
+"""The leaves of branch and bound: where the sign of every neuron is known, the minimum is that of a linear program.
+
+The program's answer is never believed. It proposes multipliers, and what counts is the Lagrangian at them, evaluated
+in float64: at *any* multipliers >= 0 it is below the minimum (weak duality), so a solver that is wrong, or stops
+early, costs tightness alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linprog
+from torch import Tensor
+
+from ..bounds import Bounds, Region
+from ..bounds.crown import backward, relax_all, rows_at_a_time
+from ..bounds.folded import Folded
+from ..errors import InputError
+from .optimise import Neurons
+
+ROUNDING = 1e-12
+"""What a Lagrangian is lowered by, relative to the sum of its terms' absolute values: thousands of float64 roundings of
+each. So multipliers that are huge, as those of a nearly empty leaf, cannot turn rounding into a proof."""
+
+TOLERANCE = 1e-9
+"""Of HiGHS, in constraints whose coefficients add up to 1."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What is known of a leaf.
+
+    Args:
+        bound: below the minimum in float64 arithmetic, whatever the solver did; inf if the leaf is empty.
+        point: (*shape), in the box: where the program is smallest, a candidate for a counterexample (to be replayed);
+            None where it was not solved.
+        infeasible: proved to be empty.
+    """
+
+    bound: float
+    point: Tensor | None
+    infeasible: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProgram:
+    """Minimise forms[0] · x + constants[0] over a box, where forms[j] · x + constants[j] <= 0 for all j >= 1.
+
+    Args:
+        region: a box around one image, float64, on the CPU.
+        forms: (1 + M, D), D the numbers in the image; constants: (1 + M,).
+    """
+
+    region: Region
+    forms: Tensor
+    constants: Tensor
+
+    def lagrangian(self, weights: Tensor) -> float:
+        """The minimum over the box of all rows' weighted sum, less our own rounding. Weights below 0 count as 0.
+
+        Args:
+            weights: (1 + M,) float64. With 1 first, a lower bound of the program's minimum; with 0 first, a value
+                above 0 proves that no point meets the constraints.
+        """
+        weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+        images, hull = self.region.images, self.region.hull
+        lowest = self.region.ball.concretise((weights @ self.forms).reshape(1, 1, *images.shape[1:]), images)
+        largest = torch.maximum(hull.lower.abs(), hull.upper.abs()).flatten()
+        size = weights @ (self.forms.abs() @ largest + self.constants.abs())
+        value = float(lowest + weights @ self.constants - ROUNDING * size)
+        return -math.inf if math.isnan(value) else value
+
+    def solve(self, time_limit: float = math.inf) -> Leaf:
+        """The leaf's answer.
+
+        Args:
+            time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve.
+        """
+        alone = torch.zeros_like(self.constants)
+        alone[0] = 1.0
+        if not (self.forms.isfinite().all() and self.constants.isfinite().all()):
+            return Leaf(-math.inf, None)
+        # in units of the box, [-1, 1]^D, and every row in units of its own size: HiGHS's tolerances are absolute
+        hull = self.region.hull
+        center, radius = hull.center.flatten(), hull.radius.flatten()
+        matrix, vector = self.forms * radius, self.forms @ center + self.constants
+        size = matrix.abs().sum(1) + vector.abs()
+        size = torch.where(size > 0, size, 1.0)
+        table, limits = (matrix / size[:, None]).numpy(), -(vector / size)[1:].numpy()
+
+        found = _highs(table[0], table[1:], limits, time_limit)
+        if found.status != 0:
+            slack = _least_slack(table[1:], limits, time_limit)
+            if slack.status != 0:
+                return Leaf(self.lagrangian(alone), None)
+            if self.lagrangian(_weights(slack, size) * (1 - alone)) > 0:
+                return Leaf(math.inf, None, infeasible=True)
+            # too near to call: its constraints loosened by what they lack, still in search of multipliers alone
+            found = _highs(table[0], table[1:], limits + slack.x[table.shape[1] :] + TOLERANCE, time_limit)
+        bound = self.lagrangian(alone)
+        if found.status != 0:
+            return Leaf(bound, None)
+        images = self.region.images
+        point = (center + radius * torch.from_numpy(found.x)).reshape(images.shape)
+        return Leaf(max(bound, self.lagrangian(_weights(found, size))), self.region.ball.project(images, point)[0])
+
+
+def _weights(found: Any, size: Tensor) -> Tensor:
+    """(1 + M,) the solver's multipliers, back in the rows' own units and relative to the objective's."""
+    multipliers = torch.from_numpy(-np.asarray(found.ineqlin.marginals))
+    return torch.cat([torch.ones(1, dtype=torch.float64), multipliers * size[0] / size[1:]])
+
+
+def _highs(cost: np.ndarray, rows: np.ndarray, limits: np.ndarray, time_limit: float, boxed: int | None = None) -> Any:
+    """Minimise cost · u where rows · u <= limits; -1 <= u <= 1 for the first ``boxed`` (all), 0 <= u for the rest."""
+    boxed = len(cost) if boxed is None else boxed
+    ends = [(-1.0, 1.0)] * boxed + [(0.0, None)] * (len(cost) - boxed)
+    options = {"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE}
+    if time_limit < math.inf:
+        options["time_limit"] = max(time_limit, 0.0)
+    return linprog(cost, rows, limits, bounds=ends, method="highs", options=options)
+
+
+def _least_slack(rows: np.ndarray, limits: np.ndarray, time_limit: float) -> Any:
+    """Phase one: the least sum of slacks with which the constraints can be met. It always has a solution."""
+    count, width = rows.shape
+    cost = np.concatenate([np.zeros(width), np.ones(count)])
+    return _highs(cost, np.concatenate([rows, -np.eye(count)], 1), limits, time_limit, boxed=width)
+
+
+def check_box(region: Region) -> None:
+    """Refuse what cannot be written as a program: anything but a box around one image in float64."""
+    if not region.ball.is_box or len(region.images) != 1 or region.images.dtype != torch.float64:
+        raise InputError(
+            f"region: found {type(region.ball).__name__} around {len(region.images)} images of {region.images.dtype}; "
+            "accepted for a linear or mixed-integer program: a box (LinfBall) around one image of torch.float64"
+        )
+
+
+@torch.no_grad()
+def leaf_program(
+    network: Folded, region: Region, row: Tensor, offset: float, lower: Tensor, upper: Tensor, signs: Tensor
+) -> LinearProgram:
+    """The linear program of a leaf; arguments as for ``solve_leaf``."""
+    check_box(region)
+    neurons = Neurons.of(network)
+    uppers = neurons.apart(upper[None])
+    lines = relax_all(network, {place: Bounds(low, uppers[place]) for place, low in neurons.apart(lower[None]).items()})
+    parts = [backward(network, len(network.operations) - 1, row.reshape(1, 1, -1), lines)]
+    for place, shape in zip(neurons.places, neurons.shapes, strict=True):
+        assumed = neurons.apart(signs)[place].flatten()
+        for index in assumed.nonzero().flatten().split(rows_at_a_time(network, 1, lower)):
+            # the lower bound of -sign · input, which the constraint keeps at 0 or below
+            forms = lower.new_zeros(1, len(index), shape.numel())
+            forms[0].scatter_(1, index[:, None], -assumed[index, None].to(lower.dtype))
+            parts.append(backward(network, network.operations[place].inputs[0], forms.reshape(1, -1, *shape), lines))
+    constants = torch.cat([part.constants[0] for part in parts])
+    constants[0] += offset
+    forms = torch.cat([part.forms[0].flatten(1) for part in parts])
+    return LinearProgram(Region(region.ball, region.images.cpu()), forms.cpu(), constants.cpu())
+
+
+def solve_leaf(
+    network: Folded,
+    region: Region,
+    row: Tensor,
+    offset: float,
+    lower: Tensor,
+    upper: Tensor,
+    signs: Tensor,
+    time_limit: float = math.inf,
+) -> Leaf:
+    """The minimum of <row, logits> + offset over a leaf of branch and bound, as a bound that needs no trust.
+
+    With every neuron's sign known the network is affine, so bound and minimum agree but for rounding and for the
+    solver's tolerance. A neuron that is still open is relaxed by its lines: the bound holds, only not tightly.
+
+    Args:
+        network: float64, of ReLU and LeakyReLU. (Other functions are relaxed.)
+        region: a box around one image, float64.
+        row: (K,).
+        lower, upper: (N,) bounds of the neurons' inputs (``Neurons``), valid in the leaf.
+        signs: (N,) int8, what was assumed of each neuron's input: 1 for >= 0, -1 for <= 0, 0 for nothing.
+        time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve.
+    Raises:
+        InputError: the region is no box, holds several images, or is not float64.
+    """
+    leaf = leaf_program(network, region, row, offset, lower, upper, signs).solve(time_limit)
+    point = None if leaf.point is None else leaf.point.to(region.images.device)
+    return Leaf(leaf.bound, point, leaf.infeasible)

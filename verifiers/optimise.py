@@ -1,0 +1,153 @@
+"""Linear bounds made as tight as their free parameters allow: alpha-CROWN (arXiv 2011.13824) and, with constraints on
+the signs of activations' inputs, beta-CROWN (arXiv 2103.06624)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..bounds import Bounds, Region
+from ..bounds.crown import LinearBound, backward, relax_all, slack_of
+from ..bounds.folded import Folded
+from ..bounds.rounding import OWN
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The inputs of all non-linear operations as one flat row, N numbers for each image."""
+
+    places: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, network: Folded) -> Neurons:
+        return cls(network.nonlinear, tuple(network.shapes[place] for place in network.nonlinear))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes]
+
+    def apart(self, flat: Tensor) -> dict[int, Tensor]:
+        """(…, N) → (…, *shape) for each operation."""
+        parts = flat.split(self.sizes, -1)
+        return {
+            place: part.reshape(*flat.shape[:-1], *shape)
+            for place, part, shape in zip(self.places, parts, self.shapes, strict=True)
+        }
+
+    def together(self, parts: Mapping[int, Tensor], leading: int = 1) -> Tensor:
+        return torch.cat([parts[place].flatten(leading) for place in self.places], -1)
+
+
+@dataclass(frozen=True)
+class Subproblems:
+    """D linear bounds to be made: R forms of the logits of each, over a region and under constraints.
+
+    Args:
+        region: around D images.
+        forms: (D, R, K); offsets: (D, R).
+        lower, upper: (D, N) bounds of the neurons' inputs, in agreement with ``signs``.
+        signs: (D, N) int8, what is assumed of each neuron's input: 1 for >= 0, -1 for <= 0, 0 for nothing.
+    """
+
+    region: Region
+    forms: Tensor
+    offsets: Tensor
+    lower: Tensor
+    upper: Tensor
+    signs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """The best bounds found (D, R), and the last parameters: slopes and multipliers (D, R, N)."""
+
+    best: Tensor
+    alphas: Tensor
+    betas: Tensor | None
+    bound: LinearBound
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+
+def finite(lower: Tensor) -> Tensor:
+    """A bound that overflowed, or NaN, proves nothing."""
+    return lower.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+
+
+def with_offsets(network: Folded, lower: Tensor, offsets: Tensor) -> Tensor:
+    """Lower bounds with constants added, rounded down where the network has a ``rounding``."""
+    found = lower + offsets
+    return found if network.rounding is None else found - 4 * OWN * (lower.abs() + offsets.abs()) * (offsets != 0)
+
+
+def starting_slopes(lower: Tensor, upper: Tensor, rows: int) -> Tensor:
+    """(D, rows, N): CROWN's choice, the line with the smaller area."""
+    return (upper > -lower).to(lower.dtype).unsqueeze(1).repeat(1, rows, 1)
+
+
+def maximise(
+    network: Folded,
+    sub: Subproblems,
+    alphas: Tensor,
+    betas: Tensor | None = None,
+    *,
+    steps: int,
+    rate: float = 0.1,
+    decay: float = 0.97,
+    done: Callable[[Tensor], Tensor] = lambda best: best.new_zeros(len(best), dtype=torch.bool),
+) -> Optimised:
+    """Lower bounds of all forms by gradient ascent on slopes and multipliers; every iterate is a valid bound.
+
+    Args:
+        alphas: (D, R, N) to start from; betas: likewise, needed with ``sub.signs``.
+        steps: of Adam; 0 bounds with the parameters as they are.
+        done: which of the subproblems (D,) need no better bounds, given the best (D, R) so far.
+    """
+    neurons = Neurons.of(network)
+    bounds = {
+        place: Bounds(low, up)
+        for (place, low), up in zip(neurons.apart(sub.lower).items(), neurons.apart(sub.upper).values(), strict=True)
+    }
+    alphas = alphas.detach().clone().requires_grad_(steps > 0)
+    free = [alphas]
+    if sub.signs is not None:
+        signs = sub.signs.unsqueeze(1).to(sub.lower.dtype)
+        betas = torch.zeros_like(alphas) if betas is None else betas.detach().clone()
+        free.append(betas.requires_grad_(steps > 0))
+    ascent = torch.optim.Adam(free, lr=rate)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(ascent, decay)
+    best = torch.full_like(sub.offsets, -torch.inf)
+    finished = torch.zeros(len(best), dtype=torch.bool, device=best.device)
+    slack = slack_of(network, sub.region, bounds)
+    for step in range(steps + 1):
+        last = step == steps
+        seen: dict[int, Tensor] = {}
+        with torch.set_grad_enabled(not last):
+            lines = relax_all(network, bounds, neurons.apart(alphas))
+            pushed = None if betas is None or sub.signs is None else neurons.apart(-signs * betas)
+            bound = backward(network, len(network.operations) - 1, sub.forms, lines, pushed, seen, slack)
+            lower = with_offsets(network, bound.lower(sub.region), sub.offsets)
+        # a finished subproblem's bounds rest: they are not to depend on what else is in the batch
+        better = torch.maximum(best, finite(lower.detach()))
+        best = torch.where(finished.unsqueeze(1), best, better)
+        finished = finished | done(best)
+        if last or bool(finished.all()) or not lower.requires_grad:  # no slope to choose
+            break
+        gradients = torch.autograd.grad(lower, free, torch.full_like(lower, -1.0), allow_unused=True)
+        for parameters, gradient in zip(free, gradients, strict=True):  # and not of the network's own weights
+            parameters.grad = gradient
+        ascent.step()
+        schedule.step()
+        with torch.no_grad():
+            alphas.clamp_(0, 1)
+            if betas is not None:
+                betas.clamp_(min=0)
+    detached = LinearBound(bound.forms.detach(), bound.constants.detach())
+    return Optimised(
+        best, alphas.detach(), None if betas is None else betas.detach(), detached,
+        {place: forms.detach() for place, forms in seen.items()},
+    )  # fmt: skip
