@@ -9,14 +9,18 @@ if TYPE_CHECKING:
     from .bounds import Bounds, Interval, L2Ball, LinfBall, compute_bounds
     from .pipeline import load_model, train
     from .recipe import Config
+    from .verification import verify
     from .verifiers import certify
 
 _HOMES = {
     "Bounds": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds", "compute_bounds": "bounds",
     "Config": "recipe", "certify": "verifiers", "load_model": "pipeline", "train": "pipeline",
+    "verify": "verification",
 }  # fmt: skip
 
-__all__ = ["Bounds", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "load_model", "train"]
+__all__ = [
+    "Bounds", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "load_model", "train", "verify",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 

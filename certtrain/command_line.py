@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train(commands)
+    _add_verify(commands)
     return _guarded(parser, words)
 
 
@@ -48,6 +49,29 @@ def _add_train(commands) -> None:
     train.set_defaults(run=_train, parser=train)
 
 
+def _add_verify(commands) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="certify the test images of a finished run",
+        usage="certtrain verify RUN_DIR [options]",
+        description="Certify the test images of a run whose training is finished. Verdicts are written the moment "
+        "their batch is known; killed at any moment, the same call goes on. Decided images stay decided; undecided "
+        "ones are tried again where the call offers more: another stage, more seconds. The run's own epsilon writes "
+        "RUN_DIR/verdicts.jsonl, another one RUN_DIR/verdicts/embedded-EPSILON-nearest.jsonl.",
+        epilog="Fields of the recipe's certify section are given as --certify.field value, for example "
+        "--certify.batch_size 64; what is not given is as the run's recipe says.",
+        allow_abbrev=False,
+    )
+    verify.add_argument("--images", metavar="START:STOP", help="some of the test images (default: all)")
+    verify.add_argument("--epsilon", metavar="E", help="another radius, in pixel units of [0, 1], such as 2/255")
+    verify.add_argument("--timeout", metavar="SECONDS", help="of an image: its share of its batches' time")
+    verify.add_argument("--total-timeout", metavar="SECONDS", help="stop after so long, whatever is left")
+    verify.add_argument("--stages", metavar="A,B,…", help="some of attack, ibp, crown_ibp, crown, alpha, bab")
+    verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
+    verify.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verify.set_defaults(run=_verify, parser=verify)
+
+
 def _guarded(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Errors that a user can cause become one line on stderr."""
     from .errors import InputError
@@ -63,7 +87,7 @@ def _guarded(parser: argparse.ArgumentParser, words: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingStopped) else 2
     except Interrupted as stopped:
-        print(f"stopped by {stopped}; go on with: --resume {options.folder}", file=sys.stderr)
+        print(f"stopped by {stopped}; go on with: {options.go_on}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -79,9 +103,10 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(options.config, overrides)
     if options.help:
         return _help(options, config)
-    options.folder = new_folder(config, options.out)
-    print(f"run folder: {options.folder}")
-    _summary(train(config, options.folder))
+    folder = new_folder(config, options.out)
+    options.go_on = f"--resume {folder}"
+    print(f"run folder: {folder}")
+    _summary(train(config, folder))
     return 0
 
 
@@ -92,9 +117,59 @@ def _resume(options: argparse.Namespace, overrides: dict[str, str], resume) -> i
                *(f"--{name}" for name in ("config", "out") if getattr(options, name))]  # fmt: skip
     if refused:
         raise InputError(f"{refused[0]}: cannot be changed on --resume; accepted: --device, --debug")
-    options.folder = options.resume
+    options.go_on = f"--resume {options.resume}"
     _summary(resume(options.resume, device=overrides.get("device")))
     return 0
+
+
+def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    from .config import override, structure, unstructure
+    from .errors import InputError
+    from .pipeline import recorded_config
+    from .recipe import Config
+    from .run_folder import RunFolder
+    from .verification import verify
+
+    path, overrides = _one_word_and_pairs(rest)
+    for name in overrides:
+        if not name.startswith("certify.") or name == "certify.images":
+            raise InputError(f"--{name}: cannot be changed here; accepted: --certify.field value, see --help")
+    given = {"perturbation.epsilon": options.epsilon, "certify.timeout": options.timeout, "device": options.device}
+    overrides |= {name: value for name, value in given.items() if value is not None}
+    if options.stages is not None:
+        overrides["certify.stages"] = f"[{options.stages}]"
+    recorded = recorded_config(*RunFolder.open(path))
+    config = structure(Config, override(unstructure(recorded), overrides))
+    options.go_on = "the same call"
+    found = verify(
+        path, images=options.images, epsilon=config.perturbation.epsilon, certify=config.certify, device=config.device,
+        total_timeout=None if options.total_timeout is None else _seconds(options.total_timeout),
+    )  # fmt: skip
+    _stages(found.records, f"{path}: {len(found.records)} test images, epsilon {found.epsilon:.6g}")
+    _say_where(found.file)
+    return 0
+
+
+def _one_word_and_pairs(words: list[str]) -> tuple[Path, dict[str, str]]:
+    """The one word that is neither an option nor an option's value, and the options."""
+    from .errors import InputError
+
+    place = 0
+    while place < len(words) and words[place].startswith("--"):
+        place += 1 if "=" in words[place] else 2
+    if place >= len(words):
+        raise InputError("verify: found no run folder; accepted: verify RUN_DIR, the folder of a finished run")
+    return Path(words[place]), _pairs([*words[:place], *words[place + 1 :]])
+
+
+def _seconds(text: str) -> float:
+    from .config import parse_number
+    from .errors import InputError
+
+    try:
+        return parse_number(text)
+    except ValueError as error:
+        raise InputError(f"--total-timeout: found {text!r}; accepted: seconds > 0") from error
 
 
 def _pairs(words: list[str]) -> dict[str, str]:
@@ -134,8 +209,37 @@ def _summary(folder) -> None:
     table = Table(title=f"{folder.path}: {final['images']} test images, epsilon {final['epsilon']:.6g}")
     table.add_column("accuracy")
     table.add_column("%", justify="right")
-    for name, key in (("clean", "clean"), ("under attack", "attacked"), ("certified", "certified"),
+    for name, key in (("clean", "clean"), ("no counterexample found", "attacked"), ("certified", "certified"),
                       ("certified by IBP alone", "ibp_certified")):  # fmt: skip
         table.add_row(name, f"{100 * final[f'{key}_accuracy']:.2f}")
     console.print(table)
-    console.print(f"{final['seconds']:.0f} s; verdicts of every image: {folder.path / 'verdicts.jsonl'}")
+    _stages([v for v in folder.verdicts if v["index"] < final["images"]], "verdicts by stage")
+    console.print(f"{final['seconds']:.0f} s")
+    _say_where(folder.verdicts.path)
+
+
+def _stages(records, title: str) -> None:
+    """Who decided what, and how long it took."""
+    from rich.table import Table
+
+    from .progress import console
+    from .verifiers.records import by_stage, certified, reasons
+
+    table = Table(title=title)
+    table.add_column("stage")
+    for name in (columns := ("images", "misclassified", "falsified", "verified", "seconds")):
+        table.add_column(name, justify="right")
+    for stage, row in by_stage(records).items():
+        row = {**row, "seconds": f"{row['seconds']:.2f}"}
+        table.add_row(stage, *(str(row.get(name, "")) for name in columns))
+    console.print(table)
+    low, high = certified(records)
+    console.print(f"certified accuracy: {100 * low:.2f} %" + (f" to {100 * high:.2f} %" if high > low else ""))
+    if why := reasons(records):
+        console.print(f"undecided: {sum(why.values())} ({', '.join(f'{word}: {n}' for word, n in why.items())})")
+
+
+def _say_where(path: Path) -> None:
+    from .progress import console
+
+    console.print(f"verdicts of every image: {path}")

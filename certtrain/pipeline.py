@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -16,19 +17,19 @@ import torch.utils.deterministic
 from torch import nn
 
 from . import __version__
-from .bounds import trace
+from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
 from .models import initialise_for_ibp
 from .noise import key_of
 from .precision import full_float32
-from .progress import Progress, describe
 from .recipe import Config, load_config
 from .run_folder import RunFolder, write_atomically
 from .training import StopRequest, check_batches, fit
 from .training.checkpoint import load_weights
-from .verifiers import certify_split
+from .verifiers.records import decided, reasons, summarise
+from .verifiers.sweep import Question, sweep
 
 
 def train(
@@ -50,7 +51,7 @@ def train(
     recipe = config if isinstance(config, Config) else load_config(None if config is None else Path(config))
     recipe = structure(Config, unstructure(recipe))  # as resume will read it: checked, and 0 is 0.0
     device = recipe.resolved_device()
-    with _surroundings(recipe.threads, device):
+    with surroundings(recipe.threads, device):
         dataset, model = _prepare(recipe)
         folder = RunFolder.create(new_folder(recipe, out), _description(recipe, dataset, device))
         return _go_on(folder, recipe, dataset, model, device, quiet)
@@ -69,17 +70,13 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     folder, description = RunFolder.open(Path(path))
     if folder.final():
         return folder
-    config = _recorded_config(folder, description)
+    config = recorded_config(folder, description)
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
     found = config.resolved_device()
-    with _surroundings(config.threads, found):
+    with surroundings(config.threads, found):
         dataset, model = _prepare(config)
-        if dataset.checksum != description["dataset"]["sha256"]:
-            raise InputError(
-                f"data: found images with sha256 {dataset.checksum[:12]}…; accepted: those that the run was started "
-                f"with, {description['dataset']['sha256'][:12]}…"
-            )
+        check_data(dataset, description)
         return _go_on(folder, config, dataset, model, found, quiet)
 
 
@@ -92,22 +89,43 @@ def load_model(path: str | Path) -> tuple[nn.Module, Config]:
         InputError: no run there, no weights in it, or weights of another architecture.
     """
     folder, description = RunFolder.open(Path(path))
-    config = _recorded_config(folder, description)
+    config = recorded_config(folder, description)
     shape, classes = description["dataset"]["shape"], description["dataset"]["classes"]
     try:
         weights = safetensors.torch.load_file(folder.model)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder.model}: found no weights; accepted: a run whose training is finished, see --resume {path}"
+        ) from error
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{folder.model}: cannot be read ({error}); accepted: a finished training's file") from error
     model = config.model.build(tuple(shape), classes)
     load_weights(model, weights, folder.model)
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{folder.model}: {name}: found a value that is not finite; accepted: finite weights")
     return model.eval(), config
 
 
-def _recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
+def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
+    """The recipe that a run was started with."""
     try:
         return structure(Config, description["config"])
     except InputError as error:
         raise InputError(f"{folder.run}: {error}") from error
+
+
+def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        InputError: these are not the images that the run was started with.
+    """
+    found, wanted = dataset.checksum, description["dataset"]["sha256"]
+    if found != wanted:
+        raise InputError(
+            f"data: found images with sha256 {found[:12]}…; accepted: those that the run was started "
+            f"with, {wanted[:12]}…"
+        )
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:
@@ -124,7 +142,7 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     """Data and model; what cannot work is refused here, before anything is written."""
     dataset = config.data.load()
     model = build_model(config, dataset)
-    trace(model)
+    fold(model, torch.Size(dataset.shape))
     check_batches(model, len(dataset.train), config.training)
     return dataset, model
 
@@ -140,51 +158,31 @@ def _go_on(
             folder=folder, stop=stop, quiet=quiet,
         )  # fmt: skip
         _save_weights(folder, model)
-        certify_run(folder, config, here, model, stop, quiet)
-    verdicts = list(folder.verdicts)
+        stop.raise_if_asked()
+    images = range(min(config.certify.images or len(here.test), len(here.test)))
+    with StopRequest(at_once=True):
+        question = question_of(folder, config, here, model, device)
+        records = sweep(question, folder.verdicts, folder.settings, images, quiet=quiet)
     trained = [line["seconds"] for line in folder.metrics]
-    seconds = trained[-1] + sum(verdict["seconds"] for verdict in verdicts)
-    final = {"kind": "final", **summarise(verdicts), "epsilon": config.perturbation.epsilon, "images": len(verdicts),
-             "seconds": round(seconds, 3)}  # fmt: skip
-    folder.metrics.append(final)
+    seconds = trained[-1] + sum(record["seconds"] for record in records)
+    folder.metrics.append({
+        "kind": "final", **summarise(records), "decided": decided(records), "undecided": reasons(records),
+        "epsilon": config.perturbation.epsilon, "images": len(records), "seconds": round(seconds, 3),
+    })  # fmt: skip
     return folder
 
 
-def certify_run(
-    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, stop: StopRequest, quiet: bool = False
-) -> None:
-    """Write one verdict for each test image to ``verdicts.jsonl``, a batch at a time as they become known."""
-    size = config.certify.batch_size
-    known = list(folder.verdicts)
-    known = known[: len(known) // size * size]  # an unfinished batch is formed again as it was
-    folder.verdicts.keep(len(known))
-    total = min(config.certify.images or len(dataset.test), len(dataset.test))
-    model.eval()
-    with Progress("certifying", total, done=len(known), quiet=quiet) as progress:
-        batches = certify_split(
-            model, dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, len(known)
-        )
-        for verdicts in batches:
-            records = [verdict.record() for verdict in verdicts]
-            folder.verdicts.append(*records)
-            known += records
-            progress.advance(len(records), summarise(known))
-            stop.raise_if_asked()
-        progress.line(f"certified {total} images  {describe(summarise(known))}")
-
-
-def summarise(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Shares of all images: clean >= attacked >= certified >= IBP-certified, image by image."""
-
-    def share(holds: Callable[[Mapping[str, Any]], bool]) -> float:
-        return sum(map(holds, verdicts)) / len(verdicts) if verdicts else 0.0
-
-    return {
-        "clean_accuracy": share(lambda v: v["status"] != "misclassified"),
-        "attacked_accuracy": share(lambda v: v["status"] not in ("misclassified", "falsified")),
-        "certified_accuracy": share(lambda v: v["status"] == "verified"),
-        "ibp_certified_accuracy": share(lambda v: v["status"] == "verified" and v["stage"] == "ibp"),
-    }
+def question_of(
+    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device
+) -> Question:
+    """The run's own question about its test split; the weights are those in the folder."""
+    rests_on = {
+        "weights": hashlib.sha256(folder.model.read_bytes()).hexdigest(), "versions": versions(),
+        "device": device_name(device),
+    }  # fmt: skip
+    return Question(
+        model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on
+    )
 
 
 def _save_weights(folder: RunFolder, model: nn.Module) -> None:
@@ -204,10 +202,10 @@ def _description(config: Config, dataset: Dataset, device: torch.device) -> Mapp
     """``run.json``: all that it takes to repeat the run."""
     return {
         "config": unstructure(config),
-        "versions": {"certtrain": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "seed": config.seed,
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "dataset": {
             "sha256": dataset.checksum, "shape": list(dataset.shape), "classes": dataset.classes,
@@ -217,8 +215,16 @@ def _description(config: Config, dataset: Dataset, device: torch.device) -> Mapp
     }  # fmt: skip
 
 
+def versions() -> dict[str, str]:
+    return {"certtrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+
+
 @contextmanager
-def _surroundings(threads: int, device: torch.device):
+def surroundings(threads: int, device: torch.device):
     """The recorded number of threads, float32 that means float32, and on the CPU the same bits in every run.
 
     Without torch's deterministic algorithms two runs of one seed differ there: with several threads the gradient

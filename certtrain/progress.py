@@ -3,52 +3,79 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 console = Console(soft_wrap=True, highlight=False)
 
 
-class Progress:
-    """A bar over ``total`` units; silent when ``quiet``.
+class _Bar(RichProgress):
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["figures"], style="dim", no_wrap=True, overflow="ellipsis")
 
-    ``show`` sets the figures beside the bar, ``line`` says something that stays.
+
+class Progress:
+    """A bar over ``total`` units, with a line of figures below it; silent when ``quiet``.
+
+    ``line`` says something that stays.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, quiet: bool = False):
         self.label, self.total, self.done, self.quiet = label, total, done, quiet
+        self._before, self._started = done, time.perf_counter()
         self._rich: RichProgress | None = None
         if sys.stdout.isatty() and not quiet:
-            self._rich = RichProgress(
-                TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console, transient=True,
+            self._rich = _Bar(
+                TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[pace]}"), console=console, transient=True,
             )  # fmt: skip
 
     def __enter__(self) -> Self:
         if self._rich:
             self._rich.start()
-            self._task = self._rich.add_task(self.label, total=self.total, completed=self.done, figures="")
+            self._task = self._rich.add_task(self.label, total=self.total, completed=self.done, figures="", pace="")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._rich:
             self._rich.stop()
 
-    def advance(self, units: int, figures: Mapping[str, float] | None = None) -> None:
+    def advance(self, units: int, figures: Mapping[str, float] | str | None = None) -> None:
         self.done += units
         if self._rich:
-            self._rich.update(self._task, advance=units)
+            self._rich.update(self._task, advance=units, pace=self.pace())
             if figures:
-                self._rich.update(self._task, figures=describe(figures))
+                text = figures if isinstance(figures, str) else describe(figures)
+                self._rich.update(self._task, figures=text)
+
+    def now(self, text: str) -> None:
+        """Said in the place of the label: what is being done."""
+        if self._rich:
+            self._rich.update(self._task, description=text)
+
+    def pace(self) -> str:
+        """Units per second since the start, and the time left at that pace."""
+        rate = (self.done - self._before) / max(1e-9, time.perf_counter() - self._started)
+        return f"{rate:.3g}/s, {duration((self.total - self.done) / rate)} left" if rate else ""
 
     def line(self, text: str) -> None:
         """Said in files only: a terminal has the bar."""
         if not self.quiet and not self._rich:
             console.print(text)
+
+
+def duration(seconds: float) -> str:
+    """``3723`` → ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def describe(figures: Mapping[str, float]) -> str:

@@ -1,11 +1,13 @@
-"""One run's folder. Every file appears whole or not at all, and lines are added, never rewritten."""
+"""One run's folder. Every file appears whole or not at all; lines are added, and rewritten all at once or never."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +45,41 @@ class JsonLines:
 
     def append(self, *records: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:
-            file.write("".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records).encode())
+            file.write("".join(map(_line, records)).encode())
             file.flush()
             os.fsync(file.fileno())
+
+    def rewrite(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """These lines instead of those that are there, all at once."""
+        text = "".join(map(_line, records))
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from writing here meanwhile (where the file system knows locks).
+
+        Raises:
+            InputError: one is writing.
+        """
+        with self.path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = os.path.samestat(os.fstat(file.fileno()), self.path.stat())  # else rewritten under our hands
+            except BlockingIOError:
+                mine = False
+            except OSError:
+                mine = True
+            if not mine:
+                raise InputError(f"{self.path}: found another process that writes it; accepted: one at a time")
+            yield
+
+    def drop_half_line(self) -> None:
+        """Without what stands behind the last newline."""
+        if self.path.exists():
+            whole = self.path.read_bytes()
+            end = whole.rfind(b"\n") + 1
+            if end < len(whole):
+                self.truncate(end)
 
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
@@ -61,10 +95,9 @@ class JsonLines:
         if self.path.exists():
             os.truncate(self.path, size)
 
-    def keep(self, lines: int) -> None:
-        """Keep the first ``lines`` lines."""
-        if self.path.exists():
-            self.truncate(sum(map(len, self.path.read_bytes().splitlines(keepends=True)[:lines])))
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +135,17 @@ class RunFolder:
 
     @property
     def verdicts(self) -> JsonLines:
+        """The answers to the run's own question."""
         return JsonLines(self.path / "verdicts.jsonl")
+
+    def other_verdicts(self, verifier: str, epsilon: float, arithmetic: str) -> JsonLines:
+        """The answers to another question."""
+        return JsonLines(self.path / "verdicts" / f"{verifier}-{epsilon!r}-{arithmetic}.jsonl")
+
+    @property
+    def settings(self) -> JsonLines:
+        """What verdicts rest on, by the name in their field ``settings``."""
+        return JsonLines(self.path / "verdicts" / "settings.jsonl")
 
     @classmethod
     def create(cls, path: Path, description: Mapping[str, Any]) -> RunFolder:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from certtrain.command_line import main
@@ -37,9 +38,9 @@ def everything_in(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def assert_refused(here: Path, capsys, words: list[str], mentions: list[str]) -> None:
+def assert_refused(here: Path, capsys, words: list[str], mentions: list[str], command: str = "train") -> None:
     before = everything_in(here)
-    assert main(["train", *words]) == 2
+    assert main([command, *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.endswith("\n") and said.count("\n") == 1
     assert "Traceback" not in said
@@ -47,7 +48,7 @@ def assert_refused(here: Path, capsys, words: list[str], mentions: list[str]) ->
         assert mention in said
     assert everything_in(here) == before
 
-    assert main(["train", *words, "--debug"]) == 2
+    assert main([command, *words, "--debug"]) == 2
     shown = capsys.readouterr().err
     assert "Traceback (most recent call last)" in shown and shown.endswith(said)
     assert everything_in(here) == before
@@ -284,6 +285,89 @@ def test_resuming_a_damaged_run(damage, mentions, here, capsys):
     damage(here / "run")
     assert_refused(here, capsys, ["--resume", "run"], mentions)
     assert not (here / "run" / "ran").exists()
+
+
+VERIFY = {
+    "no folder": ([], ["found no run folder", "verify RUN_DIR"]),
+    "not a folder": (["nowhere"], ["nowhere: found no run.json"]),
+    "a file": (["run/run.json"], ["run/run.json"]),
+    "two folders": (["run", "run"], ["'run'"]),
+    "images are a word": (["run", "--images", "all"], ["images: found 'all'", "start:stop", "359"]),
+    "one image": (["run", "--images", "7"], ["images: found '7'"]),
+    "no images": (["run", "--images", "7:7"], ["images: found '7:7'"]),
+    "images backwards": (["run", "--images", "9:7"], ["images: found '9:7'"]),
+    "images outside": (["run", "--images", "0:360"], ["images: found '0:360'", "<= 359"]),
+    "negative images": (["run", "--images=-5:3"], ["images: found '-5:3'"]),
+    "unknown stage": (["run", "--stages", "attack,crow"], ["certify.stages: found ['attack', 'crow']", "crown_ibp"]),
+    "a stage twice": (["run", "--stages", "ibp,ibp"], ["certify.stages: found ('ibp', 'ibp')", "each stage once"]),
+    "stages are no list": (["run", "--stages", "ibp]"], ["certify.stages"]),
+    "negative epsilon": (["run", "--epsilon", "-0.1"], ["perturbation.epsilon: found -0.1", ">= 0"]),
+    "negative fraction": (["run", "--epsilon=-2/255"], ["perturbation.epsilon: found -0.0078"]),
+    "epsilon is NaN": (["run", "--epsilon", "nan"], ["perturbation.epsilon: found 'nan'", "2/255"]),
+    "epsilon is YAML's NaN": (["run", "--epsilon", ".nan"], ["perturbation.epsilon: found nan"]),
+    "epsilon over 0": (["run", "--epsilon", "1/0"], ["perturbation.epsilon: found '1/0'"]),
+    "no time": (["run", "--timeout", "0"], ["certify.timeout: found 0", "seconds > 0"]),
+    "negative time": (["run", "--timeout", "-3"], ["certify.timeout: found -3"]),
+    "no time at all": (["run", "--total-timeout", "0"], ["total_timeout: found 0", "seconds > 0"]),
+    "negative time for all": (["run", "--total-timeout", "-1"], ["total_timeout: found -1"]),
+    "time is a word": (["run", "--total-timeout", "soon"], ["--total-timeout: found 'soon'", "seconds > 0"]),
+    "unknown device": (["run", "--device", "gpu"], ["device: found 'gpu'", "auto, cpu, cuda"]),
+    "another loss": (["run", "--loss.alpha", "0.1"], ["--loss.alpha: cannot be changed", "--certify.field"]),
+    "images of the recipe": (["run", "--certify.images", "5"], ["--certify.images: cannot be changed"]),
+    "typo in a field": (["run", "--certify.batchsize", "5"], ["certify.batchsize: no such field", "batch_size"]),
+    "empty batches": (["--certify.batch_size", "0", "run"], ["certify.batch_size: found 0"]),
+    "option without value": (["run", "--epsilon"], ["--epsilon"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "mentions"), VERIFY.values(), ids=VERIFY)
+def test_bad_words_for_verify(words, mentions, here, capsys):
+    assert_refused(here, capsys, words, mentions, "verify")
+
+
+def spoil_a_weight(value: float):
+    def spoil(run: Path) -> None:
+        weights = safetensors.torch.load_file(run / "model.safetensors")
+        weights["1.weight"][3, 2] = value
+        safetensors.torch.save_file(weights, run / "model.safetensors")
+
+    return spoil
+
+
+def edit_verdict(**changes):
+    def edit(run: Path) -> None:
+        lines = (run / "verdicts.jsonl").read_text().splitlines()
+        lines[2] = json.dumps({**json.loads(lines[2]), **changes})
+        (run / "verdicts.jsonl").write_text("\n".join(lines) + "\n")
+
+    return edit
+
+
+WEIGHTS, LINE = "run/model.safetensors", "run/verdicts.jsonl, line 3"
+FINISHED = {
+    "unfinished": (lambda run: (run / "model.safetensors").unlink(), [WEIGHTS, "found no weights", "--resume run"]),
+    "no run": (lambda run: (run / "run.json").unlink(), ["run: found no run.json"]),
+    "weights cut": (cut("model.safetensors", 0.7), [WEIGHTS]),
+    "weights of another network": (edit_run(lambda d: d["config"]["model"].update(hidden=[9])), [WEIGHTS, "1.weight"]),
+    "a weight is NaN": (spoil_a_weight(float("nan")), [WEIGHTS, "1.weight: found a value that is not finite"]),
+    "a weight is infinite": (spoil_a_weight(float("inf")), [WEIGHTS, "1.weight: found a value that is not finite"]),
+    "other weights": (spoil_a_weight(0.5), ["run/verdicts.jsonl, line 1: found a verdict on other weights"]),
+    "other data": (edit_run(lambda d: d["dataset"].update(sha256="0" * 64)), ["data: found", "sha256"]),
+    "verdicts are no JSON": (write("verdicts.jsonl", b"hello\n"), ["run/verdicts.jsonl, line 1"]),
+    "a verdict is a list": (write("verdicts.jsonl", b"[1]\n"), ["run/verdicts.jsonl, line 1: found index None"]),
+    "a verdict outside the data": (edit_verdict(index=359), [LINE, "index 359", "0 to 358"]),
+    "a verdict on another label": (edit_verdict(label=11), [LINE, "label 11"]),
+    "an unknown status": (edit_verdict(status="fine"), [LINE, "'fine'", "verified, falsified"]),
+    "unknown settings": (edit_verdict(settings="?"), [LINE, "found settings '?'", "verdicts/settings.jsonl"]),
+    "settings are lost": (lambda run: shutil.rmtree(run / "verdicts"), ["verdicts.jsonl, line 1: found settings"]),
+    "settings are no JSON": (write("verdicts/settings.jsonl", b"{\n"), ["run/verdicts/settings.jsonl, line 1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "mentions"), FINISHED.values(), ids=FINISHED)
+def test_verifying_a_damaged_run(damage, mentions, here, capsys):
+    damage(here / "run")
+    assert_refused(here, capsys, ["run"], mentions, "verify")
 
 
 def test_no_flipped_byte_of_a_checkpoint_goes_unnoticed(finished, tmp_path):

@@ -11,7 +11,7 @@ from networks import Apply, Residual, networks, points_inside, rounding, small_c
 from test_folded import LAYERS, MAX_POOLS, SHAPE, build
 from torch import Tensor, nn
 
-from certtrain.bounds import Interval, L2Ball, LinfBall, Region, compute_rows, crown
+from certtrain.bounds import Interval, L2Ball, LinfBall, Region, compute_bounds, compute_rows, crown
 from certtrain.bounds.crown import backward, bound_forms, crown_bounds, interval_bounds, relax_all
 from certtrain.bounds.folded import Folded
 from certtrain.bounds.folding import fold
@@ -161,6 +161,16 @@ class TestExact:
         eye = torch.eye(8, dtype=torch.float64).expand(2, 8, 8)
         torch.testing.assert_close(found.lower, compute_rows(last, region, eye), **CLOSE)
         torch.testing.assert_close(found.upper, -compute_rows(last, region, -eye), **CLOSE)
+
+    @pytest.mark.parametrize("case", MAX_POOLS)
+    def test_intervals_of_a_max_pool_are_the_largest_ends(self, case):
+        """b + relu(a - b) alone would forget that both b are one."""
+        pool = build([nn.Conv2d(2, 2, 3, padding=1), MAX_POOLS[case]])
+        model, region = nn.Sequential(*pool, nn.ReLU()).double().eval(), make_region(shape=SHAPE)
+        network = fold(model, torch.Size(SHAPE))
+        found, expected = interval_bounds(network, region)[network.nonlinear[-1]], compute_bounds(pool, region)
+        torch.testing.assert_close(found.lower, expected.lower, **CLOSE)
+        torch.testing.assert_close(found.upper, expected.upper, **CLOSE)
 
 
 class TestBatches:

@@ -94,7 +94,7 @@ class TestLeaves:
         for choice in itertools.product((-1, 1), repeat=len(unit)):
             signs = torch.zeros(len(lower), dtype=torch.int8)
             signs[unit] = torch.tensor(choice, dtype=torch.int8)
-            leaf = solve_leaf(network, region, row, 0.25, *leaf_of(network, bounds, signs))
+            leaf = solve_leaf(network, region, row[None], torch.tensor([0.25]), *leaf_of(network, bounds, signs))
             inside = (inputs * signs >= 0).all(1)
             assert not (leaf.infeasible and inside.any())
             assert (values[inside] >= leaf.bound).all()
@@ -115,10 +115,10 @@ class TestLeaves:
             network, region = small_case(seed, kind, 0.3)
             points = samples(region, 3000, seed)
             inputs, bounds = inputs_of(network, points), crown_bounds(network, region)
-            row = torch.randn(network.shapes[-1][0], dtype=torch.float64)
-            program = leaf_program(network, region, row, 0.7, *leaf_of(network, bounds, inputs[0].sign()))
+            row, offset = torch.randn(network.shapes[-1][0], dtype=torch.float64), torch.tensor([0.7]).double()
+            program = leaf_program(network, region, row[None], offset, *leaf_of(network, bounds, inputs[0].sign()))
             inside = (inputs * leaf_of(network, bounds, inputs[0].sign())[2] >= 0).all(1)
-            least = float((network(points[inside]) @ row).min()) + 0.7
+            least = float((network(points[inside]) @ row).min() + offset)
             tight = program.solve().bound
             assert inside[0] and tight <= least
             for size in (0.0, 1e-3, 1.0, 1e3, 1e12, 1e308):
@@ -144,7 +144,7 @@ class TestLeaves:
             points = samples(region, 500)
             inputs, row = inputs_of(network, points), torch.ones(network.shapes[-1][0], dtype=torch.float64)
             lower, upper, signs = leaf_of(network, crown_bounds(network, region), inputs[0].sign())
-            leaf = solve_leaf(network, region, row, 0.0, lower, upper, signs)
+            leaf = solve_leaf(network, region, row[None], torch.zeros(1), lower, upper, signs)
             assert not leaf.infeasible and leaf.bound <= float(network(points[:1])[0] @ row)
             assert leaf.point is None or region.ball.contains(region.images, leaf.point[None]).all()
 
@@ -153,7 +153,8 @@ class TestLeaves:
         bounds = crown_bounds(network, region)
         lower, upper = ends(network, bounds)
         rows, _ = identity(network.shapes[-1][0])
-        leaf = solve_leaf(network, region, rows[0, 1], 0.0, lower, upper, torch.zeros(len(lower), dtype=torch.int8))
+        none = torch.zeros(len(lower), dtype=torch.int8)
+        leaf = solve_leaf(network, region, rows[0, 1:2], torch.zeros(1), lower, upper, none)
         assert leaf.bound == pytest.approx(float(bound_forms(network, region, rows, bounds)[0, 1]), abs=1e-9)
 
     def test_numbers_that_overflow_prove_nothing(self):
@@ -167,7 +168,7 @@ class TestLeaves:
             torch.full((2,), 1e201, dtype=torch.float64),
             torch.ones(2, dtype=torch.int8),
         )
-        leaf = solve_leaf(network, region, torch.ones(1).double(), 0.0, lower, upper, signs)
+        leaf = solve_leaf(network, region, torch.ones(1, 1).double(), torch.zeros(1), lower, upper, signs)
         assert leaf.bound == -math.inf and not leaf.infeasible
 
     def test_only_a_box_around_one_double_image(self):
@@ -179,7 +180,7 @@ class TestLeaves:
             (LinfBall(0.1), region.images.repeat(2, 1, 1, 1)),
         ]:  # fmt: skip
             with pytest.raises(InputError, match="accepted for a linear or mixed-integer program: a box"):
-                solve_leaf(network, Region(ball, images), torch.ones(2).double(), 0.0, lower, upper, signs)
+                solve_leaf(network, Region(ball, images), identity(2)[0][0, :1], torch.zeros(1), lower, upper, signs)
             with pytest.raises(InputError, match="accepted for a linear or mixed-integer program: a box"):
                 minimum(network, Region(ball, images), *identity(2), {})
 

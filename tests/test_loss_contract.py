@@ -88,7 +88,7 @@ class Killed(BaseException):
 
 def results(folder) -> tuple[bytes, list[dict], list[dict]]:
     def timeless(lines):
-        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+        return [{key: value for key, value in line.items() if key not in ("seconds", "spent")} for line in lines]
 
     return folder.model.read_bytes(), timeless(folder.metrics), timeless(folder.verdicts)
 

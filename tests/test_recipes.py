@@ -66,7 +66,7 @@ def test_the_smoke_recipe_runs_from_end_to_end(tmp_path):
     final = folder.final()
     assert final is not None and final["images"] == 100
     names = {path.name for path in folder.path.iterdir()}
-    assert names == {"run.json", "metrics.jsonl", "model.safetensors", "resume.pt", "verdicts.jsonl"}
+    assert names == {"run.json", "metrics.jsonl", "model.safetensors", "resume.pt", "verdicts.jsonl", "verdicts"}
 
 
 def test_your_own_arrays_train(tmp_path):

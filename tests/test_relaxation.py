@@ -203,7 +203,7 @@ class TestSmooth:
         chord = (value[-1] - value[0]) / width
         slopes, points = torch.cat([slope, chord.reshape(1)]).detach(), torch.cat([x, x[:1]])
         candidates = activation(points).unsqueeze(1) + slopes.unsqueeze(1) * (x - points.unsqueeze(1))
-        middle, assured = candidates[:, 200], 1e-12 + 2e-3 * float(value[-1] - value[0])
+        middle, assured = candidates[:, 200], 1e-12 + 2e-3 * float((value[-1] - value[0]).detach())
         best_above = middle[(candidates >= activation(x) - 1e-12).all(1)].min()
         best_below = middle[(candidates <= activation(x) + 1e-12).all(1)].max()
         assert lines.lower_intercept is not None

@@ -6,10 +6,14 @@ if __name__ == "verifiers":  # imported by its folder's name in a checkout: hand
     hand_over("verifiers")
 else:
     from .cascade import Certify, certify, certify_split, run_cascade
+    from .limits import Limits
     from .problem import Problem, Specification, Verdict
-    from .stages import AttackStage, CleanStage, Finding, IbpStage, Stage
+    from .search import Search
+    from .stages import AlphaStage, AttackStage, BabStage, CleanStage, CrownStage, Finding, IbpStage, Judge, Stage
+    from .sweep import Question, sweep
 
     __all__ = [
-        "AttackStage", "Certify", "CleanStage", "Finding", "IbpStage", "Problem", "Specification", "Stage",
-        "Verdict", "certify", "certify_split", "run_cascade",
+        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "Finding", "IbpStage", "Judge",
+        "Limits", "Problem", "Question", "Search", "Specification", "Stage", "Verdict", "certify", "certify_split",
+        "run_cascade", "sweep",
     ]  # fmt: skip

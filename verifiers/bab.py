@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .known import Known
 from .lp import solve_leaf
 from .optimise import Neurons, Subproblems, maximise, starting_slopes
 from .problem import Problem
+from .search import Outcome, Search
 from .tree import Tree, columns_of, rows_of, scattered
 
 TOLERANCE = 1e-6
@@ -30,37 +31,9 @@ TOLERANCE = 1e-6
 EMPTY = 1e-5
 """A neuron whose bounds cross by more, relative to 1 + |bound|, contradicts the assumed signs; less may be rounding."""
 
-
-@dataclass(frozen=True)
-class Search:
-    """How to search.
-
-    Args:
-        batch: subproblems that are split in one round, over all images.
-        steps, rate: of the ascent on slopes and multipliers that bounds a subproblem.
-        candidates: neurons that are looked ahead for each split.
-        tighten: whether a split bounds all later neurons anew.
-        most: splits of one image at which it is given up; None for no limit.
-    """
-
-    batch: int = 256
-    steps: int = 8
-    rate: float = 0.1
-    candidates: int = 1
-    tighten: bool = True
-    most: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of B images: whether all their clauses are proved; a counterexample or None; the bound of the worst margin (B,);
-    seconds (B,); and why an image was given up, where it was."""
-
-    proved: Tensor
-    counterexamples: list[Tensor | None]
-    lower: Tensor
-    seconds: Tensor
-    reasons: list[str | None]
+PROBING = 0.25
+"""Of the time goes into linear programs of open subproblems. Without them networks of 30 neurons with a counterexample
+that is hidden from gradients take minutes."""
 
 
 def branch_and_bound(
@@ -87,20 +60,20 @@ class _Search:
         self.search, self.timeout, self.violates = search, timeout, violates
         self.neurons = Neurons.of(known.network)
         count, device = len(problem), problem.index.device
-        self.lower, self.upper = (
-            self.neurons.together({place: getattr(b, end) for place, b in known.bounds.items()})
-            for end in ("lower", "upper")
-        )
+        self.lower, self.upper = self.neurons.ends(known.bounds, known.rows)
         open_ = (self.lower < 0) & (self.upper > 0)
         self.columns = columns_of(open_)
         self.rows_of, self.clauses = rows_of(problem.specification.clauses)
         worst = known.rows[:, self.rows_of].amax(-1)  # (B, clauses)
-        self.leaves = torch.full_like(worst, torch.inf)  # the least bound of each clause's closed subproblems
+        # the least bound of each clause's closed subproblems
+        self.leaves = torch.where(worst > 0, worst, torch.inf)
         self.root = worst
         self.seconds = torch.zeros(count, dtype=torch.float64)
+        self.probing = 0.0  # seconds
         self.splits = [0] * count
         self.counterexamples: list[Tensor | None] = [None] * count
         self.reasons: list[str | None] = [None] * count
+        self.doubts: list[str | None] = [None] * count  # why a leaf was not proved; others may hold a counterexample
         image, clause = (~(worst > 0)).nonzero(as_tuple=True)
         slopes = known.alphas
         if slopes is None:
@@ -123,15 +96,18 @@ class _Search:
                 self._give_up(set(self.tree.image.tolist()), "wall clock")
                 break
             chosen = self._chosen()
+            if self._probe(self.tree.take(chosen), started):  # an image has gone
+                continue
             left = torch.ones(len(self.tree), dtype=torch.bool, device=chosen.device)
             left[chosen] = False
             parents, self.tree = self.tree.take(chosen), self.tree.take(left)
             self._bound(self._halves(parents))
         count = len(self.problem)
-        given_up = torch.tensor([reason is not None for reason in self.reasons])
-        refuted = torch.tensor([found is not None for found in self.counterexamples])
+        reasons = [reason or doubt for reason, doubt in zip(self.reasons, self.doubts, strict=True)]
+        given_up = torch.tensor([reason is not None for reason in reasons], dtype=torch.bool)
+        refuted = torch.tensor([found is not None for found in self.counterexamples], dtype=torch.bool)
         lower = torch.maximum(self.root, self.leaves).amin(-1) if self.root.numel() else self.root.new_zeros(count)
-        return Outcome(~(given_up | refuted), self.counterexamples, lower, self.seconds, self.reasons)
+        return Outcome(~(given_up | refuted), self.counterexamples, lower, self.seconds, reasons)
 
     def _chosen(self) -> Tensor:
         """The worst-bounded subproblems of each image, images taking turns."""
@@ -143,6 +119,24 @@ class _Search:
         size = min(self.search.batch, rows_at_a_time(self.network, 2, self.lower))
         return order[torch.argsort(rank, stable=True)[:size]]
 
+    def _probe(self, parents: Tree, started: float) -> bool:
+        """Whether LPs of the relaxed subproblems, the first ones, for a part of the time, found a counterexample: an
+        LP's minimiser meets the assumed signs. Its bound is left alone, so that bounds do not depend on time."""
+        found = False
+        for number, image in enumerate(parents.image.tolist()):
+            now = time.perf_counter()
+            if self.probing > PROBING * (now - started):
+                break
+            if self._wanted(image):
+                one = parents.take(torch.tensor([number], device=parents.image.device))
+                signs, lower, upper = self.dense(one)
+                self._program(one, 0, lower[0], upper[0], signs[0])
+                found = found or not self._wanted(image)
+                spent = time.perf_counter() - now
+                self.probing += spent
+                self.seconds[image] += spent
+        return found
+
     def _halves(self, parents: Tree) -> Tree:
         at = parents.branch.unsqueeze(1)
         halves = [replace(parents, signs=parents.signs.scatter(1, at, sign)) for sign in (1, -1)]
@@ -153,7 +147,7 @@ class _Search:
     def _bound(self, tree: Tree) -> None:
         """Bound subproblems; keep those that stay open, each with the neuron to split at."""
         size = max(1, min(2 * self.search.batch, rows_at_a_time(self.network, 1, self.lower)))
-        for part in torch.arange(len(tree), device=tree.image.device).split(size):
+        for part in torch.arange(len(tree), device=tree.image.device).split(size) if len(tree) else ():
             started = time.perf_counter()
             batch = tree.take(part)
             images = batch.image.cpu()
@@ -189,7 +183,8 @@ class _Search:
         cost = cost.gather(1, self.columns[tree.image])  # (D, U), -inf where nothing is left to split
         leaf = ~closed & ~(cost > -torch.inf).any(1)
         for number in leaf.nonzero().flatten().tolist():
-            bound[number] = self._solve(tree, number, lower[number], upper[number], signs[number], int(row[number]))
+            solved = self._solve(tree, number, lower[number], upper[number], signs[number])
+            bound[number] = max(float(bound[number]), solved)
         wanted = torch.tensor([self._wanted(i) for i in tree.image.tolist()], device=closed.device)
         keep = ~closed & ~leaf & wanted
         self._close(tree, bound, ~closed & ~keep)
@@ -293,22 +288,30 @@ class _Search:
         self._close(self.tree, self.tree.bound, ~keep)
         self.tree = self.tree.take(keep)
 
-    def _solve(self, tree: Tree, number: int, lower: Tensor, upper: Tensor, signs: Tensor, row: int) -> float:
-        """The bound of a leaf, where the network is affine: an LP's dual, evaluated as a bound."""
-        image, clause = int(tree.image[number]), int(tree.clause[number])
+    def _solve(self, tree: Tree, number: int, lower: Tensor, upper: Tensor, signs: Tensor) -> float:
+        """The bound of a leaf, where the network is affine."""
+        image = int(tree.image[number])
         if not self._wanted(image):
             return float(tree.bound[number])
-        at = self.rows_of[clause, row]
+        bound = self._program(tree, number, lower, upper, signs)
+        if not bound > 0 and self._wanted(image):
+            self.doubts[image] = "within tolerance" if bound > -TOLERANCE * self._scale(image) else "leaf"
+        return bound
+
+    def _program(self, tree: Tree, number: int, lower: Tensor, upper: Tensor, signs: Tensor) -> float:
+        """The bound of a linear program's dual; its minimiser is tried as a counterexample."""
+        image, clause = int(tree.image[number]), int(tree.clause[number])
+        ball, images = self.problem.region.ball, self.problem.region.images[image : image + 1]
         specification = self.problem.specification
-        region = Region(self.problem.region.ball, self.problem.region.images[image : image + 1].double())
+        at = specification.clauses == clause
         leaf = solve_leaf(
-            self.exact, region, specification.rows[image, at].double(), float(specification.offsets[image, at]),
-            lower.double(), upper.double(), signs,
+            self.exact, Region(ball, images.double()), specification.rows[image, at].double(),
+            specification.offsets[image, at].double(), lower.double(), upper.double(), signs,
         )  # fmt: skip
-        refuted = leaf.point is not None and self._refute(image, leaf.point.to(self.problem.region.images.dtype))
-        if not leaf.bound > 0 and not refuted:
-            self.reasons[image] = "within tolerance" if leaf.bound > -TOLERANCE * self._scale(image) else "leaf"
-            self._drop({image})
+        # rounded to the images' precision, it may need to be moved back into the box
+        point = None if leaf.point is None else ball.project(images, leaf.point[None].to(images.dtype))[0]
+        if point is not None:
+            self._refute(image, point)
         return leaf.bound
 
     def _scale(self, image: int) -> float:

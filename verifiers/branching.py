@@ -31,6 +31,8 @@ def scores(network: Folded, found: Optimised, lower: Tensor, upper: Tensor, row:
         point: (D, *shape), its minimiser.
     """
     neurons = Neurons.of(network)
+    if not neurons.places:
+        return lower
     each = torch.arange(len(row), device=row.device)
     forms = torch.cat([found.seen[place][each, row].flatten(1) for place in neurons.places], -1)
     values = network.values(point)

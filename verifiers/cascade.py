@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd
 from ..bounds import LinfBall, PerturbationSet, forward
+from ..bounds.folding import fold
 from ..data import Split, in_order
 from ..errors import InputError, check
 from ..precision import full_float32
-from .problem import Problem, Specification, Status, Verdict
-from .stages import AttackStage, CleanStage, IbpStage, Replay, Stage
+from .known import Known
+from .limits import TOTAL_TIMEOUT, Limits, within_memory
+from .problem import UNDECIDED, Problem, Specification, Status, Verdict
+from .search import Search
+from .stages import AlphaStage, AttackStage, BabStage, CleanStage, CrownStage, Finding, IbpStage, Judge, Replay, Stage
 
 
 @dataclass(frozen=True)
@@ -29,70 +34,181 @@ class Certify:
         attack: of the attack stage.
         images: the first so many test images; null for all.
         batch_size: images that share a batch.
+        timeout: seconds for an image, over all stages: its share of the time of the batches that it is in. A stage
+            that has begun is finished; branch and bound stops within a round.
+        alpha_steps: of the ascent on slopes.
+        search: how branch and bound goes about it.
     """
 
-    stages: tuple[Literal["attack", "ibp"], ...] = ("attack", "ibp")
+    stages: tuple[Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "bab"], ...] = (
+        "attack", "ibp", "crown_ibp", "crown", "alpha", "bab",
+    )  # fmt: skip
     attack: Attack = Pgd(steps=40, step_size=0.1, objective="margin")
     images: int | None = None
     batch_size: int = 256
+    timeout: float = 60.0
+    alpha_steps: int = 20
+    search: Search = Search()
 
     def __post_init__(self) -> None:
         check(len(set(self.stages)) == len(self.stages), "stages", self.stages, "each stage once")
         check(self.images is None or self.images >= 1, "images", self.images, "a whole number >= 1, or null")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
+        check(0 < self.timeout < float("inf"), "timeout", self.timeout, "seconds > 0")
+        check(self.alpha_steps >= 0, "alpha_steps", self.alpha_steps, "a whole number >= 0")
 
     def build(self, seed: int, replay: Replay | None = None) -> list[Stage]:
-        later: dict[str, Stage] = {"attack": AttackStage(self.attack, seed, replay), "ibp": IbpStage()}
+        judge = Judge(replay)
+        later: dict[str, Stage] = {
+            "attack": AttackStage(self.attack, seed, judge),
+            "ibp": IbpStage(),
+            "crown_ibp": CrownStage("crown_ibp", refine=False),
+            "crown": CrownStage(),
+            "alpha": AlphaStage(self.alpha_steps, judge=judge),
+            "bab": BabStage(self.search, self.timeout, judge),
+        }
         return [CleanStage(), *(later[name] for name in self.stages)]
 
 
 @torch.no_grad()
 @full_float32()
-def run_cascade(problem: Problem, stages: Sequence[Stage]) -> list[Verdict]:
+def run_cascade(
+    problem: Problem,
+    stages: Sequence[Stage],
+    limits: Limits | None = None,
+    watch: Callable[[str, int], object] = lambda stage, images: None,
+) -> list[Verdict]:
     """The verdicts of a batch of problems, in their order.
 
-    Each stage sees only what the earlier ones left open. A lower bound is the best that any stage found.
+    Each stage sees only what the earlier ones left open. A lower bound is the best that any stage found. Where a stage
+    runs out of memory its images go on in two halves; one that is alone and still too large is ``unknown``.
+
+    Args:
+        limits: of time; looked at between stages, and kept by branch and bound.
+        watch: told each stage that begins, and the number of images that go through it.
     """
-    count, device = len(problem), problem.index.device
-    status: list[Status] = ["unknown"] * count
-    decided_by = [stages[-1].name] * count
-    lower = torch.full((count,), -math.inf, dtype=torch.float64, device=device)
-    seconds = [0.0] * count
-    counterexamples: list[Tensor | None] = [None] * count
-    predictions = forward(problem.network, problem.region.images).logits.argmax(1).tolist()
-    left = torch.arange(count, device=device)
-    for stage in stages:
-        if not len(left):
-            break
-        started = time.perf_counter()
-        finding = stage(problem.subset(left))
-        decided = finding.decided.tolist()  # waits for the device: the time is the stage's own
-        share = (time.perf_counter() - started) / len(left)
-        if finding.lower_bound is not None:
-            lower[left] = torch.maximum(lower[left], finding.lower_bound.double())
-        for row, (number, done) in enumerate(zip(left.tolist(), decided, strict=True)):
-            seconds[number] += share
-            if done:
-                status[number], decided_by[number] = finding.status, stage.name
-                if finding.counterexamples is not None:
-                    counterexamples[number] = finding.counterexamples[row]
-        left = left[~finding.decided]
-    labels = problem.specification.labels
-    arithmetic = f"nearest {str(problem.region.images.dtype).removeprefix('torch.')}"
-    return [
-        Verdict(
-            index=int(problem.index[number]),
-            label=None if labels is None else int(labels[number]),
-            prediction=predictions[number],
-            status=status[number],
-            stage=decided_by[number],
-            lower_bound=float(lower[number]) if math.isfinite(lower[number]) else None,
-            seconds=seconds[number],
-            arithmetic=arithmetic,
-            counterexample=counterexamples[number],
-        )
-        for number in range(count)
-    ]
+    run = _Run(problem, limits or Limits(), watch)
+    if len(problem):
+        shape = problem.region.images.shape
+        rows = problem.region.images.new_full(problem.specification.rows.shape[:2], -math.inf)
+        everything = torch.arange(len(problem), device=problem.index.device)
+        run.go(everything, Known(fold(problem.network, shape[1:]), rows, {}), stages)
+    return run.verdicts()
+
+
+class _Run:
+    """A batch on its way through the stages."""
+
+    def __init__(self, problem: Problem, limits: Limits, watch: Callable[[str, int], object]):
+        self.problem, self.limits, self.watch = problem, limits, watch
+        count = len(problem)
+        self.predictions = _predictions(problem.network, problem.region.images)
+        self.status: list[Status] = ["unknown"] * count
+        self.stage = [""] * count
+        self.lower = [-math.inf] * count
+        self.spent: list[dict[str, float]] = [{} for _ in range(count)]
+        self.counterexamples: list[Tensor | None] = [None] * count
+        self.reasons: list[str | None] = [None] * count
+
+    def go(self, left: Tensor, known: Known, stages: Sequence[Stage]) -> None:
+        """Send the images ``left``, of which ``known`` speaks, through the stages."""
+        for place, stage in enumerate(stages):
+            numbers = left.tolist()
+            if place and numbers:
+                in_time = torch.tensor([self._in_time(number) for number in numbers], device=left.device)
+                left, known = left[in_time], known.subset(in_time.nonzero().flatten())
+                numbers = left.tolist()
+            if not numbers:
+                return
+            spent = max(sum(self.spent[number].values()) for number in numbers)
+            limit, late = self.limits.share(spent, len(numbers))
+            if isinstance(stage, BabStage) and limit < stage.timeout:
+                stage = replace(stage, timeout=limit)
+            else:
+                late = "timeout"
+            self.watch(stage.name, len(numbers))
+            some, started = self.problem.subset(left), time.perf_counter()
+            found = within_memory(partial(_answer, stage, some, known))
+            share = (time.perf_counter() - started) / len(numbers)
+            for row, number in enumerate(numbers):
+                seconds = share if found is None or found[0].seconds is None else float(found[0].seconds[row])
+                self.spent[number][stage.name] = self.spent[number].get(stage.name, 0.0) + seconds
+                self.stage[number] = stage.name
+            if found is None and len(numbers) == 1:
+                self.reasons[numbers[0]] = "out of memory"
+                return
+            if found is None:
+                for half in torch.arange(len(left), device=left.device).tensor_split(2):
+                    self.go(left[half], known.subset(half), stages[place:])
+                return
+            still = torch.tensor(self._note(numbers, *found, late), dtype=torch.int64, device=left.device)
+            left, known = left[still], found[0].known.subset(still)
+
+    def _in_time(self, number: int) -> bool:
+        why = self.limits.exceeded(sum(self.spent[number].values()))
+        if why:
+            self.status[number], self.reasons[number] = "timeout", why
+        return why is None
+
+    def _note(self, numbers: list[int], finding: Finding, worst: list[float], late: str) -> list[int]:
+        """Write a stage's finding down; which rows stay open."""
+        open_ = []
+        for row, number in enumerate(numbers):
+            self.lower[number] = max(self.lower[number], worst[row])
+            self.reasons[number] = finding.reasons[row] if finding.reasons else None
+            status = finding.statuses[row]
+            if status is None:
+                open_.append(row)
+                continue
+            self.status[number] = status
+            if status == "timeout" and late == TOTAL_TIMEOUT:
+                self.reasons[number] = late
+            if finding.counterexamples is not None and status != "verified":
+                self.counterexamples[number] = finding.counterexamples[row]
+        return open_
+
+    def verdicts(self) -> list[Verdict]:
+        labels = self.problem.specification.labels
+        arithmetic = f"nearest {str(self.problem.region.images.dtype).removeprefix('torch.')}"
+        return [
+            Verdict(
+                index=int(self.problem.index[number]),
+                label=None if labels is None else int(labels[number]),
+                prediction=self.predictions[number],
+                status=status,
+                stage=self.stage[number],
+                lower_bound=self.lower[number] if math.isfinite(self.lower[number]) else None,
+                seconds=sum(self.spent[number].values()),
+                arithmetic=arithmetic,
+                reason=self.reasons[number] if status in UNDECIDED else None,
+                counterexample=self.counterexamples[number],
+                spent=self.spent[number],
+            )
+            for number, status in enumerate(self.status)
+        ]
+
+
+def _answer(stage: Stage, problem: Problem, known: Known) -> tuple[Finding, list[float]]:
+    """A stage's finding, and each problem's worst margin at least."""
+    finding = stage(problem, known)
+    worst = problem.specification.worst(finding.known.rows)
+    worst = worst if finding.lower is None else torch.maximum(worst, finding.lower)
+    return finding, worst.tolist()  # waits for the device: the time is the stage's own
+
+
+def _predictions(network: nn.Module, images: Tensor) -> list[int | None]:
+    """The network's choices; None for an image that alone is too large for the memory."""
+    found = within_memory(lambda: forward(network, images).logits.argmax(1).tolist()) if len(images) else []
+    if found is None and len(images) > 1:
+        return [choice for half in images.tensor_split(2) for choice in _predictions(network, half)]
+    return [None] if found is None else found
+
+
+def robustness(
+    network: nn.Module, images: Tensor, labels: Tensor, index: Tensor, classes: int, ball: PerturbationSet
+) -> Problem:
+    """Does each label win on the whole set around its image?"""
+    return Problem(network, ball.region(images), Specification.robust(labels, classes), index)
 
 
 def certify_split(
@@ -107,8 +223,8 @@ def certify_split(
     stages = settings.build(seed)
     stop = len(split) if settings.images is None else min(settings.images, len(split))
     for batch in in_order(split, settings.batch_size, start, stop):
-        specification = Specification.robust(batch.labels, classes)
-        yield run_cascade(Problem(network, ball.region(batch.images), specification, batch.index), stages)
+        problem = robustness(network, batch.images, batch.labels, batch.index, classes, ball)
+        yield run_cascade(problem, stages, Limits(settings.timeout))
 
 
 def certify(
@@ -151,8 +267,8 @@ def certify(
         for first in range(0, len(x), chosen.batch_size):
             rows = slice(first, first + chosen.batch_size)
             index = torch.arange(first, first + len(x[rows]), device=x.device)
-            problem = Problem(model, ball.region(x[rows]), Specification.robust(y[rows], classes), index)
-            verdicts += run_cascade(problem, chosen.build(seed))
+            problem = robustness(model, x[rows], y[rows], index, classes, ball)
+            verdicts += run_cascade(problem, chosen.build(seed), Limits(chosen.timeout))
         return verdicts
     finally:
         for module, training in modes.items():

@@ -48,23 +48,25 @@ class Leaf:
 
 @dataclass(frozen=True, eq=False)
 class LinearProgram:
-    """Minimise forms[0] · x + constants[0] over a box, where forms[j] · x + constants[j] <= 0 for all j >= 1.
+    """Minimise the largest of the first G rows forms[j] · x + constants[j] over a box, where the M others are <= 0.
 
     Args:
         region: a box around one image, float64, on the CPU.
-        forms: (1 + M, D), D the numbers in the image; constants: (1 + M,).
+        forms: (G + M, D), D the numbers in the image; constants: (G + M,).
+        goals: G.
     """
 
     region: Region
     forms: Tensor
     constants: Tensor
+    goals: int = 1
 
     def lagrangian(self, weights: Tensor) -> float:
         """The minimum over the box of all rows' weighted sum, less our own rounding. Weights below 0 count as 0.
 
         Args:
-            weights: (1 + M,) float64. With 1 first, a lower bound of the program's minimum; with 0 first, a value
-                above 0 proves that no point meets the constraints.
+            weights: (G + M,) float64. If the first G add up to 1, a lower bound of the program's minimum; if they
+                are 0, a value above 0 proves that no point meets the constraints.
         """
         weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
         images, hull = self.region.images, self.region.hull
@@ -80,8 +82,8 @@ class LinearProgram:
         Args:
             time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve.
         """
-        alone = torch.zeros_like(self.constants)
-        alone[0] = 1.0
+        goals = self.goals
+        alone = torch.eye(goals, len(self.constants), dtype=torch.float64)
         if not (self.forms.isfinite().all() and self.constants.isfinite().all()):
             return Leaf(-math.inf, None)
         # in units of the box, [-1, 1]^D, and every row in units of its own size: HiGHS's tolerances are absolute
@@ -89,30 +91,41 @@ class LinearProgram:
         center, radius = hull.center.flatten(), hull.radius.flatten()
         matrix, vector = self.forms * radius, self.forms @ center + self.constants
         size = matrix.abs().sum(1) + vector.abs()
+        size[:goals] = size[:goals].max()  # the goals are compared
         size = torch.where(size > 0, size, 1.0)
-        table, limits = (matrix / size[:, None]).numpy(), -(vector / size)[1:].numpy()
+        # the last variable is above the goals: as they are, in [-1, 1]
+        above = torch.zeros(len(size), 1, dtype=torch.float64)
+        above[:goals] = -1.0
+        table, limits = torch.cat([matrix / size[:, None], above], 1).numpy(), -(vector / size).numpy()
+        cost = np.eye(1, table.shape[1], table.shape[1] - 1)[0]
 
-        found = _highs(table[0], table[1:], limits, time_limit)
+        found = _highs(cost, table, limits, time_limit)
+        bound = max(self.lagrangian(weights) for weights in alone)
         if found.status != 0:
-            slack = _least_slack(table[1:], limits, time_limit)
+            slack = _least_slack(table[goals:, :-1], limits[goals:], time_limit)
             if slack.status != 0:
-                return Leaf(self.lagrangian(alone), None)
-            if self.lagrangian(_weights(slack, size) * (1 - alone)) > 0:
+                return Leaf(bound, None)
+            multipliers = _multipliers(slack) / size[goals:]
+            if self.lagrangian(torch.cat([torch.zeros(goals, dtype=torch.float64), multipliers])) > 0:
                 return Leaf(math.inf, None, infeasible=True)
             # too near to call: its constraints loosened by what they lack, still in search of multipliers alone
-            found = _highs(table[0], table[1:], limits + slack.x[table.shape[1] :] + TOLERANCE, time_limit)
-        bound = self.lagrangian(alone)
+            limits[goals:] += slack.x[table.shape[1] - 1 :] + TOLERANCE
+            found = _highs(cost, table, limits, time_limit)
         if found.status != 0:
             return Leaf(bound, None)
         images = self.region.images
-        point = (center + radius * torch.from_numpy(found.x)).reshape(images.shape)
-        return Leaf(max(bound, self.lagrangian(_weights(found, size))), self.region.ball.project(images, point)[0])
+        point = (center + radius * torch.from_numpy(found.x[:-1])).reshape(images.shape)
+        # back in the rows' own units; the goals' add up to 1, whatever the solver says
+        multipliers = _multipliers(found)
+        shares, total = multipliers[:goals].clamp(min=0), float(multipliers[:goals].clamp(min=0).sum())
+        shares = shares / total if 0 < total < math.inf else alone[0, :goals]
+        weights = torch.cat([shares, multipliers[goals:] * size[0] / size[goals:]])
+        return Leaf(max(bound, self.lagrangian(weights)), self.region.ball.project(images, point)[0])
 
 
-def _weights(found: Any, size: Tensor) -> Tensor:
-    """(1 + M,) the solver's multipliers, back in the rows' own units and relative to the objective's."""
-    multipliers = torch.from_numpy(-np.asarray(found.ineqlin.marginals))
-    return torch.cat([torch.ones(1, dtype=torch.float64), multipliers * size[0] / size[1:]])
+def _multipliers(found: Any) -> Tensor:
+    """The solver's, one for each of its constraints."""
+    return torch.from_numpy(-np.asarray(found.ineqlin.marginals)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _highs(cost: np.ndarray, rows: np.ndarray, limits: np.ndarray, time_limit: float, boxed: int | None = None) -> Any:
@@ -143,14 +156,14 @@ def check_box(region: Region) -> None:
 
 @torch.no_grad()
 def leaf_program(
-    network: Folded, region: Region, row: Tensor, offset: float, lower: Tensor, upper: Tensor, signs: Tensor
+    network: Folded, region: Region, rows: Tensor, offsets: Tensor, lower: Tensor, upper: Tensor, signs: Tensor
 ) -> LinearProgram:
     """The linear program of a leaf; arguments as for ``solve_leaf``."""
     check_box(region)
     neurons = Neurons.of(network)
     uppers = neurons.apart(upper[None])
     lines = relax_all(network, {place: Bounds(low, uppers[place]) for place, low in neurons.apart(lower[None]).items()})
-    parts = [backward(network, len(network.operations) - 1, row.reshape(1, 1, -1), lines)]
+    parts = [backward(network, len(network.operations) - 1, rows[None], lines)]
     for place, shape in zip(neurons.places, neurons.shapes, strict=True):
         assumed = neurons.apart(signs)[place].flatten()
         for index in assumed.nonzero().flatten().split(rows_at_a_time(network, 1, lower)):
@@ -159,22 +172,22 @@ def leaf_program(
             forms[0].scatter_(1, index[:, None], -assumed[index, None].to(lower.dtype))
             parts.append(backward(network, network.operations[place].inputs[0], forms.reshape(1, -1, *shape), lines))
     constants = torch.cat([part.constants[0] for part in parts])
-    constants[0] += offset
+    constants[: len(rows)] += offsets
     forms = torch.cat([part.forms[0].flatten(1) for part in parts])
-    return LinearProgram(Region(region.ball, region.images.cpu()), forms.cpu(), constants.cpu())
+    return LinearProgram(Region(region.ball, region.images.cpu()), forms.cpu(), constants.cpu(), len(rows))
 
 
 def solve_leaf(
     network: Folded,
     region: Region,
-    row: Tensor,
-    offset: float,
+    rows: Tensor,
+    offsets: Tensor,
     lower: Tensor,
     upper: Tensor,
     signs: Tensor,
     time_limit: float = math.inf,
 ) -> Leaf:
-    """The minimum of <row, logits> + offset over a leaf of branch and bound, as a bound that needs no trust.
+    """The minimum over a leaf of branch and bound of the largest <row, logits> + offset, bounded without trust.
 
     With every neuron's sign known the network is affine, so bound and minimum agree but for rounding and for the
     solver's tolerance. A neuron that is still open is relaxed by its lines: the bound holds, only not tightly.
@@ -182,13 +195,13 @@ def solve_leaf(
     Args:
         network: float64, of ReLU and LeakyReLU. (Other functions are relaxed.)
         region: a box around one image, float64.
-        row: (K,).
+        rows: (G, K), of one clause; offsets: (G,).
         lower, upper: (N,) bounds of the neurons' inputs (``Neurons``), valid in the leaf.
         signs: (N,) int8, what was assumed of each neuron's input: 1 for >= 0, -1 for <= 0, 0 for nothing.
         time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve.
     Raises:
         InputError: the region is no box, holds several images, or is not float64.
     """
-    leaf = leaf_program(network, region, row, offset, lower, upper, signs).solve(time_limit)
+    leaf = leaf_program(network, region, rows, offsets, lower, upper, signs).solve(time_limit)
     point = None if leaf.point is None else leaf.point.to(region.images.device)
     return Leaf(leaf.bound, point, leaf.infeasible)

@@ -42,6 +42,15 @@ class Neurons:
     def together(self, parts: Mapping[int, Tensor], leading: int = 1) -> Tensor:
         return torch.cat([parts[place].flatten(leading) for place in self.places], -1)
 
+    def ends(self, bounds: Mapping[int, Bounds], like: Tensor) -> tuple[Tensor, Tensor]:
+        """(lower, upper), each (B, N), of B images, as many as rows in ``like``."""
+        none = like.new_zeros(len(like), 0)
+        lower, upper = (
+            torch.cat([none, *(getattr(bounds[place], end).flatten(1) for place in self.places)], -1)
+            for end in ("lower", "upper")
+        )
+        return lower, upper
+
 
 @dataclass(frozen=True)
 class Subproblems:
@@ -140,12 +149,21 @@ def maximise(
         gradients = torch.autograd.grad(lower, free, torch.full_like(lower, -1.0), allow_unused=True)
         for parameters, gradient in zip(free, gradients, strict=True):  # and not of the network's own weights
             parameters.grad = gradient
+        before = None if betas is None else betas.detach().clone()
         ascent.step()
         schedule.step()
         with torch.no_grad():
             alphas.clamp_(0, 1)
-            if betas is not None:
-                betas.clamp_(min=0)
+            if betas is not None and neurons.places:
+                # Adam's steps have the size of its rate, multipliers that of the forms that they push against
+                size = torch.cat(
+                    [
+                        seen[place].abs().flatten(2).amax(2, keepdim=True).expand(-1, -1, n)
+                        for place, n in zip(neurons.places, neurons.sizes, strict=True)
+                    ],
+                    -1,
+                )
+                betas.copy_((before + (betas - before) * size).clamp(min=0))
     detached = LinearBound(bound.forms.detach(), bound.constants.detach())
     return Optimised(
         best, alphas.detach(), None if betas is None else betas.detach(), detached,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ..bounds import Region
 
 Status = Literal["verified", "falsified", "misclassified", "unknown", "timeout", "error"]
+
+UNDECIDED: tuple[Status, ...] = ("unknown", "timeout", "error")
 
 
 @dataclass(frozen=True)
@@ -89,27 +92,34 @@ class Verdict:
     """The answer for one image.
 
     Args:
-        index, label, prediction: the image's number, its class, and the network's choice on it.
+        index, label, prediction: the image's number, its class, and the network's choice on it (None where even that
+            ran out of memory).
         status: ``verified``: proved on the whole region; ``falsified``: a counterexample was replayed;
-            ``misclassified``: wrong (or tied) on the image itself; ``unknown``: neither.
+            ``misclassified``: wrong (or tied) on the image itself; ``timeout``: its time was up; ``unknown``: no
+            stage decided.
         stage: the stage that decided, or the last that tried.
         lower_bound: of the worst margin over the region, the best found; None where none was computed.
         seconds: the image's share of the time of the batches that it was in.
         arithmetic: in which the verdict holds.
+        reason: why it is undecided, where there is something to say.
         counterexample: an image of the region on which the specification fails.
+        spent: the seconds, stage by stage: those that it went through.
     """
 
     index: int
     label: int | None
-    prediction: int
+    prediction: int | None
     status: Status
     stage: str
     lower_bound: float | None
     seconds: float
     arithmetic: str
+    reason: str | None = None
     counterexample: Tensor | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The verdict's line in ``verdicts.jsonl``."""
         values = {key: value for key, value in vars(self).items() if key != "counterexample"}
-        return {**values, "seconds": round(self.seconds, 6)}
+        spent = {stage: round(seconds, 6) for stage, seconds in self.spent.items()}
+        return {**values, "seconds": round(self.seconds, 6), "spent": spent}

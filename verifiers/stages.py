@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,9 +11,16 @@ from torch import Tensor
 
 from ..attacks import Attack
 from ..bounds import compute_rows, forward
+from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, rows_at_a_time
+from ..bounds.folding import fold
 from ..noise import Noise
 from ..step import Batch, Step
-from .problem import Problem, Status
+from .bab import branch_and_bound
+from .branching import minimiser
+from .known import Known
+from .optimise import Neurons, Subproblems, maximise, starting_slopes
+from .problem import Problem, Specification, Status
+from .search import Search
 
 Replay = Callable[[Tensor], Tensor]
 """Logits (K,) of one image, in the arithmetic that a counterexample has to stand in."""
@@ -24,22 +31,54 @@ class Finding:
     """What a stage found for a batch of B problems.
 
     Args:
-        decided: (B,) bool.
-        status: of the decided ones.
-        lower_bound: (B,) of the worst margin over the region; -inf where none.
-        counterexamples: (B, *shape), rows of decided problems count; None if the stage yields none.
+        statuses: of each problem, None where it stays open.
+        known: what the next stage may build on, with this stage's lower bounds.
+        lower: (B,) of the worst margin, where the stage bounds more than rows.
+        counterexamples: of the problems that it decided by one.
+        seconds: each problem's, where the stage knows better than equal shares.
+        reasons: why a problem stays open, where there is something to say.
     """
 
-    decided: Tensor
-    status: Status
-    lower_bound: Tensor | None = None
-    counterexamples: Tensor | None = None
+    statuses: Sequence[Status | None]
+    known: Known
+    lower: Tensor | None = None
+    counterexamples: Sequence[Tensor | None] | None = None
+    seconds: Tensor | None = None
+    reasons: Sequence[str | None] | None = None
 
 
 class Stage(Protocol):
     name: str
 
-    def __call__(self, problem: Problem) -> Finding: ...
+    def __call__(self, problem: Problem, known: Known) -> Finding: ...
+
+
+def _where(decided: Tensor, status: Status) -> list[Status | None]:
+    return [status if done else None for done in decided.tolist()]
+
+
+def _proved(problem: Problem, known: Known) -> Finding:
+    return Finding(_where(problem.specification.worst(known.rows) > 0, "verified"), known)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Whether an input is a counterexample: in the set, and wrong when it is run alone. A tie is wrong."""
+
+    replay: Replay | None = None
+
+    def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
+        at = torch.tensor([number], device=problem.index.device)
+        one = problem.subset(at)
+        if not bool(one.region.ball.contains(one.region.images, image[None])[0]):
+            return False
+        logits = self.replay(image) if self.replay else forward(problem.network, image[None]).logits[0]
+        return not bool(holds(one.specification, logits[None])[0])
+
+
+def holds(specification: Specification, logits: Tensor) -> Tensor:
+    """(B,), written so that NaN does not hold."""
+    return specification.worst(specification.values(logits)) > 0
 
 
 @dataclass(frozen=True)
@@ -48,22 +87,21 @@ class CleanStage:
 
     name: str = "clean"
 
-    def __call__(self, problem: Problem) -> Finding:
-        values = problem.specification.values(forward(problem.network, problem.region.images).logits)
-        wrong = ~(problem.specification.worst(values) > 0)  # written so that NaN is wrong
-        return Finding(wrong, "misclassified", counterexamples=problem.region.images)
+    def __call__(self, problem: Problem, known: Known) -> Finding:
+        wrong = ~holds(problem.specification, forward(problem.network, problem.region.images).logits)
+        return Finding(_where(wrong, "misclassified"), known, counterexamples=list(problem.region.images))
 
 
 @dataclass(frozen=True)
 class AttackStage:
-    """Falsifies by attack. A candidate counts only when ``replay`` shows it, one image at a time."""
+    """Falsifies by attack. A candidate counts only when it is replayed, one image at a time."""
 
     attack: Attack
     seed: int = 0
-    replay: Replay | None = None
+    judge: Judge = field(default_factory=Judge)
     name: str = "attack"
 
-    def __call__(self, problem: Problem) -> Finding:
+    def __call__(self, problem: Problem, known: Known) -> Finding:
         labels = problem.specification.labels
         if labels is None:
             raise ValueError("specification: found no labels; accepted: a robustness specification for this stage")
@@ -71,18 +109,10 @@ class AttackStage:
         batch = Batch(problem.region.images, labels, problem.index)
         ball = problem.region.ball
         candidates = self.attack(problem.network, batch, ball, Step.evaluation(ball, noise)).images
-        suspected = ~self._holds(problem, forward(problem.network, candidates).logits)
-        suspected &= ball.contains(problem.region.images, candidates)
-        for row in suspected.nonzero().flatten():
-            logits = self._replayed(problem, candidates[row])
-            suspected[row] = ~self._holds(problem.subset(row[None]), logits[None])[0]
-        return Finding(suspected, "falsified", counterexamples=candidates)
-
-    def _replayed(self, problem: Problem, image: Tensor) -> Tensor:
-        return self.replay(image) if self.replay else forward(problem.network, image[None]).logits[0]
-
-    def _holds(self, problem: Problem, logits: Tensor) -> Tensor:
-        return problem.specification.worst(problem.specification.values(logits)) > 0
+        wrong = ~holds(problem.specification, forward(problem.network, candidates).logits)
+        for number in wrong.nonzero().flatten().tolist():
+            wrong[number] = self.judge(problem, number, candidates[number])
+        return Finding(_where(wrong, "falsified"), known, counterexamples=list(candidates))
 
 
 @dataclass(frozen=True)
@@ -91,10 +121,101 @@ class IbpStage:
 
     name: str = "ibp"
 
-    def __call__(self, problem: Problem) -> Finding:
+    def __call__(self, problem: Problem, known: Known) -> Finding:
         specification = problem.specification
         rows = specification.rows.to(problem.region.images.dtype)
         bounds = compute_rows(problem.network, problem.region, rows) + specification.offsets
-        lower = specification.worst(bounds)
-        lower = torch.where(lower.isnan(), -torch.inf, lower)
-        return Finding(lower > 0, "verified", lower)
+        return _proved(problem, known.with_rows(bounds))
+
+
+@dataclass(frozen=True)
+class CrownStage:
+    """Verifies by linear bounds: their activations' inputs bounded by intervals (CROWN-IBP), or by linear bounds in
+    turn (CROWN)."""
+
+    name: str = "crown"
+    refine: bool = True
+
+    def __call__(self, problem: Problem, known: Known) -> Finding:
+        bounds = (crown_bounds if self.refine else interval_bounds)(known.network, problem.region)
+        known = known.with_bounds(bounds)
+        specification = problem.specification
+        forms = specification.rows.to(problem.region.images.dtype)
+        size = rows_at_a_time(known.network, len(problem), forms)
+        rows = torch.cat([
+            bound_forms(known.network, problem.region, part, known.bounds) for part in forms.split(size, 1)
+        ], 1)  # fmt: skip
+        return _proved(problem, known.with_rows(rows + specification.offsets))
+
+
+@dataclass(frozen=True)
+class AlphaStage:
+    """Verifies by linear bounds with optimised slopes, each row of the specification with its own."""
+
+    steps: int = 20
+    rate: float = 0.1
+    judge: Judge = field(default_factory=Judge)
+    name: str = "alpha"
+
+    def __call__(self, problem: Problem, known: Known) -> Finding:
+        neurons, specification = Neurons.of(known.network), problem.specification
+        if not known.bounds:
+            known = known.with_bounds(crown_bounds(known.network, problem.region))
+        rows, slopes = [], []
+        counterexamples: list[Tensor | None] = [None] * len(problem)
+        size = rows_at_a_time(known.network, specification.rows.shape[1], known.rows) // 4 or 1
+        for part in torch.arange(len(problem), device=problem.index.device).split(size):
+            some, facts = problem.subset(part), known.subset(part)
+            lower, upper = neurons.ends(facts.bounds, facts.rows)
+            dtype = lower.dtype
+            sub = Subproblems(
+                some.region, some.specification.rows.to(dtype), some.specification.offsets.to(dtype), lower, upper
+            )
+            worst = some.specification.worst
+            found = maximise(
+                known.network, sub, starting_slopes(lower, upper, sub.forms.shape[1]), steps=self.steps, rate=self.rate,
+                done=lambda best, worst=worst: worst(best) > 0,
+            )  # fmt: skip
+            rows.append(found.best)
+            slopes.append(found.alphas)
+            point = minimiser(found, some.region, found.best.argmin(1))
+            wrong = ~holds(some.specification, known.network(point)) & ~(worst(found.best) > 0)
+            for number in wrong.nonzero().flatten().tolist():
+                if self.judge(some, number, point[number]):
+                    counterexamples[int(part[number])] = point[number]
+        known = Known(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
+        proved = _proved(problem, known)
+        statuses = [
+            "falsified" if found is not None else status
+            for found, status in zip(counterexamples, proved.statuses, strict=True)
+        ]
+        return Finding(statuses, known, counterexamples=counterexamples)
+
+
+@dataclass(frozen=True)
+class BabStage:
+    """Verifies or falsifies by branch and bound: complete for networks of ReLUs and LeakyReLUs, up to its tolerance."""
+
+    search: Search = field(default_factory=Search)
+    timeout: float = 60.0
+    judge: Judge = field(default_factory=Judge)
+    name: str = "bab"
+
+    def __call__(self, problem: Problem, known: Known) -> Finding:
+        if not known.network.piecewise_linear or not problem.region.ball.is_box:
+            why = "branch and bound takes ReLU and LeakyReLU networks over boxes"
+            return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+        if not known.bounds:
+            known = known.with_bounds(crown_bounds(known.network, problem.region))
+        exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64)
+        found = branch_and_bound(
+            problem, known, exact, self.search, self.timeout,
+            lambda number, image: self.judge(problem, number, image),
+        )  # fmt: skip
+        statuses: list[Status | None] = []
+        for number, reason in enumerate(found.reasons):
+            late = reason in ("timeout", "wall clock")
+            refuted = found.counterexamples[number] is not None
+            proved = bool(found.proved[number])
+            statuses.append("falsified" if refuted else "verified" if proved else "timeout" if late else None)
+        return Finding(statuses, known, found.lower, found.counterexamples, found.seconds, found.reasons)

@@ -37,8 +37,12 @@ class _Folding:
         self.shapes = [shape]
 
     def run(self) -> Folded:
-        place = {0: 0}  # of each of the program's nodes among the operations
-        for number, node in enumerate(self.program.nodes[1:], start=1):
+        place, nodes = {0: 0}, self.program.nodes  # place of each of the nodes among the operations
+        needed = {len(nodes) - 1}  # what the logits do not depend on is left out
+        for number in range(len(nodes) - 1, 0, -1):
+            needed |= set(nodes[number].inputs) if number in needed else set()
+        for number in sorted(needed - {0}):
+            node = nodes[number]
             inputs = tuple(place[read] for read in node.inputs)
             place[number] = RULES[type(node)](self, node, number, *inputs)
         return Folded(tuple(self.operations), tuple(self.shapes))

@@ -53,7 +53,8 @@ def relax(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | 
 def _kinked(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
     low = activation.slope if activation.kind == "leaky_relu" else 0.0
     one = torch.ones_like(lower)  # where() of two numbers would be float32, and round a slope
-    positive, unstable = lower >= 0, (lower < 0) & (upper > 0)
+    positive = lower >= 0
+    unstable = ~(positive | (upper <= 0))  # so is NaN, of an overflow: its lines are NaN, and prove nothing
     width = torch.where(unstable, upper - lower, 1.0)
     slope = torch.where(unstable, (upper - low * lower) / width, torch.where(positive, one, low))
     intercept = torch.where(unstable, -(1 - low) * lower * (upper / width), 0.0)

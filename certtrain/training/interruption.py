@@ -1,4 +1,4 @@
-"""Stopping on request: SIGINT and SIGTERM are noticed between steps, so that the run can be saved first."""
+"""Stopping on request: while training, SIGINT and SIGTERM are noticed between steps, so that the run can be saved."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """``with StopRequest() as stop: … if stop.signal: save and leave``. A second SIGINT acts at once."""
+    """``with StopRequest() as stop: … if stop.signal: save and leave``. A second SIGINT acts at once.
 
-    def __init__(self) -> None:
+    Args:
+        at_once: raise ``Interrupted`` wherever the program is, for work that has nothing to save.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.signal: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -36,6 +41,8 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        if self.at_once:
+            raise Interrupted(number)
 
     def raise_if_asked(self) -> None:
         if self.signal is not None:

@@ -1,0 +1,79 @@
+"""A finished run's test images, verified: its own question again, or another."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import structure, unstructure
+from .errors import check
+from .pipeline import check_data, load_model, question_of, surroundings
+from .recipe import Config
+from .run_folder import RunFolder
+from .training import StopRequest
+from .verifiers import Certify
+from .verifiers.records import Record
+from .verifiers.sweep import ARITHMETIC, VERIFIER, images_of, sweep
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found.
+
+    Args:
+        file: where the verdicts stand.
+        epsilon: the radius that they are about.
+        images: those that were asked about.
+        records: their verdicts as in the file, in order; fewer than ``images`` after a total timeout.
+    """
+
+    file: Path
+    epsilon: float
+    images: range
+    records: list[Record]
+
+
+def verify(
+    path: str | Path,
+    *,
+    images: str | range | None = None,
+    epsilon: float | None = None,
+    certify: Certify | None = None,
+    total_timeout: float | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Verification:
+    """Certify the test images of a run whose training is finished; go on where an earlier call stopped.
+
+    The run's own epsilon writes ``verdicts.jsonl``, any other ``verdicts/embedded-<epsilon>-nearest.jsonl``. Verdicts
+    that are there are kept; undecided images are tried again where the settings now offer more.
+
+    Args:
+        path: the run's folder.
+        images: ``"start:stop"`` or a range; None for all.
+        epsilon: radius in pixel units; None for the run's.
+        certify: stages and limits; None for the recipe's. Its ``images`` is not looked at.
+        total_timeout: seconds after which the call ends, whatever is left.
+        device: instead of the recipe's.
+    Raises:
+        InputError: something given cannot be used; nothing on disk was changed.
+        Interrupted: SIGINT or SIGTERM; the same call goes on.
+    """
+    check(total_timeout is None or 0 < total_timeout < math.inf, "total_timeout", total_timeout, "seconds > 0")
+    folder, description = RunFolder.open(Path(path))
+    model, config = load_model(path)
+    own = config.perturbation
+    ball = own if epsilon is None else own.with_epsilon(float(epsilon))
+    changed = {"perturbation": ball, "certify": certify or config.certify, "device": device or config.device}
+    config = structure(Config, unstructure(dataclasses.replace(config, **changed)))
+    where = config.resolved_device()
+    file = folder.verdicts if ball == own else folder.other_verdicts(VERIFIER, float(ball.epsilon), ARITHMETIC)
+    with surroundings(config.threads, where), StopRequest(at_once=True):
+        dataset = config.data.load()
+        check_data(dataset, description)
+        chosen = images_of(images, len(dataset.test))
+        question = question_of(folder, config, dataset.to(where), model.to(where), where)
+        records = sweep(question, file, folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
+    return Verification(file.path, float(ball.epsilon), chosen, records)

@@ -1,0 +1,60 @@
+"""What a batch may cost: seconds, and memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+TOTAL_TIMEOUT = "total timeout"
+"""The reason of an image that was left because the whole sweep's time was up: it has had less than its own limit."""
+
+_SAID = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to give up.
+
+    Args:
+        seconds: of an image: its share of the time of the batches that it is in, over all stages.
+        deadline: on the clock of ``time.perf_counter``, of the whole sweep.
+    """
+
+    seconds: float = math.inf
+    deadline: float = math.inf
+
+    def exceeded(self, spent: float) -> str | None:
+        """Why an image that has had so many seconds gets no further stage, else None."""
+        if time.perf_counter() >= self.deadline:
+            return TOTAL_TIMEOUT
+        return "timeout" if spent >= self.seconds else None
+
+    def share(self, spent: float, images: int) -> tuple[float, str]:
+        """Seconds that each of some images may still have, and the reason if they are not enough."""
+        left = self.seconds - spent
+        together = (self.deadline - time.perf_counter()) / images
+        return (left, "timeout") if left <= together else (max(0.0, together), TOTAL_TIMEOUT)
+
+
+def within_memory(action: Callable[[], T]) -> T | None:
+    """What ``action`` returns; None where it ran out of memory, on whichever device and however torch says so."""
+    try:
+        return action()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    if torch.cuda.is_available():  # after the except clause: until then the error's frames hold their tensors
+        torch.cuda.empty_cache()
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in _SAID)
