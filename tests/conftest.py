@@ -14,6 +14,16 @@ if not torch.cuda.is_available():  # before triton is imported: its kernels are 
 from certtrain.data import Dataset, Digits
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "networks with a planted counterexample, and as many robust ones, that the verifier is tried on (default 25)"
+    parser.addoption("--planted", type=int, default=25, metavar="N", help=help)
+
+
+@pytest.fixture(scope="session")
+def planted(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--planted")
+
+
 @pytest.fixture(scope="session")
 def digits_dataset() -> Dataset:
     return Digits().load()
