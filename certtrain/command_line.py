@@ -57,7 +57,7 @@ def _add_verify(commands) -> None:
         description="Certify the test images of a run whose training is finished. Verdicts are written the moment "
         "their batch is known; killed at any moment, the same call goes on. Decided images stay decided; undecided "
         "ones are tried again where the call offers more: another stage, more seconds. The run's own epsilon writes "
-        "RUN_DIR/verdicts.jsonl, another one RUN_DIR/verdicts/embedded-EPSILON-nearest.jsonl.",
+        "RUN_DIR/verdicts.jsonl, another one RUN_DIR/verdicts/embedded-EPSILON-ARITHMETIC.jsonl.",
         epilog="Fields of the recipe's certify section are given as --certify.field value, for example "
         "--certify.batch_size 64; what is not given is as the run's recipe says.",
         allow_abbrev=False,
@@ -67,6 +67,7 @@ def _add_verify(commands) -> None:
     verify.add_argument("--timeout", metavar="SECONDS", help="of an image: its share of its batches' time")
     verify.add_argument("--total-timeout", metavar="SECONDS", help="stop after so long, whatever is left")
     verify.add_argument("--stages", metavar="A,B,…", help="some of attack, ibp, crown_ibp, crown, alpha, bab")
+    verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
     verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
     verify.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verify.set_defaults(run=_verify, parser=verify)
@@ -126,6 +127,7 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     from .config import override, structure, unstructure
     from .errors import InputError
     from .pipeline import recorded_config
+    from .progress import console
     from .recipe import Config
     from .run_folder import RunFolder
     from .verification import verify
@@ -134,7 +136,10 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     for name in overrides:
         if not name.startswith("certify.") or name == "certify.images":
             raise InputError(f"--{name}: cannot be changed here; accepted: --certify.field value, see --help")
-    given = {"perturbation.epsilon": options.epsilon, "certify.timeout": options.timeout, "device": options.device}
+    given = {
+        "perturbation.epsilon": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
+        "certify.arithmetic": options.arithmetic,
+    }  # fmt: skip
     overrides |= {name: value for name, value in given.items() if value is not None}
     if options.stages is not None:
         overrides["certify.stages"] = f"[{options.stages}]"
@@ -146,6 +151,9 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         total_timeout=None if options.total_timeout is None else _seconds(options.total_timeout),
     )  # fmt: skip
     _stages(found.records, f"{path}: {len(found.records)} test images, epsilon {found.epsilon:.6g}")
+    if len(found.certificates) > 1:
+        counts = (f"{arithmetic} {proved} of {asked}" for arithmetic, (proved, asked) in found.certificates.items())
+        console.print(f"certificates by arithmetic: {', '.join(counts)}")
     _say_where(found.file)
     return 0
 

@@ -6,16 +6,18 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from .config import structure, unstructure
 from .errors import check
 from .pipeline import check_data, load_model, question_of, surroundings
 from .recipe import Config
-from .run_folder import RunFolder
+from .run_folder import JsonLines, RunFolder
 from .training import StopRequest
 from .verifiers import Certify
+from .verifiers.cascade import Arithmetic
 from .verifiers.records import Record
-from .verifiers.sweep import ARITHMETIC, VERIFIER, images_of, sweep
+from .verifiers.sweep import VERIFIER, images_of, sweep
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,15 @@ class Verification:
         epsilon: the radius that they are about.
         images: those that were asked about.
         records: their verdicts as in the file, in order; fewer than ``images`` after a total timeout.
+        certificates: by arithmetic, how many of ``images`` the folder holds a certificate for at this epsilon, and how
+            many verdicts; without those arithmetics that were not asked for yet.
     """
 
     file: Path
     epsilon: float
     images: range
     records: list[Record]
+    certificates: dict[str, tuple[int, int]]
 
 
 def verify(
@@ -47,8 +52,9 @@ def verify(
 ) -> Verification:
     """Certify the test images of a run whose training is finished; go on where an earlier call stopped.
 
-    The run's own epsilon writes ``verdicts.jsonl``, any other ``verdicts/embedded-<epsilon>-nearest.jsonl``. Verdicts
-    that are there are kept; undecided images are tried again where the settings now offer more.
+    The run's own epsilon and arithmetic write ``verdicts.jsonl``, others
+    ``verdicts/embedded-<epsilon>-<arithmetic>.jsonl``. Verdicts that are there are kept; undecided images are tried
+    again where the settings now offer more.
 
     Args:
         path: the run's folder.
@@ -64,16 +70,27 @@ def verify(
     check(total_timeout is None or 0 < total_timeout < math.inf, "total_timeout", total_timeout, "seconds > 0")
     folder, description = RunFolder.open(Path(path))
     model, config = load_model(path)
-    own = config.perturbation
-    ball = own if epsilon is None else own.with_epsilon(float(epsilon))
+    recorded = config
+    ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
     changed = {"perturbation": ball, "certify": certify or config.certify, "device": device or config.device}
     config = structure(Config, unstructure(dataclasses.replace(config, **changed)))
     where = config.resolved_device()
-    file = folder.verdicts if ball == own else folder.other_verdicts(VERIFIER, float(ball.epsilon), ARITHMETIC)
+
+    def file_of(arithmetic: Arithmetic) -> JsonLines:
+        if ball == recorded.perturbation and arithmetic == recorded.certify.arithmetic:
+            return folder.verdicts
+        return folder.other_verdicts(VERIFIER, float(ball.epsilon), arithmetic)
+
+    file = file_of(config.certify.arithmetic)
     with surroundings(config.threads, where), StopRequest(at_once=True):
         dataset = config.data.load()
         check_data(dataset, description)
         chosen = images_of(images, len(dataset.test))
         question = question_of(folder, config, dataset.to(where), model.to(where), where)
         records = sweep(question, file, folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
-    return Verification(file.path, float(ball.epsilon), chosen, records)
+    certificates = {}
+    for arithmetic in get_args(Arithmetic):
+        verdicts = {line["index"]: line["status"] for line in file_of(arithmetic) if line["index"] in chosen}
+        if verdicts:
+            certificates[arithmetic] = list(verdicts.values()).count("verified"), len(verdicts)
+    return Verification(file.path, float(ball.epsilon), chosen, records, certificates)

@@ -31,6 +31,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = ("forward", "forward + backward")
+SAMPLE = 0.01
+"""Seconds for which a short pass is repeated in each round: a single call finds another contender's caches."""
 
 
 def main() -> None:
@@ -81,11 +83,11 @@ def _measure(case: Case, kind: str, options: argparse.Namespace, bandwidth: floa
     if other:
         clocks[options.against] = partial(other, case, kind)
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
-    for number in range(options.rounds + 2):
+    calls = {name: [clock() for _ in range(2)][1] for name, clock in clocks.items()}  # the first compiles
+    calls = {name: max(1, round(SAMPLE / elapsed)) for name, elapsed in calls.items()}
+    for _ in range(options.rounds):
         for name, clock in clocks.items():
-            elapsed = clock()
-            if number > 1:  # two rounds warm up: the first compiles
-                seconds[name].append(elapsed)
+            seconds[name].append(sum(clock() for _ in range(calls[name])) / calls[name])
     ours = seconds["certtrain"]
     result = {
         "op": case.op, "shape": case.shape, "pass": kind,

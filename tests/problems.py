@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from certtrain.bounds import LinfBall
 from certtrain.bounds.folding import fold
 from certtrain.verifiers import Finding, Problem, Specification, Stage
 from certtrain.verifiers.known import Known
@@ -59,3 +60,13 @@ def alone(stage: Stage, problem: Problem, known: Known | None = None) -> Finding
 def decided(finding: Finding) -> list[bool]:
     """Of each problem, whether the stage decided it."""
     return [status is not None for status in finding.statuses]
+
+
+@torch.no_grad()
+def tied(margin: float) -> Problem:
+    """relu(x) - relu(-x) - x is 0, but only when both signs are known; the margin is a constant."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    model[1].weight.copy_(torch.tensor([[1.0], [-1.0], [1.0]])), model[1].bias.copy_(torch.tensor([-0.5, 0.5, 0.0]))
+    model[3].weight.copy_(torch.tensor([[1.0, -1.0, -1.0], [0.0, 0.0, 0.0]]))
+    model[3].bias.copy_(torch.tensor([0.5 + margin, 0.0]))
+    return problem_of(model, torch.full((1, 1, 1, 1), 0.45), torch.tensor([0]), LinfBall(0.2), 2)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from planted import KINDS, Planted, planted_pair, planted_pairs, random_network
-from problems import alone, linear_model, problem_of, unknown
+from problems import alone, linear_model, problem_of, tied, unknown
 from torch import nn
 
 from certtrain.bounds import L2Ball, LinfBall, Region
@@ -360,15 +360,6 @@ class TestEdges:
             if None in finding.statuses:
                 return
         raise AssertionError("no problem needed a split")
-
-
-def tied(margin: float) -> Problem:
-    """relu(x) - relu(-x) - x is 0, but only when both signs are known; the margin is a constant."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
-    model[1].weight.copy_(torch.tensor([[1.0], [-1.0], [1.0]])), model[1].bias.copy_(torch.tensor([-0.5, 0.5, 0.0]))
-    model[3].weight.copy_(torch.tensor([[1.0, -1.0, -1.0], [0.0, 0.0, 0.0]]))
-    model[3].bias.copy_(torch.tensor([0.5 + margin, 0.0]))
-    return problem_of(model, torch.full((1, 1, 1, 1), 0.45), torch.tensor([0]), LinfBall(0.2), 2)
 
 
 class TestLeaves:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from itertools import chain
 
 import pytest
 import torch
@@ -10,11 +9,10 @@ from problems import mostly_right, problem_of, random_images, random_model
 
 from certtrain.attacks import Pgd
 from certtrain.bounds import L2Ball, LinfBall
-from certtrain.data import Split
 from certtrain.errors import InputError
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
-from certtrain.verifiers import Certify, Finding, Problem, Verdict, certify, certify_split, run_cascade
+from certtrain.verifiers import Certify, Finding, Problem, Verdict, certify, run_cascade
 from certtrain.verifiers.known import Known
 
 
@@ -114,23 +112,6 @@ class TestCascade:
             assert bounds[-1] == pytest.approx(bounds[0], abs=1e-5)
         assert found[0] == found[1] == found[2] == found[3]
         assert {"verified", "misclassified"} <= {row[3] for row in found[0]}
-
-    def test_certify_split_is_certify_from_the_start_and_from_the_middle(self):
-        model, images = random_model(), random_images(20)
-        labels = mostly_right(model, images)
-        split, settings = Split(images, labels, 1), Certify(batch_size=6, images=17)
-
-        def plain(verdicts):
-            return [
-                {k: v for k, v in verdict.record().items() if k not in ("seconds", "spent")} for verdict in verdicts
-            ]
-
-        batches = list(certify_split(model, split, 4, LinfBall(0.02), settings, seed=3))
-        assert [len(batch) for batch in batches] == [6, 6, 5]
-        whole = plain(chain.from_iterable(batches))
-        assert whole == plain(certify(model, images[:17], labels[:17], 0.02, settings, seed=3))
-        rest = chain.from_iterable(certify_split(model, split, 4, LinfBall(0.02), settings, 3, start=12))
-        assert plain(rest) == whole[12:]
 
 
 class TestVerdict:

@@ -5,7 +5,7 @@ if __name__ == "verifiers":  # imported by its folder's name in a checkout: hand
 
     hand_over("verifiers")
 else:
-    from .cascade import Certify, certify, certify_split, run_cascade
+    from .cascade import Certify, certify, run_cascade
     from .limits import Limits
     from .problem import Problem, Specification, Verdict
     from .search import Search
@@ -14,6 +14,6 @@ else:
 
     __all__ = [
         "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "Finding", "IbpStage", "Judge",
-        "Limits", "Problem", "Question", "Search", "Specification", "Stage", "Verdict", "certify", "certify_split",
+        "Limits", "Problem", "Question", "Search", "Specification", "Stage", "Verdict", "certify",
         "run_cascade", "sweep",
     ]  # fmt: skip

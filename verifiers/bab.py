@@ -19,7 +19,7 @@ from ..bounds.crown import crown_bounds, rows_at_a_time
 from ..bounds.folded import Folded
 from .branching import look_ahead, minimiser, scores
 from .known import Known
-from .lp import solve_leaf
+from .lp import rounded_bound, solve_leaf
 from .optimise import Neurons, Subproblems, maximise, starting_slopes
 from .problem import Problem
 from .search import Outcome, Search
@@ -58,6 +58,8 @@ class _Search:
     def __init__(self, problem: Problem, known: Known, exact: Folded, search: Search, timeout: float, violates):
         self.problem, self.network, self.exact = problem, known.network, exact
         self.search, self.timeout, self.violates = search, timeout, violates
+        self.region = known.region_of(problem)
+        self.rows, self.offsets = known.rows_of(problem.specification)
         self.neurons = Neurons.of(known.network)
         count, device = len(problem), problem.index.device
         self.lower, self.upper = self.neurons.ends(known.bounds, known.rows)
@@ -229,9 +231,8 @@ class _Search:
 
     def subproblems(self, tree: Tree) -> Subproblems:
         signs, lower, upper = self.dense(tree)
-        at, specification = (tree.image[:, None], self.rows_of[tree.clause]), self.problem.specification
-        forms, offsets = specification.rows[at].to(lower.dtype), specification.offsets[at].to(lower.dtype)
-        return Subproblems(self._region(tree.image), forms, offsets, lower, upper, signs)
+        at = (tree.image[:, None], self.rows_of[tree.clause])
+        return Subproblems(self._region(tree.image), self.rows[at], self.offsets[at], lower, upper, signs)
 
     def bounds_of(self, tree: Tree) -> Tensor:
         """(D,) bounds with the slopes and multipliers that the subproblems have."""
@@ -252,7 +253,7 @@ class _Search:
         return torch.cat([values, values[..., :1]], -1).gather(2, columns)
 
     def _region(self, image: Tensor) -> Region:
-        return Region(self.problem.region.ball, self.problem.region.images[image])
+        return Region(self.region.ball, self.region.images[image])
 
     def _close(self, tree: Tree, bound: Tensor, closed: Tensor) -> None:
         for number in closed.nonzero().flatten().tolist():
@@ -265,7 +266,8 @@ class _Search:
     def _try(self, tree: Tree, open_: Tensor, points: Tensor) -> None:
         """Bounds' own minimisers are good candidates for counterexamples."""
         specification = self.problem.specification.subset(tree.image)
-        suspected = open_ & ~(specification.worst(specification.values(self.network(points))) > 0)
+        points = Region(self.region.ball, self.problem.region.images[tree.image]).nearest(points)
+        suspected = open_ & ~(specification.worst(specification.values(self.network(points.to(self.rows.dtype)))) > 0)
         for number in suspected.nonzero().flatten().tolist():
             self._refute(int(tree.image[number]), points[number])
 
@@ -295,24 +297,23 @@ class _Search:
             return float(tree.bound[number])
         bound = self._program(tree, number, lower, upper, signs)
         if not bound > 0 and self._wanted(image):
-            self.doubts[image] = "within tolerance" if bound > -TOLERANCE * self._scale(image) else "leaf"
+            scale = float(self.network(self.region.images[image : image + 1]).abs().max().clamp(min=1))
+            self.doubts[image] = "within tolerance" if bound > -TOLERANCE * scale else "leaf"
         return bound
 
     def _program(self, tree: Tree, number: int, lower: Tensor, upper: Tensor, signs: Tensor) -> float:
         """The bound of a linear program's dual; its minimiser is tried as a counterexample."""
         image, clause = int(tree.image[number]), int(tree.clause[number])
-        ball, images = self.problem.region.ball, self.problem.region.images[image : image + 1]
-        specification = self.problem.specification
-        at = specification.clauses == clause
+        region = Region(self.region.ball, self.problem.region.images[image : image + 1])
+        at = self.problem.specification.clauses == clause
+        rows, offsets = self.rows[image, at], self.offsets[image, at]
         leaf = solve_leaf(
-            self.exact, Region(ball, images.double()), specification.rows[image, at].double(),
-            specification.offsets[image, at].double(), lower.double(), upper.double(), signs,
-        )  # fmt: skip
-        # rounded to the images' precision, it may need to be moved back into the box
-        point = None if leaf.point is None else ball.project(images, leaf.point[None].to(images.dtype))[0]
-        if point is not None:
-            self._refute(image, point)
-        return leaf.bound
-
-    def _scale(self, image: int) -> float:
-        return float(self.network(self.problem.region.images[image : image + 1]).abs().max().clamp(min=1))
+            self.exact, region.to(torch.float64), rows.double(), offsets.double(), lower.double(), upper.double(), signs
+        )
+        if leaf.point is not None:
+            self._refute(image, region.nearest(leaf.point[None])[0])
+        if self.network.rounding is None:
+            return leaf.bound
+        inside = Subproblems(self._region(tree.image[number : number + 1]), rows[None], offsets[None],
+                             lower[None], upper[None], signs[None])  # fmt: skip
+        return rounded_bound(self.network, inside, leaf)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd
 from ..bounds import LinfBall, PerturbationSet, forward
+from ..bounds.folded import Folded
 from ..bounds.folding import fold
-from ..data import Split, in_order
+from ..bounds.rounding import FLOAT32, REAL, Rounding
+from ..bounds.rounding import check as check_rounding
 from ..errors import InputError, check
 from ..precision import full_float32
 from .known import Known
@@ -23,6 +25,9 @@ from .limits import TOTAL_TIMEOUT, Limits, within_memory
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
 from .search import Search
 from .stages import AlphaStage, AttackStage, BabStage, CleanStage, CrownStage, Finding, IbpStage, Judge, Replay, Stage
+
+Arithmetic = Literal["nearest", "real", "float32"]
+ROUNDINGS: dict[Arithmetic, Rounding] = {"real": REAL, "float32": FLOAT32}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Certify:
             that has begun is finished; branch and bound stops within a round.
         alpha_steps: of the ascent on slopes.
         search: how branch and bound goes about it.
+        arithmetic: in which ``verified`` holds. ``nearest``: as bounds come out, rounded to nearest; ``real``: in exact
+            arithmetic; ``float32``: for every order in which the folded network can be evaluated in float32.
     """
 
     stages: tuple[Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "bab"], ...] = (
@@ -49,6 +56,7 @@ class Certify:
     timeout: float = 60.0
     alpha_steps: int = 20
     search: Search = Search()
+    arithmetic: Arithmetic = "nearest"
 
     def __post_init__(self) -> None:
         check(len(set(self.stages)) == len(self.stages), "stages", self.stages, "each stage once")
@@ -77,6 +85,7 @@ def run_cascade(
     stages: Sequence[Stage],
     limits: Limits | None = None,
     watch: Callable[[str, int], object] = lambda stage, images: None,
+    arithmetic: Arithmetic = "nearest",
 ) -> list[Verdict]:
     """The verdicts of a batch of problems, in their order.
 
@@ -86,14 +95,32 @@ def run_cascade(
     Args:
         limits: of time; looked at between stages, and kept by branch and bound.
         watch: told each stage that begins, and the number of images that go through it.
+        arithmetic: in which proofs hold. Counterexamples are always those of the network as it runs.
+    Raises:
+        InputError: a network or a perturbation set without bounds in this arithmetic.
     """
     run = _Run(problem, limits or Limits(), watch)
+    images = problem.region.images
     if len(problem):
-        shape = problem.region.images.shape
-        rows = problem.region.images.new_full(problem.specification.rows.shape[:2], -math.inf)
+        network, dtype = _folded(problem, arithmetic)
+        rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
         everything = torch.arange(len(problem), device=problem.index.device)
-        run.go(everything, Known(fold(problem.network, shape[1:]), rows, {}), stages)
-    return run.verdicts()
+        run.go(everything, Known(network, rows, {}), stages)
+    precision = str(images.dtype).removeprefix("torch.")
+    return run.verdicts(f"nearest {precision}" if arithmetic == "nearest" else arithmetic)
+
+
+def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Folded, torch.dtype]:
+    """The network to be bounded, and the precision to do it in."""
+    images = problem.region.images
+    if arithmetic == "nearest":
+        return fold(problem.network, images.shape[1:]), images.dtype
+    if not problem.region.ball.is_box or images.dtype != torch.float32:
+        found = f"{type(problem.region.ball).__name__} and {images.dtype}"
+        raise InputError(f"arithmetic {arithmetic}: found {found}; accepted: a box (LinfBall) and torch.float32")
+    network = replace(fold(problem.network, images.shape[1:], dtype=torch.float64), rounding=ROUNDINGS[arithmetic])
+    check_rounding(network)
+    return network, torch.float64
 
 
 class _Run:
@@ -167,9 +194,8 @@ class _Run:
                 self.counterexamples[number] = finding.counterexamples[row]
         return open_
 
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self, arithmetic: str) -> list[Verdict]:
         labels = self.problem.specification.labels
-        arithmetic = f"nearest {str(self.problem.region.images.dtype).removeprefix('torch.')}"
         return [
             Verdict(
                 index=int(self.problem.index[number]),
@@ -209,22 +235,6 @@ def robustness(
 ) -> Problem:
     """Does each label win on the whole set around its image?"""
     return Problem(network, ball.region(images), Specification.robust(labels, classes), index)
-
-
-def certify_split(
-    network: nn.Module, split: Split, classes: int, ball: PerturbationSet, settings: Certify, seed: int, start: int = 0
-) -> Iterator[list[Verdict]]:
-    """Verdicts of the test images from number ``start`` on, a batch at a time.
-
-    Args:
-        network: put into evaluation mode by the caller.
-        start: a multiple of ``settings.batch_size``, so that a resumed run forms the same batches.
-    """
-    stages = settings.build(seed)
-    stop = len(split) if settings.images is None else min(settings.images, len(split))
-    for batch in in_order(split, settings.batch_size, start, stop):
-        problem = robustness(network, batch.images, batch.labels, batch.index, classes, ball)
-        yield run_cascade(problem, stages, Limits(settings.timeout))
 
 
 def certify(
@@ -268,7 +278,7 @@ def certify(
             rows = slice(first, first + chosen.batch_size)
             index = torch.arange(first, first + len(x[rows]), device=x.device)
             problem = robustness(model, x[rows], y[rows], index, classes, ball)
-            verdicts += run_cascade(problem, chosen.build(seed), Limits(chosen.timeout))
+            verdicts += run_cascade(problem, chosen.build(seed), Limits(chosen.timeout), arithmetic=chosen.arithmetic)
         return verdicts
     finally:
         for module, training in modes.items():

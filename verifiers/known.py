@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds
+from ..bounds import Bounds, Region
 from ..bounds.folded import Folded
 from .optimise import finite
+from .problem import Problem, Specification
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Known:
     """Facts about B problems of one network.
 
     Args:
-        network: its folded form.
+        network: its folded form, in the precision that bounds are computed in.
         rows: (B, R) the best lower bounds of the specification's rows so far, offsets included.
         bounds: of every non-linear operation's input, by its position; empty before a stage computed them.
         alphas: (B, R, N) slopes that a stage found good; None before.
@@ -32,6 +33,14 @@ class Known:
         bounds = {place: Bounds(found.lower[index], found.upper[index]) for place, found in self.bounds.items()}
         alphas = None if self.alphas is None else self.alphas[index]
         return Known(self.network, self.rows[index], bounds, alphas)
+
+    def region_of(self, problem: Problem) -> Region:
+        """The problems' regions in the precision that bounds are computed in."""
+        return problem.region.to(self.rows.dtype)
+
+    def rows_of(self, specification: Specification) -> tuple[Tensor, Tensor]:
+        """Rows and offsets in that precision."""
+        return specification.rows.to(self.rows.dtype), specification.offsets.to(self.rows.dtype)
 
     def with_rows(self, rows: Tensor) -> Known:
         """With further lower bounds of the rows: the better ones are kept. One that is not finite proves nothing."""

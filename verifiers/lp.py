@@ -8,7 +8,7 @@ early, costs tightness alone.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..bounds import Bounds, Region
 from ..bounds.crown import backward, relax_all, rows_at_a_time
 from ..bounds.folded import Folded
 from ..errors import InputError
-from .optimise import Neurons
+from .optimise import Neurons, Subproblems, maximise
 
 ROUNDING = 1e-12
 """What a Lagrangian is lowered by, relative to the sum of its terms' absolute values: thousands of float64 roundings of
@@ -39,11 +39,13 @@ class Leaf:
         point: (*shape), in the box: where the program is smallest, a candidate for a counterexample (to be replayed);
             None where it was not solved.
         infeasible: proved to be empty.
+        weights: the multipliers that prove ``bound``, of the rows and then of the constraints (``lagrangian``).
     """
 
     bound: float
     point: Tensor | None
     infeasible: bool = False
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +108,9 @@ class LinearProgram:
             if slack.status != 0:
                 return Leaf(bound, None)
             multipliers = _multipliers(slack) / size[goals:]
-            if self.lagrangian(torch.cat([torch.zeros(goals, dtype=torch.float64), multipliers])) > 0:
-                return Leaf(math.inf, None, infeasible=True)
+            weights = torch.cat([torch.zeros(goals, dtype=torch.float64), multipliers])
+            if self.lagrangian(weights) > 0:
+                return Leaf(math.inf, None, infeasible=True, weights=weights)
             # too near to call: its constraints loosened by what they lack, still in search of multipliers alone
             limits[goals:] += slack.x[table.shape[1] - 1 :] + TOLERANCE
             found = _highs(cost, table, limits, time_limit)
@@ -120,7 +123,8 @@ class LinearProgram:
         shares, total = multipliers[:goals].clamp(min=0), float(multipliers[:goals].clamp(min=0).sum())
         shares = shares / total if 0 < total < math.inf else alone[0, :goals]
         weights = torch.cat([shares, multipliers[goals:] * size[0] / size[goals:]])
-        return Leaf(max(bound, self.lagrangian(weights)), self.region.ball.project(images, point)[0])
+        point = self.region.ball.project(images, point)[0]
+        return Leaf(max(bound, self.lagrangian(weights)), point, weights=weights)
 
 
 def _multipliers(found: Any) -> Tensor:
@@ -204,4 +208,22 @@ def solve_leaf(
     """
     leaf = leaf_program(network, region, rows, offsets, lower, upper, signs).solve(time_limit)
     point = None if leaf.point is None else leaf.point.to(region.images.device)
-    return Leaf(leaf.bound, point, leaf.infeasible)
+    return replace(leaf, point=point)
+
+
+def rounded_bound(network: Folded, inside: Subproblems, leaf: Leaf) -> float:
+    """A leaf's bound in the arithmetic that ``network.rounding`` describes, of which its program knows nothing: the
+    program's multipliers, in linear bounds that do. -inf for a clause of several rows, whose weighted sum rounds too.
+
+    Args:
+        inside: the leaf, as one subproblem in float64.
+    """
+    if leaf.weights is None or inside.forms.shape[1] > 1:
+        return -math.inf
+    signs, empty = inside.signs, not bool(leaf.weights[0] > 0)
+    assert signs is not None
+    betas = torch.zeros_like(inside.lower).masked_scatter(signs != 0, leaf.weights[1:].to(signs.device)).unsqueeze(1)
+    if empty:  # multipliers that lift 0 above 0
+        inside = replace(inside, forms=torch.zeros_like(inside.forms), offsets=torch.zeros_like(inside.offsets))
+    bound = float(maximise(network, inside, torch.zeros_like(betas), betas.clamp(min=0), steps=0).best)
+    return bound if not empty else math.inf if bound > 0 else -math.inf

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ..attacks import Attack
-from ..bounds import compute_rows, forward
-from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, rows_at_a_time
+from ..bounds import forward
+from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.folding import fold
 from ..noise import Noise
 from ..step import Batch, Step
 from .bab import branch_and_bound
 from .branching import minimiser
 from .known import Known
-from .optimise import Neurons, Subproblems, maximise, starting_slopes
+from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
 from .problem import Problem, Specification, Status
 from .search import Search
 
@@ -122,10 +122,9 @@ class IbpStage:
     name: str = "ibp"
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
-        specification = problem.specification
-        rows = specification.rows.to(problem.region.images.dtype)
-        bounds = compute_rows(problem.network, problem.region, rows) + specification.offsets
-        return _proved(problem, known.with_rows(bounds))
+        forms, offsets = known.rows_of(problem.specification)
+        rows = interval_forms(known.network, known.region_of(problem), forms)
+        return _proved(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
 
 
 @dataclass(frozen=True)
@@ -137,15 +136,12 @@ class CrownStage:
     refine: bool = True
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
-        bounds = (crown_bounds if self.refine else interval_bounds)(known.network, problem.region)
-        known = known.with_bounds(bounds)
-        specification = problem.specification
-        forms = specification.rows.to(problem.region.images.dtype)
+        region = known.region_of(problem)
+        known = known.with_bounds((crown_bounds if self.refine else interval_bounds)(known.network, region))
+        forms, offsets = known.rows_of(problem.specification)
         size = rows_at_a_time(known.network, len(problem), forms)
-        rows = torch.cat([
-            bound_forms(known.network, problem.region, part, known.bounds) for part in forms.split(size, 1)
-        ], 1)  # fmt: skip
-        return _proved(problem, known.with_rows(rows + specification.offsets))
+        rows = torch.cat([bound_forms(known.network, region, part, known.bounds) for part in forms.split(size, 1)], 1)
+        return _proved(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
 
 
 @dataclass(frozen=True)
@@ -160,17 +156,15 @@ class AlphaStage:
     def __call__(self, problem: Problem, known: Known) -> Finding:
         neurons, specification = Neurons.of(known.network), problem.specification
         if not known.bounds:
-            known = known.with_bounds(crown_bounds(known.network, problem.region))
+            known = known.with_bounds(crown_bounds(known.network, known.region_of(problem)))
         rows, slopes = [], []
         counterexamples: list[Tensor | None] = [None] * len(problem)
         size = rows_at_a_time(known.network, specification.rows.shape[1], known.rows) // 4 or 1
         for part in torch.arange(len(problem), device=problem.index.device).split(size):
             some, facts = problem.subset(part), known.subset(part)
             lower, upper = neurons.ends(facts.bounds, facts.rows)
-            dtype = lower.dtype
-            sub = Subproblems(
-                some.region, some.specification.rows.to(dtype), some.specification.offsets.to(dtype), lower, upper
-            )
+            region = facts.region_of(some)
+            sub = Subproblems(region, *facts.rows_of(some.specification), lower, upper)
             worst = some.specification.worst
             found = maximise(
                 known.network, sub, starting_slopes(lower, upper, sub.forms.shape[1]), steps=self.steps, rate=self.rate,
@@ -178,8 +172,8 @@ class AlphaStage:
             )  # fmt: skip
             rows.append(found.best)
             slopes.append(found.alphas)
-            point = minimiser(found, some.region, found.best.argmin(1))
-            wrong = ~holds(some.specification, known.network(point)) & ~(worst(found.best) > 0)
+            point = some.region.nearest(minimiser(found, region, found.best.argmin(1)))
+            wrong = ~holds(some.specification, known.network(point.to(known.rows.dtype))) & ~(worst(found.best) > 0)
             for number in wrong.nonzero().flatten().tolist():
                 if self.judge(some, number, point[number]):
                     counterexamples[int(part[number])] = point[number]
@@ -206,7 +200,7 @@ class BabStage:
             why = "branch and bound takes ReLU and LeakyReLU networks over boxes"
             return Finding([None] * len(problem), known, reasons=[why] * len(problem))
         if not known.bounds:
-            known = known.with_bounds(crown_bounds(known.network, problem.region))
+            known = known.with_bounds(crown_bounds(known.network, known.region_of(problem)))
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64)
         found = branch_and_bound(
             problem, known, exact, self.search, self.timeout,

@@ -23,7 +23,7 @@ from .cascade import Certify, robustness, run_cascade
 from .limits import TOTAL_TIMEOUT, Limits
 from .records import Record, best_of, read_verdicts, so_far, undecided, worth_another_try
 
-VERIFIER, ARITHMETIC = "embedded", "nearest"
+VERIFIER = "embedded"
 SAID_EVERY = 30.0
 """Seconds between two lines of a sweep that reports to a file."""
 
@@ -154,7 +154,8 @@ def _answers(
     problem = robustness(
         question.network, split.pixels(index), split.labels[index], index, question.classes, question.ball
     )
-    verdicts = run_cascade(problem, question.settings.build(question.seed), limits, watch)
+    stages, arithmetic = question.settings.build(question.seed), question.settings.arithmetic
+    verdicts = run_cascade(problem, stages, limits, watch, arithmetic)
     name = question.basis["settings"]
     return [{**verdict.record(), "settings": name} for verdict in verdicts if verdict.reason != TOTAL_TIMEOUT]
 

@@ -84,6 +84,14 @@ class Region:
     def hull(self) -> Interval:
         return self.ball.hull(self.images)
 
+    def to(self, dtype: torch.dtype) -> Region:
+        """The same sets, seen in another precision."""
+        return Region(self.ball, self.images.to(dtype))
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """Points (B, *shape) of any precision, rounded to the images' own and moved back into the set."""
+        return self.ball.project(self.images, points.to(self.images.dtype))
+
 
 @dataclass(frozen=True)
 class LinfBall(PerturbationSet):

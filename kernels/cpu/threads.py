@@ -49,7 +49,8 @@ def run(kernel: Callable, items: int, work: int, *arguments: Any) -> None:
     threads = min(torch.get_num_threads(), items, work // GRAIN)
     if threads > 1 and (team := _team()) is not None and not _forked:
         kernel(0, 0, *arguments)  # compiles here if it is new: the runtime's threads may have small stacks
-        ends = [items * part // threads for part in range(threads + 1)]
+        parts = min(items, 4 * threads)  # more than threads: one that wakes late, or loses its core, takes fewer
+        ends = [items * part // parts for part in range(parts + 1)]
         _on_a_team(team, threads, lambda first, last: kernel(first, last, *arguments), pairwise(ends))
     elif items:
         kernel(0, items, *arguments)
