@@ -48,7 +48,7 @@ def test_a_net_that_nearest_certifies_wrongly(stage):
 
 @CAREFUL
 def test_planted_networks_are_decided_all_the_same(arithmetic):
-    for case, twin in planted_pairs(8, seed=7000, kinds=("dense", "leaky", "conv", "residual")):
+    for case, twin in planted_pairs(10, seed=7000, kinds=("dense", "leaky")):
         for one, expected in ((case, {"falsified", "misclassified"}), (twin, {"verified"})):
             settings = Certify(arithmetic=arithmetic, timeout=20.0)
             (verdict,) = certify(one.model, one.image[None], torch.tensor([one.label]), one.epsilon, settings)
