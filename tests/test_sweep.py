@@ -245,6 +245,25 @@ class TestWhatARunAnswers:
         assert list(table) == ["clean", "ibp"] and table["clean"]["images"] == 20
         assert table["ibp"]["images"] == 20 - table["clean"].get("misclassified", 0)
 
+    def test_other_arithmetics_have_files_of_their_own_and_are_counted_together(self, run, capsys):
+        own = (run / "verdicts.jsonl").read_bytes()
+        asked = ["verify", str(run), "--images", ":12", "--stages", "ibp,crown", "--arithmetic"]
+        assert main([*asked, "nearest"]) == 0 and "by arithmetic" not in capsys.readouterr().out
+        for arithmetic in ("real", "float32"):
+            assert main([*asked, arithmetic]) == 0
+            file = run / "verdicts" / f"embedded-0.02-{arithmetic}.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            assert len(lines) == 12 and {line["arithmetic"] for line in lines} == {arithmetic}
+        said = " ".join(capsys.readouterr().out.split())
+        assert "certificates by arithmetic: nearest " in said and " of 12, float32 " in said
+        assert (run / "verdicts.jsonl").read_bytes() == own
+
+    def test_an_arithmetic_that_does_not_exist(self, run, capsys):
+        assert main(["verify", str(run), "--arithmetic", "exact"]) == 2
+        said = capsys.readouterr().err
+        assert "certify.arithmetic: found 'exact'; accepted: nearest, real, float32" in said and said.count("\n") == 1
+        assert not list((run / "verdicts").glob("embedded-*"))
+
     def test_two_at_a_time_are_refused(self, run):
         with JsonLines(run / "verdicts.jsonl").alone(), pytest.raises(InputError, match="another process"):
             certtrain.verify(run, quiet=True)
