@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .interval import Bounds, Interval
 from .perturbation import Region
 from .relaxation import Lines, relax
 from .rounding import Slack, interval_of, widened
+from .windows import View, Windows
 
 MEMORY = 1 << 28
 """Bytes of coefficients that are alive at a time on the CPU; a GPU takes a quarter of what is free."""
@@ -46,6 +48,7 @@ def backward(
     multipliers: Mapping[int, Tensor] | None = None,
     seen: dict[int, Tensor] | None = None,
     slack: Slack | None = None,
+    view: View | None = None,
 ) -> LinearBound:
     """Lower bounds of linear forms of an operation's output, as linear forms of the input.
 
@@ -56,6 +59,7 @@ def backward(
             it bring (beta-CROWN, arXiv 2103.06624).
         seen: is given the forms that reach each non-linear operation's output.
         slack: what rounding may cost, for networks with a ``rounding``.
+        view: the windows of which ``forms`` and what is made of them consist; without multipliers and ``seen``.
     """
     constants: Tensor = forms.new_zeros(forms.shape[:2])
     size = constants
@@ -63,28 +67,32 @@ def backward(
     for number in range(position, 0, -1):
         if number not in pending:
             continue
-        forms, operation = pending.pop(number), network.operations[number]
+        forms, operation = pending.pop(number), (view or network).operation(number)
         if slack is not None:
-            cost, more = slack.charge(number, forms)
+            cost, more = slack.charge(number, forms, view.see(number, slack.magnitudes[number]) if view else None)
             constants, size = constants - cost, size + more
         if isinstance(operation, Nonlinear):
             if seen is not None:
                 seen[number] = forms
-            forms, constants = lines[number].step(forms, constants)
+            own = lines[number].map(partial(view.see, number)) if view else lines[number]
+            forms, constants = own.step(forms, constants)
             if multipliers is not None and number in multipliers:
                 forms = forms + multipliers[number]
                 if slack is not None:
                     constants = constants - slack.charge(number, forms)[0]
             parts = [forms]
         elif isinstance(operation, Sum):
-            parts = operation.adjoints(forms, *(network.shapes[read] for read in operation.inputs))
+            parts = operation.adjoints(forms, *((view or network).shape(number, read) for read in operation.inputs))
         else:
             constants = constants + operation.constant(forms)  # type: ignore[attr-defined]
-            parts = [operation.adjoint(forms, network.shapes[operation.inputs[0]])]  # type: ignore[attr-defined]
+            shape = (view or network).shape(number, operation.inputs[0])
+            parts = [operation.adjoint(forms, shape)]  # type: ignore[attr-defined]
         for read, part in zip(operation.inputs, parts, strict=True):
+            part = view.fit(number, read, part) if view else part
             pending[read] = pending[read] + part if read in pending else part
-    none = constants.new_zeros(*constants.shape, *network.shapes[0])
-    return LinearBound(pending.get(0, none), constants, slack, size)
+    if 0 not in pending:
+        pending[0] = constants.new_zeros(*constants.shape, *network.shapes[0])
+    return LinearBound(pending[0], constants, slack, size)
 
 
 def relax_all(network: Folded, bounds: Mapping[int, Bounds], alphas: Mapping[int, Tensor] | None = None):
@@ -186,14 +194,15 @@ class _Bounding:
     def _refined(self, position: int, found: Bounds, wanted: Tensor) -> Bounds:
         """``found`` of an operation's output, tightened at the entries ``wanted`` (B, *shape)."""
         shape = wanted.shape
+        if (windows := Windows.behind(self.network, position)) is not None:
+            return self._refined_in_windows(windows, found, wanted)
         wanted = wanted.flatten(1)
         most = int(wanted.sum(1).max()) if wanted.numel() else 0
         if not most:
             return found
         # each image's wanted entries first; others fill its row up, and stay: bounds are not to depend on the batch
         order = torch.argsort(wanted.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
-        lines = relax_all(self.network, self.bounds)
-        slack = None if self.network.rounding is None else Slack.of(self.network, self.intervals)
+        lines, slack = self._lines_and_slack()
         lower, upper = found.lower.flatten(1).clone(), found.upper.flatten(1).clone()
         for part in order.split(rows_at_a_time(self.network, len(order), lower) // 2 or 1, dim=1):
             units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
@@ -207,12 +216,33 @@ class _Bounding:
             upper.scatter_reduce_(1, part, -above, "amin")
         return Bounds(lower.reshape(shape), upper.reshape(shape))
 
+    def _refined_in_windows(self, windows: Windows, found: Bounds, wanted: Tensor) -> Bounds:
+        """``_refined`` of a convolution's output, every wanted entry by itself."""
+        image, entry = wanted.flatten(1).nonzero(as_tuple=True)
+        lines, slack = self._lines_and_slack()
+        lower, upper = found.lower.flatten(1).clone(), found.upper.flatten(1).clone()
+        size = _budget(lower) // (8 * windows.widest * lower.element_size()) or 1
+        for part in torch.arange(len(image), device=image.device).split(size) if len(image) else ():
+            at, view = (image[part], entry[part]), windows.at(image[part], entry[part])
+            bound = backward(self.network, windows.position, view.units(lower), lines, slack=slack, view=view)
+            below, above = bound.lower(view.region(self.region)).nan_to_num(-torch.inf).unbind(1)
+            lower[at], upper[at] = torch.maximum(lower[at], below), torch.minimum(upper[at], -above)
+        return Bounds(lower.reshape(wanted.shape), upper.reshape(wanted.shape))
+
+    def _lines_and_slack(self) -> tuple[dict[int, Lines], Slack | None]:
+        slack = None if self.network.rounding is None else Slack.of(self.network, self.intervals)
+        return relax_all(self.network, self.bounds), slack
+
 
 def rows_at_a_time(network: Folded, batch: int, like: Tensor) -> int:
     """How many linear forms of each image fit into memory together."""
     widest = max(shape.numel() for shape in network.shapes)
-    budget = torch.cuda.mem_get_info(like.device)[0] // 4 if like.is_cuda else MEMORY
-    return max(1, budget // max(1, 4 * batch * widest * like.element_size()))
+    return max(1, _budget(like) // max(1, 4 * batch * widest * like.element_size()))
+
+
+def _budget(like: Tensor) -> int:
+    """Bytes of coefficients, on its device."""
+    return torch.cuda.mem_get_info(like.device)[0] // 4 if like.is_cuda else MEMORY
 
 
 def _open(operation: Nonlinear, found: Bounds) -> Tensor:

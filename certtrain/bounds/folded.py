@@ -257,6 +257,13 @@ class Folded:
     def piecewise_linear(self) -> bool:
         return all(self.operations[i].activation.kind in ("relu", "leaky_relu") for i in self.nonlinear)  # type: ignore[attr-defined]
 
+    def operation(self, number: int) -> Operation:
+        return self.operations[number]
+
+    def shape(self, number: int, read: int) -> torch.Size:
+        """Of what an operation reads."""
+        return self.shapes[read]
+
     def __call__(self, images: Tensor) -> Tensor:
         return self.values(images)[-1]
 

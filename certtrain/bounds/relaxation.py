@@ -28,6 +28,10 @@ class Lines:
     upper_intercept: Tensor
     lower_intercept: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Lines:
+        """With another view of each tensor."""
+        return Lines(*(None if v is None else function(v) for v in vars(self).values()))  # type: ignore[arg-type]
+
     def step(self, forms: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
         """Lower bounds: forms (B, R, *shape) of f(x), with constants (B, R), as forms of x."""
         through, constants = kernels.crown_relu_step(

@@ -109,9 +109,14 @@ class Slack:
         longest = max(shape.numel() for shape in network.shapes) + 8 * len(network.operations)
         return cls(magnitudes, factors, longest)
 
-    def charge(self, number: int, forms: Tensor) -> tuple[Tensor, Tensor]:
-        """(what these forms of an operation's output may be too high by, the size of what they add), each (B, R)."""
-        size = (forms.abs() * self.magnitudes[number].unsqueeze(1)).flatten(2).sum(-1)
+    def charge(self, number: int, forms: Tensor, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(what these forms of an operation's output may be too high by, the size of what they add), each (B, R).
+
+        Args:
+            magnitude: instead of the operation's whole one, where the forms are windows.
+        """
+        magnitude = self.magnitudes[number] if magnitude is None else magnitude
+        size = (forms.abs() * magnitude.unsqueeze(1)).flatten(2).sum(-1)
         return self.factors[number] * size * SAFETY, size * SAFETY
 
     def remainder(self, forms: Tensor, size: Tensor, hull: Interval) -> Tensor:
