@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +26,7 @@ from statistics import median
 
 import torch
 from kernel_cases import CASES, ON_GPU, Case, Maker
+from measuring import peak_memory, timed
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +79,7 @@ def _cases(options: argparse.Namespace, compiled: bool):
 
 def _measure(case: Case, kind: str, options: argparse.Namespace, bandwidth: float, other) -> dict:
     runs = {name: _pass(forward, case.leaves, kind) for name, forward in case.contenders.items()}
-    clocks: dict[str, Callable[[], float]] = {name: partial(_timed, run, options.device) for name, run in runs.items()}
+    clocks: dict[str, Callable[[], float]] = {name: partial(timed, run, options.device) for name, run in runs.items()}
     if other:
         clocks[options.against] = partial(other, case, kind)
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
@@ -93,7 +93,7 @@ def _measure(case: Case, kind: str, options: argparse.Namespace, bandwidth: floa
         "op": case.op, "shape": case.shape, "pass": kind,
         "seconds": {name: median(times) for name, times in seconds.items()},
         "ratio": {name: median(a / b for a, b in zip(times, ours, strict=True)) for name, times in seconds.items()},
-        "peak_memory": {name: _peak(run, options.device) for name, run in runs.items()},
+        "peak_memory": {name: peak_memory(run, options.device) for name, run in runs.items()},
         "notes": case.notes,
     }  # fmt: skip
     if case.touched and kind == PASSES[0]:
@@ -115,61 +115,11 @@ def _pass(forward: Callable, leaves: Sequence[Tensor], kind: str) -> Callable[[]
     return run
 
 
-def _timed(run: Callable[[], object], device: str) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def _peak(run: Callable[[], None], device: str) -> int:
-    """Bytes that one pass allocates at most; on the CPU from the profiler's record of torch's allocator."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with (
-        _silent(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
-    ):
-        run()
-    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
-        profile.export_chrome_trace(trace.name)
-        events = [e for e in json.loads(Path(trace.name).read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        alive += event["args"]["Bytes"]
-        peak = max(peak, alive)
-    return peak
-
-
-@contextmanager
-def _silent():
-    """Without what the profiler's library writes to stderr at each start and stop."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 def _bandwidth(device: str) -> float:
     """Bytes a second, read and written, of copying 256 MB."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(7))
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(7))
 
 
 def _device_name(device: str) -> str:
@@ -224,7 +174,7 @@ def _serve(cases) -> None:
         case = ready[op, shape]
         run = _pass(case.contenders["certtrain"], case.leaves, kind)
         device = str(case.leaves[0].device.type) if case.leaves else "cpu"
-        print(_timed(run, device), flush=True)
+        print(timed(run, device), flush=True)
 
 
 if __name__ == "__main__":

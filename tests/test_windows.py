@@ -66,7 +66,10 @@ CASES = [
 @pytest.mark.parametrize(("name", "ball", "rounding"), CASES, ids=str)
 @torch.no_grad()
 def test_the_same_bounds_as_whole_passes(name, ball, rounding, monkeypatch):
-    network, region = folded(name, rounding), ball.region(torch.rand(2 if ball.is_box else 1, *SHAPE, dtype=torch.float64))
+    network, region = (
+        folded(name, rounding),
+        ball.region(torch.rand(2 if ball.is_box else 1, *SHAPE, dtype=torch.float64)),
+    )
     assert any(seen_in_windows(network))
     found = crown_bounds(network, region)
     monkeypatch.setattr(Windows, "behind", lambda *_: None)
