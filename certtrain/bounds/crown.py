@@ -210,7 +210,8 @@ class _Bounding:
             values = backward(self.network, position, forms, lines, slack=slack).lower(self.region)
             below, above = values.split(part.shape[1], 1)
             below, above = (
-                torch.where(wanted.gather(1, part), end, -torch.inf).nan_to_num(-torch.inf) for end in (below, above)
+                torch.where(wanted.gather(1, part), end, -torch.inf).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+                for end in (below, above)
             )
             lower.scatter_reduce_(1, part, below, "amax")
             upper.scatter_reduce_(1, part, -above, "amin")
@@ -225,7 +226,9 @@ class _Bounding:
         for part in torch.arange(len(image), device=image.device).split(size) if len(image) else ():
             at, view = (image[part], entry[part]), windows.at(image[part], entry[part])
             bound = backward(self.network, windows.position, view.units(lower), lines, slack=slack, view=view)
-            below, above = bound.lower(view.region(self.region)).nan_to_num(-torch.inf).unbind(1)
+            below, above = (
+                bound.lower(view.region(self.region)).nan_to_num(-torch.inf, -torch.inf, -torch.inf).unbind(1)
+            )
             lower[at], upper[at] = torch.maximum(lower[at], below), torch.minimum(upper[at], -above)
         return Bounds(lower.reshape(wanted.shape), upper.reshape(wanted.shape))
 
