@@ -22,18 +22,8 @@ from .known import Known
 from .lp import rounded_bound, solve_leaf
 from .optimise import Neurons, Subproblems, maximise, starting_slopes
 from .problem import Problem
-from .search import Outcome, Search
+from .search import EMPTY, PROBING, PROGRAM_EVERY, TOLERANCE, Outcome, Search
 from .tree import Tree, columns_of, rows_of, scattered
-
-TOLERANCE = 1e-6
-"""Of the logits' scale: a leaf whose exact minimum is closer to 0 is left undecided."""
-
-EMPTY = 1e-5
-"""A neuron whose bounds cross by more, relative to 1 + |bound|, contradicts the assumed signs; less may be rounding."""
-
-PROBING = 0.25
-"""Of the time goes into linear programs of open subproblems. Without them networks of 30 neurons with a counterexample
-that is hidden from gradients take minutes."""
 
 
 def branch_and_bound(
@@ -176,7 +166,6 @@ class _Search:
         assert found.betas is not None
         alphas, betas = (self._gathered(values, tree.image) for values in (found.alphas, found.betas))
         closed = bound > 0
-        self._close(tree, bound, closed)
         row = found.best.argmax(1)
         point = minimiser(found, sub.region, row)
         self._try(tree, ~closed, point)
@@ -184,12 +173,14 @@ class _Search:
         cost = torch.cat([cost, torch.full_like(cost[:, :1], -torch.inf)], 1)
         cost = cost.gather(1, self.columns[tree.image])  # (D, U), -inf where nothing is left to split
         leaf = ~closed & ~(cost > -torch.inf).any(1)
-        for number in leaf.nonzero().flatten().tolist():
-            solved = self._solve(tree, number, lower[number], upper[number], signs[number])
+        deep = ~closed & ((tree.signs != 0).sum(1) % PROGRAM_EVERY == 0) & (tree.signs != 0).any(1)
+        for number in (leaf | deep).nonzero().flatten().tolist():
+            solved = self._solve(tree, number, lower[number], upper[number], signs[number], bool(leaf[number]))
             bound[number] = max(float(bound[number]), solved)
+        closed = bound > 0
         wanted = torch.tensor([self._wanted(i) for i in tree.image.tolist()], device=closed.device)
         keep = ~closed & ~leaf & wanted
-        self._close(tree, bound, ~closed & ~keep)
+        self._close(tree, bound, ~keep)
         index = keep.nonzero().flatten()
         if len(index):
             kept = replace(tree, bound=bound, alphas=alphas, betas=betas).take(index)
@@ -290,13 +281,13 @@ class _Search:
         self._close(self.tree, self.tree.bound, ~keep)
         self.tree = self.tree.take(keep)
 
-    def _solve(self, tree: Tree, number: int, lower: Tensor, upper: Tensor, signs: Tensor) -> float:
-        """The bound of a leaf, where the network is affine."""
+    def _solve(self, tree: Tree, number: int, lower: Tensor, upper: Tensor, signs: Tensor, leaf: bool) -> float:
+        """The bound of a linear program; in a leaf, where the network is affine, it is the last word."""
         image = int(tree.image[number])
         if not self._wanted(image):
             return float(tree.bound[number])
         bound = self._program(tree, number, lower, upper, signs)
-        if not bound > 0 and self._wanted(image):
+        if leaf and not bound > 0 and self._wanted(image):
             scale = float(self.network(self.region.images[image : image + 1]).abs().max().clamp(min=1))
             self.doubts[image] = "within tolerance" if bound > -TOLERANCE * scale else "leaf"
         return bound
