@@ -66,7 +66,7 @@ def _add_verify(commands) -> None:
     verify.add_argument("--epsilon", metavar="E", help="another radius, in pixel units of [0, 1], such as 2/255")
     verify.add_argument("--timeout", metavar="SECONDS", help="of an image: its share of its batches' time")
     verify.add_argument("--total-timeout", metavar="SECONDS", help="stop after so long, whatever is left")
-    verify.add_argument("--stages", metavar="A,B,…", help="some of attack, ibp, crown_ibp, crown, alpha, bab")
+    verify.add_argument("--stages", metavar="A,B,…", help="some of ibp, crown_ibp, attack, crown, alpha, bab")
     verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
     verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
     verify.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,6 +1,7 @@
 """Time the verifier beside others, in one run: ratios, and what both answer.
 
     python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [--rounds 3] [--json FILE]
+    python scripts/benchmark_verification.py run --run RUN_DIR [--images 200]
 
 crown       CROWN on all margins, CNN7 at a quarter of its width, 8 images of CIFAR's size; beside auto_LiRPA where it
             can be imported (0.7 or later, from its git), with its patches
@@ -8,6 +9,8 @@ full_width  the same, CNN7 as published and one image
 stream      10,000 images of MNIST's size through the IBP stage of CNN7, beside the plain pass of the same images by the
             network with its batch norms folded
 planted     tiny networks with a counterexample that gradients do not see, and robust twins, through the whole cascade
+run         the first test images of a finished run, up to 60 s each, once as usual and once with the attack after IBP;
+            loading and a first image are not counted
 
 Contenders take turns in every round; ratios are medians of time / certtrain's. Weights are initialised for IBP and not
 trained: time depends on how many neurons are open, which the output says.
@@ -19,6 +22,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -31,6 +35,7 @@ from certtrain.bounds import LinfBall
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.models import Cnn7, initialise_for_ibp
+from certtrain.pipeline import load_model
 from certtrain.verifiers import Certify, Limits, Specification, certify, run_cascade
 from certtrain.verifiers.cascade import robustness
 
@@ -42,14 +47,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], help="default: all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = {}
     with torch.no_grad():
-        for name in options.cases or CASES:
-            found[name] = CASES[name](options.rounds)
+        for name in options.cases or [case for case in CASES if case != "run" or options.run]:
+            found[name] = CASES[name](options)
             print(name, *(f"\n  {key:24s} {value}" for key, value in found[name].items()), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"threads": options.threads, **found}, indent=2) + "\n")
@@ -130,7 +137,7 @@ def _stream(rounds: int) -> dict:
     return _race({"certtrain": ours, "plain": plain}, rounds, memory=False)
 
 
-def _planted(rounds: int, count: int = 100) -> dict:
+def _planted(count: int = 100) -> dict:
     seconds, decided = [], 0
     for case, twin in planted_pairs(count, seed=9000, kinds=("dense",)):
         for one in (case, twin):
@@ -148,11 +155,34 @@ def _planted(rounds: int, count: int = 100) -> dict:
     }  # fmt: skip
 
 
-CASES: dict[str, Callable[[int], dict]] = {
-    "crown": lambda rounds: _crown(rounds, 8, width=16, hidden=128),
-    "full_width": lambda rounds: _crown(rounds, 1),
-    "stream": _stream,
-    "planted": _planted,
+def _run(path: Path, count: int) -> dict:
+    model, config = load_model(path)
+    test, index = config.data.load().test, torch.arange(count)
+    images, labels, ball = test.pixels(index), test.labels[:count], config.perturbation
+    orders = {
+        "attack first": Certify().stages,
+        "attack after IBP": ("ibp", "crown_ibp", "attack", "crown", "alpha", "bab"),
+    }
+    found = {}
+    for name, stages in orders.items():
+        settings = Certify(stages=stages, timeout=60.0)
+        certify(model, images[:1], labels[:1], ball, settings)
+        started = time.perf_counter()
+        verdicts = certify(model, images, labels, ball, settings)
+        decided = [v for v in verdicts if v.status in ("verified", "falsified")]
+        found[name] = {
+            "statuses": dict(Counter(v.status for v in verdicts)), "wall": round(time.perf_counter() - started, 2),
+            "median seconds of the decided": round(median(v.seconds for v in decided), 6),
+        }  # fmt: skip
+    return found
+
+
+CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
+    "crown": lambda options: _crown(options.rounds, 8, width=16, hidden=128),
+    "full_width": lambda options: _crown(options.rounds, 1),
+    "stream": lambda options: _stream(options.rounds),
+    "planted": lambda options: _planted(),
+    "run": lambda options: _run(options.run, options.images),
 }
 
 if __name__ == "__main__":
