@@ -154,7 +154,9 @@ class TestThreads:
         threads.run(kernel, 7, 0)
         assert seen == [2] * 7
 
-    @pytest.mark.parametrize("items, work, expected", [(7, 1 << 30, 2), (1, 1 << 30, 1), (7, 1, 1), (0, 1 << 30, 0)])
+    @pytest.mark.parametrize(
+        "items, work, expected", [(20, 1 << 30, 8), (7, 1 << 30, 7), (1, 1 << 30, 1), (7, 1, 1), (0, 1 << 30, 0)]
+    )
     def test_as_many_parts_as_the_work_deserves(self, items, work, expected):
         parts = []
         threads.run(lambda first, last: parts.append((first, last)), items, work)
