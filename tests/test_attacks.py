@@ -336,6 +336,26 @@ class TestPgd:
         assert (values[1] >= values[0]).all() and (values[2] >= values[1]).all()
         assert (values[2] > values[0]).any()
 
+    def test_diversified_starts(self):
+        """Of a linear model each is the corner that a random direction of the logits points to, an image's own."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).double().eval()
+        batch, ball = make_batch(50), LinfBall(0.1)
+        hull = ball.hull(batch.images)
+        found = attack_with(Pgd(step_size=1e-9, diversified=2), ball, model=model, batch=batch)
+        assert torch.allclose((found - hull.center).abs(), hull.radius, atol=1e-8)
+        assert len({tuple(row) for row in (found > hull.center).flatten(1).tolist()}) > 40
+
+    def test_diversified_starts_stay_in_the_ball(self):
+        torch.manual_seed(0)
+        model = make_model().eval()
+        ball, batch = LinfBall(0.15), make_batch(40)
+        plain, spread = (
+            attack_with(Pgd(steps=3, step_size=0.3, restarts=2, diversified=n, objective="margin"), ball, model=model,
+                        batch=batch) for n in (0, 2)
+        )  # fmt: skip
+        assert ball.contains(batch.images, spread).all() and not torch.equal(plain, spread)
+
     def test_the_image_itself_wins_where_nothing_is_better(self):
         """A kink: every step from the image makes the loss smaller."""
         batch = make_batch()

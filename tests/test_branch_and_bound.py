@@ -216,6 +216,28 @@ class TestAgainstMilp:
                 last = found
 
 
+class TestSampling:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_none_of_millions_of_points_is_below_a_bound(self, kind):
+        """400,000 points for each kind of network, corners among them, against the best bound of every stage."""
+        problem = random_problem(900, kind)
+        known, hull = unknown(problem), problem.region.hull
+        for stage in (*FIRST, BabStage()):
+            finding = stage(problem, known)
+            known = finding.known
+        lower = problem.specification.worst(known.rows)
+        lower = lower if finding.lower is None else torch.maximum(lower, finding.lower)
+        draw, least = torch.Generator().manual_seed(0), torch.full((len(problem),), torch.inf)
+        for number in range(100):
+            share = torch.rand(1000, *hull.center.shape, generator=draw)
+            share = share if number % 2 else share.round()
+            points = hull.lower + share * (hull.upper - hull.lower)
+            logits = problem.network(points.flatten(0, 1)).reshape(1000, len(problem), -1)
+            values = [problem.specification.worst(problem.specification.values(part)) for part in logits]
+            least = torch.minimum(least, torch.stack(values).amin(0))
+        assert (least >= lower - FINE).all() and (least < lower + 2).all()
+
+
 class TestBatches:
     @pytest.mark.parametrize("kind", ["dense", "conv"])
     def test_images_do_not_disturb_each_other(self, kind):

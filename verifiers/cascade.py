@@ -51,7 +51,7 @@ class Certify:
     stages: tuple[Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "bab"], ...] = (
         "ibp", "crown_ibp", "attack", "crown", "alpha", "bab",
     )  # fmt: skip
-    attack: Attack = Pgd(steps=40, step_size=0.1, objective="margin")
+    attack: Attack = Pgd(steps=40, step_size=0.1, restarts=5, diversified=2, objective="margin")
     images: int | None = None
     batch_size: int = 256
     timeout: float = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,8 @@ class Pgd(Attack):
         step_size: relative to the half width of the clipped box, pixel by pixel.
         random_start: start uniformly inside the box instead of at the image.
         restarts: independent runs, of which the best counts.
+        diversified: steps before each run, of a half width each, along a random direction of the logits: starts that
+            differ in what the network makes of them (output diversified initialisation, arXiv 2003.06878).
         objective: ``cross_entropy``, or ``margin`` = max over j of z_j - z_y, which is >= 0 exactly where the
             image is fooled or tied, so that the best point never drops a success.
     """
@@ -36,12 +39,14 @@ class Pgd(Attack):
     step_size: float = 10.0
     random_start: bool = True
     restarts: int = 1
+    diversified: int = 0
     objective: Literal["cross_entropy", "margin"] = "cross_entropy"
 
     def __post_init__(self) -> None:
         check(self.steps >= 1, "steps", self.steps, "a whole number >= 1")
         check(self.step_size > 0, "step_size", self.step_size, "a number > 0, relative to the box's half width")
         check(self.restarts >= 1, "restarts", self.restarts, "a whole number >= 1")
+        check(self.diversified >= 0, "diversified", self.diversified, "a whole number >= 0")
 
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
         hull = ball.hull(batch.images)
@@ -54,8 +59,11 @@ class Pgd(Attack):
             if self.random_start:
                 share = step.noise.uniform(points.shape[1:], f"start/{restart}", points.dtype)
                 points = ball.project(batch.images, hull.lower + share * 2 * hull.radius)
+            for _ in range(self.diversified):
+                gradient = _gradient(lambda x, key=f"direction/{restart}": _along(step, key, model(x)), points)[1]
+                points = ball.project(batch.images, points + hull.radius * gradient.sign())
             for _ in range(self.steps):
-                values, gradient = self._ascend(model, points, batch.labels)
+                values, gradient = _gradient(lambda x: self._objective(model(x), batch.labels), points)
                 if keep_best:
                     best, best_value = _better(best, best_value, points, values)
                 points = ball.project(batch.images, points + size * gradient.sign())
@@ -65,18 +73,26 @@ class Pgd(Attack):
                 best, best_value = _better(best, best_value, points, values)
         return AttackResult(best if keep_best else points)
 
-    def _ascend(self, model: nn.Module, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        points = points.detach().requires_grad_()
-        values = self._objective(model(points), labels)
-        (gradient,) = torch.autograd.grad(values.sum(), points)
-        return values.detach(), gradient
-
     def _objective(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.objective == "cross_entropy":
             return F.cross_entropy(logits, labels, reduction="none")
         own = logits.gather(1, labels[:, None])
         others = logits.scatter(1, labels[:, None], -torch.inf)
         return (others - own).amax(1)
+
+
+def _along(step: Step, key: str, logits: Tensor) -> Tensor:
+    """(B,) the logits along a random direction in [-1, 1]^K, the same at every call."""
+    return ((2 * step.noise.uniform(logits.shape[1:], key, logits.dtype) - 1) * logits).sum(1)
+
+
+def _gradient(objective: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) values, and their sum's gradient."""
+    points = points.detach().requires_grad_()
+    with torch.enable_grad():
+        values = objective(points)
+    (gradient,) = torch.autograd.grad(values.sum(), points)
+    return values.detach(), gradient
 
 
 def _better(best: Tensor, best_value: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
