@@ -38,6 +38,10 @@ def networks() -> dict[str, nn.Module]:
             Residual(nn.Sequential(nn.Conv2d(4, 4, **wide), nn.ReLU(), nn.Conv2d(4, 4, **wide)), -1), nn.ReLU(),
             nn.Conv2d(4, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(168, 3),
         ),
+        "diagonal": nn.Sequential(
+            nn.BatchNorm2d(2), nn.Conv2d(2, 4, **wide), nn.ReLU(), nn.BatchNorm2d(4),
+            nn.Conv2d(4, 2, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(112, 3),
+        ),
         "normalised": nn.Sequential(
             nn.BatchNorm2d(2), nn.Conv2d(2, 4, **wide), nn.ReLU(), nn.BatchNorm2d(4),
             nn.Conv2d(4, 4, **wide), nn.Tanh(), nn.Conv2d(4, 2, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(112, 3),
@@ -59,7 +63,11 @@ def seen_in_windows(network) -> list[bool]:
 
 CASES = [
     *((name, ball, None) for name in networks() for ball in (LinfBall(0.1), L2Ball(0.5))),
-    *((name, LinfBall(0.1), rounding) for name in ("strides", "odd", "residual") for rounding in (REAL, FLOAT32)),
+    *(
+        (name, LinfBall(0.1), rounding)
+        for name in ("strides", "odd", "residual", "diagonal")
+        for rounding in (REAL, FLOAT32)
+    ),
 ]
 
 
