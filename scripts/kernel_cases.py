@@ -1,17 +1,16 @@
 """What ``benchmark_kernels.py`` times: each op beside other ways to compute the same, on the shapes of real work.
 
 A case is a name, a shape and its contenders: functions without arguments that return tensors. ``certtrain`` is the op;
-``eager`` and ``compiled`` are its plain formula; the others are the forms that people use today, written here anew.
+``eager`` and ``compiled`` are its plain formula; the others are the forms that people use today (``kernel_rivals``).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
+import kernel_rivals as rivals
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,102 +55,6 @@ class Maker:
         return {"certtrain": ours, "eager": eager, **compiled, **others}
 
 
-# The usual alternatives ---------------------------------------------------------------------------------------------
-
-
-def _signs(values: Tensor) -> tuple[Tensor, Tensor]:
-    return values.clamp(min=0), values.clamp(max=0)
-
-
-def _four_linear(
-    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, *, scale=None, shift=None, relu=False
-):
-    plus, minus = _signs(weight)
-    ends = F.linear(lower, plus, bias) + F.linear(upper, minus), F.linear(upper, plus, bias) + F.linear(lower, minus)
-    return _four_affine(ends, scale, shift, relu)
-
-
-def _four_conv2d(
-    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int,
-    *, scale=None, shift=None, relu=False,
-):  # fmt: skip
-    plus, minus = _signs(weight)
-
-    def conv(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return F.conv2d(x, w, b, stride, padding)
-
-    ends = conv(lower, plus, bias) + conv(upper, minus), conv(upper, plus, bias) + conv(lower, minus)
-    return _four_affine(ends, scale, shift, relu)
-
-
-def _four_affine(ends: tuple[Tensor, Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool):
-    lower, upper = ends
-    if scale is not None and shift is not None:
-        plus, minus = _signs(scale.reshape(-1, *[1] * (lower.ndim - 2)))
-        shift = shift.reshape(plus.shape)
-        lower, upper = lower * plus + upper * minus + shift, upper * plus + lower * minus + shift
-    return (lower.relu(), upper.relu()) if relu else (lower, upper)
-
-
-def _bmm_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """A specification matrix for each image, merged into the last layer."""
-    classes = len(weight)
-    identity = torch.eye(classes, dtype=weight.dtype, device=weight.device)
-    rows = identity[labels].unsqueeze(1) - identity.unsqueeze(0)
-    rows = rows[~F.one_hot(labels, classes).bool()].reshape(len(labels), classes - 1, classes)
-    merged = rows @ weight
-    lower = torch.bmm(merged, center.unsqueeze(-1)) - torch.bmm(merged.abs(), radius.unsqueeze(-1))
-    return lower.squeeze(-1) + rows @ bias
-
-
-FOUR = SimpleNamespace(
-    ibp_linear=_four_linear, ibp_conv2d=_four_conv2d,
-    ibp_margins=lambda low, up, *rest: _bmm_margins((up + low) / 2, (up - low) / 2, *rest),
-)  # fmt: skip
-
-
-def _topk_scatter(scores: Tensor, k: int) -> Tensor:
-    index = torch.topk(scores, k, dim=1, sorted=False).indices
-    return torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device).scatter_(1, index, 1)
-
-
-def _sort_scatter(scores: Tensor, k: int) -> Tensor:
-    """Clone, sort everything, zero, scatter: as the attack's authors released it."""
-    index = torch.sort(scores.clone(), dim=1, descending=True).indices[:, :k]
-    return torch.zeros_like(scores).scatter_(1, index, torch.ones_like(index, dtype=scores.dtype))
-
-
-def _closed_step(gradient, p, m, x, mask, k, alpha, beta):
-    """The update's closed form with ``torch.topk``: what one would compile."""
-    s = torch.sigmoid(m)
-    for_mask = (gradient * p).sum(1) * s * (1 - s)
-    norm = for_mask.norm(dim=1, keepdim=True)
-    m = torch.where(norm < 2e-10, m, m + beta * math.sqrt(m.shape[1]) * for_mask / (norm + 1e-10))
-    p = torch.minimum(torch.maximum((p + alpha * (gradient * mask[:, None]).sign()).clamp(-1, 1), -x), 1 - x)
-    new = _topk_scatter(m, k)
-    return p, m, new, (x + p * new[:, None]).clamp(0, 1), (new != mask).any(1)
-
-
-def _released_step(gradient, p, m, x, mask, k, alpha, beta):
-    """One update in the released form: full sorts, and asserts that wait for the device."""
-    s = torch.sigmoid(m)
-    old = _sort_scatter(s, k)
-    for_p = gradient * old.unsqueeze(1)
-    for_mask = (gradient * p).sum(1) * s * (1 - s)
-    p = (p + alpha * for_p.sign()).clamp(-1, 1)
-    p = torch.min(torch.max(p, -x), 1 - x)
-    norm = torch.norm(for_mask, p=2, dim=1, keepdim=True)
-    m = torch.where(norm < 2e-10, m, m + beta * math.sqrt(m.shape[1]) * for_mask / (norm + 1e-10))
-    assert not torch.isnan(m).any() and not torch.isnan(p).any()
-    new = _sort_scatter(torch.sigmoid(m), k)
-    images = x + p * new.unsqueeze(1)
-    assert bool((images >= -1e-6).all()) and bool(((images - x).abs().sum(1) > 0).sum(1).max() <= k)
-    return p, m, new, images, (new - old).abs().sum(1) > 0
-
-
-# Cases --------------------------------------------------------------------------------------------------------------
-
-
 def ibp_relu(make: Maker, B: int, C: int, H: int) -> Case:
     center, radius = make.normal(B, C, H, H, grad=True), make.uniform(B, C, H, H, grad=True)
     return Case(
@@ -182,7 +85,7 @@ def ibp_linear(make: Maker, B: int, D: int, H: int) -> Case:
         make.contenders(
             lambda: kernels.ibp_linear(center, radius, w, b, relu=True),
             lambda: reference.ibp_linear(center, radius, w, b, relu=True),
-            four_products=lambda: _four_linear(center - radius, center + radius, w, b, relu=True),
+            four_products=lambda: rivals.four_linear(center - radius, center + radius, w, b, relu=True),
             floor=lambda: (F.linear(center, w, b), F.linear(radius, w)),
         ),
         [center, radius, w, b],
@@ -197,7 +100,7 @@ def ibp_conv2d(make: Maker, B: int, C: int, H: int, K: int, stride: int) -> Case
         make.contenders(
             lambda: kernels.ibp_conv2d(center, radius, w, b, stride, 1, relu=True),
             lambda: reference.ibp_conv2d(center, radius, w, b, stride, 1, relu=True),
-            four_products=lambda: _four_conv2d(center - radius, center + radius, w, b, stride, 1, relu=True),
+            four_products=lambda: rivals.four_conv2d(center - radius, center + radius, w, b, stride, 1, relu=True),
             floor=lambda: (F.conv2d(center, w, b, stride, 1), F.conv2d(radius, w, None, stride, 1)),
         ),
         [center, radius, w, b],
@@ -212,7 +115,7 @@ def ibp_margins(make: Maker, B: int, K: int, D: int) -> Case:
         make.contenders(
             lambda: kernels.ibp_margins(center, radius, w, b, labels),
             lambda: reference.ibp_margins(center, radius, w, b, labels),
-            bmm=lambda: _bmm_margins(center, radius, w, b, labels),
+            bmm=lambda: rivals.bmm_margins(center, radius, w, b, labels),
         ),
         [center, radius, w, b],
     )  # fmt: skip
@@ -225,16 +128,10 @@ def crown_relu_step(make: Maker, B: int, R: int, N: int) -> Case:
         "crown_relu_step", f"B={B},R={R},N={N}",
         make.contenders(
             lambda: kernels.crown_relu_step(a, bias, *lines), lambda: reference.crown_relu_step(a, bias, *lines),
-            clamps=lambda: _clamped_crown(a, bias, *lines),
+            clamps=lambda: rivals.clamped_crown(a, bias, *lines),
         ),
         [a, bias, *lines], 2 * a.nbytes,
     )  # fmt: skip
-
-
-def _clamped_crown(a: Tensor, bias: Tensor, low: Tensor, up: Tensor, intercept: Tensor):
-    """Positive and negative parts apart, as verifiers write it."""
-    plus, minus = a.clamp(min=0), a.clamp(max=0)
-    return plus * low[:, None] + minus * up[:, None], bias + (minus @ intercept[:, :, None]).squeeze(-1)
 
 
 def topk_mask(make: Maker, B: int, N: int, k: int) -> Case:
@@ -243,7 +140,7 @@ def topk_mask(make: Maker, B: int, N: int, k: int) -> Case:
         "topk_mask", f"B={B},N={N},k={k}",
         make.contenders(
             lambda: kernels.topk_mask(scores, k), lambda: reference.topk_mask(scores, k),
-            topk_scatter=lambda: _topk_scatter(scores, k), released=lambda: _sort_scatter(scores, k),
+            topk_scatter=lambda: rivals.topk_scatter(scores, k), released=lambda: rivals.sort_scatter(scores, k),
         ),
         touched=scores.nbytes + scores.numel(),
     )  # fmt: skip
@@ -255,7 +152,7 @@ def sparse_apply(make: Maker, B: int, N: int, k: int) -> Case:
         "sparse_apply", f"B={B},N={N},k={k}",
         make.contenders(
             lambda: kernels.sparse_apply(x, p, scores, k), lambda: reference.sparse_apply(x, p, scores, k),
-            topk_scatter=lambda: (x + p * _topk_scatter(scores, k)[:, None]).clamp(0, 1),
+            topk_scatter=lambda: (x + p * rivals.topk_scatter(scores, k)[:, None]).clamp(0, 1),
         ),
         touched=3 * x.nbytes + scores.nbytes,
     )  # fmt: skip
@@ -269,11 +166,11 @@ def spgd_step(make: Maker, B: int, N: int, k: int) -> Case:
     contenders = make.contenders(
         lambda: kernels.spgd_step(gradient, p, m, x, mask, k, **settings),
         lambda: reference.spgd_step(gradient, p, m, x, mask, k, **settings),
-        closed_form=lambda: _closed_step(gradient, p, m, x, mask, k, 0.25, 0.25),
-        released=lambda: _released_step(gradient, p, m, x, mask, k, 0.25, 0.25),
+        closed_form=lambda: rivals.closed_step(gradient, p, m, x, mask, k, 0.25, 0.25),
+        released=lambda: rivals.released_step(gradient, p, m, x, mask, k, 0.25, 0.25),
     )
     if make.compiled:  # the bar: the stable sort of the reference's tie rule does not compile to anything fast
-        contenders["compiled"] = torch.compile(lambda: _closed_step(gradient, p, m, x, mask, k, 0.25, 0.25))
+        contenders["compiled"] = torch.compile(lambda: rivals.closed_step(gradient, p, m, x, mask, k, 0.25, 0.25))
     return Case("spgd_step", f"B={B},N={N},k={k}", contenders, touched=5 * x.nbytes + 2 * m.nbytes)
 
 
@@ -317,7 +214,7 @@ def cnn7(make: Maker, B: int) -> Case:
     contenders = make.contenders(
         lambda: _propagate(kernels, center, radius, model, labels),
         lambda: _propagate(reference, center, radius, model, labels),
-        four_products=lambda: _propagate(FOUR, lower, upper, model, labels),
+        four_products=lambda: _propagate(rivals.FOUR, lower, upper, model, labels),
         plain=lambda: model(images),
     )
     if make.compiled:
@@ -325,26 +222,10 @@ def cnn7(make: Maker, B: int) -> Case:
         contenders["certtrain_compiled"] = torch.compile(lambda: _propagate(kernels, center, radius, model, labels))
     case = Case("cnn7", f"B={B}", contenders, list(model.parameters()))
     try:
-        contenders["auto_LiRPA"] = _auto_lirpa(model, images, lower, upper, labels)
+        contenders["auto_LiRPA"] = rivals.auto_lirpa(model, images, lower, upper, labels)
     except ImportError as error:
         case.notes.append(f"auto_LiRPA was not timed: {error}")
     return case
-
-
-def _auto_lirpa(model: nn.Module, images: Tensor, lower: Tensor, upper: Tensor, labels: Tensor) -> Contender:
-    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm  # type: ignore[import-not-found]
-
-    bounded = BoundedModule(model, torch.empty_like(images), device=images.device)
-    for node in bounded.nodes():  # training mode lets gradients through, but the batch norms are to stay fixed
-        node.train("BatchNorm" not in type(node).__name__)
-    identity = torch.eye(10, dtype=images.dtype, device=images.device)
-    rows = (identity[labels].unsqueeze(1) - identity)[~F.one_hot(labels, 10).bool()].reshape(len(images), 9, 10)
-
-    def forward() -> Tensor:
-        box = BoundedTensor(images, PerturbationLpNorm(norm=float("inf"), x_L=lower, x_U=upper))
-        return bounded.compute_bounds(x=(box,), C=rows, method="IBP", bound_upper=False)[0]
-
-    return forward
 
 
 CASES: dict[str, tuple[Callable[..., Case], list[dict[str, int]]]] = {

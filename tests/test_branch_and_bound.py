@@ -100,6 +100,15 @@ def check(problem: Problem, finding: Finding, exact: torch.Tensor, complete: boo
             assert status == ("verified" if least > 0 else "falsified"), (number, least, finding.reasons)
 
 
+def check_every_stage(problem: Problem, exact: torch.Tensor) -> set:
+    """Each stage by itself; what branch and bound answered."""
+    for stage in FIRST:
+        check(problem, alone(stage, problem), exact, complete=False)
+    finding = alone(BabStage(), problem)
+    check(problem, finding, exact)
+    return set(finding.statuses)
+
+
 def problem_from(case: Planted) -> Problem:
     classes = case.model(case.image[None]).shape[1]
     return problem_of(case.model, case.image[None], torch.tensor([case.label]), LinfBall(case.epsilon), classes)
@@ -146,11 +155,7 @@ class TestAgainstMilp:
         for seed in range(12 if kind in ("dense", "leaky") else 4):
             problem = random_problem(seed, kind)
             exact = truth(problem)
-            for stage in FIRST:
-                check(problem, alone(stage, problem), exact, complete=False)
-            finding = alone(BabStage(), problem)
-            check(problem, finding, exact)
-            seen |= set(finding.statuses)
+            seen |= check_every_stage(problem, exact)
             for search, timeout in [
                 (Search(most=1), 60.0), (Search(most=3), 60.0), (Search(batch=3), 1e-4), (Search(batch=2), 0.02),
             ]:  # fmt: skip
@@ -176,11 +181,7 @@ class TestAgainstMilp:
         for seed in range(41, 53 if kind != "conv" else 44):
             problem = of_clauses(random_problem(seed, kind, count=3), seed)
             exact = truth(problem)
-            for stage in FIRST:
-                check(problem, alone(stage, problem), exact, complete=False)
-            finding = alone(BabStage(), problem)
-            check(problem, finding, exact)
-            seen |= set(finding.statuses)
+            seen |= check_every_stage(problem, exact)
         assert {"verified", "falsified"} <= seen
 
     @pytest.mark.parametrize("kind", ["dense", "leaky"])

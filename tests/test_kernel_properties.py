@@ -1,14 +1,11 @@
 """What holds for any box, memory and layout: bounds contain, shrink with the box, and read no stale memory."""
 
-import json
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measuring import peak_memory
 from op_table import NAMES, outcome, table
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -300,19 +297,5 @@ def test_margins_make_no_matrix_for_each_image(backend):
         torch.autograd.grad(found.sum(), leaves)
 
     run()
-    peak = _peak(run)
+    peak = peak_memory(run, "cpu")
     assert (peak < 0.05 * naive) if backend == "cpu" else (peak > naive)
-
-
-def _peak(run) -> int:
-    """Bytes that torch's allocator hands out at most, by the profiler's record."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
-        profile.export_chrome_trace(trace.name)
-        events = [e for e in json.loads(Path(trace.name).read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        alive += event["args"]["Bytes"]
-        peak = max(peak, alive)
-    return peak
