@@ -9,7 +9,7 @@ from planted import KINDS, Planted, planted_pair, planted_pairs, random_network
 from problems import alone, linear_model, problem_of, tied, unknown
 from torch import nn
 
-from certtrain.bounds import L2Ball, LinfBall, Region
+from certtrain.bounds import L2Ball, LinfBall
 from certtrain.bounds.crown import crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.errors import InputError
@@ -44,7 +44,7 @@ def truth(problem: Problem) -> torch.Tensor:
     network, found = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64), []
     for number in range(len(problem)):
         one = problem.subset(torch.tensor([number]))
-        region = Region(one.region.ball, one.region.images.double())
+        region = one.region.ball.region(one.region.images.double())
         rows, offsets = one.specification.rows.double(), one.specification.offsets.double()
         clauses = one.specification.clauses
         exact = minimum(network, region, rows, offsets, crown_bounds(network, region), clauses=clauses)
@@ -200,7 +200,7 @@ class TestAgainstMilp:
             problem = random_problem(seed, "dense")
             wide = replace(
                 problem, network=problem.network.double(),
-                region=Region(problem.region.ball, problem.region.images.double()),
+                region=problem.region.ball.region(problem.region.images.double()),
             )  # fmt: skip
             check(wide, alone(BabStage(), wide), truth(wide))
 
@@ -367,7 +367,7 @@ class TestEdges:
         images = torch.rand(3, 1, 2, 2)
         problem = problem_of(smooth, images, smooth(images).argmax(1), LinfBall(0.1), 3)
         kinked = random_problem(0, "dense")
-        for refused in (problem, replace(kinked, region=Region(L2Ball(0.1), kinked.region.images))):
+        for refused in (problem, replace(kinked, region=L2Ball(0.1).region(kinked.region.images))):
             finding = alone(BabStage(), refused)
             assert finding.statuses == [None] * len(refused)
             assert all("ReLU and LeakyReLU networks over boxes" in reason for reason in finding.reasons)

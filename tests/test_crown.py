@@ -86,7 +86,7 @@ class TestSound:
 
     def test_float32_up_to_its_rounding(self):
         model, region = small_cnn().eval(), make_region()
-        single = Region(region.ball, region.images.float())
+        single = region.ball.region(region.images.float())
         wide, narrow = fold(model, (2, 6, 6)), fold(model, (2, 6, 6), dtype=torch.float32)  # type: ignore[arg-type]
         forms = random_forms(wide)
         found, expected = crown_bounds(narrow, single), crown_bounds(wide, region)
@@ -183,11 +183,11 @@ class TestBatches:
         together = crown_bounds(network, region)
         lower = bound_forms(network, region, forms, together)
         for i in range(3):
-            alone = crown_bounds(network, Region(ball, region.images[i : i + 1]))
+            alone = crown_bounds(network, ball.region(region.images[i : i + 1]))
             for place, bounds in together.items():
                 assert ((bounds.lower[i] - alone[place].lower[0]).abs() <= slack).all()
                 assert ((bounds.upper[i] - alone[place].upper[0]).abs() <= slack).all()
-            one = bound_forms(network, Region(ball, region.images[i : i + 1]), forms[i : i + 1], alone)
+            one = bound_forms(network, ball.region(region.images[i : i + 1]), forms[i : i + 1], alone)
             assert ((lower[i] - one[0]).abs() <= slack * forms.abs().sum()).all()
 
     @given(networks(), st.sampled_from([LinfBall(0.05), L2Ball(0.3)]), SEEDS)
@@ -231,7 +231,7 @@ class TestGradients:
 
         def bound(m, images):
             network = fold(m.model, images.shape[1:])
-            return bound_forms(network, Region(ball, images), forms, bounding(network, Region(ball, images)))
+            return bound_forms(network, ball.region(images), forms, bounding(network, ball.region(images)))
 
         wrapped = Apply(bound, model=model)
         names = [name for name, _ in wrapped.named_parameters()]

@@ -180,9 +180,9 @@ class TestLeaves:
             (LinfBall(0.1), region.images.repeat(2, 1, 1, 1)),
         ]:  # fmt: skip
             with pytest.raises(InputError, match="accepted for a linear or mixed-integer program: a box"):
-                solve_leaf(network, Region(ball, images), identity(2)[0][0, :1], torch.zeros(1), lower, upper, signs)
+                solve_leaf(network, ball.region(images), identity(2)[0][0, :1], torch.zeros(1), lower, upper, signs)
             with pytest.raises(InputError, match="accepted for a linear or mixed-integer program: a box"):
-                minimum(network, Region(ball, images), *identity(2), {})
+                minimum(network, ball.region(images), *identity(2), {})
 
 
 class TestMixedIntegerProgram:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds, Region
+from ..bounds import Bounds
 from ..bounds.crown import crown_bounds, rows_at_a_time
 from ..bounds.folded import Folded
 from .branching import look_ahead, minimiser, scores
@@ -201,7 +201,7 @@ class _Search:
                     self.neurons.apart(lower).items(), self.neurons.apart(upper).values(), strict=True
                 )
             }
-            found = crown_bounds(self.network, self._region(tree.image), given)
+            found = crown_bounds(self.network, self.region.take(tree.image), given)
             ends = (
                 self.neurons.together({place: getattr(b, e) for place, b in found.items()}) for e in ("lower", "upper")
             )
@@ -223,7 +223,7 @@ class _Search:
     def subproblems(self, tree: Tree) -> Subproblems:
         signs, lower, upper = self.dense(tree)
         at = (tree.image[:, None], self.rows_of[tree.clause])
-        return Subproblems(self._region(tree.image), self.rows[at], self.offsets[at], lower, upper, signs)
+        return Subproblems(self.region.take(tree.image), self.rows[at], self.offsets[at], lower, upper, signs)
 
     def bounds_of(self, tree: Tree) -> Tensor:
         """(D,) bounds with the slopes and multipliers that the subproblems have."""
@@ -243,9 +243,6 @@ class _Search:
         columns = self.columns[image].unsqueeze(1).expand(-1, values.shape[1], -1)
         return torch.cat([values, values[..., :1]], -1).gather(2, columns)
 
-    def _region(self, image: Tensor) -> Region:
-        return Region(self.region.ball, self.region.images[image])
-
     def _close(self, tree: Tree, bound: Tensor, closed: Tensor) -> None:
         for number in closed.nonzero().flatten().tolist():
             image, clause = int(tree.image[number]), int(tree.clause[number])
@@ -257,7 +254,7 @@ class _Search:
     def _try(self, tree: Tree, open_: Tensor, points: Tensor) -> None:
         """Bounds' own minimisers are good candidates for counterexamples."""
         specification = self.problem.specification.subset(tree.image)
-        points = Region(self.region.ball, self.problem.region.images[tree.image]).nearest(points)
+        points = self.problem.region.take(tree.image).nearest(points)
         suspected = open_ & ~(specification.worst(specification.values(self.network(points.to(self.rows.dtype)))) > 0)
         for number in suspected.nonzero().flatten().tolist():
             self._refute(int(tree.image[number]), points[number])
@@ -295,7 +292,7 @@ class _Search:
     def _program(self, tree: Tree, number: int, lower: Tensor, upper: Tensor, signs: Tensor) -> float:
         """The bound of a linear program's dual; its minimiser is tried as a counterexample."""
         image, clause = int(tree.image[number]), int(tree.clause[number])
-        region = Region(self.region.ball, self.problem.region.images[image : image + 1])
+        region = self.problem.region.take(tree.image[number : number + 1])
         at = self.problem.specification.clauses == clause
         rows, offsets = self.rows[image, at], self.offsets[image, at]
         leaf = solve_leaf(
@@ -305,6 +302,6 @@ class _Search:
             self._refute(image, region.nearest(leaf.point[None])[0])
         if self.network.rounding is None:
             return leaf.bound
-        inside = Subproblems(self._region(tree.image[number : number + 1]), rows[None], offsets[None],
+        inside = Subproblems(self.region.take(tree.image[number : number + 1]), rows[None], offsets[None],
                              lower[None], upper[None], signs[None])  # fmt: skip
         return rounded_bound(self.network, inside, leaf)

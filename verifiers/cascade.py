@@ -116,8 +116,8 @@ def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Folded, torch.dty
     images = problem.region.images
     if arithmetic == "nearest":
         return fold(problem.network, images.shape[1:]), images.dtype
-    if not problem.region.ball.is_box or images.dtype != torch.float32:
-        found = f"{type(problem.region.ball).__name__} and {images.dtype}"
+    if not problem.region.is_box or images.dtype != torch.float32:
+        found = f"{problem.region.kind} and {images.dtype}"
         raise InputError(f"arithmetic {arithmetic}: found {found}; accepted: a box (LinfBall) and torch.float32")
     network = replace(fold(problem.network, images.shape[1:], dtype=torch.float64), rounding=ROUNDINGS[arithmetic])
     check_rounding(network)

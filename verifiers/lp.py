@@ -72,7 +72,7 @@ class LinearProgram:
         """
         weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
         images, hull = self.region.images, self.region.hull
-        lowest = self.region.ball.concretise((weights @ self.forms).reshape(1, 1, *images.shape[1:]), images)
+        lowest = self.region.concretise((weights @ self.forms).reshape(1, 1, *images.shape[1:]))
         largest = torch.maximum(hull.lower.abs(), hull.upper.abs()).flatten()
         size = weights @ (self.forms.abs() @ largest + self.constants.abs())
         value = float(lowest + weights @ self.constants - ROUNDING * size)
@@ -123,7 +123,7 @@ class LinearProgram:
         shares, total = multipliers[:goals].clamp(min=0), float(multipliers[:goals].clamp(min=0).sum())
         shares = shares / total if 0 < total < math.inf else alone[0, :goals]
         weights = torch.cat([shares, multipliers[goals:] * size[0] / size[goals:]])
-        point = self.region.ball.project(images, point)[0]
+        point = self.region.nearest(point)[0]
         return Leaf(max(bound, self.lagrangian(weights)), point, weights=weights)
 
 
@@ -151,10 +151,10 @@ def _least_slack(rows: np.ndarray, limits: np.ndarray, time_limit: float) -> Any
 
 def check_box(region: Region) -> None:
     """Refuse what cannot be written as a program: anything but a box around one image in float64."""
-    if not region.ball.is_box or len(region.images) != 1 or region.images.dtype != torch.float64:
+    if not region.is_box or len(region.images) != 1 or region.images.dtype != torch.float64:
         raise InputError(
-            f"region: found {type(region.ball).__name__} around {len(region.images)} images of {region.images.dtype}; "
-            "accepted for a linear or mixed-integer program: a box (LinfBall) around one image of torch.float64"
+            f"region: found {len(region)} of {region.kind}, {region.images.dtype}; "
+            "accepted for a linear or mixed-integer program: a box (LinfBall) around one image, torch.float64"
         )
 
 
@@ -178,7 +178,7 @@ def leaf_program(
     constants = torch.cat([part.constants[0] for part in parts])
     constants[: len(rows)] += offsets
     forms = torch.cat([part.forms[0].flatten(1) for part in parts])
-    return LinearProgram(Region(region.ball, region.images.cpu()), forms.cpu(), constants.cpu(), len(rows))
+    return LinearProgram(region.map(Tensor.cpu), forms.cpu(), constants.cpu(), len(rows))
 
 
 def solve_leaf(

@@ -164,4 +164,4 @@ class _Program:
         if found.x is None:
             return images, bound, False
         share = torch.from_numpy(found.x[: self.pixels]).to(images.device).reshape(images.shape)
-        return self.region.ball.project(images, hull.center + share * hull.radius), bound, found.status == 0
+        return self.region.nearest(hull.center + share * hull.radius), bound, found.status == 0

@@ -83,8 +83,7 @@ class Problem:
         return len(self.index)
 
     def subset(self, index: Tensor) -> Problem:
-        region = Region(self.region.ball, self.region.images[index])
-        return Problem(self.network, region, self.specification.subset(index), self.index[index])
+        return Problem(self.network, self.region.take(index), self.specification.subset(index), self.index[index])
 
 
 @dataclass(frozen=True)

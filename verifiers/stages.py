@@ -70,7 +70,7 @@ class Judge:
     def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
         at = torch.tensor([number], device=problem.index.device)
         one = problem.subset(at)
-        if not bool(one.region.ball.contains(one.region.images, image[None])[0]):
+        if not bool(one.region.contains(image[None])[0]):
             return False
         logits = self.replay(image) if self.replay else forward(problem.network, image[None]).logits[0]
         return not bool(holds(one.specification, logits[None])[0])
@@ -199,7 +199,7 @@ class BabStage:
     name: str = "bab"
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
-        if not known.network.piecewise_linear or not problem.region.ball.is_box:
+        if not known.network.piecewise_linear or not problem.region.is_box:
             why = "branch and bound takes ReLU and LeakyReLU networks over boxes"
             return Finding([None] * len(problem), known, reasons=[why] * len(problem))
         if not known.bounds:

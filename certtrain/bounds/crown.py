@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .folded import Dense, Folded, Nonlinear, Operation, Sum
 from .interval import Bounds, Interval
-from .perturbation import Region
+from .region import Region, least
 from .relaxation import Lines, relax
 from .rounding import Slack, interval_of, widened
 from .windows import View, Windows
@@ -34,7 +34,7 @@ class LinearBound:
 
     def lower(self, region: Region) -> Tensor:
         """(B, R), its minimum over the region; with a ``slack``, below it whatever float64 rounds."""
-        found = region.ball.concretise(self.forms, region.images) + self.constants
+        found = region.concretise(self.forms) + self.constants
         if self.slack is None or self.size is None:
             return found
         return found - self.slack.remainder(self.forms, self.size, region.hull)
@@ -127,9 +127,7 @@ def interval_forms(network: Folded, region: Region, forms: Tensor) -> Tensor:
         constants = constants + operation.constant(forms)
         forms, number = operation.adjoint(forms, network.shapes[read]), read
     box = walk.intervals[number]
-    center, radius = (part.flatten(1).unsqueeze(-1) for part in (box.center, box.radius))
-    flat = forms.flatten(2)
-    found = (flat @ center - flat.abs() @ radius).squeeze(-1) + constants - cost
+    found = least(forms, box) + constants - cost
     return found if slack is None else found - slack.remainder(forms, size, box)
 
 
@@ -173,7 +171,7 @@ class _Bounding:
                 found = self.intervals[read].bounds()
                 if number in self.given:
                     found = found.intersect(self.given[number])
-                if not self.region.ball.is_box and not behind[read]:
+                if not self.region.is_box and not behind[read]:
                     found = self._refined(read, found, torch.ones_like(found.lower, dtype=torch.bool))
                 elif self.refine and behind[read]:
                     found = self._refined(read, found, _open(operation, found))

@@ -22,13 +22,13 @@ def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
     kept = scale.shape[1:] == images.shape[1:] if isinstance(layer, nn.Conv2d) else scale.numel() == images[:1].numel()
     if not kept and len(images):
         raise p.UnsupportedNode(
-            f"{type(layer).__name__} at {node.path!r} as the first layer over {type(run.region.ball).__name__}: "
+            f"{type(layer).__name__} at {node.path!r} as the first layer over {run.region.kind}: "
             f"found an input of shape {tuple(scale.shape[1:])}; accepted: the image's own, {tuple(images.shape[1:])}"
         )
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise p.UnsupportedNode(
-                f"Conv2d at {node.path!r} as the first layer over {type(run.region.ball).__name__}: "
+                f"Conv2d at {node.path!r} as the first layer over {run.region.kind}: "
                 "accepted: groups=1 and zero padding given in numbers"
             )
         constant = F.conv2d(shift, weight, bias, layer.stride, layer.padding, layer.dilation)

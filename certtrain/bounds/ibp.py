@@ -12,7 +12,7 @@ from .. import kernels
 from . import program as p
 from .forward import Statistics, check_features, coefficients
 from .interval import Interval
-from .perturbation import Region
+from .region import Region
 from .tracing import trace
 
 
@@ -117,7 +117,7 @@ class _Propagation:
     ) -> tuple[Interval, tuple[Tensor, Tensor | None] | None]:
         """The output interval; or, before a last plain linear layer, its input and that layer's (weight, bias)."""
         nodes, last_use = self.program.nodes, self.program.last_use()
-        self.region = box if isinstance(box, Region) and not box.ball.is_box else None
+        self.region = box if isinstance(box, Region) and not box.is_box else None
         values = {0: box.hull if isinstance(box, Region) else box}
         for position, node in enumerate(nodes[1:], start=1):
             inputs = [values[read] for read in node.inputs]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import Component
 from ..errors import check
 from .interval import Interval
+from .region import Around, least
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class PerturbationSet(Component):
     def scaled(self, factor: float) -> Self:
         return self.with_epsilon(self.epsilon * factor)
 
-    def region(self, images: Tensor) -> Region:
+    def region(self, images: Tensor) -> Around:
         """This set around each of ``images`` (B, *shape): what bounds are computed over."""
-        return Region(self, images)
+        return Around(self, images)
 
     @property
     def is_box(self) -> bool:
@@ -74,26 +75,6 @@ class PerturbationSet(Component):
 
 
 @dataclass(frozen=True)
-class Region:
-    """A perturbation set around a batch of images (B, *shape)."""
-
-    ball: PerturbationSet
-    images: Tensor
-
-    @property
-    def hull(self) -> Interval:
-        return self.ball.hull(self.images)
-
-    def to(self, dtype: torch.dtype) -> Region:
-        """The same sets, seen in another precision."""
-        return Region(self.ball, self.images.to(dtype))
-
-    def nearest(self, points: Tensor) -> Tensor:
-        """Points (B, *shape) of any precision, rounded to the images' own and moved back into the set."""
-        return self.ball.project(self.images, points.to(self.images.dtype))
-
-
-@dataclass(frozen=True)
 class LinfBall(PerturbationSet):
     """|x' - x|_inf <= epsilon and 0 <= x' <= 1."""
 
@@ -112,10 +93,7 @@ class LinfBall(PerturbationSet):
         return self.hull(images).contains(candidates, slack).flatten(1).all(1)
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
-        hull = self.hull(images)
-        flat = coefficients.flatten(2)
-        center, radius = (part.flatten(1).unsqueeze(-1) for part in (hull.center, hull.radius))
-        return (flat @ center - flat.abs() @ radius).squeeze(-1)
+        return least(coefficients, self.hull(images))
 
 
 @dataclass(frozen=True)

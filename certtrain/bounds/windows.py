@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folded import Convolution, Diagonal, Folded, Nonlinear, Operation, Sum
-from .perturbation import Region
+from .region import Region
 
 Pair = tuple[int, int]
 """Rows and columns."""
@@ -151,7 +151,7 @@ class View:
         return within[0][:, None, :, None] & within[1][:, None, None, :]
 
     def region(self, region: Region) -> Region:
-        return Region(region.ball, self.see(0, region.images))
+        return region.map(lambda values: self.see(0, values))
 
 
 def _is_local(operation: Operation, shapes: list[torch.Size]) -> bool:

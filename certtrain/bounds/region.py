@@ -1,0 +1,140 @@
+"""Where inputs may lie: what bounds are computed over, and verifiers search."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from .interval import Interval
+
+if TYPE_CHECKING:
+    from .perturbation import PerturbationSet
+
+
+class Region(ABC):
+    """One set of inputs for each problem of a batch of B; ``images``, (B, *shape), are points of them."""
+
+    images: Tensor
+
+    @property
+    @abstractmethod
+    def hull(self) -> Interval:
+        """The smallest boxes around the sets, outward by an ulp at most."""
+
+    @property
+    @abstractmethod
+    def is_box(self) -> bool:
+        """Whether the sets equal their ``hull``; bounds of any other set take their first layer from ``concretise``."""
+
+    @abstractmethod
+    def take(self, index: Tensor) -> Self:
+        """The sets of some problems."""
+
+    @abstractmethod
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """With a conversion, or a rearrangement of inputs, applied to the tensors that describe the sets."""
+
+    @abstractmethod
+    def contains(self, points: Tensor) -> Tensor:
+        """(B,) bool: does each point (B, *shape) lie in its set?"""
+
+    @abstractmethod
+    def nearest(self, points: Tensor) -> Tensor:
+        """Points (B, *shape) of any precision, rounded to the sets' own and moved back into them."""
+
+    @abstractmethod
+    def concretise(self, forms: Tensor) -> Tensor:
+        """(B, R): the minimum over each set of its linear forms (B, R, *shape), never above it up to rounding."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same sets, seen in another precision."""
+        return self.map(lambda x: x.to(dtype))
+
+
+@dataclass(frozen=True)
+class Around(Region):
+    """A perturbation set around each of ``images``."""
+
+    ball: PerturbationSet
+    images: Tensor
+
+    @property
+    def hull(self) -> Interval:
+        return self.ball.hull(self.images)
+
+    @property
+    def is_box(self) -> bool:
+        return self.ball.is_box
+
+    @property
+    def kind(self) -> str:
+        return type(self.ball).__name__
+
+    def take(self, index: Tensor) -> Around:
+        return Around(self.ball, self.images[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Around:
+        return Around(self.ball, function(self.images))
+
+    def contains(self, points: Tensor) -> Tensor:
+        return self.ball.contains(self.images, points)
+
+    def nearest(self, points: Tensor) -> Tensor:
+        return self.ball.project(self.images, points.to(self.images.dtype))
+
+    def concretise(self, forms: Tensor) -> Tensor:
+        return self.ball.concretise(forms, self.images)
+
+
+@dataclass(frozen=True)
+class Box(Region):
+    """All x with lower <= x <= upper, in the network's own units, whichever they are; both (B, *shape), finite."""
+
+    lower: Tensor
+    upper: Tensor
+    images: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", self.nearest((self.lower + self.upper) / 2))
+
+    @property
+    def hull(self) -> Interval:
+        return Interval.from_bounds(self.lower, self.upper)
+
+    @property
+    def is_box(self) -> bool:
+        return True
+
+    def take(self, index: Tensor) -> Box:
+        return Box(self.lower[index], self.upper[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Box:
+        return Box(function(self.lower), function(self.upper))
+
+    def contains(self, points: Tensor) -> Tensor:
+        return ((self.lower <= points) & (points <= self.upper)).flatten(1).all(1)
+
+    def nearest(self, points: Tensor) -> Tensor:
+        return points.to(self.lower.dtype).clamp(self.lower, self.upper)
+
+    def concretise(self, forms: Tensor) -> Tensor:
+        return least(forms, self.hull)
+
+
+def least(forms: Tensor, box: Interval) -> Tensor:
+    """(B, R): the minimum of linear forms (B, R, *shape) over a box."""
+    center, radius = (part.flatten(1).unsqueeze(-1) for part in (box.center, box.radius))
+    flat = forms.flatten(2)
+    return (flat @ center - flat.abs() @ radius).squeeze(-1)
