@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -27,32 +28,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @dataclass(frozen=True)
-class JsonLines:
-    """A file of one JSON object a line. A half-written last line is not a line."""
+class LineFile:
+    """A file to which whole lines are added. A half-written last line is not a line."""
 
     path: Path
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if not self.path.exists():
-            return
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
-            if line.endswith(b"\n"):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{self.path}, line {number}: not JSON; accepted: the file as written") from error
-
-    def append(self, *records: Mapping[str, Any]) -> None:
+    def append_text(self, lines: str) -> None:
+        """Add lines, and make them durable."""
         with self.path.open("ab") as file:
-            file.write("".join(map(_line, records)).encode())
+            file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
-
-    def rewrite(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """These lines instead of those that are there, all at once."""
-        text = "".join(map(_line, records))
-        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -96,6 +88,29 @@ class JsonLines:
             os.truncate(self.path, size)
 
 
+@dataclass(frozen=True)
+class JsonLines(LineFile):
+    """A file of one JSON object a line."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
+            if line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{self.path}, line {number}: not JSON; accepted: the file as written") from error
+
+    def append(self, *records: Mapping[str, Any]) -> None:
+        self.append_text("".join(map(_line, records)))
+
+    def rewrite(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """These lines instead of those that are there, all at once."""
+        text = "".join(map(_line, records))
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(_finite(record), allow_nan=False) + "\n"
 
@@ -125,6 +140,10 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model.safetensors"
 
+    def weights_sha256(self) -> str:
+        """Which network it is: what verdicts and exports rest on."""
+        return sha256(self.model)
+
     @property
     def resume(self) -> Path:
         return self.path / "resume.pt"
@@ -132,6 +151,30 @@ class RunFolder:
     @property
     def metrics(self) -> JsonLines:
         return JsonLines(self.path / "metrics.jsonl")
+
+    @property
+    def onnx(self) -> Path:
+        return self.path / "model.onnx"
+
+    @property
+    def specs(self) -> Path:
+        """The folder of properties, one for each exported test image."""
+        return self.path / "specs"
+
+    @property
+    def instances(self) -> Path:
+        """VNN-COMP's list: network, property, seconds."""
+        return self.path / "instances.csv"
+
+    @property
+    def abcrown(self) -> Path:
+        """Settings for alpha-beta-CROWN."""
+        return self.path / "abcrown.yaml"
+
+    @property
+    def sums(self) -> Path:
+        """Checksums of the exported files, as ``sha256sum -c`` reads them."""
+        return self.path / "SHA256SUMS"
 
     @property
     def verdicts(self) -> JsonLines:
@@ -163,9 +206,16 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{path}: cannot be made a folder ({error.strerror}); accepted: --out DIR") from error
         folder = cls(path)
-        text = json.dumps(description, indent=2) + "\n"
-        write_atomically(folder.run, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        folder._write_description(description)
         return folder
+
+    def describe(self, section: str, content: Mapping[str, Any]) -> None:
+        """Say more in ``run.json``: a section, new or anew."""
+        self._write_description({**self.open(self.path)[1], section: content})
+
+    def _write_description(self, description: Mapping[str, Any]) -> None:
+        text = json.dumps(description, indent=2) + "\n"
+        write_atomically(self.run, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, dict[str, Any]]:

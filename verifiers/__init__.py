@@ -9,11 +9,23 @@ else:
     from .limits import Limits
     from .problem import Problem, Specification, Verdict
     from .search import Search
-    from .stages import AlphaStage, AttackStage, BabStage, CleanStage, CrownStage, Finding, IbpStage, Judge, Stage
+    from .stages import (
+        AlphaStage,
+        AttackStage,
+        BabStage,
+        CleanStage,
+        CrownStage,
+        Finding,
+        IbpStage,
+        InputSplitStage,
+        Judge,
+        Stage,
+    )
     from .sweep import Question, sweep
 
     __all__ = [
-        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "Finding", "IbpStage", "Judge",
+        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "Finding", "IbpStage",
+        "InputSplitStage", "Judge",
         "Limits", "Problem", "Question", "Search", "Specification", "Stage", "Verdict", "certify",
         "run_cascade", "sweep",
     ]  # fmt: skip

@@ -23,7 +23,7 @@ from .lp import rounded_bound, solve_leaf
 from .optimise import Neurons, Subproblems, maximise, starting_slopes
 from .problem import Problem
 from .search import EMPTY, PROBING, PROGRAM_EVERY, TOLERANCE, Outcome, Search
-from .tree import Tree, columns_of, rows_of, scattered
+from .tree import Tree, columns_of, in_turns, rows_of, scattered
 
 
 def branch_and_bound(
@@ -87,7 +87,8 @@ class _Search:
             if time.perf_counter() > cap:
                 self._give_up(set(self.tree.image.tolist()), "wall clock")
                 break
-            chosen = self._chosen()
+            size = min(self.search.batch, rows_at_a_time(self.network, 2, self.lower))
+            chosen = in_turns(self.tree.image, self.tree.bound, size)
             if self._probe(self.tree.take(chosen), started):  # an image has gone
                 continue
             left = torch.ones(len(self.tree), dtype=torch.bool, device=chosen.device)
@@ -100,16 +101,6 @@ class _Search:
         refuted = torch.tensor([found is not None for found in self.counterexamples], dtype=torch.bool)
         lower = torch.maximum(self.root, self.leaves).amin(-1) if self.root.numel() else self.root.new_zeros(count)
         return Outcome(~(given_up | refuted), self.counterexamples, lower, self.seconds, reasons)
-
-    def _chosen(self) -> Tensor:
-        """The worst-bounded subproblems of each image, images taking turns."""
-        order = torch.argsort(self.tree.bound, stable=True)
-        order = order[torch.argsort(self.tree.image[order], stable=True)]
-        image = self.tree.image[order]
-        first = torch.searchsorted(image, image)  # where the image's own begin
-        rank = torch.arange(len(order), device=order.device) - first
-        size = min(self.search.batch, rows_at_a_time(self.network, 2, self.lower))
-        return order[torch.argsort(rank, stable=True)[:size]]
 
     def _probe(self, parents: Tree, started: float) -> bool:
         """Whether LPs of the relaxed subproblems, the first ones, for a part of the time, found a counterexample: an

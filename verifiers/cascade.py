@@ -13,18 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd
-from ..bounds import LinfBall, PerturbationSet, forward
+from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, forward, trace
 from ..bounds.folded import Folded
 from ..bounds.folding import fold
+from ..bounds.program import Input, ProgramModule, Whole
 from ..bounds.rounding import FLOAT32, REAL, Rounding
 from ..bounds.rounding import check as check_rounding
 from ..errors import InputError, check
 from ..precision import full_float32
 from .known import Known
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
+from .lirpa import LirpaStage, Method
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
 from .search import Search
-from .stages import AlphaStage, AttackStage, BabStage, CleanStage, CrownStage, Finding, IbpStage, Judge, Replay, Stage
+from .stages import (
+    AlphaStage,
+    AttackStage,
+    BabStage,
+    CleanStage,
+    CrownStage,
+    Finding,
+    IbpStage,
+    InputSplitStage,
+    Judge,
+    Replay,
+    Stage,
+)  # fmt: skip
 
 Arithmetic = Literal["nearest", "real", "float32"]
 ROUNDINGS: dict[Arithmetic, Rounding] = {"real": REAL, "float32": FLOAT32}
@@ -37,18 +51,20 @@ class Certify:
     Args:
         stages: after the clean prediction, in this order: by default the cheapest first (an attack on every image takes
             40 times as long as IBP, and cannot refute what IBP proves).
+            With ``lirpa`` and ``attack`` alone, networks are taken that cannot be traced.
         attack: of the attack stage.
         images: the first so many test images; null for all.
         batch_size: images that share a batch.
         timeout: seconds for an image, over all stages: its share of the time of the batches that it is in. A stage
             that has begun is finished; branch and bound stops within a round.
         alpha_steps: of the ascent on slopes.
+        lirpa: whose bounds the stage of that name takes from auto_LiRPA, which has to be installed.
         search: how branch and bound goes about it.
         arithmetic: in which ``verified`` holds. ``nearest``: as bounds come out, rounded to nearest; ``real``: in exact
             arithmetic; ``float32``: for every order in which the folded network can be evaluated in float32.
     """
 
-    stages: tuple[Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "bab"], ...] = (
+    stages: tuple[Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "lirpa", "input_split", "bab"], ...] = (
         "ibp", "crown_ibp", "attack", "crown", "alpha", "bab",
     )  # fmt: skip
     attack: Attack = Pgd(steps=40, step_size=0.1, restarts=5, diversified=2, objective="margin")
@@ -56,6 +72,7 @@ class Certify:
     batch_size: int = 256
     timeout: float = 60.0
     alpha_steps: int = 20
+    lirpa: Method = "crown"
     search: Search = Search()
     arithmetic: Arithmetic = "nearest"
 
@@ -74,6 +91,8 @@ class Certify:
             "crown_ibp": CrownStage("crown_ibp", refine=False),
             "crown": CrownStage(),
             "alpha": AlphaStage(self.alpha_steps, judge=judge),
+            "lirpa": LirpaStage(self.lirpa, self.alpha_steps),
+            "input_split": InputSplitStage(self.timeout, judge),
             "bab": BabStage(self.search, self.timeout, judge),
         }
         return [CleanStage(), *(later[name] for name in self.stages)]
@@ -100,8 +119,10 @@ def run_cascade(
     Raises:
         InputError: a network or a perturbation set without bounds in this arithmetic.
     """
-    run = _Run(problem, limits or Limits(), watch)
     images = problem.region.images
+    if all(isinstance(stage, (CleanStage, AttackStage, LirpaStage)) for stage in stages):
+        problem = replace(problem, network=_runnable(problem.network))
+    run = _Run(problem, limits or Limits(), watch)
     if len(problem):
         network, dtype = _folded(problem, arithmetic)
         rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
@@ -109,6 +130,15 @@ def run_cascade(
         run.go(everything, Known(network, rows, {}), stages)
     precision = str(images.dtype).removeprefix("torch.")
     return run.verdicts(f"nearest {precision}" if arithmetic == "nearest" else arithmetic)
+
+
+def _runnable(network: nn.Module) -> nn.Module:
+    """A network that cannot be traced, as a program that can only be run: no more is asked of it here."""
+    try:
+        trace(network)
+    except UnsupportedNode as why:
+        return ProgramModule([Input("input", ()), Whole("network", (0,), network, why)])
+    return network
 
 
 def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Folded, torch.dtype]:
@@ -150,7 +180,7 @@ class _Run:
                 return
             spent = max(sum(self.spent[number].values()) for number in numbers)
             limit, late = self.limits.share(spent, len(numbers))
-            if isinstance(stage, BabStage) and limit < stage.timeout:
+            if isinstance(stage, (BabStage, InputSplitStage)) and limit < stage.timeout:
                 stage = replace(stage, timeout=limit)
             else:
                 late = "timeout"
@@ -268,7 +298,7 @@ def certify(
     model.eval()
     try:
         with torch.no_grad():
-            classes = forward(model, x[:1]).logits.shape[1] if len(x) else 1
+            classes = model(x[:1]).shape[1] if len(x) else 1
         if len(y) != len(x) or (len(y) and not (0 <= int(y.min()) and int(y.max()) < classes)):
             raise InputError(
                 f"y: found {len(y)} labels {y.unique().tolist()[:5]}…; accepted: {len(x)} of 0 to {classes - 1}"

@@ -61,8 +61,9 @@ def worth_another_try(record: Record, settings: Certify, before: Record) -> bool
         had: Certify = structure(Certify, before)
     except InputError:  # of another version
         return True
-    later = {"attack": settings.attack != had.attack, "alpha": settings.alpha_steps != had.alpha_steps,
-             "bab": settings.search != had.search}  # fmt: skip
+    steps = settings.alpha_steps != had.alpha_steps
+    later = {"attack": settings.attack != had.attack, "alpha": steps, "bab": settings.search != had.search,
+             "lirpa": steps or settings.lirpa != had.lirpa}  # fmt: skip
     return (
         record.get("reason") == "out of memory"  # of whichever machine it was
         or (record["status"] == "timeout" and settings.timeout > had.timeout)

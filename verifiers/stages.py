@@ -17,10 +17,11 @@ from ..noise import Noise
 from ..step import Batch, Step
 from .bab import branch_and_bound
 from .branching import minimiser
+from .input_split import INPUTS, few_inputs, split_inputs
 from .known import Known
 from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
 from .problem import Problem, Specification, Status
-from .search import Search
+from .search import Outcome, Search
 
 Replay = Callable[[Tensor], Tensor]
 """Logits (K,) of one image, in the arithmetic that a counterexample has to stand in."""
@@ -63,7 +64,11 @@ def _proved(problem: Problem, known: Known) -> Finding:
 
 @dataclass(frozen=True)
 class Judge:
-    """Whether an input is a counterexample: in the set, and wrong when it is run alone. A tie is wrong."""
+    """Whether an input is a counterexample: in the set, and wrong when it is run alone. A tie is wrong.
+
+    Args:
+        replay: another run of the network, such as onnxruntime's; both have to be wrong.
+    """
 
     replay: Replay | None = None
 
@@ -72,8 +77,9 @@ class Judge:
         one = problem.subset(at)
         if not bool(one.region.contains(image[None])[0]):
             return False
-        logits = self.replay(image) if self.replay else forward(problem.network, image[None]).logits[0]
-        return not bool(holds(one.specification, logits[None])[0])
+        runs = [forward(problem.network, image[None]).logits]
+        runs += [self.replay(image)[None].to(image.device)] if self.replay else []
+        return not any(bool(holds(one.specification, logits)[0]) for logits in runs)
 
 
 def holds(specification: Specification, logits: Tensor) -> Tensor:
@@ -209,10 +215,30 @@ class BabStage:
             problem, known, exact, self.search, self.timeout,
             lambda number, image: self.judge(problem, number, image),
         )  # fmt: skip
-        statuses: list[Status | None] = []
-        for number, reason in enumerate(found.reasons):
-            late = reason in ("timeout", "wall clock")
-            refuted = found.counterexamples[number] is not None
-            proved = bool(found.proved[number])
-            statuses.append("falsified" if refuted else "verified" if proved else "timeout" if late else None)
-        return Finding(statuses, known, found.lower, found.counterexamples, found.seconds, found.reasons)
+        return _searched(known, found)
+
+
+@dataclass(frozen=True)
+class InputSplitStage:
+    """Verifies or falsifies by halving the input box: for few inputs, whatever the activations."""
+
+    timeout: float = 60.0
+    judge: Judge = field(default_factory=Judge)
+    name: str = "input_split"
+
+    def __call__(self, problem: Problem, known: Known) -> Finding:
+        if not few_inputs(problem):
+            why = f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most"
+            return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+        found = split_inputs(problem, known, self.timeout, lambda number, image: self.judge(problem, number, image))
+        return _searched(known, found)
+
+
+def _searched(known: Known, found: Outcome) -> Finding:
+    statuses: list[Status | None] = []
+    for number, reason in enumerate(found.reasons):
+        late = reason in ("timeout", "wall clock")
+        refuted = found.counterexamples[number] is not None
+        proved = bool(found.proved[number])
+        statuses.append("falsified" if refuted else "verified" if proved else "timeout" if late else None)
+    return Finding(statuses, known, found.lower, found.counterexamples, found.seconds, found.reasons)

@@ -36,6 +36,15 @@ class Tree:
         return Tree(**{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)})
 
 
+def in_turns(image: Tensor, bound: Tensor, most: int) -> Tensor:
+    """Which of P subproblems come next: the worst-bounded ones of each image, images taking turns."""
+    order = torch.argsort(bound, stable=True)
+    order = order[torch.argsort(image[order], stable=True)]
+    own = image[order]
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(own, own)  # among the image's own
+    return order[torch.argsort(rank, stable=True)[:most]]
+
+
 def columns_of(open_: Tensor) -> Tensor:
     """(B, U) the neurons that are open for each image, filled up with N."""
     most = max(1, int(open_.sum(1).max()) if open_.numel() else 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +181,28 @@ class Rearrangement(Operation):
 
     def terms(self, shape: torch.Size) -> int:
         return shape.numel() + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque(Operation):
+    """Whatever can be evaluated, but not bounded; asked for more it raises ``why``."""
+
+    function: Callable[[Tensor], Tensor]
+    why: p.UnsupportedNode
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise self.why
+
+    interval = adjoint = constant = magnitude = _refuse
+
+    def roundings(self, shape: torch.Size) -> NoReturn:
+        raise self.why
+
+    def terms(self, shape: torch.Size) -> NoReturn:
+        raise self.why
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,27 +9,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import program as p
-from .folded import Convolution, Dense, Diagonal, Folded, Input, Nonlinear, Operation, Rearrangement, Sum
+from .folded import Convolution, Dense, Diagonal, Folded, Input, Nonlinear, Opaque, Operation, Rearrangement, Sum
 from .forward import Statistics, check_features, coefficients
 from .tracing import trace
 
 
-def fold(model: nn.Module, shape: torch.Size, statistics: Statistics | None = None, dtype=None) -> Folded:
+def fold(
+    model: nn.Module,
+    shape: torch.Size,
+    statistics: Statistics | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    whole_pools: bool = False,
+) -> Folded:
     """The folded form of a model for images of ``shape`` (without the batch dimension).
 
     Args:
         statistics: batch statistics instead of the running ones, with gradients, for training.
         dtype: of the weights; None keeps the model's. Weights keep their gradients.
+        whole_pools: leave max pools as they are, which is good for evaluation alone.
     Raises:
         UnsupportedNode: the model holds an operation without a rule.
         InputError: a weight is not finite.
     """
-    return _Folding(model, torch.Size(shape), statistics, dtype).run()
+    return _Folding(model, torch.Size(shape), statistics, dtype, whole_pools).run()
 
 
 class _Folding:
-    def __init__(self, model: nn.Module, shape: torch.Size, statistics: Statistics | None, dtype: torch.dtype | None):
-        self.program, self.statistics, self.dtype = trace(model), statistics, dtype
+    def __init__(self, model: nn.Module, shape: torch.Size, statistics: Statistics | None, dtype, whole_pools: bool):
+        self.program, self.statistics, self.dtype, self.whole_pools = trace(model), statistics, dtype, whole_pools
         parameter = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.model_dtype = torch.float32 if parameter is None else parameter.dtype
@@ -108,6 +116,8 @@ def _scale(run: _Folding, node: p.Scale, number: int, source: int) -> int:
 def _pool(run: _Folding, node: p.Pool, number: int, source: int) -> int:
     if node.linear:
         return run.append(Rearrangement(node.path, (source,), node.function, reorders=False))
+    if run.whole_pools:
+        return run.append(Opaque(node.path, (source,), node.function, p.UnsupportedNode(f"{node.path}: a whole pool")))
     windows, shape = _windows(node, run.shapes[source])
 
     def pick(column: int) -> Callable[[Tensor], Tensor]:
@@ -149,4 +159,5 @@ RULES: dict[type[p.Node], Callable[..., int]] = {
     p.Add: lambda run, node, number, x, y: run.append(Sum(node.path, (x, y), node.sign)),
     p.Scale: _scale,
     p.Dropout: lambda run, node, number, source: source,
+    p.Whole: lambda run, node, number, source: run.append(Opaque(node.path, (source,), node.module, node.why)),
 }

@@ -145,4 +145,5 @@ RULES: dict[type[p.Node], Callable[..., Tensor]] = {
     p.Add: lambda node, position, run, x, y: x + node.sign * y,
     p.Scale: _scale,
     p.Dropout: lambda node, position, run, x: node.module(x),
+    p.Whole: lambda node, position, run, x: node.module(x),
 }

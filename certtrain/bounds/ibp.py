@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -218,6 +219,10 @@ def _add(node: p.Add, position: int, run: _Propagation, x: Interval, y: Interval
     return Interval(x.center + node.sign * y.center, x.radius + y.radius)
 
 
+def _whole(node: p.Whole, position: int, run: _Propagation, x: Interval) -> NoReturn:
+    raise node.why
+
+
 RULES: dict[type[p.Node], Callable[..., Interval]] = {
     p.Affine: _affine,
     p.Norm: _norm,
@@ -227,4 +232,5 @@ RULES: dict[type[p.Node], Callable[..., Interval]] = {
     p.Add: _add,
     p.Scale: _scale,
     p.Dropout: lambda node, position, run, x: x,
+    p.Whole: _whole,
 }

@@ -82,12 +82,15 @@ class LinfBall(PerturbationSet):
     def is_box(self) -> bool:
         return True
 
+    def ends(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(lower, upper), both as ``images``: the set is all that lies between them."""
+        return (images - self.epsilon).clamp(min=0), (images + self.epsilon).clamp(max=1)
+
     def hull(self, images: Tensor) -> Interval:
-        return Interval.box(images, self.epsilon)
+        return Interval.from_bounds(*self.ends(images))
 
     def project(self, images: Tensor, candidates: Tensor) -> Tensor:
-        lower, upper = (images - self.epsilon).clamp(min=0), (images + self.epsilon).clamp(max=1)
-        return candidates.clamp(lower, upper)
+        return candidates.clamp(*self.ends(images))
 
     def contains(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
         return self.hull(images).contains(candidates, slack).flatten(1).all(1)

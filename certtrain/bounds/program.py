@@ -6,6 +6,7 @@ interpreted by small rules: ``forward.py`` (plain values) and ``ibp.py`` (interv
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -101,11 +102,15 @@ class Add(Node):
     sign: float = 1.0
 
 
+Coefficients = Callable[[], tuple[Tensor | float, Tensor | float]]
+"""(scale, shift), looked up each time: buffers are replaced when a model moves."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scale(Node):
     """Elementwise ``scale * x + shift`` with constants of the model (numbers, parameters or buffers)."""
 
-    coefficients: Callable[[], tuple[Tensor | float, Tensor | float]]
+    coefficients: Coefficients
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +118,14 @@ class Dropout(Node):
     """Dropout; bounds enclose the evaluation network, where it does nothing."""
 
     module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Whole(Node):
+    """A module that is run, and not looked into; ``why`` it cannot be bounded."""
+
+    module: nn.Module
+    why: UnsupportedNode
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +149,31 @@ class Program:
 
 def _nothing() -> None:
     return None
+
+
+class ProgramModule(nn.Module):
+    """A network that is its program from the start: what the readers of network files make.
+
+    Args:
+        nodes: as of a ``Program``, fused or not; the last one gives the output.
+    """
+
+    def __init__(self, nodes: list[Node]):
+        super().__init__()
+        self.nodes = nodes
+        self.program = Program(fuse(nodes, len(nodes) - 1))
+        self.layers = nn.ModuleList(  # of the nodes as given: two scales that were merged are a function
+            module for node in nodes for module in vars(node).values() if isinstance(module, nn.Module)
+        )
+        self.eval()
+
+    def __deepcopy__(self, memo: dict) -> ProgramModule:
+        return ProgramModule(copy.deepcopy(self.nodes, memo))
+
+    def forward(self, x: Tensor) -> Tensor:
+        from .forward import forward  # which asks for the program of a module, this one for instance
+
+        return forward(self, x).logits
 
 
 def fuse(nodes: list[Node], output: int) -> tuple[Node, ...]:
@@ -165,4 +203,14 @@ def _merged(first: Node, second: Node) -> Node | None:
         return replace(first, norm=second.norm)
     if isinstance(second, Activate) and isinstance(first, (Affine, Norm)) and not first.activation:
         return replace(first, activation=second.activation)
+    if isinstance(second, Scale) and isinstance(first, Scale):  # (x - mean) / std, as everybody writes it
+        return replace(first, coefficients=_composed(first.coefficients, second.coefficients))
     return None
+
+
+def _composed(first: Coefficients, second: Coefficients) -> Coefficients:
+    def coefficients() -> tuple[Tensor | float, Tensor | float]:
+        (scale, shift), (factor, more) = first(), second()
+        return scale * factor, shift * factor + more
+
+    return coefficients

@@ -23,6 +23,8 @@ def trace(model: nn.Module) -> p.Program:
     Raises:
         UnsupportedNode: an operation without a rule, named with its path in the model.
     """
+    if isinstance(model, p.ProgramModule):
+        return model.program
     program = model.__dict__.get("_certtrain_program")
     if program is None or program.signature != signature(model):
         training = {module: module.training for module in model.modules()}
@@ -196,7 +198,7 @@ class _Tracing:
             raise p.UnsupportedNode(
                 f"{kind} at {node.name!r} has no bound rule for these operands; supported: {SUPPORTED}"
             )
-        coefficients: dict[str, Callable[[], tuple[Any, Any]]] = {
+        coefficients: dict[str, p.Coefficients] = {
             "add": lambda: (1.0, constant.value()),
             "sub": lambda: (1.0, -constant.value()) if constant is right else (-1.0, constant.value()),
             "mul": lambda: (constant.value(), 0.0),
@@ -238,7 +240,7 @@ def _reshape(tracing: _Tracing, node: fx.Node, source: int) -> int:
     def apply(x: Tensor) -> Tensor:
         # with an empty batch -1 is ambiguous: work it out from the other entries
         known = math.prod(size for size in rest if size != -1)
-        return x.reshape(len(x), *(math.prod(x.shape[1:]) // known if size == -1 else size for size in rest))
+        return x.reshape(x.shape[0], *(math.prod(x.shape[1:]) // known if size == -1 else size for size in rest))
 
     return tracing._append(p.Reshape(node.name, (source,), apply))
 

@@ -1,0 +1,104 @@
+"""Bounds of a specification over many small boxes of few inputs, as cheaply as each box allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bounds import Bounds, Region
+from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, slack_of
+from ..bounds.folded import Folded
+from ..bounds.forward_linear import forward_bounds
+from .optimise import finite, with_offsets
+
+AFFORDABLE = 30
+"""Backward passes for open neurons are made where these are at most so many for each input that varies: on ACAS Xu
+they are worth it long before, on networks of thousands of neurons and two inputs forward bounds are a hundred times
+cheaper."""
+
+WEIGHINGS = 20
+"""Steps for the weights of a clause's rows."""
+
+
+@dataclass(frozen=True)
+class BoxBounds:
+    """Bounds of linear forms ``rows`` (B, R, K), plus ``offsets`` (B, R), of the logits of B problems.
+
+    Args:
+        members: (C, G), the rows of each clause.
+        outer: bounds of every non-linear operation's input over each problem's whole set; may be empty.
+    """
+
+    network: Folded
+    rows: Tensor
+    offsets: Tensor
+    members: Tensor
+    outer: dict[int, Bounds]
+
+    def __call__(self, region: Region, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, C) lower bounds of each clause's largest row over boxes within the sets of the problems ``image`` (P,),
+        and the forms (P, C, *shape) of the inputs that gave them."""
+        outer = {place: Bounds(found.lower[image], found.upper[image]) for place, found in self.outer.items()}
+        if self.network.rounding is not None:  # forward lines know nothing of it
+            return self._clauses(region, image, crown_bounds(self.network, region, outer))
+        bounds = forward_bounds(self.network, region, outer)
+        clauses, form = self._clauses(region, image, bounds)
+        again = ~(clauses > 0).all(1) & self._affordable(region, bounds)
+        if again.any():
+            some = {place: Bounds(found.lower[again], found.upper[again]) for place, found in bounds.items()}
+            some = crown_bounds(self.network, region.take(again), some)
+            better, steeper = self._clauses(region.take(again), image[again], some)
+            better = torch.maximum(better, clauses[again])
+            clauses, form = clauses.masked_scatter(again.unsqueeze(1), better), form.clone()
+            form[again] = steeper
+        return clauses, form
+
+    def _affordable(self, region: Region, bounds: dict[int, Bounds]) -> Tensor:
+        """(P,) whether backward passes for all open neurons, but those of the first layer, may be made."""
+        wide = (region.hull.radius > 0).flatten(1).sum(1)
+        later = sorted(bounds)[1:]
+        count = sum(((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1) for place in later)
+        return torch.as_tensor(count, device=wide.device) <= AFFORDABLE * (1 + wide)
+
+    def _clauses(self, region: Region, image: Tensor, bounds: dict[int, Bounds]) -> tuple[Tensor, Tensor]:
+        linear = backward(
+            self.network, len(self.network.operations) - 1, self.rows[image], relax_all(self.network, bounds),
+            slack=slack_of(self.network, region, bounds),
+        )  # fmt: skip
+        values = finite(with_offsets(self.network, linear.lower(region), self.offsets[image]))
+        best, row = values[:, self.members].max(-1)
+        forms = linear.forms[:, self.members]  # (P, C, G, *shape)
+        form = _picked(forms, row)
+        if self.members.shape[1] > 1 and linear.slack is None:  # a mean's own rounding is not in the slack
+            return self._weighed(region, linear, forms, self.offsets[image], best, form)
+        return best, form
+
+    def _weighed(
+        self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, best: Tensor, form: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Better bounds of clauses of several rows: the largest is above every weighted mean of the rows' lines.
+
+        Weights are sought by multiplicative steps towards the rows that are largest where the mean is smallest.
+        """
+        constants = (linear.constants + offsets)[:, self.members]
+        center, radius = (part.flatten(1)[:, None, None] for part in (region.hull.center, region.hull.radius))
+        flat, weights = forms.flatten(3), torch.full_like(constants, 1 / constants.shape[-1])
+        for _ in range(WEIGHINGS):
+            mean = (weights.unsqueeze(-1) * flat).sum(2)
+            point = center - radius * mean.unsqueeze(2).sign()
+            rows = (flat * point).sum(-1) + constants
+            found = finite((weights * rows).sum(-1))
+            better = found > best
+            best = torch.where(better, found, best)
+            form = torch.where(better.reshape(*better.shape, *[1] * (form.ndim - 2)), mean.reshape(form.shape), form)
+            weights = weights * (rows / rows.abs().amax(-1, keepdim=True).clamp(min=1e-30)).exp()
+            weights = weights / weights.sum(-1, keepdim=True)
+        return best, form
+
+
+def _picked(forms: Tensor, row: Tensor) -> Tensor:
+    """(P, C, *shape) of (P, C, G, *shape)."""
+    index = row.reshape(*row.shape, 1, *[1] * (forms.ndim - 3)).expand(-1, -1, 1, *forms.shape[3:])
+    return forms.gather(2, index).squeeze(2)

@@ -1,0 +1,93 @@
+"""Search for a counterexample by projected gradient descent, for any specification over any region."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..bounds import forward
+from ..noise import Noise, key_of
+from .known import Known
+from .problem import Problem, Specification, Status
+from .stages import Finding, Judge, holds
+from .tree import rows_of
+
+
+@dataclass(frozen=True)
+class FalsifyStage:
+    """Falsifies by sign steps down the largest row of each clause that is still open, from the middle of the region and
+    from random points.
+
+    Args:
+        steps: from each start; the first are a quarter of the hull's width, the last a hundredth of it.
+        starts: for each clause.
+        seconds: after which no further start is tried, nor a further step made.
+        seed: of the random starts.
+        most: points that go through the network together.
+    """
+
+    steps: int = 40
+    starts: int = 8
+    seconds: float = math.inf
+    seed: int = 0
+    most: int = 4096
+    judge: Judge = field(default_factory=Judge)
+    name: str = "falsify"
+
+    def __call__(self, problem: Problem, known: Known) -> Finding:
+        deadline = time.perf_counter() + self.seconds
+        counterexamples: list[Tensor | None] = [None] * len(problem)
+        members, _ = rows_of(problem.specification.clauses)
+        number, clause = (~(known.rows[:, members] > 0).any(-1)).nonzero(as_tuple=True)
+        work = [part for start in range(self.starts) for part in _parts(number, clause, start, self.most)]
+        for number, clause, start in work:
+            if time.perf_counter() > deadline:
+                break
+            wanted = torch.tensor([counterexamples[i] is None for i in number.tolist()], device=number.device)
+            if wanted.any():
+                for place, point in self._found(problem, number[wanted], clause[wanted], start, deadline):
+                    if counterexamples[place] is None and self.judge(problem, place, point):
+                        counterexamples[place] = point
+        statuses: list[Status | None] = [None if point is None else "falsified" for point in counterexamples]
+        return Finding(statuses, known, counterexamples=counterexamples)
+
+    def _found(
+        self, problem: Problem, number: Tensor, clause: Tensor, start: int, deadline: float
+    ) -> list[tuple[int, Tensor]]:
+        """Points on which the network, run in a batch, breaks the specification; with each its problem's number."""
+        region, specification = problem.region.take(number), problem.specification.subset(number)
+        hull, width = region.hull, 2 * region.hull.radius
+        points = region.images
+        if start:
+            noise = Noise(key_of(self.seed, "falsify", start), problem.index[number] * (1 << 20) + clause)
+            points = region.nearest(hull.lower + noise.uniform(points.shape[1:], dtype=points.dtype) * width)
+        found: list[tuple[int, Tensor]] = []
+        for step in range(self.steps + 1):
+            with torch.enable_grad():
+                at = points.detach().requires_grad_()
+                logits = forward(problem.network, at).logits
+                goal = _largest_row(specification, logits, clause).sum()
+            wrong = ~holds(specification, logits.detach())
+            found += [(int(number[i]), points[i]) for i in wrong.nonzero().flatten().tolist()]
+            if found or step == self.steps or time.perf_counter() > deadline:
+                break
+            (gradient,) = torch.autograd.grad(goal, at)
+            size = 0.25 * 0.04 ** (step / self.steps)
+            points = region.nearest(points - size * width * gradient.sign())
+        return found
+
+
+def _parts(number: Tensor, clause: Tensor, start: int, most: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    for some, of in zip(number.split(most), clause.split(most), strict=True):
+        yield some, of, start
+
+
+def _largest_row(specification: Specification, logits: Tensor, clause: Tensor) -> Tensor:
+    """(P,) the largest row of each point's own clause: at 0 or below the point is a counterexample."""
+    values = specification.values(logits)
+    return values.masked_fill(specification.clauses != clause.unsqueeze(1), -torch.inf).amax(1)

@@ -1,0 +1,203 @@
+"""auto_LiRPA's bounds, as an oracle and as a stage: of networks that our tracer knows, and of many that it does not.
+
+No dependency: PyPI's newest, 0.3, does not import with a current torch. Its bounds hold in nearest arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import logging.handlers
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..bounds import Bounds, Region
+from ..bounds.program import ProgramModule, Whole
+from ..errors import InputError, check
+from ..models.base import Normalise
+from ..precision import full_float32
+from .known import Known
+from .limits import out_of_memory
+from .optimise import finite
+from .problem import Problem
+from .stages import Finding, _proved
+
+Method = Literal["ibp", "crown_ibp", "crown", "alpha"]
+METHODS: dict[str, str] = {"ibp": "IBP", "crown_ibp": "CROWN-IBP", "crown": "CROWN", "alpha": "CROWN-Optimized"}
+SOURCE = "git+https://github.com/Verified-Intelligence/auto_LiRPA@a050a3d"  # 0.7.1
+INSTALL = f"pip install --no-deps appdirs graphviz packaging setuptools tqdm {SOURCE}"
+
+
+def require() -> ModuleType:
+    """auto_LiRPA, imported.
+
+    Raises:
+        InputError: none is there, one before 0.7, or one that does not import; with the install line.
+    """
+    spec, found = importlib.util.find_spec("auto_LiRPA"), "nothing"
+    if spec and spec.origin:  # the version is read, not run: an old one does not import
+        source = Path(spec.origin).read_text(encoding="utf-8")
+        number = re.search(r"""__version__\s*=\s*["']((\d+)\.(\d+).*?)["']""", source)
+        found = f"version {number[1]}" if number else "one of no version"
+        if number and (int(number[2]), int(number[3])) >= (0, 7):
+            try:
+                with _quiet(torch.get_default_dtype()):
+                    return importlib.import_module("auto_LiRPA")
+            except Exception as error:
+                found += f", which does not import ({error!r:.200})"
+    raise InputError(f"auto_LiRPA: found {found}; accepted: 0.7 or later, not on PyPI: {INSTALL}")
+
+
+def lirpa_rows(model: nn.Module, region: Region, rows: Tensor, method: Method, *, steps: int = 20) -> Tensor:
+    """(B, R) lower bounds of the linear forms ``rows`` (B, R, K) of the logits, -inf where nothing is proved.
+
+    Of the model in evaluation mode, which is copied and never touched; ``alpha`` climbs so many ``steps``. A set that
+    is no box is bounded by its hull: auto_LiRPA's l2 bounds are wrong behind a normalisation (0.7.1's IBP: 0.27 above
+    an attack). Where it meets a value that is not finite, nothing is proved of the whole batch.
+
+    Raises:
+        InputError: no auto_LiRPA (see ``require``), or one that cannot bound this model.
+    """
+    check(method in METHODS, "method", method, ", ".join(METHODS))
+    check(steps >= 0, "steps", steps, "a whole number >= 0")
+    library, dtype, reason = require(), region.images.dtype, ""
+    if not len(rows):
+        return rows.new_empty(rows.shape[:2])
+    said: list[logging.LogRecord] = []
+    for mode in ("patches", "matrix"):  # six convolutions: 6 s and 1 GB, 91 s and 6 GB; but patches take few constants
+        try:
+            with _quiet(dtype) as said, full_float32(), _Translated():
+                options = {"conv_mode": mode, "optimize_bound_args": {"iteration": steps + 1}}  # the last takes no step
+                return _lower(library, _evaluating(model), region, rows.to(dtype), METHODS[method], options)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            lacking = {name for record in said for name in re.findall(r"^Name: ([^,]+)", record.getMessage())}
+            reason = (
+                f"it has no rule for {', '.join(sorted(lacking))}"
+                if lacking
+                else f"{error.__context__ or error!r:.200}"
+            )
+    found = f"one that auto_LiRPA {library.__version__} cannot bound by {method} ({reason})"
+    raise InputError(f"model: found {found}; accepted: operations that it has rules for")
+
+
+def lirpa_bounds(model: nn.Module, region: Region, method: Method, *, steps: int = 20) -> Bounds:
+    """Bounds of the logits, (B, K) each, infinite where nothing is proved. Otherwise as ``lirpa_rows``."""
+    with torch.no_grad():
+        logits = _evaluating(model)(region.images)
+    identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    both = torch.cat([identity, -identity]).expand(len(logits), -1, -1)
+    lower, negative = lirpa_rows(model, region, both, method, steps=steps).chunk(2, dim=1)
+    return Bounds(lower, -negative)
+
+
+@dataclass(frozen=True)
+class LirpaStage:
+    """Verifies by auto_LiRPA's bounds. Proves nothing where proofs have to cover rounding."""
+
+    method: Method = "crown"
+    steps: int = 20
+    name: str = "lirpa"
+
+    def __call__(self, problem: Problem, known: Known) -> Finding:
+        if known.network.rounding is not None:
+            why = "auto_LiRPA's bounds hold in nearest arithmetic only"
+            return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+        forms, offsets = known.rows_of(problem.specification)
+        rows = lirpa_rows(problem.network, problem.region, forms, self.method, steps=self.steps)
+        return _proved(problem, known.with_rows(rows + offsets))
+
+
+def _evaluating(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, for auto_LiRPA's taste: at the sight of ``Dropout`` it turns training mode on, and the
+    constants of ``Normalise`` keep it from patches."""
+    program = model.program.nodes if isinstance(model, ProgramModule) else ()
+    model = program[1].module if len(program) == 2 and isinstance(program[1], Whole) else model
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, nn.Dropout):
+            twin.set_submodule(name, nn.Identity())
+        elif isinstance(module, Normalise):
+            scale, same = 1 / module.std.flatten(), nn.Conv2d(len(module.std), len(module.std), 1)
+            same.weight = nn.Parameter(scale.diag()[..., None, None], requires_grad=False)
+            same.bias = nn.Parameter(-module.mean.flatten() * scale, requires_grad=False)
+            twin.set_submodule(name, same)
+    return twin
+
+
+@torch.no_grad()
+def _lower(library: ModuleType, twin: nn.Module, region: Region, rows: Tensor, method: str, options: dict) -> Tensor:
+    hull, sound = region.hull, list[Tensor]()
+    bounded = library.BoundedModule(twin, hull.center, bound_opts=options)
+    for node in bounded.nodes():
+        node.get_bias = partial(_watched, node.get_bias, sound)
+    given = library.BoundedTensor(hull.center, library.PerturbationLpNorm(x_L=hull.lower, x_U=hull.upper))
+    with torch.set_grad_enabled(method == METHODS["alpha"]):
+        found = bounded.compute_bounds((given,), C=rows, method=method, bound_upper=False)[0].detach()
+    for node in bounded.nodes():
+        sound += [end.isfinite().all() for end in (node.lower, node.upper) if isinstance(end, Tensor)]
+        if type(node).__name__ == "BoundLog":  # its tangent may be one where there is no logarithm
+            sound.append((node.inputs[0].lower > 0).all())
+        if not 0 <= getattr(node, "leaky_alpha", 0) <= 1:
+            raise ArithmeticError("its bounds of a LeakyReLU are right for slopes in [0, 1]")
+    if not all(map(bool, sound)):
+        return torch.full_like(found, -torch.inf)
+    for logits in (twin(hull.center), twin(hull.lower), twin(hull.upper)):  # a net below, no proof
+        slack = 1e-6 + 1e-3 * (rows.abs() @ logits.abs().unsqueeze(-1)).squeeze(-1)
+        if (found > (rows @ logits.unsqueeze(-1)).squeeze(-1) + slack).any():
+            raise ArithmeticError("a bound is above the model's own value")
+    return finite(found)
+
+
+def _watched(get_bias: Any, sound: list[Tensor], coefficients: Any, bias: Any) -> Any:
+    """Takes down whether a relaxation's offsets are finite: auto_LiRPA counts as 0 what comes out as NaN."""
+    sound.append(torch.as_tensor(bias).isfinite().all())
+    return get_bias(coefficients, bias)
+
+
+class _Translated(TorchFunctionMode):
+    """In this thread, other words for two of torch's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is F.gelu and named.get("approximate", "none") == "none":  # the only name that it has a rule for
+            return importlib.import_module("auto_LiRPA.operators.gelu").GELUOp.apply(args[0])
+        found = func(*args, **named)
+        if func is torch.clamp and torch.is_grad_enabled():  # with a gradient at both ends, where slopes start: in
+            return torch.where(args[0] == found, args[0], found.detach())  # torch 2.15 they have none, and stay there
+        return found
+
+
+@contextmanager
+def _quiet(dtype: torch.dtype) -> Iterator[list[logging.LogRecord]]:
+    """Without its prints, its warnings and its log, which is yielded instead; its import's global settings are undone.
+    Its tables and slopes are of the default precision: networks of another than ``dtype`` fail on them."""
+    root, log = logging.getLogger(), logging.getLogger("auto_LiRPA.utils")
+    mute, ear = logging.NullHandler(), logging.handlers.BufferingHandler(1000)
+    root.addHandler(mute)  # a root logger that has a handler is not configured by others
+    log.addHandler(ear)
+    log.propagate, before = False, torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield ear.buffer
+    finally:
+        torch.set_default_dtype(before)
+        log.propagate = True
+        log.removeHandler(ear)
+        root.removeHandler(mute)

@@ -1,0 +1,201 @@
+"""ONNX files read as programs, so that networks of any origin are verified like models that are traced.
+
+Everything is worked out for one input. What does not depend on the input, such as the shapes that exporters compute,
+is computed by onnxruntime; so are the shapes of the rest. The rules are in ``onnx_operators.py``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
+from torch import Tensor
+
+from ..bounds import program as p
+from ..errors import InputError
+from .onnx_operators import RULES
+from .onnx_steps import Construction, Shape, Step, Value, evaluate, held, session
+
+SUPPORTED = ", ".join(RULES)
+HINT = " (cut it off: the scores before it have the same order)"
+# each with an outcome that differs from call to call, or with operators inside that read names from outside
+NOT_CONSTANT = {"Bernoulli", "Dropout", "If", "Loop", "Multinomial", "RandomNormal", "RandomNormalLike",
+                "RandomUniform", "RandomUniformLike", "Scan", "SequenceMap"}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxNetwork:
+    """A network that was read from an ONNX file.
+
+    Args:
+        module: (B, *shape) float32 → (B, outputs); a program, so bounds and verifiers take it as any model.
+        shape: of one input, without the batch dimension. A file's first dimension is that if it is dynamic, or 1 and
+            not the only one; a file without such a dimension has its whole shape here.
+        outputs: how many numbers the network gives, flattened.
+        model: the file's content, weights included, without operators that the output does not depend on.
+    """
+
+    module: p.ProgramModule
+    shape: torch.Size
+    outputs: int
+    model: onnx.ModelProto
+
+
+def read_onnx(path: str | Path) -> OnnxNetwork:
+    """The network in an ONNX file, plain or gzipped, with its weights inside or in files of the same folder.
+
+    Raises:
+        UnsupportedNode: an operator without a rule, or used in a way that has none; it is named.
+        InputError: no such file, or no valid model; several inputs or outputs; an input that is not float32, or has
+            a dynamic dimension other than the first; an output that does not depend on the input.
+    """
+    path = Path(path)
+    model = load_onnx(path)
+    name, shape = _input(model, path)
+    outputs = [output.name for output in model.graph.output]
+    if len(outputs) != 1:
+        raise InputError(f"{path}: found {len(outputs)} outputs ({', '.join(outputs)}); accepted: one")
+    live = _live(list(model.graph.node), outputs[0])
+    del model.graph.node[:]
+    model.graph.node.extend(live)
+    nodes = _computed(model, name, path)
+    run = _construction(model, nodes, name, shape, path)
+    for node in nodes:
+        for output in (output for output in node.output if run.readers[output]):
+            step = Step(run, node, output)
+            if output != node.output[0] and node.op_type != "Split":
+                step.refuse(f"a second output {output!r} that is read", "the first output alone")
+            run.values[output] = RULES[node.op_type](step)
+    if outputs[0] not in run.values:
+        raise InputError(
+            f"{path}: found an output {outputs[0]!r} that is constant; accepted: one computed from the input"
+        )
+    value = run.values[outputs[0]]
+    logits = run.reshaped(value, (1, math.prod(value.shape)), "output")
+    if logits.position == 0:
+        run.nodes.append(p.Reshape("output", (0,), lambda x: x.flatten(1)))
+    module = p.ProgramModule(run.nodes)
+    return OnnxNetwork(module, torch.Size(held(shape)), logits.shape[1], model)
+
+
+def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
+    """Logits (K,) of one input (*shape), float32, as onnxruntime computes them on one thread of the CPU.
+
+    This is what counterexamples are replayed with: the file's own operators, unfused, in the shape that it declares.
+    """
+    run = session(model)
+    name, shape = _input(model, Path())
+
+    def replay(image: Tensor) -> Tensor:
+        (logits,) = run.run(None, {name: image.detach().cpu().float().numpy().reshape(shape)})
+        return torch.from_numpy(np.asarray(logits).reshape(-1))
+
+    return replay
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """An ONNX file's content, plain or gzipped, its weights loaded, looked over by ONNX's own checker.
+
+    Raises:
+        InputError: no such file, or no valid model.
+    """
+    accepted = "an ONNX model, plain or gzipped, and weights inside it or in files of its folder"
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+        model = onnx.load_model_from_string(content)
+        load_external_data_for_model(model, str(path.parent))
+        onnx.checker.check_model(model)
+    except (OSError, EOFError, zlib.error, DecodeError, ValueError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{path}: found {' '.join(str(error).split())}; accepted: {accepted}") from error
+    return model
+
+
+def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
+    """The input's name, and its shape with a batch of one."""
+    weights = {weight.name for weight in model.graph.initializer}  # old versions list them as inputs too
+    inputs = [given for given in model.graph.input if given.name not in weights]
+    if len(inputs) != 1:
+        names = ", ".join(given.name for given in inputs)
+        raise InputError(f"{path}: found {len(inputs)} inputs ({names}); accepted: one")
+    (given,) = inputs
+    kind, place = given.type.tensor_type, f"{path}: input {given.name!r}"
+    if kind.elem_type != onnx.TensorProto.FLOAT:
+        found = onnx.TensorProto.DataType.Name(kind.elem_type)
+        raise InputError(f"{place}: found elements of type {found}; accepted: FLOAT, which is float32")
+    sizes = [size.dim_value for size in kind.shape.dim]  # 0 where it is dynamic
+    names = [size.dim_param or "?" if size.dim_value < 1 else str(size.dim_value) for size in kind.shape.dim]
+    if not sizes or min(sizes[1:], default=sizes[0]) < 1:
+        accepted = "sizes that are known, but for a batch dimension in front"
+        raise InputError(f"{place}: found shape ({', '.join(names)}); accepted: {accepted}")
+    return given.name, (max(sizes[0], 1), *sizes[1:])
+
+
+def _live(nodes: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
+    """Those that an output depends on."""
+    needed, live = {output}, []
+    for node in reversed(nodes):
+        if needed & set(node.output):
+            needed |= set(node.input) - {""}  # which stands for what is left out
+            live.append(node)
+    return live[::-1]
+
+
+def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodeProto]:
+    """The operators that the output depends on by value, all of them supported; others are sure to give constants."""
+    found, known = [], {name}
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise p.UnsupportedNode(
+                f"{_place(node, path)}: found domain {node.domain!r}; accepted: operators of ONNX: {SUPPORTED}"
+            )
+        if node.op_type not in ("Shape", "Size") and known & set(node.input):
+            found.append(node)
+            known |= set(node.output) - {""}
+            continue
+        if node.op_type in NOT_CONSTANT:
+            accepted = "constants that are made without branches, loops or random numbers"
+            raise p.UnsupportedNode(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
+    found = _live(found, model.graph.output[0].name)
+    for node in (node for node in found if node.op_type not in RULES):
+        hint = HINT if node.op_type in ("Softmax", "LogSoftmax") and node is found[-1] else ""
+        raise p.UnsupportedNode(
+            f"{_place(node, path)}: found an operator without a bound rule{hint}; accepted: {SUPPORTED}"
+        )
+    return found
+
+
+def _construction(
+    model: onnx.ModelProto, nodes: list[onnx.NodeProto], name: str, shape: Shape, path: Path
+) -> Construction:
+    """The program before its first operator, with all that onnxruntime says of one input of zeros."""
+    output = model.graph.output[0].name
+    readers = Counter([output, *(read for node in nodes for read in node.input)])
+    weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
+    asked = sorted(readers.keys() - weights.keys() - {name, ""})
+    try:
+        found = dict(zip(asked, evaluate(model, np.zeros(shape, np.float32), asked)))
+    except Exception as error:  # onnxruntime's have no class in common
+        message = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: found what onnxruntime refuses: {message}; accepted: a model that it runs"
+        ) from error
+    computed = {output for node in nodes for output in node.output}
+    shapes = {known: array.shape for known, array in found.items() if known in computed}
+    constants = weights | {known: array for known, array in found.items() if known not in computed}
+    return Construction(str(path), model, shapes, constants, readers, [p.Input(name, ())], {name: Value(0, shape)})
+
+
+def _place(node: onnx.NodeProto, path: Path) -> str:
+    return f"{path}: {node.op_type} {node.name or node.output[0]!r}"

@@ -1,0 +1,292 @@
+"""ONNX operators → nodes of a program: one small rule per operator, the table last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from ..bounds import program as p
+from .onnx_steps import Pair, Shape, Step, Value, evaluate, fixed, numbers
+
+
+def _reshape(step: Step) -> Value:
+    for number in range(1, len(step.node.input)):
+        if step.has(number):
+            step.constant(number)  # the shape, or its like: onnxruntime said what it comes to
+    return step.reshaped(step.value(0))
+
+
+def _dropout(step: Step) -> Value:
+    if step.has(2) and step.constant(2).any():
+        step.refuse("training_mode", "a network in evaluation mode")
+    return _reshape(step)
+
+
+def _cast(step: Step) -> Value:
+    if step.attributes["to"] != onnx.TensorProto.FLOAT:
+        step.refuse(f"to={onnx.TensorProto.DataType.Name(step.attributes['to'])}", "FLOAT")
+    return _reshape(step)
+
+
+def _copied(step: Step) -> Value:
+    """Operators that move entries: onnxruntime shows where to, by moving the entries' numbers."""
+    value, (name, *others) = step.value(0), step.node.input
+    if math.prod(value.shape) >= 2**24:
+        step.refuse(f"{math.prod(value.shape)} entries", f"fewer than {2**24}, which float32 can number")
+    weights = {other: step.constant(i).numpy() for i, other in enumerate(others, start=1) if other}
+    graph = helper.make_graph(
+        [step.node], "one", [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape)], [],
+        [numpy_helper.from_array(weight, other) for other, weight in weights.items()],
+    )  # fmt: skip
+    versions = {"opset_imports": step.run.model.opset_import, "ir_version": max(step.run.model.ir_version, 4)}
+    model, image = helper.make_model(graph, **versions), numbers(value.shape).float().numpy()
+    (moved,), (zeros,) = (evaluate(model, given, [step.output]) for given in (image, 0 * image))
+    if zeros.any():
+        step.refuse("padding other than 0", "0")
+    return step.picked(value, torch.tensor(moved).long())
+
+
+def _concat(step: Step) -> Value:
+    """The sum of its parts, each padded with zeros."""
+    axis, start, parts, shift = step.attributes["axis"], 0, [], torch.zeros(step.shape)
+    for number in range(len(step.node.input)):
+        computed = step.computed(number)
+        part = numbers(step.value(number).shape) if computed else step.constant(number)
+        place = torch.zeros(step.shape, dtype=torch.long) if computed else shift
+        place.narrow(axis, start, part.shape[axis]).copy_(part)
+        start += part.shape[axis]
+        if computed:
+            parts.append(step.picked(step.value(number), place))
+    total = parts[0]
+    for part in parts[1:]:
+        total = step.add([total, part])
+    return step.scaled(total, 1.0, shift) if shift.any() else total
+
+
+def _arithmetic(step: Step) -> Value:
+    kind, left, right = step.node.op_type, step.computed(0), step.computed(1)
+    if left and right:
+        values = [step.value(0), step.value(1)]
+        if kind in ("Mul", "Div") or any(math.prod(value.shape) != math.prod(step.shape) for value in values):
+            found = f"two computed values, of shapes {values[0].shape} and {values[1].shape}"
+            step.refuse(found, "a constant among them, or Add and Sub of the same shape")
+        return step.add([step.reshaped(value) for value in values], -1.0 if kind == "Sub" else 1.0)
+    value, constant = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
+    match kind:
+        case "Add":
+            return step.scaled(value, 1.0, constant)
+        case "Sub":
+            return step.scaled(value, 1.0, -constant) if left else step.scaled(value, -1.0, constant)
+        case "Mul":
+            return step.scaled(value, constant, 0.0)
+    if right:
+        step.refuse("division by a computed value", "division by a constant")
+    return step.scaled(value, 1 / constant, 0.0)
+
+
+def _matmul(step: Step) -> Value:
+    left = step.computed(0)
+    value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
+    if matrix.ndim == 1:
+        matrix = matrix[:, None] if left else matrix[None]
+    if matrix.shape[:-2].numel() != 1:
+        step.refuse(f"a constant of shape {tuple(matrix.shape)}", "one matrix")
+    matrix = matrix.reshape(matrix.shape[-2:])
+    if left:
+        return step.reshaped(step.linear(value, matrix.T))
+    if len(value.shape) == 1:
+        return step.reshaped(step.linear(value, matrix))
+    return step.reshaped(step.transposed(step.linear(step.transposed(value), matrix)))
+
+
+def _gemm(step: Step) -> Value:
+    left, attributes = step.computed(0), step.attributes
+    value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
+    own, other = ("transA", "transB") if left else ("transB", "transA")
+    matrix = attributes.get("alpha", 1.0) * (matrix.T if attributes.get(other) else matrix)
+    if bool(attributes.get(own)) == left:
+        value = step.transposed(value)
+    value = step.linear(value, matrix.T) if left else step.transposed(step.linear(value, matrix))
+    return step.scaled(value, 1.0, attributes.get("beta", 1.0) * step.constant(2)) if step.has(2) else value
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """How windows walk over an image that is padded ``begin`` and ``end``; (rows, columns) each."""
+
+    image: Pair
+    output: Pair
+    kernel: Pair
+    stride: Pair
+    dilation: Pair
+    begin: Pair
+    end: Pair
+
+    @property
+    def missing(self) -> list[int]:
+        """What windows reach beyond the image at its ends: the output's size says how far they walk."""
+        sizes = zip(self.image, self.output, self.kernel, self.stride, self.dilation, self.begin)
+        return [max((o - 1) * s + d * (k - 1) + 1 - b - i, 0) for i, o, k, s, d, b in sizes]
+
+    def padded(self, x: Tensor, value: float) -> Tensor:
+        around = (self.begin[1], self.missing[1], self.begin[0], self.missing[0])
+        return F.pad(x, around, value=value) if any(around) else x
+
+
+def _windows(step: Step, kernel: list[int]) -> tuple[Value, _Windows]:
+    """What a convolution or a pool reads, as (1, C, H, W), and its windows there."""
+    value, attributes = step.value(0), step.attributes
+    if len(value.shape) not in (3, 4) or value.shape[0] != 1:
+        step.refuse(f"an input of shape {value.shape}", "(1, channels, height, width) or (1, channels, length)")
+
+    def pair(sizes: list[int] | Shape, missing: int = 1) -> Pair:
+        rows, columns = [missing] * (2 - len(sizes)) + list(sizes)  # one dimension is a row
+        return rows, columns
+
+    value = step.reshaped(value, (*value.shape[:2], *pair(value.shape[2:])))
+    pads, mode = attributes.get("pads", []), attributes.get("auto_pad", b"NOTSET").decode()
+    begin, end = (pair(half, 0) for half in (pads[: len(pads) // 2], pads[len(pads) // 2 :]))
+    windows = _Windows(pair(value.shape[2:]), pair(step.shape[2:]), pair(kernel), pair(attributes.get("strides", [])),
+                       pair(attributes.get("dilations", [])), begin, end)  # fmt: skip
+    if mode.startswith("SAME"):
+        total = replace(windows, begin=(0, 0)).missing
+        end = tuple((pad + (mode == "SAME_UPPER")) // 2 for pad in total)
+        windows = replace(windows, begin=tuple(pad - e for pad, e in zip(total, end)), end=end)
+    return value, windows
+
+
+def _conv(step: Step) -> Value:
+    weight, groups = step.constant(1), step.attributes.get("group", 1)
+    value, windows = _windows(step, list(weight.shape[2:]))
+    weight = weight.reshape(*weight.shape[:2], *windows.kernel)
+    padding = windows.begin
+    sizes = zip(windows.image, windows.kernel, windows.stride, windows.dilation, padding)
+    if windows.output != tuple((i + 2 * b - d * (k - 1) - 1) // s + 1 for i, k, s, d, b in sizes):
+        padded = windows.padded(torch.empty(value.shape, device="meta"), 0.0).shape
+        value = step.append(p.Reshape, value, tuple(padded), lambda x: windows.padded(x, 0.0))
+        padding = (0, 0)
+    layer = nn.Conv2d(weight.shape[1] * groups, len(weight), windows.kernel, windows.stride, padding,
+                      windows.dilation, groups, bias=False, device="meta")  # fmt: skip
+    layer.weight = fixed(weight)
+    layer.bias = fixed(step.constant(2)) if step.has(2) else None
+    return step.reshaped(step.append(p.Affine, value, (1, len(weight), *windows.output), layer))
+
+
+def _max_pool(step: Step) -> Value:
+    value, windows = _windows(step, step.attributes["kernel_shape"])
+    walk = windows.kernel, windows.stride, 0, windows.dilation
+
+    def pool(x: Tensor) -> Tensor:
+        return F.max_pool2d(windows.padded(x, -math.inf), *walk)
+
+    return step.reshaped(step.append(p.Pool, value, (*value.shape[:2], *windows.output), pool, False))
+
+
+def _average_pool(step: Step) -> Value:
+    value, windows = _windows(step, step.attributes["kernel_shape"])
+    if windows.dilation != (1, 1):
+        step.refuse(f"dilations {windows.dilation}", "1")
+
+    def total(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, windows.kernel, windows.stride, divisor_override=1)
+
+    (top, left), (bottom, right), (below, beside) = windows.begin, windows.end, windows.missing
+    counted = float(step.attributes.get("count_include_pad", 0))
+    ones = F.pad(torch.ones(1, 1, *windows.image), (left, right, top, bottom), value=counted)
+    counts = total(F.pad(ones, (0, beside - right, 0, below - bottom)))  # what ceil_mode adds is never counted
+    if not counts.all():
+        step.refuse("a window over padding alone", "windows that see the image")
+
+    def pool(x: Tensor) -> Tensor:
+        return total(windows.padded(x, 0.0)) / counts.to(x)
+
+    return step.reshaped(step.append(p.Pool, value, (*value.shape[:2], *windows.output), pool, True))
+
+
+def _reduced(step: Step) -> Value:
+    """A mean or a sum over some dimensions: they are moved to the end, as one."""
+    value, rank = step.value(0), len(step.value(0).shape)
+    axes = step.attributes.get("axes", step.constant(1).tolist() if step.has(1) else [])
+    if step.node.op_type == "GlobalAveragePool":
+        axes = list(range(2, rank))
+    elif not axes:
+        axes = [] if step.attributes.get("noop_with_empty_axes") else list(range(rank))
+    gone = {axis % rank for axis in axes}
+    kept = [axis for axis in range(rank) if axis not in gone]
+    moved = numbers(value.shape).permute(*kept, *gone).reshape(*(value.shape[axis] for axis in kept), -1)
+    value = step.picked(value, moved)
+    function = torch.sum if step.node.op_type == "ReduceSum" else torch.mean
+    reduced = (*value.shape[:-1], 1)
+    return step.reshaped(step.append(p.Pool, value, reduced, lambda x: function(x, -1, keepdim=True), True))
+
+
+def _batch_norm(step: Step) -> Value:
+    if step.attributes.get("training_mode") or not step.attributes.get("spatial", 1):
+        step.refuse("training_mode, or statistics of every place", "a batch norm in evaluation mode, of channels")
+    value, epsilon = step.value(0), step.attributes.get("epsilon", 1e-5)
+    weight, bias, mean, variance = (step.constant(number) for number in range(1, 5))
+    before = step.run.nodes[value.position]
+    linear = isinstance(before, p.Affine) and isinstance(before.layer, nn.Linear)
+    rank = len(value.shape)
+    if value.shape[0] == 1 and (rank == 2 or (rank == 4 and not linear)):
+        norm = (nn.BatchNorm1d if rank == 2 else nn.BatchNorm2d)(len(weight), epsilon)
+        norm.weight, norm.bias, norm.running_mean, norm.running_var = fixed(weight), fixed(bias), mean, variance
+        return step.append(p.Norm, value, step.shape, norm)
+    scale = weight / (variance + epsilon).sqrt()  # channels that are not the last affine layer's outputs
+    rest = [1] * (rank - 2)
+    return step.scaled(value, scale.reshape(-1, *rest), (bias - mean * scale).reshape(-1, *rest))
+
+
+def _activation(kind: str) -> Callable[[Step], Value]:
+    return lambda step: step.append(p.Activate, step.value(0), step.shape, p.Activation(kind))
+
+
+def _leaky(step: Step) -> Value:
+    slope = step.attributes.get("alpha", 0.01)
+    if not 0 <= slope <= 1:
+        step.refuse(f"alpha={slope}", "a slope in [0, 1]")
+    return step.append(p.Activate, step.value(0), step.shape, p.Activation("leaky_relu", slope))
+
+
+RULES: dict[str, Callable[[Step], Value]] = {
+    "Add": _arithmetic,
+    "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
+    "Cast": _cast,
+    "Concat": _concat,
+    "Conv": _conv,
+    "DepthToSpace": _copied,
+    "Div": _arithmetic,
+    "Dropout": _dropout,
+    "Flatten": _reshape,
+    "Gather": _copied,
+    "Gemm": _gemm,
+    "GlobalAveragePool": _reduced,
+    "Identity": _reshape,
+    "LeakyRelu": _leaky,
+    "MatMul": _matmul,
+    "MaxPool": _max_pool,
+    "Mul": _arithmetic,
+    "Neg": lambda step: step.scaled(step.value(0), -1.0, 0.0),
+    "Pad": _copied,
+    "ReduceMean": _reduced,
+    "ReduceSum": _reduced,
+    "Relu": _activation("relu"),
+    "Reshape": _reshape,
+    "Sigmoid": _activation("sigmoid"),
+    "Slice": _copied,
+    "SpaceToDepth": _copied,
+    "Split": _copied,
+    "Squeeze": _reshape,
+    "Sub": _arithmetic,
+    "Tanh": _activation("tanh"),
+    "Transpose": _copied,
+    "Unsqueeze": _reshape,
+}

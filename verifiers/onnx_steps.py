@@ -1,0 +1,197 @@
+"""What the rules of ONNX operators build with: values by name, and the nodes that they append to a program.
+
+Every value is worked out for one input, so its ONNX shape is known. A value of ONNX shape (1, *rest) is held as
+(B, *rest), any other as (B, *shape): whatever dimensions a file adds, moves or leaves out, row b belongs to input b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from onnx import helper
+from torch import Tensor, nn
+
+from ..bounds import program as p
+
+Shape = tuple[int, ...]
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What the node at ``position`` computes, and its ONNX shape for one input."""
+
+    position: int
+    shape: Shape
+
+
+def held(shape: Shape) -> Shape:
+    """The shape of one sample, as nodes hold it."""
+    return shape[1:] if len(shape) > 1 and shape[0] == 1 else shape or (1,)
+
+
+def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on one thread of the CPU, which evaluates operator by operator."""
+    options = onnxruntime.SessionOptions()
+    # onnxruntime 1.31's optimiser gets a Transpose before a MatMul with a vector wrong
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # errors are raised
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def evaluate(model: onnx.ModelProto, image: np.ndarray, names: list[str]) -> list[np.ndarray]:
+    """What operators called ``names`` give, at one input."""
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    known = {output.name for output in model.graph.output}
+    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    listed = {weight.name for weight in model.graph.initializer}
+    (name,) = (given.name for given in model.graph.input if given.name not in listed)
+    return [np.asarray(found) for found in session(shown).run(names, {name: image})] if names else []
+
+
+@dataclass
+class Construction:
+    """A program that grows, and what is known of the names in the file.
+
+    Args:
+        shapes: of computed values. constants: what does not depend on the network's input.
+        readers: by how many inputs of operators, or outputs of the network, a name is read.
+    """
+
+    path: str
+    model: onnx.ModelProto
+    shapes: Mapping[str, Shape]
+    constants: Mapping[str, np.ndarray]
+    readers: Mapping[str, int]
+    nodes: list[p.Node]
+    values: dict[str, Value] = field(default_factory=dict)
+
+    def reshaped(self, value: Value, shape: Shape, path: str) -> Value:
+        """The same entries in the same order."""
+        target = held(shape)
+        if held(value.shape) == target:
+            return Value(value.position, shape)
+        self.nodes.append(p.Reshape(path, (value.position,), lambda x: x.reshape(x.shape[0], *target)))
+        return Value(len(self.nodes) - 1, shape)
+
+    def alone(self, value: Value) -> bool:
+        """Whether a node has one reader only, by whatever name."""
+        return sum(self.readers[name] for name, known in self.values.items() if known.position == value.position) <= 1
+
+
+class Step:
+    """One output of an operator in the file: what a rule sees."""
+
+    def __init__(self, run: Construction, node: onnx.NodeProto, output: str):
+        self.run, self.node, self.output = run, node, output
+        self.path, self.shape = node.name or output, run.shapes[output]
+        self.attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+    def refuse(self, found: str, accepted: str) -> NoReturn:
+        place = f"{self.run.path}: {self.node.op_type} {self.path!r}"
+        raise p.UnsupportedNode(f"{place}: found {found}; accepted: {accepted}")
+
+    def has(self, number: int) -> bool:
+        return number < len(self.node.input) and self.node.input[number] != ""
+
+    def computed(self, number: int) -> bool:
+        return self.has(number) and self.node.input[number] in self.run.values
+
+    def value(self, number: int) -> Value:
+        if not self.computed(number):
+            self.refuse(f"a constant as input {number}", "a value computed from the network's input")
+        return self.run.values[self.node.input[number]]
+
+    def constant(self, number: int) -> Tensor:
+        if self.computed(number):
+            self.refuse(f"input {number} computed from the network's input", "a constant")
+        return torch.tensor(self.run.constants[self.node.input[number]])
+
+    def append(self, kind: type[p.Node], value: Value, shape: Shape, *fields: Any) -> Value:
+        self.run.nodes.append(kind(self.path, (value.position,), *fields))
+        return Value(len(self.run.nodes) - 1, shape)
+
+    def add(self, values: list[Value], sign: float = 1.0) -> Value:
+        self.run.nodes.append(p.Add(self.path, tuple(value.position for value in values), sign))
+        return Value(len(self.run.nodes) - 1, self.shape)
+
+    def reshaped(self, value: Value, shape: Shape | None = None) -> Value:
+        return self.run.reshaped(value, self.shape if shape is None else shape, self.path)
+
+    def picked(self, value: Value, index: Tensor) -> Value:
+        """Entries of ``value`` by their numbers in ``index``, from 1 on; 0 stands for a zero."""
+        shape, size, flat = tuple(index.shape), math.prod(value.shape), index.flatten()
+        if torch.equal(flat, torch.arange(1, size + 1)):
+            return self.reshaped(value, shape)
+        if flat.bincount(minlength=2)[1:].max() > size:  # the adjoint would add more terms than roundings are known for
+            self.refuse(f"an entry that is copied more than {size} times", "as many copies as there are entries")
+        target = held(shape)
+
+        def pick(x: Tensor) -> Tensor:
+            # gather: its adjoint is a hundred times as fast as that of x[:, index] (one image of 3072 entries: 0.1 ms)
+            return F.pad(x.flatten(1), (1, 0)).gather(1, flat.to(x.device).expand(x.shape[0], -1)).unflatten(1, target)
+
+        return self.append(p.Reshape, value, shape, pick)
+
+    def transposed(self, value: Value) -> Value:
+        """The last two dimensions swapped."""
+        return self.picked(value, numbers(value.shape).mT)
+
+    def linear(self, value: Value, weight: Tensor) -> Value:
+        """``weight`` (H, D) times the last dimension."""
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = fixed(weight)
+        return self.append(p.Affine, value, (*value.shape[:-1], len(weight)), layer)
+
+    def scaled(self, value: Value, scale: Tensor | float, shift: Tensor | float) -> Value:
+        """scale * value + shift; a shift along the outputs of a layer without bias becomes its bias."""
+        if math.prod(self.shape) != math.prod(value.shape):
+            self.refuse(f"a constant that widens shape {value.shape} to {self.shape}", "one that keeps the shape")
+        value = self.reshaped(value)
+        scale, shift = (self._against(torch.as_tensor(constant)) for constant in (scale, shift))
+        node = self.run.nodes[value.position]
+        if isinstance(node, p.Affine) and node.layer.bias is None and (scale == 1).all() and self.run.alone(value):
+            features = shift.shape[1 if isinstance(node.layer, nn.Conv2d) else -1]
+            if shift.numel() == features:
+                node.layer.bias = fixed(shift.flatten().expand(len(node.layer.weight)))
+                return value
+        return self.append(p.Scale, value, self.shape, Constants(scale, shift))
+
+    def _against(self, constant: Tensor) -> Tensor:
+        """A constant that broadcasts against ``self.shape``, as one that does against (1, *held)."""
+        full = (*[1] * (len(self.shape) - constant.ndim), *constant.shape)
+        return constant.reshape(full if len(held(self.shape)) < len(full) else (1, *full))
+
+
+class Constants(nn.Module):
+    """(scale, shift) of a ``Scale`` node, as buffers: they move with the network."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.shift
+
+
+def fixed(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.contiguous(), requires_grad=False)
+
+
+def numbers(shape: Shape) -> Tensor:
+    """The numbers of a value's entries, from 1 on."""
+    return torch.arange(1, math.prod(shape) + 1).reshape(shape)
