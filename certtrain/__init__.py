@@ -6,20 +6,22 @@ Importing this package costs nothing; each name below is imported when it is fir
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .bounds import Bounds, Interval, L2Ball, LinfBall, compute_bounds
+    from .bounds import Bounds, Box, Interval, L2Ball, LinfBall, compute_bounds
+    from .export import export_onnx
     from .pipeline import load_model, train
     from .recipe import Config
     from .verification import verify
     from .verifiers import certify
 
 _HOMES = {
-    "Bounds": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds", "compute_bounds": "bounds",
-    "Config": "recipe", "certify": "verifiers", "load_model": "pipeline", "train": "pipeline",
-    "verify": "verification",
+    "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds",
+    "compute_bounds": "bounds", "Config": "recipe", "certify": "verifiers", "export_onnx": "export",
+    "load_model": "pipeline", "train": "pipeline", "verify": "verification",
 }  # fmt: skip
 
 __all__ = [
-    "Bounds", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "load_model", "train", "verify",
+    "Bounds", "Box", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "export_onnx",
+    "load_model", "train", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

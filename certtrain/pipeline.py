@@ -1,8 +1,8 @@
-"""Train, certify, sum up: what one run does from its recipe to its last line."""
+"""Train, certify, export: what one run does from its recipe to its last file."""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import platform
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -21,21 +21,24 @@ from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
+from .export import current_network, write_files
 from .models import initialise_for_ibp
 from .noise import key_of
 from .precision import full_float32
+from .progress import console
 from .recipe import Config, load_config
 from .run_folder import RunFolder, write_atomically
 from .training import StopRequest, check_batches, fit
 from .training.checkpoint import load_weights
+from .verifiers.onnx_network import load_onnx, replay_session
 from .verifiers.records import decided, reasons, summarise
-from .verifiers.sweep import Question, sweep
+from .verifiers.sweep import Question, images_of, sweep
 
 
 def train(
     config: Config | str | Path | None = None, out: str | Path | None = None, *, quiet: bool = False
 ) -> RunFolder:
-    """Run a recipe from start to end: train, then certify the test split.
+    """Run a recipe from start to end: train, certify the test split, export the network and properties of it.
 
     Args:
         config: a ``Config``, a YAML file, or None for the embedded default (digits, CC-IBP).
@@ -63,14 +66,14 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     A finished run is left as it is; one without a checkpoint starts over.
 
     Args:
-        path: the run's folder. device: instead of the recorded one.
+        path: the run's folder. device: instead of the recorded one, for training and certification.
     Raises:
         InputError: no run there; data or checkpoint are not what the run was started with. Others as ``train``.
     """
     folder, description = RunFolder.open(Path(path))
-    if folder.final():
-        return folder
     config = recorded_config(folder, description)
+    if folder.final() and ("export" in description or not config.export.enabled):
+        return folder
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
     found = config.resolved_device()
@@ -150,6 +153,16 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
 def _go_on(
     folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool
 ) -> RunFolder:
+    if not folder.final():
+        _train_and_certify(folder, config, dataset, model, device, quiet)
+    if config.export.enabled:
+        export(folder.path, quiet=quiet)
+    return folder
+
+
+def _train_and_certify(
+    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool
+) -> None:
     model.to(device)
     here = dataset.to(device)
     with StopRequest() as stop:
@@ -169,19 +182,61 @@ def _go_on(
         "kind": "final", **summarise(records), "decided": decided(records), "undecided": reasons(records),
         "epsilon": config.perturbation.epsilon, "images": len(records), "seconds": round(seconds, 3),
     })  # fmt: skip
-    return folder
+
+
+def export(
+    path: str | Path,
+    *,
+    images: str | range | None = None,
+    epsilon: float | None = None,
+    timeout: float | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Write a run's files for other verifiers: ``model.onnx``, ``specs/``, ``instances.csv``, ``abcrown.yaml``.
+
+    Args:
+        path: the folder of a run whose training is finished.
+        images: of which test images to write properties, ``"start:stop"`` or a range; None for the recipe's.
+        epsilon: their radius in pixel units; None for the run's.
+        timeout: seconds that they ask for; None for the recipe's.
+    Returns:
+        what ``run.json`` then says under ``export``.
+    Raises:
+        InputError: something given cannot be used, or the network cannot be exported; nothing on disk was changed.
+    """
+    folder, description = RunFolder.open(Path(path))
+    model, config = load_model(path)
+    ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
+    settings = config.export if timeout is None else dataclasses.replace(config.export, timeout=timeout)
+    dataset = config.data.load()
+    check_data(dataset, description)
+    count = len(dataset.test)
+    default = range(count if settings.images is None else min(settings.images, count))
+    chosen = default if images is None else images_of(images, count)
+    with full_float32():
+        found = write_files(folder, model, dataset.test, dataset.classes, ball, chosen, settings.timeout)
+    if not quiet:
+        network = found["network"]
+        console.print(
+            f"exported: {folder.onnx} (onnxruntime differs by {network['difference']:.1e} of logits up to "
+            f"{network['magnitude']:.1f}), {found['properties']} properties at epsilon {found['epsilon']:.6g}"
+        )
+    return found
 
 
 def question_of(
     folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device
 ) -> Question:
-    """The run's own question about its test split; the weights are those in the folder."""
+    """The run's own question about its test split; the weights are those in the folder. Where they were exported,
+    counterexamples have to fool onnxruntime too."""
     rests_on = {
-        "weights": hashlib.sha256(folder.model.read_bytes()).hexdigest(), "versions": versions(),
+        "weights": folder.weights_sha256(), "versions": versions(),
         "device": device_name(device),
     }  # fmt: skip
+    network = current_network(folder, folder.open(folder.path)[1])
+    replay = None if network is None else replay_session(load_onnx(network))
     return Question(
-        model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on
+        model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on, replay
     )
 
 

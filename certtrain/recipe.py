@@ -13,6 +13,7 @@ from .bounds import LinfBall, PerturbationSet
 from .config import override, read_yaml, structure
 from .data import Digits, Source
 from .errors import InputError, check
+from .export import Export
 from .losses import CcIbp, Loss
 from .models import Architecture, SmallCnn
 from .training import Training
@@ -28,7 +29,7 @@ class Config:
         seed: keys every random number of the run.
         device: ``auto`` takes CUDA where there is one.
         threads: CPU threads of torch; 0 leaves torch's choice. Recorded, and used again on resume.
-        data, model, perturbation, loss, training, certify: the sections.
+        data, model, perturbation, loss, training, certify, export: the sections.
     """
 
     name: str = "digits_ccibp"
@@ -41,6 +42,7 @@ class Config:
     loss: Loss = CcIbp()
     training: Training = Training()
     certify: Certify = Certify()
+    export: Export = Export()
 
     def __post_init__(self) -> None:
         check(self.name and "/" not in self.name, "name", self.name, "a name without slashes")

@@ -11,6 +11,7 @@ from certtrain.bounds import LinfBall
 from certtrain.config import structure, unstructure
 from certtrain.data import Digits
 from certtrain.errors import InputError
+from certtrain.export import Export
 from certtrain.losses import Loss
 from certtrain.models import SmallCnn, initialise_for_ibp
 from certtrain.noise import Noise
@@ -79,6 +80,7 @@ def tiny(kind) -> Config:
         loss=kind(),
         training=Training(epochs=2, batch_size=400, milestones=(1,), schedule=Smoothed(start=1, length=1)),
         certify=Certify(images=20),
+        export=Export(enabled=False),
     )
 
 

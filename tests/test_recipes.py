@@ -66,7 +66,10 @@ def test_the_smoke_recipe_runs_from_end_to_end(tmp_path):
     final = folder.final()
     assert final is not None and final["images"] == 100
     names = {path.name for path in folder.path.iterdir()}
-    assert names == {"run.json", "metrics.jsonl", "model.safetensors", "resume.pt", "verdicts.jsonl", "verdicts"}
+    assert names == {
+        "run.json", "metrics.jsonl", "model.safetensors", "resume.pt", "verdicts.jsonl", "verdicts",
+        "model.onnx", "specs", "instances.csv", "abcrown.yaml", "SHA256SUMS",
+    }  # fmt: skip
 
 
 def test_your_own_arrays_train(tmp_path):

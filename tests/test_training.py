@@ -20,6 +20,7 @@ from torch import nn
 from certtrain.bounds import forward
 from certtrain.command_line import main
 from certtrain.data import Augment, Digits
+from certtrain.export import Export
 from certtrain.losses import CcIbp, Loss, LossTerms
 from certtrain.models import SmallCnn
 from certtrain.pipeline import build_model, resume, train
@@ -36,6 +37,7 @@ TINY = Config(
         augment=Augment(pad=1, flip=True), checkpoint_seconds=0,
     ),
     certify=Certify(images=40, batch_size=16),
+    export=Export(enabled=False),  # which tests/test_export.py tries; it costs seconds
 )  # fmt: skip
 STEPS = 3 * 5
 

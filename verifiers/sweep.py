@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,21 +22,53 @@ from ..run_folder import JsonLines
 from .cascade import Certify, robustness, run_cascade
 from .limits import TOTAL_TIMEOUT, Limits
 from .records import Record, best_of, read_verdicts, so_far, undecided, worth_another_try
+from .stages import Replay
 
 VERIFIER = "embedded"
 SAID_EVERY = 30.0
 """Seconds between two lines of a sweep that reports to a file."""
 
 
+class Asked(Protocol):
+    """A question about each image of a split, and who answers it."""
+
+    @property
+    def split(self) -> Split: ...
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        """What its verdicts rest on: ``weights``, the network's checksum, and the rest; ``settings`` names it."""
+        ...
+
+    def offers_more(self, record: Record, before: Record) -> bool:
+        """Whether an undecided image may hope for more than it has had on the basis ``before``."""
+        ...
+
+    def answers(self, fresh: Sequence[int], again: Sequence[int], deadline: float, now: Now) -> Iterator[list[Record]]:
+        """Verdicts on images without one and on images to be tried again, some at a time, until ``deadline``."""
+        ...
+
+
+Now = Callable[[str], object]
+"""Told what is being done."""
+
+
+def named(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A basis, with its name in ``settings``."""
+    text = json.dumps(content, sort_keys=True)
+    return {"settings": hashlib.sha256(text.encode()).hexdigest()[:8], **content}
+
+
 @dataclass(frozen=True)
 class Question:
-    """Is each image of a split safe on the whole set around it?
+    """Is each image of a split safe on the whole set around it? The embedded verifier answers.
 
     Args:
         network: in evaluation mode, on the split's device.
         settings: how to find out.
         seed: of the attack.
         rests_on: what else the verdicts rest on: versions, device; ``weights`` is the network's checksum.
+        replay: the exported network, which counterexamples have to fool as well.
     """
 
     network: nn.Module
@@ -47,16 +79,33 @@ class Question:
     seed: int
     rests_on: Mapping[str, Any]
 
+    replay: Replay | None = None
+
     @property
     def basis(self) -> dict[str, Any]:
-        """What this question's verdicts rest on; ``settings`` names it."""
-        content = {"certify": unstructure(replace(self.settings, images=None)), "seed": self.seed, **self.rests_on}
-        text = json.dumps(content, sort_keys=True)
-        return {"settings": hashlib.sha256(text.encode()).hexdigest()[:8], **content}
+        certify = unstructure(replace(self.settings, images=None))
+        return named({"certify": certify, "seed": self.seed, **self.rests_on})
+
+    def offers_more(self, record: Record, before: Record) -> bool:
+        return worth_another_try(record, self.settings, before.get("certify", {}))
+
+    def answers(self, fresh: Sequence[int], again: Sequence[int], deadline: float, now: Now) -> Iterator[list[Record]]:
+        size, name = self.settings.batch_size, self.basis["settings"]
+        stages, limits = self.settings.build(self.seed, self.replay), Limits(self.settings.timeout, deadline)
+        for numbers in [*_batches(fresh, size), *(again[i : i + size] for i in range(0, len(again), size))]:
+            if time.perf_counter() >= deadline:
+                return
+            index = torch.tensor(numbers, device=self.split.labels.device)
+            images, labels = self.split.pixels(index), self.split.labels[index]
+            problem = robustness(self.network, images, labels, index, self.classes, self.ball)
+            verdicts = run_cascade(
+                problem, stages, limits, lambda stage, n: now(f"{stage}, {n} images"), self.settings.arithmetic
+            )
+            yield [{**v.record(), "settings": name} for v in verdicts if v.reason != TOTAL_TIMEOUT]
 
 
 def sweep(
-    question: Question,
+    question: Asked,
     file: JsonLines,
     settings: JsonLines,
     images: range,
@@ -84,18 +133,13 @@ def sweep(
     with file.alone():
         known, fresh, again = _to_do(question, file, settings, images)
         deadline = started + (total_timeout or math.inf)
-        limits = Limits(question.settings.timeout, deadline)
-        size = question.settings.batch_size
         left = len(fresh) + len(again)
         file.drop_half_line()
         if left:
             _declare(question, settings)
         with Progress("certifying", len(images), done=len(images) - left, quiet=quiet) as progress:
             said = started
-            for numbers in [*_batches(fresh, size), *(again[i : i + size] for i in range(0, len(again), size))]:
-                if time.perf_counter() >= deadline:
-                    break
-                answers = _answers(question, numbers, limits, lambda stage, n: progress.now(f"{stage}, {n} images"))
+            for answers in question.answers(fresh, again, deadline, progress.now):
                 records = [best_of(record, known.get(record["index"])) for record in answers]
                 file.append(*records)
                 known |= {record["index"]: record for record in records}
@@ -113,20 +157,20 @@ def sweep(
     return found
 
 
-def _to_do(question: Question, file: JsonLines, settings: JsonLines, images: range):
+def _to_do(question: Asked, file: JsonLines, settings: JsonLines, images: range):
     """What is known, and the images without a verdict, and those with one that can get a better one."""
     known_settings = {line["settings"]: line for line in settings if isinstance(line, dict) and "settings" in line}
     labels = question.split.labels.tolist()
-    known = read_verdicts(file, labels, known_settings, question.rests_on["weights"])
+    known = read_verdicts(file, labels, known_settings, question.basis["weights"])
     again = [
         n for n in images
         if n in known and undecided(known[n])
-        and worth_another_try(known[n], question.settings, known_settings[known[n]["settings"]].get("certify", {}))
+        and question.offers_more(known[n], known_settings[known[n]["settings"]])
     ]  # fmt: skip
     return known, [n for n in images if n not in known], again
 
 
-def _declare(question: Question, settings: JsonLines) -> None:
+def _declare(question: Asked, settings: JsonLines) -> None:
     """Say what the verdicts to come rest on, before the first of them is written."""
     settings.path.parent.mkdir(exist_ok=True)
     settings.drop_half_line()
@@ -144,20 +188,6 @@ def _batches(numbers: Sequence[int], size: int) -> Iterator[list[int]]:
         batch.append(number)
     if batch:
         yield batch
-
-
-def _answers(
-    question: Question, numbers: Sequence[int], limits: Limits, watch: Callable[[str, int], object]
-) -> list[dict[str, Any]]:
-    split = question.split
-    index = torch.tensor(numbers, device=split.labels.device)
-    problem = robustness(
-        question.network, split.pixels(index), split.labels[index], index, question.classes, question.ball
-    )
-    stages, arithmetic = question.settings.build(question.seed), question.settings.arithmetic
-    verdicts = run_cascade(problem, stages, limits, watch, arithmetic)
-    name = question.basis["settings"]
-    return [{**verdict.record(), "settings": name} for verdict in verdicts if verdict.reason != TOTAL_TIMEOUT]
 
 
 def _among(known: Mapping[int, Record], images: range) -> list[Record]:

@@ -1,0 +1,42 @@
+"""``export``: a finished run's files for other verifiers."""
+
+from __future__ import annotations
+
+import argparse
+
+from .words import number, one_word_and_pairs
+
+
+def add(commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a finished run's files for other verifiers",
+        usage="certtrain export RUN_DIR [options]",
+        description="Write model.onnx, specs/NNNN.vnnlib, instances.csv, abcrown.yaml and SHA256SUMS into the folder "
+        "of a run whose training is finished. onnxruntime compares the network with torch's; what an earlier export "
+        "left is replaced.",
+        allow_abbrev=False,
+    )
+    export.add_argument("--images", metavar="START:STOP", help="of which test images (default: as the recipe says)")
+    export.add_argument("--epsilon", metavar="E", help="another radius, in pixel units of [0, 1], such as 2/255")
+    export.add_argument("--timeout", metavar="SECONDS", help="that instances.csv asks for (default: the recipe's)")
+    export.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    export.set_defaults(run=_export, parser=export)
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..errors import InputError
+    from ..pipeline import export
+    from ..progress import console
+    from ..run_folder import RunFolder
+
+    path, refused = one_word_and_pairs("export", rest)
+    if refused:
+        raise InputError(f"--{next(iter(refused))}: cannot be changed here; accepted: see --help")
+    epsilon = None if options.epsilon is None else number("--epsilon", options.epsilon, "a radius >= 0")
+    timeout = None if options.timeout is None else number("--timeout", options.timeout, "seconds > 0")
+    export(path, images=options.images, epsilon=epsilon, timeout=timeout)
+    folder = RunFolder(path)
+    console.print(f"properties: {folder.instances}; checksums: {folder.sums}")
+    console.print(f"α-β-CROWN: python abcrown.py --config {folder.abcrown.absolute()}, in its complete_verifier")
+    return 0

@@ -1,0 +1,67 @@
+"""What the command line shows of verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def summary(folder) -> None:
+    from rich.table import Table
+
+    from ..progress import console
+
+    final = folder.final()
+    table = Table(title=f"{folder.path}: {final['images']} test images, epsilon {final['epsilon']:.6g}")
+    table.add_column("accuracy")
+    table.add_column("%", justify="right")
+    for name, key in (("clean", "clean"), ("no counterexample found", "attacked"), ("certified", "certified"),
+                      ("certified by IBP alone", "ibp_certified")):  # fmt: skip
+        table.add_row(name, f"{100 * final[f'{key}_accuracy']:.2f}")
+    console.print(table)
+    stages([v for v in folder.verdicts if v["index"] < final["images"]], "verdicts by stage")
+    console.print(f"{final['seconds']:.0f} s")
+    say_where(folder.verdicts.path)
+
+
+def stages(records, title: str) -> None:
+    """Who decided what, and how long it took."""
+    from rich.table import Table
+
+    from ..progress import console
+    from ..verifiers.records import by_stage, certified, reasons
+
+    table = Table(title=title)
+    table.add_column("stage")
+    for name in (columns := ("images", "misclassified", "falsified", "verified", "seconds")):
+        table.add_column(name, justify="right")
+    for stage, row in by_stage(records).items():
+        row = {**row, "seconds": f"{row['seconds']:.2f}"}
+        table.add_row(stage, *(str(row.get(name, "")) for name in columns))
+    console.print(table)
+    low, high = certified(records)
+    console.print(f"certified accuracy: {100 * low:.2f} %" + (f" to {100 * high:.2f} %" if high > low else ""))
+    if why := reasons(records):
+        console.print(f"undecided: {sum(why.values())} ({', '.join(f'{word}: {n}' for word, n in why.items())})")
+
+
+def say_where(path: Path) -> None:
+    from ..progress import console
+
+    console.print(f"verdicts of every image: {path}")
+
+
+def agreement(found, first: str, second: str) -> None:
+    """How often two verifiers said what of the same image."""
+    from rich.table import Table
+
+    from ..progress import console
+
+    table = Table(title=f"{sum(found.counts.values())} images, {first} and {second}")
+    for name in (first, second):
+        table.add_column(name)
+    table.add_column("images", justify="right")
+    table.add_column("")
+    for (one, two), count in sorted(found.counts.items(), key=lambda item: -item[1]):
+        table.add_row(one, two, str(count), "" if one == two else "differ")
+    console.print(table)
+    console.print(f"contradictions: {len(found.contradictions)}")

@@ -1,0 +1,214 @@
+"""``verify``: a run's test images, by whichever verifier; or an ONNX network and a VNN-LIB property."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .tables import agreement, say_where, stages
+from .words import number, one_word_and_pairs
+
+SECONDS = "seconds > 0"
+
+
+def add(commands) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="certify the test images of a finished run, or answer VNN-COMP's questions",
+        usage="certtrain verify RUN_DIR [options]\n       certtrain verify --onnx FILE --vnnlib FILE [--results FILE]\n"
+        "       certtrain verify --instances CSV --results CSV\n       certtrain verify --check-abcrown",
+        description="Certify the test images of a run whose training is finished. Verdicts are written the moment "
+        "their batch is known; killed at any moment, the same call goes on. Decided images stay decided; undecided "
+        "ones are tried again where the call offers more: another stage, more seconds. The run's own epsilon writes "
+        "RUN_DIR/verdicts.jsonl, another one RUN_DIR/verdicts/embedded-EPSILON-ARITHMETIC.jsonl.",
+        epilog="Fields of the recipe's certify section are given as --certify.field value, for example "
+        "--certify.batch_size 64; what is not given is as the run's recipe says.",
+        formatter_class=argparse.RawDescriptionHelpFormatter if sys.stdout.isatty() else argparse.HelpFormatter,
+        allow_abbrev=False,
+    )
+    verify.add_argument("--images", metavar="START:STOP", help="some of the test images (default: all)")
+    verify.add_argument("--epsilon", metavar="E", help="another radius, in pixel units of [0, 1], such as 2/255")
+    verify.add_argument("--timeout", metavar="SECONDS", help="of an image: its share of its batches' time")
+    verify.add_argument("--total-timeout", metavar="SECONDS", help="stop after so long, whatever is left")
+    verify.add_argument("--stages", metavar="A,B,…", help="some of ibp, crown_ibp, attack, crown, alpha, lirpa, "
+                        "input_split, bab")  # fmt: skip
+    verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
+    verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
+    verify.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    other = verify.add_argument_group("α-β-CROWN, which is installed apart (docs/abcrown.md)")
+    other.add_argument("--verifier", default="embedded", choices=("embedded", "abcrown", "both"),
+                       help="who verifies; both are compared, and a contradiction exits with code 1")  # fmt: skip
+    other.add_argument("--abcrown-python", metavar="PATH", help="its interpreter (or CERTTRAIN_ABCROWN_PYTHON)")
+    other.add_argument("--abcrown-home", metavar="DIR", help="its checkout (or CERTTRAIN_ABCROWN_HOME)")
+    other.add_argument("--check-abcrown", action="store_true", help="say what is missing, and do nothing else")
+    files = verify.add_argument_group("VNN-COMP: any network and property, in the network's own units")
+    files.add_argument("--onnx", metavar="FILE", help="the network")
+    files.add_argument("--vnnlib", metavar="FILE", help="the property; holds, violated, timeout, unknown is printed")
+    files.add_argument("--instances", metavar="CSV", help="instead, a table of onnx,vnnlib,seconds")
+    files.add_argument("--results", metavar="FILE", help="where answers are written, in VNN-COMP's form")
+    verify.set_defaults(run=_verify, parser=verify)
+
+
+def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    options.go_on = "the same call"
+    if options.check_abcrown:
+        return _check(options)
+    if options.instances:
+        return _instances(options, rest)
+    if options.onnx or options.vnnlib:
+        return _property(options, rest)
+    return _run(options, rest)
+
+
+@contextlib.contextmanager
+def _says_error() -> Iterator[None]:
+    """Scripts read the answer on stdout: it is ``error``, whatever stderr explains."""
+    from ..errors import InputError
+
+    try:
+        yield
+    except InputError:
+        print("error")
+        raise
+
+
+def _refuse_more(rest: list[str]) -> None:
+    from ..errors import InputError
+
+    if rest:
+        raise InputError(f"{rest[0]!r}: found a stray word; accepted: --timeout, --results, --arithmetic, see --help")
+
+
+def _arithmetic(options: argparse.Namespace) -> Any:
+    from ..errors import InputError
+    from ..verifiers.cascade import ROUNDINGS
+
+    if options.arithmetic not in (None, "nearest", *ROUNDINGS):
+        raise InputError(f"--arithmetic: found {options.arithmetic!r}; accepted: nearest, real, float32")
+    return options.arithmetic or "nearest"
+
+
+def _property(options: argparse.Namespace, rest: list[str]) -> int:
+    with _says_error():
+        from ..errors import InputError
+        from ..verifiers.vnncomp import answer
+
+        _refuse_more(rest)
+        if not (options.onnx and options.vnnlib):
+            raise InputError("found one file; accepted: --onnx FILE and --vnnlib FILE together")
+        seconds = number("--timeout", options.timeout or "60", SECONDS)
+        found = answer(
+            options.onnx, options.vnnlib, seconds, arithmetic=_arithmetic(options), results=options.results
+        )  # fmt: skip
+    print(found)
+    return 0
+
+
+def _instances(options: argparse.Namespace, rest: list[str]) -> int:
+    with _says_error():
+        from ..errors import InputError
+        from ..training import StopRequest
+        from ..verifiers.instances import run_instances
+
+        _refuse_more(rest)
+        if not options.results or options.onnx or options.vnnlib:
+            raise InputError("--instances: accepted: --instances CSV and --results CSV, without --onnx and --vnnlib")
+        seconds = None if options.timeout is None else number("--timeout", options.timeout, SECONDS)
+        with StopRequest(at_once=True):
+            run_instances(
+                options.instances, options.results, timeout=seconds, arithmetic=_arithmetic(options),
+                watch=lambda place, count, line: print(f"{place}/{count} {line}", flush=True),
+            )  # fmt: skip
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    with _says_error():
+        from ..errors import InputError
+        from ..verifiers.abcrown import Abcrown
+
+        abcrown = Abcrown.find(options.abcrown_python, options.abcrown_home)
+        if missing := abcrown.missing():
+            for line in missing[1:]:
+                print(f"missing: {line}", file=sys.stderr)
+            raise InputError(f"missing: {missing[0]}; accepted: what docs/abcrown.md installs")
+    found = ", ".join(f"{name} {version}" for name, version in abcrown.versions().items())
+    print(f"α-β-CROWN is ready: {abcrown.home} ({found})")
+    return 0
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..config import override, structure, unstructure
+    from ..errors import InputError
+    from ..pipeline import recorded_config
+    from ..recipe import Config
+    from ..run_folder import RunFolder
+
+    path, overrides = one_word_and_pairs("verify", rest)
+    for name in overrides:
+        if not name.startswith("certify.") or name == "certify.images":
+            raise InputError(f"--{name}: cannot be changed here; accepted: --certify.field value, see --help")
+    if options.results:
+        raise InputError("--results: accepted with --onnx or --instances; a run's verdicts stand in its folder")
+    given = {
+        "perturbation.epsilon": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
+        "certify.arithmetic": options.arithmetic,
+    }  # fmt: skip
+    overrides |= {name: value for name, value in given.items() if value is not None}
+    if options.stages is not None:
+        overrides["certify.stages"] = f"[{options.stages}]"
+    config = structure(Config, override(unstructure(recorded_config(*RunFolder.open(path))), overrides))
+    seconds = options.total_timeout
+    limits = {
+        "images": options.images, "epsilon": config.perturbation.epsilon, "device": config.device,
+        "total_timeout": None if seconds is None else number("--total-timeout", seconds, SECONDS),
+    }  # fmt: skip
+    found = {}
+    if options.verifier != "embedded":
+        with _says_error():
+            found["α-β-CROWN"] = _abcrown(options, path, config, limits)
+    if options.verifier != "abcrown":
+        found["embedded"] = _embedded(path, config, limits)
+    return _compared(found["embedded"], found["α-β-CROWN"]) if len(found) > 1 else 0
+
+
+def _embedded(path: Path, config, limits: dict[str, Any]):
+    from ..progress import console
+    from ..verification import verify
+
+    found = verify(path, certify=config.certify, **limits)
+    stages(found.records, f"{path}: {len(found.records)} test images, epsilon {found.epsilon:.6g}")
+    if len(found.certificates) > 1:
+        counts = (f"{arithmetic} {proved} of {asked}" for arithmetic, (proved, asked) in found.certificates.items())
+        console.print(f"certificates by arithmetic: {', '.join(counts)}")
+    say_where(found.file)
+    return found
+
+
+def _abcrown(options: argparse.Namespace, path: Path, config, limits: dict[str, Any]):
+    from ..second_opinion import verify_with_abcrown
+    from ..verifiers.abcrown import Abcrown
+
+    abcrown = Abcrown.find(options.abcrown_python, options.abcrown_home)
+    found = verify_with_abcrown(path, abcrown, timeout=config.certify.timeout, **limits)
+    stages(found.records, f"{path}: {len(found.records)} test images by α-β-CROWN, epsilon {found.epsilon:.6g}")
+    say_where(found.file)
+    return found
+
+
+def _compared(own, other) -> int:
+    from ..second_opinion import compare
+
+    found = compare(own.records, other.records)
+    agreement(found, "embedded", "α-β-CROWN")
+    if found.contradictions:
+        print(
+            f"CONTRADICTION: on the images {found.contradictions} one verifier proves what the other refutes; one of "
+            f"them is wrong. Verdicts: {own.file}, {other.file}",
+            file=sys.stderr,
+        )
+    return 1 if found.contradictions else 0

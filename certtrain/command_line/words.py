@@ -1,0 +1,54 @@
+"""Words of a command line that argparse does not know: fields of the recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from ..errors import InputError
+
+        raise InputError(f"{message}; accepted: see {self.prog} --help")
+
+
+def one_word_and_pairs(command: str, words: list[str]) -> tuple[Path, dict[str, str]]:
+    """The one word that is neither an option nor an option's value, and the options."""
+    from ..errors import InputError
+
+    place = 0
+    while place < len(words) and words[place].startswith("--"):
+        place += 1 if "=" in words[place] else 2
+    if place >= len(words):
+        raise InputError(f"{command}: found no run folder; accepted: {command} RUN_DIR, the folder of a finished run")
+    return Path(words[place]), pairs([*words[:place], *words[place + 1 :]])
+
+
+def number(option: str, text: str, accepted: str) -> float:
+    from ..config import parse_number
+    from ..errors import InputError
+
+    try:
+        return parse_number(text)
+    except ValueError as error:
+        raise InputError(f"{option}: found {text!r}; accepted: {accepted}") from error
+
+
+def pairs(words: list[str]) -> dict[str, str]:
+    """``["--loss.alpha", "0.02", "--seed=1"]`` → ``{"loss.alpha": "0.02", "seed": "1"}``."""
+    from ..errors import InputError
+
+    found: dict[str, str] = {}
+    queue = list(words)
+    while queue:
+        name, joined, value = queue.pop(0).partition("=")
+        if not name.startswith("--") or not name[2:]:
+            raise InputError(f"{name!r}: found a stray word; accepted: --section.field value, see --help")
+        if not joined:
+            if not queue:
+                raise InputError(f"{name}: found no value; accepted: {name} VALUE")
+            value = queue.pop(0)
+        found[name[2:]] = value
+    return found

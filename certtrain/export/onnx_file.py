@@ -1,0 +1,154 @@
+"""nn.Module → ONNX file that other verifiers load, and that onnxruntime finds equal."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds import UnsupportedNode
+from ..bounds.folding import fold
+from ..errors import InputError
+from ..precision import full_float32
+from ..run_folder import write_atomically
+from .plain import PlainNetwork
+
+if TYPE_CHECKING:
+    import onnx
+
+TOLERANCE = 1e-5
+"""Of the logits' magnitude: how far onnxruntime may be from torch."""
+OPSET = 18
+"""What torch exports without conversion, and alpha-beta-CROWN loads."""
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A file that was written, and how it was checked.
+
+    Args:
+        sha256: of its content. opset: the version of its operators; operators: how many of each kind.
+        folded: whether it is the folded network, the very one that is certified; else the module as it is, because the
+            module holds something that has no bound rule.
+        images: on so many onnxruntime was compared with the module.
+        difference: of any logit, at most; magnitude: the largest |logit|.
+        agreement: share of the images on which both choose the same class.
+    """
+
+    path: Path
+    sha256: str
+    opset: int
+    operators: dict[str, int]
+    folded: bool
+    images: int
+    difference: float
+    magnitude: float
+    agreement: float
+
+
+@torch.no_grad()
+@full_float32()
+def export_onnx(model: nn.Module, path: str | Path, images: Tensor) -> OnnxFile:
+    """Write a model as ONNX: dynamic batch, weights inside, input ``images``, output ``logits``.
+
+    Batch norms are folded into the layers before them and a normalisation in front becomes a 1×1 convolution, so that
+    the file is the network that ``certify`` speaks of. The file is checked by ONNX's own checker and compared with the
+    model on ``images`` by onnxruntime before it is put in place.
+
+    Args:
+        model: any ``nn.Module`` that maps (B, *shape) float32 to (B, K) logits, in evaluation mode there. It is left as
+            it was.
+        path: of the file.
+        images: (N, *shape) float32, N >= 1: typical inputs, better real ones.
+    Raises:
+        InputError: torch cannot export the model; the file is not valid ONNX; onnxruntime's logits are off by more than
+            1e-5 of their magnitude. Nothing on disk was changed then.
+    """
+    if images.dtype != torch.float32 or images.ndim < 2 or not len(images):
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise InputError(f"images: found {found}; accepted: (N, *shape) of torch.float32, one image or more")
+    path, images = Path(path), images.cpu()
+    modes = {module: module.training for module in model.modules()}
+    devices = {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}
+    try:
+        model.eval().cpu()
+        logits = torch.cat([model(part) for part in images.split(BATCH)])
+        plain = _plain(model, images.shape[1:])
+        proto = _exported(model if plain is None else plain, images[:1])
+    finally:
+        model.to(devices.pop())
+        for module, mode in modes.items():
+            module.training = mode
+    content = proto.SerializeToString()
+    difference, magnitude, agreement = _parity(path, content, images, logits)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return OnnxFile(
+        path, hashlib.sha256(content).hexdigest(), proto.opset_import[0].version,
+        dict(Counter(node.op_type for node in proto.graph.node).most_common()), plain is not None,
+        len(images), difference, magnitude, agreement,
+    )  # fmt: skip
+
+
+def _plain(model: nn.Module, shape: torch.Size) -> PlainNetwork | None:
+    try:
+        return PlainNetwork(fold(model, shape, whole_pools=True))
+    except UnsupportedNode:
+        return None
+
+
+def _exported(module: nn.Module, image: Tensor) -> onnx.ModelProto:
+    """By torch's exporter. The example's batch of 2 keeps the batch dimension from being taken for a constant 1."""
+    batch = torch.export.Dim("batch")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # of torch's own making; none is about the model
+            program: Any = torch.onnx.export(
+                module, (image.repeat(2, *[1] * (image.ndim - 1)),), dynamo=True, external_data=False,
+                dynamic_shapes=({0: batch},), input_names=["images"], output_names=["logits"], opset_version=OPSET,
+                verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # whatever torch says of a model that it cannot export
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"model: torch cannot export it ({said[0]}); accepted: a model for torch.onnx") from error
+    proto = program.model_proto
+    if len(proto.graph.output) != 1 or len(proto.graph.input) != 1:
+        found = f"{len(proto.graph.input)} inputs and {len(proto.graph.output)} outputs"
+        raise InputError(f"model: found {found}; accepted: one of each, images and logits")
+    for item in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output,
+                 *proto.graph.value_info, *proto.graph.initializer):  # fmt: skip
+        del item.metadata_props[:]  # stack traces, with this machine's paths
+        item.ClearField("doc_string")
+    return proto
+
+
+def _parity(path: Path, content: bytes, images: Tensor, logits: Tensor) -> tuple[float, float, float]:
+    """(largest difference, largest |logit|, agreement) of onnxruntime and torch."""
+    import onnx
+    import onnxruntime
+
+    try:
+        onnx.checker.check_model(content, full_check=True)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        found = [session.run(None, {"images": part.numpy()})[0] for part in images.split(BATCH)]
+    except Exception as error:  # both libraries' own kinds
+        raise InputError(f"{path}: what was made is not valid ({error}); accepted: valid ONNX") from error
+    other = torch.cat([torch.from_numpy(part) for part in found])
+    difference, magnitude = float((other - logits).abs().max()), float(logits.abs().max())
+    agreement = float((other.argmax(1) == logits.argmax(1)).float().mean())
+    if not difference <= TOLERANCE * magnitude:
+        raise InputError(
+            f"{path}: not written: onnxruntime's logits differ from torch's by {difference:.3g}, predictions agree on "
+            f"{100 * agreement:.2f} % of {len(images)} images; accepted: {TOLERANCE:g} of the largest, {magnitude:.3g}"
+        )
+    return difference, magnitude, agreement

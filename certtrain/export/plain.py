@@ -1,0 +1,108 @@
+"""The folded network, the one that is certified, as a module of plain layers: what the exporter is given.
+
+Verifiers read a convolution where an elementwise normalisation stops them: alpha-beta-CROWN crashes on Sub/Div in front
+of convolutions as soon as an image needs branch and bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds.folded import Convolution, Dense, Diagonal, Folded, Nonlinear, Opaque, Operation, Rearrangement, Sum
+
+
+class PlainNetwork(nn.Module):
+    """A folded network's operations as layers with the same weights, bit for bit."""
+
+    def __init__(self, network: Folded):
+        super().__init__()
+        self.inputs = [operation.inputs for operation in network.operations[1:]]
+        self.layers = nn.ModuleList(
+            RULES[type(operation)](operation, network.shapes[operation.inputs[0]])
+            for operation in network.operations[1:]
+        )
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = [images]
+        for layer, inputs in zip(self.layers, self.inputs, strict=True):
+            values.append(layer(*(values[read] for read in inputs)))
+        return values[-1]
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+class _Elementwise(nn.Module):
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def _with_weights(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    layer.weight = nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
+    return layer
+
+
+def _dense(operation: Dense, shape: torch.Size) -> nn.Module:
+    outputs, inputs = operation.weight.shape
+    return _with_weights(nn.Linear(inputs, outputs, device="meta"), operation.weight, operation.bias)
+
+
+def _convolution(operation: Convolution, shape: torch.Size) -> nn.Module:
+    outputs, inputs, height, width = operation.weight.shape
+    layer = nn.Conv2d(
+        inputs * operation.groups, outputs, (height, width), operation.stride, operation.padding, operation.dilation,
+        operation.groups, device="meta",
+    )  # fmt: skip
+    return _with_weights(layer, operation.weight, operation.bias)
+
+
+def _diagonal(operation: Diagonal, shape: torch.Size) -> nn.Module:
+    """A 1×1 convolution where each channel has its own two numbers: its zeros add nothing, not even a rounding."""
+    vectors = [v.reshape(-1) for v in (operation.scale, operation.shift)]
+    places = [v.shape[-2:].numel() if v.ndim >= 2 else v.numel() for v in (operation.scale, operation.shift)]
+    if len(shape) != 3 or places != [1, 1]:
+        return _Elementwise(operation.scale, operation.shift)
+    scale, shift = (v.expand(shape[0]) for v in vectors)
+    weight = torch.diag(scale).reshape(shape[0], shape[0], 1, 1)
+    return _with_weights(nn.Conv2d(shape[0], shape[0], 1, device="meta"), weight, shift.clone())
+
+
+def _sum(operation: Sum, shape: torch.Size) -> nn.Module:
+    return _Function(torch.add if operation.sign > 0 else torch.sub)
+
+
+def _nonlinear(operation: Nonlinear, shape: torch.Size) -> nn.Module:
+    activation = operation.activation
+    if activation.kind == "leaky_relu":
+        return nn.LeakyReLU(activation.slope)
+    return {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}[activation.kind]()
+
+
+RULES: dict[type[Operation], Callable[..., nn.Module]] = {
+    Dense: _dense,
+    Convolution: _convolution,
+    Diagonal: _diagonal,
+    Rearrangement: lambda operation, shape: _Function(operation.function),
+    Opaque: lambda operation, shape: _Function(operation.function),
+    Sum: _sum,
+    Nonlinear: _nonlinear,
+}

@@ -1,0 +1,111 @@
+"""A run's files for other verifiers: the network, a property for each test image, and what binds them together."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from ..bounds import LinfBall, PerturbationSet
+from ..data import Split
+from ..errors import check
+from ..run_folder import RunFolder, sha256, write_atomically
+from ..verifiers.abcrown import configuration
+from ..verifiers.vnnlib import write_property
+from .onnx_file import export_onnx
+
+PARITY = 1000
+"""Test images on which onnxruntime is compared with torch."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """The recipe's ``export`` section: what other verifiers get to read of a run.
+
+    Args:
+        enabled: whether a run ends with an export.
+        images: of the first so many test images a property is written; null for all.
+        timeout: seconds that the properties ask for.
+    """
+
+    enabled: bool = True
+    images: int | None = 100
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        check(self.images is None or self.images >= 0, "images", self.images, "a whole number >= 0, or null")
+        check(0 < self.timeout < float("inf"), "timeout", self.timeout, "seconds > 0")
+
+
+def write_files(
+    folder: RunFolder,
+    model: nn.Module,
+    split: Split,
+    classes: int,
+    ball: PerturbationSet,
+    images: range,
+    timeout: float,
+) -> dict[str, Any]:
+    """``model.onnx``, ``specs/NNNN.vnnlib`` for ``images``, ``instances.csv``, ``abcrown.yaml`` and ``SHA256SUMS``.
+
+    What an earlier export left is replaced. Properties state the very ends that certificates speak of, ``ball.ends``;
+    of a set that is no box none are written.
+
+    Returns:
+        what ``run.json`` then says under ``export``.
+    Raises:
+        InputError: the network cannot be exported (see ``export_onnx``); nothing was changed then.
+    """
+    network = export_onnx(model, folder.onnx, split.pixels(torch.arange(min(PARITY, len(split)))))
+    folder.specs.mkdir(exist_ok=True)
+    boxes = isinstance(ball, LinfBall)
+    names = [f"{number:04d}.vnnlib" for number in images] if boxes else []
+    for stale in {path.name for path in folder.specs.iterdir()} - set(names):
+        (folder.specs / stale).unlink()
+    if isinstance(ball, LinfBall):
+        for name, number in zip(names, images, strict=True):
+            image = split.pixels(torch.tensor([number]))[0].cpu()
+            write_property(folder.specs / name, *ball.ends(image), int(split.labels[number]), classes)
+    rows = [(folder.onnx.name, f"{folder.specs.name}/{name}", f"{timeout:g}") for name in names]
+    _write(folder.instances, _lines(rows))
+    _write(folder.abcrown, yaml.safe_dump(configuration(timeout, "cpu"), sort_keys=False))
+    _write(folder.sums, "".join(f"{sha256(path)}  {path.relative_to(folder.path)}\n" for path in _files(folder)))
+    record = {**dataclasses.asdict(network), "path": folder.onnx.name}
+    found = {
+        "weights": folder.weights_sha256(), "network": record, "epsilon": float(ball.epsilon),
+        "properties": len(names), "timeout": timeout,
+        "first_image": images.start, "sums": {"path": folder.sums.name, "sha256": sha256(folder.sums)},
+    }  # fmt: skip
+    folder.describe("export", found)
+    return found
+
+
+def current_network(folder: RunFolder, description: Mapping[str, Any]) -> Path | None:
+    """``model.onnx``, if it is the file that was exported, of the weights that are there; else None."""
+    recorded = description.get("export", {})
+    wanted = recorded.get("weights"), recorded.get("network", {}).get("sha256")
+    if not folder.onnx.exists() or wanted != (folder.weights_sha256(), sha256(folder.onnx)):
+        return None
+    return folder.onnx
+
+
+def _files(folder: RunFolder) -> Iterator[Path]:
+    yield from (folder.onnx, *sorted(folder.specs.iterdir()), folder.instances, folder.abcrown)
+
+
+def _lines(rows: list[tuple[str, ...]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

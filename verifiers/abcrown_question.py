@@ -1,0 +1,104 @@
+"""Images that α-β-CROWN is asked about, its answers in the form of our own verdicts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ..bounds import LinfBall
+from ..data import Split
+from .abcrown import Abcrown, Answer, configuration
+from .problem import Specification, Status
+from .records import Record
+from .stages import Replay, holds
+from .sweep import Now, named
+from .vnnlib import write_property
+
+VERIFIER = "abcrown"
+ARITHMETIC = "nearest float32"
+
+
+@dataclass(frozen=True)
+class AbcrownQuestion:
+    """Is each image of a split safe on the whole ball around it? α-β-CROWN answers, on the exported network.
+
+    Args:
+        network: ONNX; replay: that network in onnxruntime, which every counterexample has to fool.
+        timeout: seconds for an image; device: cpu or cuda, of its process.
+        logs: a folder for what it prints.
+        rests_on: what else the verdicts rest on; ``weights`` is the network's checksum.
+    """
+
+    abcrown: Abcrown
+    network: Path
+    replay: Replay
+    split: Split
+    classes: int
+    ball: LinfBall
+    timeout: float
+    device: str
+    logs: Path
+    rests_on: Mapping[str, Any]
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        own = {"verifier": VERIFIER, "timeout": self.timeout, "configuration": self.configuration}
+        return named({**own, **self.rests_on, "abcrown": self.abcrown.versions()})
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return configuration(self.timeout, self.device)
+
+    def offers_more(self, record: Record, before: Record) -> bool:
+        return record["status"] == "error" or self.timeout > before.get("timeout", 0.0)
+
+    def answers(self, fresh: Sequence[int], again: Sequence[int], deadline: float, now: Now) -> Iterator[list[Record]]:
+        numbers, name = [*fresh, *again], self.basis["settings"]
+        with TemporaryDirectory(prefix="certtrain-specs-") as folder:
+            properties = [Path(folder) / f"{number}.vnnlib" for number in numbers]
+            for number, path in zip(numbers, properties, strict=True):
+                image = self.split.pixels(torch.tensor([number]))[0]
+                write_property(path, *self.ball.ends(image), int(self.split.labels[number]), self.classes)
+            shape = self.split.pixels(torch.tensor([0])).shape[1:]
+            now(f"α-β-CROWN, {len(numbers)} images")
+            run = self.abcrown.run(
+                self.network, properties, shape=shape, settings=self.configuration, logs=self.logs
+            )  # fmt: skip
+            with closing(run) as answers:
+                for answer in answers:
+                    yield [{**self._record(numbers[answer.number], answer), "settings": name}]
+                    if time.perf_counter() >= deadline:
+                        return
+
+    def _record(self, number: int, answer: Answer) -> dict[str, Any]:
+        image, label = self.split.pixels(torch.tensor([number]))[0], int(self.split.labels[number])
+        prediction = int(self.replay(image).argmax())
+        fooled = self._fools(number, image, answer)
+        status: Status = answer.status
+        if status != "verified" and fooled:  # a counterexample that comes late is one as well
+            status = "falsified" if prediction == label else "misclassified"
+        elif status == "falsified":
+            status = "unknown"
+        reason = answer.reason
+        if status in ("unknown", "timeout"):
+            reason = "its counterexample does not replay" if answer.status == "falsified" else reason or status
+        return {
+            "index": number, "label": label, "prediction": prediction, "status": status, "stage": VERIFIER,
+            "lower_bound": None, "seconds": answer.seconds, "arithmetic": ARITHMETIC, "reason": reason,
+            "spent": {VERIFIER: answer.seconds}, "said": answer.said,
+        }  # fmt: skip
+
+    def _fools(self, number: int, image: torch.Tensor, answer: Answer) -> bool:
+        """Whether its counterexample, moved into the ball, is one. It tolerates points that are 1e-4 outside."""
+        if answer.counterexample is None:
+            return False
+        point = self.ball.project(image, answer.counterexample.reshape(image.shape))
+        specification = Specification.robust(self.split.labels[number : number + 1].cpu(), self.classes)
+        return not bool(holds(specification, self.replay(point)[None])[0])
