@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bounds import LinfBall
@@ -53,19 +53,20 @@ def verify_with_abcrown(
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
     if not isinstance(ball, LinfBall):
         raise InputError(f"perturbation: found {type(ball).__name__}; accepted for α-β-CROWN: LinfBall")
+    dataset = config.data.load()
+    check_data(dataset, description)
+    chosen = images_of(images, len(dataset.test))
+    given = {} if device is None else {"device": device}
+    certify = config.certify if timeout is None else replace(config.certify, timeout=timeout)
+    where = structure(Config, {**unstructure(config), **given}).resolved_device()
     network = current_network(folder, description)
     if network is None:
         export(path, quiet=quiet)
         network = folder.onnx
-    dataset = config.data.load()
-    check_data(dataset, description)
-    chosen = images_of(images, len(dataset.test))
-    config = structure(Config, {**unstructure(config), **({} if device is None else {"device": device})})
-    where = config.resolved_device()
     weights = folder.weights_sha256()
     question = AbcrownQuestion(
         abcrown, network, replay_session(load_onnx(network)), dataset.test, dataset.classes, ball,
-        config.certify.timeout if timeout is None else timeout, where.type, folder.path / "verdicts" / VERIFIER,
+        certify.timeout, where.type, folder.path / "verdicts" / VERIFIER,
         {"weights": weights, "versions": versions(), "device": device_name(where)},
     )  # fmt: skip
     file = folder.other_verdicts(VERIFIER, float(ball.epsilon), "nearest")
@@ -92,6 +93,6 @@ def compare(first: Sequence[Record], second: Sequence[Record]) -> Agreement:
     other = {record["index"]: record["status"] for record in second}
     pairs = {r["index"]: (r["status"], other[r["index"]]) for r in first if r["index"] in other}
     refuted = {"falsified", "misclassified"}
-    wrong = [index for index, (one, two) in pairs.items()
+    wrong = [index for index, (one, two) in sorted(pairs.items())
              if (one == "verified" and two in refuted) or (two == "verified" and one in refuted)]  # fmt: skip
     return Agreement(dict(Counter(pairs.values())), wrong)

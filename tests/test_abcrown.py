@@ -412,7 +412,7 @@ def test_versions_name_the_commit(setting, tmp_path):
     assert len(abcrown.versions()["commit"]) == 40
 
 
-# to be marked ``abcrown`` once the marker is registered (--strict-markers)
+@pytest.mark.abcrown
 @pytest.mark.skipif(not (os.environ.get(PYTHON) and os.environ.get(HOME)), reason=f"needs α-β-CROWN: {PYTHON}, {HOME}")
 def test_the_real_one():
     assert Abcrown.find().missing() == []

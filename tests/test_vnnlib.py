@@ -240,7 +240,7 @@ def test_without_outputs_every_point_of_the_box_violates(read):
         ("(declare-const Y_3 Real)", 4, "Y_3 Real"),
         ("(declare-const Z_0 Real)", 4, "Z_0 Real"),
         ("(declare-const Y_0 Int)", 4, "Y_0 Int"),
-        ("(assert (and " + " ".join(["(or (<= Y_0 0) (<= Y_1 0))"] * 17) + "))", 4, "and"),
+        ("(assert (and " + " ".join(["(or (<= Y_0 0) (<= Y_1 0))"] * 20) + "))", 4, "and"),
         ("(" * 100_000, 4, "("),
         ("(assert " + "(and " * 100_000, 4, "("),
         ("(assert (<= Y_0 " + "(+ 1 " * 100_000, 4, "("),

@@ -78,24 +78,34 @@ class BoxBounds:
     def _weighed(
         self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, best: Tensor, form: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Better bounds of clauses of several rows: the largest is above every weighted mean of the rows' lines.
-
-        Weights are sought by multiplicative steps towards the rows that are largest where the mean is smallest.
-        """
+        """With the better bound that a weighted mean of a clause's rows may have."""
         constants = (linear.constants + offsets)[:, self.members]
-        center, radius = (part.flatten(1)[:, None, None] for part in (region.hull.center, region.hull.radius))
-        flat, weights = forms.flatten(3), torch.full_like(constants, 1 / constants.shape[-1])
-        for _ in range(WEIGHINGS):
-            mean = (weights.unsqueeze(-1) * flat).sum(2)
-            point = center - radius * mean.unsqueeze(2).sign()
-            rows = (flat * point).sum(-1) + constants
-            found = finite((weights * rows).sum(-1))
-            better = found > best
-            best = torch.where(better, found, best)
-            form = torch.where(better.reshape(*better.shape, *[1] * (form.ndim - 2)), mean.reshape(form.shape), form)
-            weights = weights * (rows / rows.abs().amax(-1, keepdim=True).clamp(min=1e-30)).exp()
-            weights = weights / weights.sum(-1, keepdim=True)
-        return best, form
+        weights, found = best_weights(region, forms, constants)
+        mean = (weights.reshape(*weights.shape, *[1] * (forms.ndim - 3)) * forms).sum(2)
+        better = found > best
+        return torch.where(better, found, best), torch.where(
+            better.reshape(*better.shape, *[1] * (form.ndim - 2)), mean, form
+        )
+
+
+def best_weights(region: Region, forms: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (P, C, G) of rows that lie above lines, forms (P, C, G, *shape) · x + constants (P, C, G), and the bound
+    (P, C) of their mean over boxes. The largest of the rows is above every weighted mean of them.
+
+    Sought by multiplicative steps towards the rows that are largest where the mean is smallest.
+    """
+    center, radius = (part.flatten(1)[:, None, None] for part in (region.hull.center, region.hull.radius))
+    flat, weights = forms.flatten(3), torch.full_like(constants, 1 / constants.shape[-1])
+    best, kept = torch.full_like(constants[..., 0], -torch.inf), weights
+    for _ in range(WEIGHINGS):
+        mean = (weights.unsqueeze(-1) * flat).sum(2, keepdim=True)
+        rows = (flat * (center - radius * mean.sign())).sum(-1) + constants
+        found = finite((weights * rows).sum(-1))
+        better = found > best
+        best, kept = torch.where(better, found, best), torch.where(better.unsqueeze(-1), weights, kept)
+        weights = weights * (rows / rows.abs().amax(-1, keepdim=True).clamp(min=1e-30)).exp()
+        weights = weights / weights.sum(-1, keepdim=True)
+    return kept, best
 
 
 def _picked(forms: Tensor, row: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, check
 from ..run_folder import LineFile
+from ..training import Interrupted
 from .cascade import Arithmetic
 from .limits import out_of_memory
 from .onnx_network import OnnxNetwork, read_onnx
@@ -65,6 +67,7 @@ def run_instances(
     Raises:
         InputError: the table cannot be read, or ``results`` holds something else; it is left as it was.
     """
+    check(timeout is None or 0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
     try:
         with file.alone():
@@ -73,23 +76,36 @@ def run_instances(
             for number, instance in enumerate(instances[done:], start=done + 1):
                 limit = instance.timeout if timeout is None else min(timeout, instance.timeout)
                 found, why = _answered(reader, folder, instance, limit, arithmetic)
-                line = f"{instance.network},{instance.property},{RESULTS[found.word]},{found.seconds:.3f}"
+                line = f"{_names(instance)}{RESULTS[found.word]},{found.seconds:.3f}"
                 file.append_text(line + "\n")
                 watch(number, len(instances), f"{line}{'' if why is None else f'  ({why})'}")
     except OSError as error:
         raise InputError(f"{results}: cannot be written ({error.strerror}); accepted: a file of results") from error
 
 
+def _names(instance: Instance) -> str:
+    """What an answer's line begins with."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator=",").writerow(instance[:2])
+    return text.getvalue()
+
+
 def _done(file: LineFile, instances: list[Instance]) -> int:
-    """How many instances the results are known of."""
-    file.drop_half_line()
-    rows = list(csv.reader(file.path.read_text(encoding="utf-8", errors="replace").splitlines()))
-    for number, row in enumerate(rows):
-        wanted = instances[number][:2] if number < len(instances) else None
-        if len(row) != 4 or tuple(row[:2]) != wanted or row[2] not in RESULTS.values():
+    """How many instances the results are known of. The beginning of one more answer is taken away."""
+    *lines, half = file.path.read_text(encoding="utf-8", errors="replace").split("\n")
+    known = [_names(instance) for instance in instances[: len(lines) + 1]]
+    for number, line in enumerate([*lines, half]):
+        names = known[number] if number < len(known) else None
+        status, comma, _ = line[len(names or "") :].partition(",")
+        good = names is not None and line.startswith(names) and status in RESULTS.values() and comma
+        if number == len(lines):
+            begun = [f"{names}{result}," for result in RESULTS.values()] if names else []
+            good = good or not half or any(result.startswith(half) for result in begun)
+        if not good:
             accepted = "a new file, or the results of these instances, in their order"
-            raise InputError(f"{file.path}, line {number + 1}: found {','.join(row)!r}; accepted: {accepted}")
-    return len(rows)
+            raise InputError(f"{file.path}, line {number + 1}: found {line[:200]!r}; accepted: {accepted}")
+    file.drop_half_line()
+    return len(lines)
 
 
 class _Networks:
@@ -117,6 +133,8 @@ def _answered(
         property = read_property(path, network.shape.numel(), network.outputs)
         found = check_property(network, property, started + timeout, arithmetic)
         return found, found.reason
+    except Interrupted:
+        raise
     except Exception as error:  # one line's trouble must not take the others' answers away
         why = "out of memory" if out_of_memory(error) else " ".join(f"{error}".split())
         found = Answer("unknown" if out_of_memory(error) else "error", time.perf_counter() - started, arithmetic)

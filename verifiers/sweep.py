@@ -21,6 +21,7 @@ from ..progress import Progress, console
 from ..run_folder import JsonLines
 from .cascade import Certify, robustness, run_cascade
 from .limits import TOTAL_TIMEOUT, Limits
+from .lirpa import require
 from .records import Record, best_of, read_verdicts, so_far, undecided, worth_another_try
 from .stages import Replay
 
@@ -84,7 +85,8 @@ class Question:
     @property
     def basis(self) -> dict[str, Any]:
         certify = unstructure(replace(self.settings, images=None))
-        return named({"certify": certify, "seed": self.seed, **self.rests_on})
+        other = {"auto_LiRPA": require().__version__} if "lirpa" in self.settings.stages else {}
+        return named({"certify": certify, "seed": self.seed, **other, **self.rests_on})
 
     def offers_more(self, record: Record, before: Record) -> bool:
         return worth_another_try(record, self.settings, before.get("certify", {}))

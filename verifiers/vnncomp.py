@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Box
+from ..bounds.folding import fold
 from ..errors import InputError, check
 from ..run_folder import write_atomically
 from .cascade import Arithmetic, run_cascade
@@ -21,7 +23,7 @@ from .limits import Limits
 from .onnx_network import OnnxNetwork, read_onnx, replay_session
 from .problem import Problem, Specification, Verdict
 from .search import Search
-from .stages import AlphaStage, BabStage, CrownStage, IbpStage, InputSplitStage, Judge, Stage, holds
+from .stages import AlphaStage, BabStage, CrownStage, IbpStage, InputSplitStage, Judge, Replay, Stage, holds
 from .vnnlib import Case, Property, read_property
 
 Word = Literal["holds", "violated", "timeout", "unknown", "error"]
@@ -34,8 +36,11 @@ RESULTS: dict[Word, str] = {
 FALSIFYING = 0.2
 """Of the time at most goes into descents before the last stage."""
 
-CASES = 256
-"""Boxes of a property that share a batch."""
+READING = 1e-3
+"""Of the outputs' size: by how much our reading of a file may differ from onnxruntime's at one point; 1e-6 is usual."""
+
+TOGETHER = 1 << 24
+"""Numbers of the widest layer, over the boxes of a property that share a batch; 4096 boxes at most."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ def answer(
         InputError: a file that cannot be read, or does not fit the other; an operator without a rule.
     """
     check(0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
+    if results is not None and (not Path(results).parent.is_dir() or Path(results).is_dir()):
+        raise InputError(f"{results}: cannot be written; accepted: a file of results, in a folder that is there")
     started = time.perf_counter()
     read = read_onnx(present(network))
     found = check_property(
@@ -95,28 +102,30 @@ def answer(
     )
     found = replace(found, seconds=time.perf_counter() - started)
     if results is not None:
-        write_atomically(Path(results), lambda temporary: temporary.write_text(found.result()))
+        try:
+            write_atomically(Path(results), lambda temporary: temporary.write_text(found.result()))
+        except OSError as error:
+            why = f"cannot be written ({error.strerror})"
+            raise InputError(f"{results}: {why}; accepted: a file of results") from error
     return found
 
 
 def check_property(network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic) -> Answer:
     """As ``answer``, of what was read. ``deadline`` is on the clock of ``time.perf_counter``."""
     started = time.perf_counter()
-    judge = _Exact(cases=property.cases, replay=replay_session(network.model))
+    replay = replay_session(network.model)
+    _check_reading(network, property.cases[0], replay)
+    judge = _Exact(cases=property.cases, replay=replay)
     verdicts: list[Verdict] = []
-    for numbers in _alike(property.cases):
-        problem = _problem(network, [property.cases[number] for number in numbers], numbers)
-        left = deadline - time.perf_counter()
-        if left <= 0:
-            return Answer("timeout", time.perf_counter() - started, arithmetic, "timeout")
-        stages = _stages(problem, judge, left)
-        verdicts += run_cascade(problem, stages, Limits(left, deadline), arithmetic=arithmetic)
-        if judge.found:
-            break
+    widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
+    most = max(1, min(4096, TOGETHER // widest))
+    try:
+        for numbers in _alike(property.cases, most):
+            verdicts += _search(network, property, numbers, judge, deadline, arithmetic)
+    except _Refuted as found:
+        seconds, precision = time.perf_counter() - started, str(found.outputs.dtype).removeprefix("torch.")
+        return Answer("violated", seconds, f"onnxruntime {precision}", None, found.inputs, found.outputs)
     seconds = time.perf_counter() - started
-    if judge.found:
-        inputs, outputs = judge.found[0]
-        return Answer("violated", seconds, f"onnxruntime {outputs.dtype}".replace("torch.", ""), None, inputs, outputs)
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
         return Answer("holds", seconds, verdicts[0].arithmetic)
@@ -125,10 +134,55 @@ def check_property(network: OnnxNetwork, property: Property, deadline: float, ar
     return Answer("timeout" if late else "unknown", seconds, first.arithmetic, first.reason)
 
 
+def _check_reading(network: OnnxNetwork, case: Case, replay: Replay) -> None:
+    """
+    Raises:
+        InputError: what we read is not the network that onnxruntime runs, by one point's outputs.
+    """
+    point = ((case.lower + case.upper) / 2).float().reshape(1, *network.shape)
+    with torch.no_grad():
+        ours, theirs = network.module(point)[0], replay(point[0])
+    difference = float((ours - theirs).abs().max())
+    if not difference <= READING * max(1.0, float(theirs.abs().max())):
+        raise InputError(
+            f"network: found outputs that differ from onnxruntime's by {difference:.3g} in the middle of the box; "
+            f"accepted: {READING:g} of their size, whatever float32 rounds"
+        )
+
+
 def present(path: str | Path) -> Path:
     """The file, or its gzipped form where only that is there."""
     plain, zipped = Path(path), Path(f"{path}.gz")
     return zipped if zipped.exists() and not plain.exists() else plain
+
+
+def _search(
+    network: OnnxNetwork,
+    property: Property,
+    numbers: list[int],
+    judge: _Exact,
+    deadline: float,
+    arithmetic: Arithmetic,
+) -> list[Verdict]:
+    """Verdicts of some cases. Each gets its share of the time; what is left then goes to those that are still open."""
+    late = [Verdict(number, None, None, "timeout", "", None, 0.0, arithmetic, "timeout") for number in numbers]
+    found = {verdict.index: verdict for verdict in late}
+    stages: list[Stage] = []
+    while numbers and (left := deadline - time.perf_counter()) > 0:
+        problem = _problem(network, [property.cases[number] for number in numbers], numbers)
+        stages = [_last(problem, judge, left)] if stages else _stages(problem, judge, left)
+        verdicts = run_cascade(problem, stages, Limits(left, deadline), arithmetic=arithmetic)
+        found |= {verdict.index: verdict for verdict in verdicts}
+        numbers = [verdict.index for verdict in verdicts if verdict.status == "timeout"]
+    return list(found.values())
+
+
+class _Refuted(Exception):
+    """One counterexample is enough: it ends the search of all cases."""
+
+    def __init__(self, inputs: Tensor, outputs: Tensor):
+        super().__init__("a counterexample")
+        self.inputs, self.outputs = inputs, outputs
 
 
 @dataclass(frozen=True)
@@ -140,27 +194,35 @@ class _Exact(Judge):
     """
 
     cases: Sequence[Case] = ()
-    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
         assert self.replay is not None
         case = self.cases[int(problem.index[number])]
-        inputs = image.double().flatten().clamp(case.lower, case.upper)
+        lower = torch.tensor([_as_read(end, math.inf) for end in case.lower.tolist()], dtype=torch.float64)
+        upper = torch.tensor([_as_read(end, -math.inf) for end in case.upper.tolist()], dtype=torch.float64)
+        inputs = image.double().flatten().cpu().clamp(lower, upper) + 0.0  # there is no -0
         outputs = self.replay(inputs.float().reshape(image.shape)).flatten()
         specification = Specification(case.rows[None], case.offsets[None], case.clauses)
         if not outputs.isfinite().all() or bool(holds(specification, outputs.double()[None])[0]):
             return False
-        self.found.append((inputs, outputs))
-        return True
+        raise _Refuted(inputs, outputs)
 
 
-def _alike(cases: Sequence[Case]) -> Iterator[list[int]]:
-    """The cases' numbers, those of the same clauses together."""
+def _as_read(outward: float, inside: float) -> float:
+    """An end, given that float64 rounded it outward: ``outward``, or between that and the next float inside.
+
+    Of these two the one that has 15 digits at most prints as the very decimal, if that has no more.
+    """
+    return outward if float(f"{outward:.15g}") == outward else math.nextafter(outward, inside)
+
+
+def _alike(cases: Sequence[Case], most: int) -> Iterator[list[int]]:
+    """The cases' numbers, those of the same clauses together, so many at a time."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, case in enumerate(cases):
         groups.setdefault(tuple(case.clauses.tolist()), []).append(number)
     for numbers in groups.values():
-        yield from (numbers[first : first + CASES] for first in range(0, len(numbers), CASES))
+        yield from (numbers[first : first + most] for first in range(0, len(numbers), most))
 
 
 def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]) -> Problem:
@@ -169,7 +231,8 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
         raise InputError("property: found an end that is infinite in float32; accepted: ends of float32's range")
     shape = (len(cases), *network.shape)
     rows, offsets = torch.stack([case.rows for case in cases]), torch.stack([case.offsets for case in cases])
-    specification = Specification(rows, offsets, cases[0].clauses)
+    size = torch.exp2(rows.abs().amax(-1).frexp().exponent.double())  # exactly scaled, so that float32 loses no row
+    specification = Specification(rows / size.unsqueeze(-1), offsets / size, cases[0].clauses)
     return Problem(
         network.module, Box(lower.reshape(shape), upper.reshape(shape)), specification, torch.tensor(numbers)
     )
@@ -180,8 +243,10 @@ def _stages(problem: Problem, judge: Judge, seconds: float) -> list[Stage]:
         IbpStage(), CrownStage("crown_ibp", refine=False),
         FalsifyStage(seconds=FALSIFYING * seconds, judge=judge), CrownStage(),
     ]  # fmt: skip
-    if few_inputs(problem):
-        stages += [InputSplitStage(seconds, judge)]
-    else:
-        stages += [AlphaStage(judge=judge), BabStage(Search(), seconds, judge)]
-    return stages
+    if not few_inputs(problem):
+        stages += [AlphaStage(judge=judge)]
+    return [*stages, _last(problem, judge, seconds)]
+
+
+def _last(problem: Problem, judge: Judge, seconds: float) -> Stage:
+    return InputSplitStage(seconds, judge) if few_inputs(problem) else BabStage(Search(), seconds, judge)

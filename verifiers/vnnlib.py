@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..run_folder import write_atomically
 
 DEPTH = 200  # of nested parentheses: formulas are walked recursively, two frames a level
-DISJUNCTS = 100_000
+DISJUNCTS = 1_000_000
 SIZE = 20_000_000  # literals of a normal form, and numbers of the tensors made of it
 DIGITS = 1000  # of one decimal, and its largest exponent: exact fractions take as many
 TOKEN = re.compile(r"[()]|[^\s()]+")

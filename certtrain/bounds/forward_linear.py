@@ -60,22 +60,22 @@ def _input(region: Region) -> _Between:
     slopes = radius.new_zeros(len(radius), len(wide) + 1, radius.shape[1])
     slopes[:, torch.arange(len(wide)), wide] = radius[:, wide]
     slopes[:, -1] = hull.center.flatten(1)
-    lines = slopes.reshape(len(radius), -1, *hull.center.shape[1:])
+    lines = slopes.reshape(*slopes.shape[:2], *hull.center.shape[1:])
     return _Between(lines, lines)
 
 
 def _through(operation: Operation, lines: Tensor) -> Tensor:
     """A linear operation without constant, on each of the lines' numbers."""
-    return operation(lines.flatten(0, 1)).reshape(*lines.shape[:2], -1)  # type: ignore[operator]
+    found = operation(lines.flatten(0, 1))  # type: ignore[operator]
+    return found.reshape(*lines.shape[:2], *found.shape[1:])
 
 
 def _weighted(operation: Dense | Convolution, x: _Between) -> _Between:
     up, down = (replace(operation, weight=part, bias=None)
                 for part in (operation.weight.clamp(min=0), operation.weight.clamp(max=0)))  # fmt: skip
-    shape = operation(x.lower[:, -1]).shape[1:]
     ends = []
     for same, other in ((x.lower, x.upper), (x.upper, x.lower)):
-        line = (_through(up, same) + _through(down, other)).reshape(*same.shape[:2], *shape)
+        line = _through(up, same) + _through(down, other)
         if operation.bias is not None:
             bias = operation.bias if isinstance(operation, Dense) else operation.bias.reshape(-1, 1, 1)
             line[:, -1] += bias

@@ -78,7 +78,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor) -> OnnxFile:
         raise InputError(f"images: found {found}; accepted: (N, *shape) of torch.float32, one image or more")
     path, images = Path(path), images.cpu()
     modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}
+    devices = {t.device for t in (*model.parameters(), *model.buffers())} or {torch.device("cpu")}
     try:
         model.eval().cpu()
         logits = torch.cat([model(part) for part in images.split(BATCH)])
@@ -117,7 +117,10 @@ def _exported(module: nn.Module, image: Tensor) -> onnx.ModelProto:
                 verbose=False,
             )  # fmt: skip
     except Exception as error:  # whatever torch says of a model that it cannot export
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        first: BaseException = error
+        while first.__cause__:  # torch's own is a page of advice
+            first = first.__cause__
+        said = str(first).strip().splitlines() or [type(first).__name__]
         raise InputError(f"model: torch cannot export it ({said[0]}); accepted: a model for torch.onnx") from error
     proto = program.model_proto
     if len(proto.graph.output) != 1 or len(proto.graph.input) != 1:

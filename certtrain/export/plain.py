@@ -81,9 +81,11 @@ def _diagonal(operation: Diagonal, shape: torch.Size) -> nn.Module:
     places = [v.shape[-2:].numel() if v.ndim >= 2 else v.numel() for v in (operation.scale, operation.shift)]
     if len(shape) != 3 or places != [1, 1]:
         return _Elementwise(operation.scale, operation.shift)
-    scale, shift = (v.expand(shape[0]) for v in vectors)
-    weight = torch.diag(scale).reshape(shape[0], shape[0], 1, 1)
-    return _with_weights(nn.Conv2d(shape[0], shape[0], 1, device="meta"), weight, shift.clone())
+    inputs, outputs = shape[0], max(shape[0], *map(len, vectors))  # numbers for RGB make three of one grey channel
+    scale, shift = (v.expand(outputs) for v in vectors)
+    weight = torch.diag(scale) if inputs == outputs else scale
+    layer = nn.Conv2d(inputs, outputs, 1, device="meta")
+    return _with_weights(layer, weight.reshape(outputs, inputs, 1, 1), shift.clone())
 
 
 def _sum(operation: Sum, shape: torch.Size) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,19 +65,22 @@ def write_files(
         InputError: the network cannot be exported (see ``export_onnx``); nothing was changed then.
     """
     network = export_onnx(model, folder.onnx, split.pixels(torch.arange(min(PARITY, len(split)))))
+    if folder.open(folder.path)[1].get("export"):
+        folder.describe("export", {})  # nothing stands for the files while they change
     folder.specs.mkdir(exist_ok=True)
     boxes = isinstance(ball, LinfBall)
     names = [f"{number:04d}.vnnlib" for number in images] if boxes else []
-    for stale in {path.name for path in folder.specs.iterdir()} - set(names):
+    for stale in {path.name for path in folder.specs.glob("*.vnnlib*")} - set(names):
         (folder.specs / stale).unlink()
     if isinstance(ball, LinfBall):
         for name, number in zip(names, images, strict=True):
             image = split.pixels(torch.tensor([number]))[0].cpu()
             write_property(folder.specs / name, *ball.ends(image), int(split.labels[number]), classes)
-    rows = [(folder.onnx.name, f"{folder.specs.name}/{name}", f"{timeout:g}") for name in names]
+    rows = [(folder.onnx.name, f"{folder.specs.name}/{name}", f"{timeout:.15g}") for name in names]
     _write(folder.instances, _lines(rows))
     _write(folder.abcrown, yaml.safe_dump(configuration(timeout, "cpu"), sort_keys=False))
-    _write(folder.sums, "".join(f"{sha256(path)}  {path.relative_to(folder.path)}\n" for path in _files(folder)))
+    files = (folder.onnx, *(folder.specs / name for name in names), folder.instances, folder.abcrown)
+    _write(folder.sums, "".join(f"{sha256(path)}  {path.relative_to(folder.path)}\n" for path in files))
     record = {**dataclasses.asdict(network), "path": folder.onnx.name}
     found = {
         "weights": folder.weights_sha256(), "network": record, "epsilon": float(ball.epsilon),
@@ -95,10 +98,6 @@ def current_network(folder: RunFolder, description: Mapping[str, Any]) -> Path |
     if not folder.onnx.exists() or wanted != (folder.weights_sha256(), sha256(folder.onnx)):
         return None
     return folder.onnx
-
-
-def _files(folder: RunFolder) -> Iterator[Path]:
-    yield from (folder.onnx, *sorted(folder.specs.iterdir()), folder.instances, folder.abcrown)
 
 
 def _lines(rows: list[tuple[str, ...]]) -> str:
