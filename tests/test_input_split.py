@@ -317,6 +317,15 @@ class TestFalsify:
         finding = alone(FalsifyStage(), problem)
         assert finding.statuses == ["falsified", None] * 3
 
+    def test_descents_follow_the_largest_row(self):
+        """x + 0.5 and -x - 5: the second is far below 0 everywhere, and falls the other way."""
+        specification = Specification(
+            torch.tensor([[[1.0], [-1.0]]]), torch.tensor([[0.5, -5.0]]), torch.tensor([0, 0])
+        )
+        problem = Problem(linear_model([[1.0]]), boxes_of((-1.0, 1.5)), specification, torch.arange(1))
+        finding = alone(FalsifyStage(starts=1), problem)
+        assert finding.statuses == ["falsified"] and finding.counterexamples[0].item() <= -0.5
+
     @pytest.mark.parametrize("region", ["box", "linf", "l2"])
     def test_points_lie_in_any_region(self, region):
         draw = torch.Generator().manual_seed(0)

@@ -581,6 +581,8 @@ BAD = {
     "one file": (["network.onnx", None], ["--onnx FILE and --vnnlib FILE"]),
     "the other file": ([None, "safe.vnnlib"], ["--onnx FILE and --vnnlib FILE"]),
     "stray word": (["network.onnx", "safe.vnnlib", "runs/x"], ["'runs/x'"]),
+    "images": (["network.onnx", "safe.vnnlib", "--images", "0:5"], ["--images", "--timeout"]),
+    "other verifier": (["network.onnx", "safe.vnnlib", "--verifier", "abcrown"], ["--verifier"]),
     "no time": (["network.onnx", "safe.vnnlib", "--timeout", "0"], ["timeout: found 0"]),
     "negative time": (["network.onnx", "safe.vnnlib", "--timeout", "-1"], ["timeout: found -1"]),
     "text for time": (["network.onnx", "safe.vnnlib", "--timeout", "soon"], ["--timeout: found 'soon'"]),

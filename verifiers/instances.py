@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from ..errors import InputError, check
 from ..run_folder import LineFile
-from ..training import Interrupted
 from .cascade import Arithmetic
 from .limits import out_of_memory
 from .onnx_network import OnnxNetwork, read_onnx
@@ -133,8 +132,6 @@ def _answered(
         property = read_property(path, network.shape.numel(), network.outputs)
         found = check_property(network, property, started + timeout, arithmetic)
         return found, found.reason
-    except Interrupted:
-        raise
     except Exception as error:  # one line's trouble must not take the others' answers away
         why = "out of memory" if out_of_memory(error) else " ".join(f"{error}".split())
         found = Answer("unknown" if out_of_memory(error) else "error", time.perf_counter() - started, arithmetic)

@@ -76,11 +76,17 @@ def _says_error() -> Iterator[None]:
         raise
 
 
-def _refuse_more(rest: list[str]) -> None:
+def _refuse_more(options: argparse.Namespace, rest: list[str]) -> None:
+    """What is about a run's images has no meaning for a property."""
     from ..errors import InputError
 
-    if rest:
-        raise InputError(f"{rest[0]!r}: found a stray word; accepted: --timeout, --results, --arithmetic, see --help")
+    about_runs = ("images", "epsilon", "total_timeout", "stages", "device", "abcrown_python", "abcrown_home")
+    given = [f"--{name.replace('_', '-')}" for name in about_runs if getattr(options, name) is not None]
+    given += ["--verifier"] if options.verifier != "embedded" else []
+    if rest or given:
+        raise InputError(
+            f"{[*map(repr, rest), *given][0]}: cannot be given here; accepted: --timeout, --results, --arithmetic"
+        )
 
 
 def _arithmetic(options: argparse.Namespace) -> Any:
@@ -97,7 +103,7 @@ def _property(options: argparse.Namespace, rest: list[str]) -> int:
         from ..errors import InputError
         from ..verifiers.vnncomp import answer
 
-        _refuse_more(rest)
+        _refuse_more(options, rest)
         if not (options.onnx and options.vnnlib):
             raise InputError("found one file; accepted: --onnx FILE and --vnnlib FILE together")
         seconds = number("--timeout", options.timeout or "60", SECONDS)
@@ -114,7 +120,7 @@ def _instances(options: argparse.Namespace, rest: list[str]) -> int:
         from ..training import StopRequest
         from ..verifiers.instances import run_instances
 
-        _refuse_more(rest)
+        _refuse_more(options, rest)
         if not options.results or options.onnx or options.vnnlib:
             raise InputError("--instances: accepted: --instances CSV and --results CSV, without --onnx and --vnnlib")
         seconds = None if options.timeout is None else number("--timeout", options.timeout, SECONDS)

@@ -7,8 +7,11 @@ import threading
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved itself; ``signal`` is the signal's number."""
+class Interrupted(BaseException):
+    """The run was asked to stop and has saved itself; ``signal`` is the signal's number.
+
+    No ``except Exception``, ours or a library's, may take it for a failure.
+    """
 
     def __init__(self, number: int):
         self.signal = number
