@@ -72,7 +72,7 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     """
     folder, description = RunFolder.open(Path(path))
     config = recorded_config(folder, description)
-    if folder.final() and ("export" in description or not config.export.enabled):
+    if folder.final() and (description.get("export") or not config.export.enabled):
         return folder
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})

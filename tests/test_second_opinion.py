@@ -334,6 +334,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("words", "mentions"),
         [(["--images", "0:360"], ["images: found '0:360'"]),
+         (["--stages", "ibp"], ["--stages", "both"]), (["--certify.batch_size", "3"], ["--certify.batch_size"]),
          pytest.param(["--device", "cuda"], ["device: found 'cuda'"], marks=NO_CUDA)],
     )  # fmt: skip
     def test_bad_words(self, exported, words, mentions, run, fake, capsys):

@@ -160,6 +160,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
             raise InputError(f"--{name}: cannot be changed here; accepted: --certify.field value, see --help")
     if options.results:
         raise InputError("--results: accepted with --onnx or --instances; a run's verdicts stand in its folder")
+    ours = [*overrides, *(name for name in ("stages", "arithmetic") if getattr(options, name) is not None)]
+    if options.verifier == "abcrown" and ours:
+        with _says_error():
+            raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
     given = {
         "perturbation.epsilon": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
         "certify.arithmetic": options.arithmetic,
