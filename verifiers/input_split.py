@@ -27,7 +27,7 @@ properties of VNN-COMP 2022): 0.4 s by halves, not within 30 s by neurons."""
 
 FLOOR = 0.1
 """Of the steepest input's slope, which every input counts with at least: lines may be flat where relaxations are wide.
-Without it four in ten of ACAS Xu's first property did not end in 20 s that take 3 s with it."""
+Of ACAS Xu's property 1, networks 2_8 and 3_1 took 889 and 153 boxes with it; without, 30,000 did not suffice."""
 
 BATCH = 512
 """Boxes that are halved in one round."""
