@@ -17,11 +17,12 @@ import torch.utils.deterministic
 from torch import nn
 
 from . import __version__
+from .bounds import PerturbationSet
 from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
-from .export import current_network, write_files
+from .export import Export, current_network, write_files
 from .models import initialise_for_ibp
 from .noise import key_of
 from .precision import full_float32
@@ -156,7 +157,7 @@ def _go_on(
     if not folder.final():
         _train_and_certify(folder, config, dataset, model, device, quiet)
     if config.export.enabled:
-        export(folder.path, quiet=quiet)
+        _export(folder, dataset, config.perturbation, None, config.export, quiet)
     return folder
 
 
@@ -205,11 +206,24 @@ def export(
         InputError: something given cannot be used, or the network cannot be exported; nothing on disk was changed.
     """
     folder, description = RunFolder.open(Path(path))
-    model, config = load_model(path)
+    config = recorded_config(folder, description)
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
     settings = config.export if timeout is None else dataclasses.replace(config.export, timeout=timeout)
     dataset = config.data.load()
     check_data(dataset, description)
+    return _export(folder, dataset, ball, images, settings, quiet)
+
+
+def _export(
+    folder: RunFolder,
+    dataset: Dataset,
+    ball: PerturbationSet,
+    images: str | range | None,
+    settings: Export,
+    quiet: bool,
+) -> dict[str, Any]:
+    """The network is the one in the folder, whatever was trained just now."""
+    model, _ = load_model(folder.path)
     count = len(dataset.test)
     default = range(count if settings.images is None else min(settings.images, count))
     chosen = default if images is None else images_of(images, count)

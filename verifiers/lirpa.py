@@ -33,7 +33,7 @@ from .known import Known
 from .limits import out_of_memory
 from .optimise import finite
 from .problem import Problem
-from .stages import Finding, _proved
+from .stages import Finding, proof
 
 Method = Literal["ibp", "crown_ibp", "crown", "alpha"]
 METHODS: dict[str, str] = {"ibp": "IBP", "crown_ibp": "CROWN-IBP", "crown": "CROWN", "alpha": "CROWN-Optimized"}
@@ -119,7 +119,7 @@ class LirpaStage:
             return Finding([None] * len(problem), known, reasons=[why] * len(problem))
         forms, offsets = known.rows_of(problem.specification)
         rows = lirpa_rows(problem.network, problem.region, forms, self.method, steps=self.steps)
-        return _proved(problem, known.with_rows(rows + offsets))
+        return proof(problem, known.with_rows(rows + offsets))
 
 
 def _evaluating(model: nn.Module) -> nn.Module:

@@ -58,7 +58,8 @@ def _where(decided: Tensor, status: Status) -> list[Status | None]:
     return [status if done else None for done in decided.tolist()]
 
 
-def _proved(problem: Problem, known: Known) -> Finding:
+def proof(problem: Problem, known: Known) -> Finding:
+    """What the rows' lower bounds prove."""
     return Finding(_where(problem.specification.worst(known.rows) > 0, "verified"), known)
 
 
@@ -133,7 +134,7 @@ class IbpStage:
             rows = compute_rows(problem.network, problem.region, forms)
         else:
             rows = interval_forms(known.network, known.region_of(problem), forms)
-        return _proved(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
+        return proof(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class CrownStage:
         forms, offsets = known.rows_of(problem.specification)
         size = rows_at_a_time(known.network, len(problem), forms)
         rows = torch.cat([bound_forms(known.network, region, part, known.bounds) for part in forms.split(size, 1)], 1)
-        return _proved(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
+        return proof(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class AlphaStage:
                 if self.judge(some, number, point[number]):
                     counterexamples[int(part[number])] = point[number]
         known = Known(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
-        proved = _proved(problem, known)
+        proved = proof(problem, known)
         statuses = [
             "falsified" if found is not None else status
             for found, status in zip(counterexamples, proved.statuses, strict=True)

@@ -27,7 +27,6 @@ def add(commands) -> None:
         "RUN_DIR/verdicts.jsonl, another one RUN_DIR/verdicts/embedded-EPSILON-ARITHMETIC.jsonl.",
         epilog="Fields of the recipe's certify section are given as --certify.field value, for example "
         "--certify.batch_size 64; what is not given is as the run's recipe says.",
-        formatter_class=argparse.RawDescriptionHelpFormatter if sys.stdout.isatty() else argparse.HelpFormatter,
         allow_abbrev=False,
     )
     verify.add_argument("--images", metavar="START:STOP", help="some of the test images (default: all)")
