@@ -1,16 +1,17 @@
 """Sources, their checks, splits, augmentation and the loader."""
 
-import gzip
 import pickle
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from certtrain.data import Arrays, Augment, Cifar10, Digits, Loader, Mnist, Split, in_order
+from certtrain.config import structure
+from certtrain.data import Arrays, Augment, Digits, Loader, Split, in_order
 from certtrain.data.dataset import split_by_class
 from certtrain.errors import InputError
-from certtrain.noise import Noise
+from certtrain.noise import Noise, permutation
 
 
 class TestDigits:
@@ -59,6 +60,19 @@ def test_split_by_class_is_disjoint_and_complete():
     assert len(split_by_class(labels, 0.0)[1]) == 0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_split_by_class_draws_each_class_by_its_own_key(count, share):
+    labels = torch.randint(-1, 12, (count,), generator=torch.Generator().manual_seed(count)) * 3
+    held_out = []
+    for label in sorted(set(labels.tolist())):
+        members = [number for number, found in enumerate(labels.tolist()) if found == label]
+        drawn = permutation(len(members), "split", label)[: round(share * len(members))]
+        held_out += [members[place] for place in drawn.tolist()]
+    kept = sorted(set(range(count)) - set(held_out))
+    assert [part.tolist() for part in split_by_class(labels, share)] == [kept, sorted(held_out)]
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_validation_share_out_of_range_is_refused(share):
     with pytest.raises(InputError, match=r"^validation: found .*accepted"):
@@ -93,6 +107,33 @@ class TestAugment:
         assert set(drawn.top.tolist()) == set(drawn.left.tolist()) == set(range(2 * pad + 1))
         assert 0.2 < drawn.flip.double().mean() < 0.8 if flip else not drawn.flip.any()
         assert found.is_contiguous() and found.dtype == images.dtype
+
+    @pytest.mark.parametrize("flip", [False, True])
+    @pytest.mark.parametrize(("padding", "mode"), [("edge", "replicate"), ("zero", "constant")])
+    def test_padding_is_torchs(self, padding, mode, flip):
+        images = 0.25 + torch.rand(40, 2, 6, 4) / 2  # no zeros of their own
+        found, drawn = Augment(pad=3, flip=flip, padding=padding)(images, Noise(1, torch.arange(40)))
+        for number, image in enumerate(images):
+            padded = F.pad(image[None], (3, 3, 3, 3), mode=mode)[0]
+            top, left = int(drawn.top[number]), int(drawn.left[number])
+            crop = padded[:, top : top + 6, left : left + 4]
+            assert torch.equal(found[number], crop.flip(2) if drawn.flip[number] else crop)
+        assert bool((found == 0).any()) == (padding == "zero")
+
+    def test_the_padding_changes_no_draw(self):
+        images, noise = torch.rand(30, 1, 5, 5), Noise(2, torch.arange(30))
+        edge, zero = (Augment(pad=2, flip=True, padding=padding)(images, noise) for padding in ("edge", "zero"))
+        assert all(torch.equal(getattr(edge[1], name), getattr(zero[1], name)) for name in ("top", "left", "flip"))
+        inside = zero[0] != 0
+        assert torch.equal(edge[0][inside], zero[0][inside]) and not torch.equal(edge[0], zero[0])
+        assert Augment(pad=2) == Augment(pad=2, padding="edge")
+
+    @pytest.mark.parametrize("padding", ["reflect", "", None, 0])
+    def test_another_padding_is_refused(self, padding):
+        with pytest.raises(InputError, match=r"^padding: found .*; accepted: edge, zero"):
+            Augment(pad=1, padding=padding)
+        with pytest.raises(InputError, match=r"^padding: found .*; accepted: edge, zero"):
+            structure(Augment, {"pad": 1, "padding": padding})
 
     def test_offsets_and_flips_are_unrelated(self):
         _, drawn = Augment(pad=2, flip=True)(torch.zeros(5000, 1, 2, 2), Noise(0, torch.arange(5000)))
@@ -283,55 +324,3 @@ class TestArrays:
         np.savez(tmp_path / "a.npz", **good_arrays())
         with pytest.raises(InputError, match=r"validation.*accepted"):
             Arrays(path=tmp_path / "a.npz", validation=0.9).load()
-
-
-class TestTorchvisionFiles:
-    @pytest.mark.parametrize(
-        ("source", "first"),
-        [(Mnist, "MNIST/raw/train-images-idx3-ubyte"), (Cifar10, "cifar-10-batches-py/data_batch_1")],
-    )
-    def test_a_missing_file_and_a_corrupt_one_are_named(self, source, first, tmp_path):
-        with pytest.raises(InputError) as caught:
-            source(root=tmp_path).load()
-        assert str(caught.value).startswith(f"{tmp_path / first}: no such file") and "accepted: " in str(caught.value)
-        for content in (b"", b"\x00\x00\x08\x03 made up", gzip.compress(b"x")):
-            (tmp_path / first).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / first).write_bytes(content)
-            with pytest.raises(InputError) as caught:
-                source(root=tmp_path).load()
-            assert str(caught.value).startswith(f"{tmp_path / first}: found md5 ") and "accepted: " in str(caught.value)
-
-    def test_a_malicious_cifar_batch_does_not_run(self, tmp_path):
-        class Malicious:
-            def __reduce__(self):
-                return (open, (str(tmp_path / "ran"), "w"))
-
-        folder = tmp_path / "cifar-10-batches-py"
-        folder.mkdir()
-        for name in Cifar10().files():
-            (tmp_path / name).write_bytes(pickle.dumps(Malicious()))
-        with pytest.raises(InputError, match="found md5"):
-            Cifar10(root=tmp_path).load()
-        assert not (tmp_path / "ran").exists()
-
-    def test_what_torchvision_reads_becomes_channels_first_uint8(self, tmp_path, monkeypatch):
-        """The files themselves are made up, so their md5 and torchvision's reader are replaced."""
-        grey, colour = np.arange(2 * 4 * 5, dtype=np.uint8).reshape(2, 4, 5), np.zeros((2, 4, 5, 3), np.uint8)
-        colour[1, 2, 3, 0] = 7
-
-        class Stored:
-            def __init__(self, data, targets):
-                self.data, self.targets = data, targets
-
-        for source, stored in ((Mnist, Stored(torch.as_tensor(grey), torch.tensor([1, 9]))),
-                               (Cifar10, Stored(colour, [1, 9]))):  # fmt: skip
-            monkeypatch.setattr(source, "files", lambda self: {})
-            monkeypatch.setattr(source, "open", lambda self, train, stored=stored: stored)
-            dataset = source(root=tmp_path).load()
-            assert dataset.classes == 10 and dataset.train.images.dtype == torch.uint8
-            assert dataset.train.labels.tolist() == [1, 9]
-            if source is Mnist:
-                assert torch.equal(dataset.train.images, torch.as_tensor(grey)[:, None])
-            else:
-                assert dataset.shape == (3, 4, 5) and dataset.train.images[1, 0, 2, 3] == 7
-                assert int(dataset.train.images.sum()) == 7

@@ -3,7 +3,13 @@
 from .arrays import Arrays
 from .dataset import Dataset, Source, Split
 from .digits import Digits
+from .idx_files import FashionMnist, Mnist
+from .imagenet64 import ImageNet64
 from .loader import Augment, Loader, in_order
-from .torchvision_files import Cifar10, Mnist
+from .tiny_imagenet import TinyImageNet
+from .torchvision_files import Cifar10, Cifar100, Svhn
 
-__all__ = ["Arrays", "Augment", "Cifar10", "Dataset", "Digits", "Loader", "Mnist", "Source", "Split", "in_order"]
+__all__ = [
+    "Arrays", "Augment", "Cifar10", "Cifar100", "Dataset", "Digits", "FashionMnist", "ImageNet64", "Loader", "Mnist",
+    "Source", "Split", "Svhn", "TinyImageNet", "in_order",
+]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import Component
 from ..errors import InputError, check
 from ..noise import permutation
+from .mapped import MappedImages
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,13 @@ class Split:
     """Images as stored, and labels.
 
     Args:
-        images: (N, C, H, W) uint8 in 0..full_scale, or float32 in [0, 1].
+        images: (N, C, H, W) uint8 in 0..full_scale, or float32 in [0, 1]; on the labels' device, or a memory-mapped
+            file, which stays where it is.
         labels: (N,) int64.
         full_scale: the stored value that means 1.0 (255; 16 for scikit-learn's digits; 1 for floats).
     """
 
-    images: Tensor
+    images: Tensor | MappedImages
     labels: Tensor
     full_scale: int = 255
 
@@ -33,14 +35,15 @@ class Split:
         return len(self.labels)
 
     def pixels(self, index: Tensor) -> Tensor:
-        """(B, C, H, W) float32 in [0, 1]."""
-        return self.images[index].float() / self.full_scale
+        """(B, C, H, W) float32 in [0, 1], on the labels' device."""
+        return self.images[index].to(self.labels.device).float() / self.full_scale
 
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device), self.full_scale)
 
     def subset(self, index: Tensor) -> Split:
-        return Split(self.images[index], self.labels[index], self.full_scale)
+        images = self.images.subset(index) if isinstance(self.images, MappedImages) else self.images[index]
+        return Split(images, self.labels[index], self.full_scale)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Dataset:
 
     Args:
         classes: K; labels lie in 0..K-1.
-        checksum: sha256 over all images and labels as stored.
+        checksum: sha256 over all images and labels as stored; a memory-mapped file's images count with the sha256
+            that was recorded when it was made.
     """
 
     train: Split
@@ -117,8 +121,9 @@ class Source(Component):
 def split_by_class(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """(kept, held out): sorted sample numbers; ``round(share · n)`` of each class are held out, by a fixed key."""
     held_out = []
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten()
+    classes, counts = labels.unique(return_counts=True)
+    by_class = labels.argsort(stable=True).split(counts.tolist())  # one look at 1.3 million labels, not one a class
+    for label, members in zip(classes.tolist(), by_class):
         order = permutation(len(members), "split", label)
         held_out.append(members[order[: round(share * len(members))]])
     chosen = torch.zeros(len(labels), dtype=torch.bool)
@@ -129,7 +134,7 @@ def split_by_class(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 def _check(split: Split, classes: int, where: str) -> None:
     images, labels = split.images, split.labels
-    if images.ndim != 4 or len(images) != len(labels) or images.numel() == 0:
+    if len(images.shape) != 4 or len(images) != len(labels) or 0 in images.shape:
         raise InputError(
             f"{where}: found images of shape {tuple(images.shape)} and {len(labels)} labels; "
             "accepted: (N, C, H, W) and N labels, none of them 0"
@@ -139,6 +144,8 @@ def _check(split: Split, classes: int, where: str) -> None:
         raise InputError(
             f"{where}: found label {int(labels[wrong[0]])} at image {int(wrong[0])}; accepted: 0 to {classes - 1}"
         )
+    if isinstance(images, MappedImages):  # bytes, of which 255 means 1.0: none can be out of range
+        return
     if images.is_floating_point():
         bad = images.isnan().flatten(1).any(1).nonzero().flatten()
         if len(bad):
@@ -152,5 +159,8 @@ def _checksum(*splits: Split) -> str:
     digest = hashlib.sha256()
     for split in splits:
         for part in (split.images, split.labels):
-            digest.update(np.ascontiguousarray(part.numpy()).data)
+            if isinstance(part, MappedImages):
+                digest.update(part.sha256.encode())
+            else:
+                digest.update(np.ascontiguousarray(part.numpy()).data)
     return digest.hexdigest()

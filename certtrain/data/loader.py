@@ -1,9 +1,10 @@
-"""Batches from images that live on the device: keyed order, augmentation in batches, no worker processes."""
+"""Batches from images that live on the device or in a mapped file: keyed order, augmentation in batches, no workers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +23,20 @@ class Augment:
     The perturbation set is built around the augmented image.
 
     Args:
-        pad: pixels on each side, filled with the edge's values (zeros would change accuracy: they are not the
-            border of any image).
+        pad: pixels on each side of the image that a crop of its size is drawn from.
         flip: mirror half of the images left to right.
+        padding: what they are filled with: the value of the nearest pixel of the image's edge, or zero, which is
+            black: the value 0 of [0, 1], before the model normalises. Recipes that pad with zeros after they
+            normalised fill with the mean colour instead.
     """
 
     pad: int = 0
     flip: bool = False
+    padding: Literal["edge", "zero"] = "edge"
 
     def __post_init__(self) -> None:
         check(self.pad >= 0, "pad", self.pad, "a whole number >= 0")
+        check(self.padding in ("edge", "zero"), "padding", self.padding, "edge, zero")
 
     def __call__(self, images: Tensor, noise: Noise) -> tuple[Tensor, Augmentation | None]:
         """Augment (B, C, H, W) images."""
@@ -40,7 +45,8 @@ class Augment:
         top, left = (noise.integers(2 * self.pad + 1, stream=side) for side in ("top", "left"))
         flip = noise.integers(2, stream="flip").bool() & self.flip
         height, width = images.shape[2:]
-        padded = F.pad(images, [self.pad] * 4, mode="replicate") if self.pad else images
+        mode = {"edge": "replicate", "zero": "constant"}[self.padding]
+        padded = F.pad(images, [self.pad] * 4, mode=mode) if self.pad else images
         rows = top[:, None] + torch.arange(height, device=images.device)
         columns = torch.arange(width, device=images.device).expand(len(images), -1)
         columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
@@ -55,7 +61,7 @@ class Loader:
     """The training split, epoch by epoch. The last batch may be smaller.
 
     Args:
-        split: on the device.
+        split: its labels on the device.
         batch_size: of all but the last.
         augment: what is drawn for each sample and epoch.
         seed: with the epoch it keys the order and the augmentation.

@@ -1,0 +1,106 @@
+"""Downloads that go on where they were interrupted, checked before use; archives unpacked whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+
+from ..errors import InputError
+from ..progress import Progress
+from .locking import temporary_of
+
+BLOCK = 1 << 20
+SECONDS = 60  # without a byte, before a connection is given up
+
+
+def md5_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
+    """Have the file with that md5 at ``path``, from the first of the mirrors that gives it.
+
+    What has arrived is kept in ``<name>.part`` beside it, and asked for no more.
+
+    Raises:
+        InputError: no mirror gives it; nothing was put at ``path``.
+    """
+    if path.is_file() and md5_of(path) == md5:
+        return
+    part, reasons = path.with_name(f"{path.name}.part"), []
+    for url in urls:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _go_on(url, part)
+            found = md5_of(part)
+            if found == md5:
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+                return
+            part.unlink()
+            reasons.append(f"{url}: found md5 {found}")
+        except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError; a bad URL a ValueError
+            reasons.append(f"{url}: {' '.join(str(error).split())}")
+    raise InputError(f"{path}: could not be downloaded ({'; '.join(reasons)}); accepted: a file with md5 {md5}")
+
+
+def _go_on(url: str, part: Path) -> None:
+    """Append to ``part`` what it lacks of the file; a server that cannot skip starts again."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing behind what is here: whole, or its md5 will tell
+            return
+        raise
+    with response:
+        skips = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if skips else 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
+        with part.open("ab" if skips else "wb") as file, Progress(part.stem, total or 0, have) as progress:
+            while block := response.read(BLOCK):
+                file.write(block)
+                progress.advance(len(block))
+    if total is not None and part.stat().st_size < total:
+        raise OSError(f"the connection was lost after {part.stat().st_size} of {total} bytes")
+
+
+def unpack(archive: Path, folder: str, target: Path) -> None:
+    """Unpack a zip's only top-level ``folder``, which appears at ``target`` whole or not at all.
+
+    Raises:
+        InputError: no such zip, or it holds a link, or a path that leads out of that folder.
+    """
+    temporary = temporary_of(target)
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for entry in file.infolist():
+                parts, kind = PurePosixPath(entry.filename).parts, stat.S_IFMT(entry.external_attr >> 16)
+                inside = parts[:1] == (folder,) and ".." not in parts and "\\" not in entry.filename
+                if not inside or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise InputError(
+                        f"{archive}: found the entry {entry.filename!r}; accepted: files and folders below {folder}/"
+                    )
+            file.extractall(temporary)
+        os.rename(temporary / folder, target)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{archive}: cannot be unpacked to {target} ({error}); accepted: a whole .zip") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
