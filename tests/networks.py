@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,17 @@ class Residual(nn.Module):
         return x + self.block(x) if self.sign > 0 else x - self.block(x)
 
 
+class Joined(nn.Module):
+    """x and block(x), one after the other along a dimension."""
+
+    def __init__(self, block: nn.Module, dim: int = 1):
+        super().__init__()
+        self.block, self.dim = block, dim
+
+    def forward(self, x):
+        return torch.cat([x, self.block(x)], self.dim)
+
+
 class Elementwise(nn.Module):
     """x * scale + shift per channel; scale may be negative."""
 
@@ -71,8 +83,9 @@ def small_cnn(batch_norm: bool = True) -> nn.Module:
     return randomise_norms(nn.Sequential(*layers)).double()
 
 
-POINTWISE = ("relu", "leaky", "sigmoid", "tanh", "dropout", "identity", "norm", "elementwise", "add", "subtract")
-SPATIAL = ("conv", "conv", "conv", "max_pool", "avg_pool", "adaptive")
+POINTWISE = ("relu", "leaky", "sigmoid", "tanh", "gelu", "silu", "dropout", "identity", "norm", "elementwise", "add",
+             "subtract", "join")  # fmt: skip
+SPATIAL = ("conv", "conv", "conv", "max_pool", "avg_pool", "adaptive", "adaptive_max")
 FLAT = ("linear", "linear")
 
 
@@ -81,12 +94,14 @@ def networks(draw) -> nn.Module:
     """A random composition of every supported node kind, (B, 2, 6, 6) → (B, K), float64, in evaluation mode."""
     torch.manual_seed(draw(st.integers(0, 10**6)))
     shape, layers = (2, 6, 6), []
-    for kinds, count in ((POINTWISE + SPATIAL, 4), (FLAT + POINTWISE, 4)):
+    sequence = draw(st.sampled_from([False, False, True]))
+    for places, count in ((2, 2), (1, 3), (0, 4)) if sequence else ((2, 4), (0, 4)):
+        if len(shape) > 1 + places:
+            layers.append(nn.Flatten(1 + places))
+            shape = _shape_after(layers[-1], shape)
+        kinds = SPATIAL + POINTWISE if places else FLAT + POINTWISE
         for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=count)):
             layers.append(_layer(draw, kind, shape))
-            shape = _shape_after(layers[-1], shape)
-        if len(shape) == 3:
-            layers.append(nn.Flatten())
             shape = _shape_after(layers[-1], shape)
     if draw(st.booleans()) or shape[0] > 6:
         layers.append(nn.Linear(shape[0], 4))
@@ -98,7 +113,7 @@ def _shape_after(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _layer(draw, kind: str, shape: tuple[int, ...]) -> nn.Module:
-    channels, spatial = shape[0], len(shape) == 3
+    channels, places = shape[0], len(shape) - 1
     match kind:
         case "relu":
             return nn.ReLU()
@@ -108,40 +123,58 @@ def _layer(draw, kind: str, shape: tuple[int, ...]) -> nn.Module:
             return nn.Sigmoid()
         case "tanh":
             return nn.Tanh()
+        case "gelu":
+            return nn.GELU(draw(st.sampled_from(["none", "tanh"])))
+        case "silu":
+            return nn.SiLU()
         case "dropout":
             return nn.Dropout(0.5)
         case "identity":
             return nn.Identity()
         case "norm":
             affine = draw(st.booleans())
-            return nn.BatchNorm2d(channels, affine=affine) if spatial else nn.BatchNorm1d(channels, affine=affine)
+            return nn.BatchNorm2d(channels, affine=affine) if places > 1 else nn.BatchNorm1d(channels, affine=affine)
         case "elementwise":
-            ones = (channels, 1, 1) if spatial else (channels,)
+            ones = (channels, *[1] * places)
             return Elementwise(torch.randn(ones), torch.randn(ones))
         case "linear":
             return nn.Linear(channels, draw(st.sampled_from([1, 3, 6])), bias=draw(st.booleans()))
-        case "add" | "subtract":
-            inner = nn.Conv2d(channels, channels, 3, padding=1) if spatial else nn.Linear(channels, channels)
-            parts = [inner, *([nn.ReLU()] if draw(st.booleans()) else [])]
-            return Residual(nn.Sequential(*parts), 1 if kind == "add" else -1)
+        case "add" | "subtract" | "join":
+            if kind == "join" and math.prod(shape) > 150:
+                return nn.Identity()
+            inner = _of("Conv", places)(channels, channels, 3, padding=1) if places else nn.Linear(channels, channels)
+            block = nn.Sequential(inner, *([nn.ReLU()] if draw(st.booleans()) else []))
+            if kind == "join":
+                return Joined(block, draw(st.sampled_from([1, -1])))
+            return Residual(block, 1 if kind == "add" else -1)
     small = min(shape[1:]) < 3  # too small for a stride or a dilation
     match kind:
         case "conv":
-            stride = 1 if small else draw(st.sampled_from([1, 2, (2, 1)]))
-            padding = draw(st.sampled_from(["same", 1, (1, 2)])) if stride == 1 else draw(st.sampled_from([0, 1]))
+            stride = 1 if small else draw(st.sampled_from([1, 2, (2, 1)[-places:]]))
+            padding = (
+                draw(st.sampled_from(["same", 1, (1, 2)[-places:]])) if stride in (1, (1,)) else draw(st.integers(0, 1))
+            )
             mode = "zeros" if small else draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
             dilation = 1 if min(shape[1:]) < 5 else draw(st.sampled_from([1, 2]))
             groups = draw(st.sampled_from([1, channels]))
-            return nn.Conv2d(
+            return _of("Conv", places)(
                 channels, 2 * groups if groups > 1 else 3, 3 if padding == "same" or padding else 1 if small else 2,
                 stride, padding, dilation, groups, bias=draw(st.booleans()), padding_mode=mode,
             )  # fmt: skip
         case "max_pool":
-            return nn.MaxPool2d(1 if small else draw(st.sampled_from([2, 3])), stride=1, padding=0 if small else 1)
+            size = 1 if small else draw(st.sampled_from([2, 3]))
+            return _of("MaxPool", places)(size, stride=1, padding=0 if small else 1)
         case "avg_pool":
             include = draw(st.booleans())
-            return nn.AvgPool2d(1 if small else 2, stride=1, padding=0 if small else 1, count_include_pad=include)
-    return nn.AdaptiveAvgPool2d(draw(st.sampled_from([1, 2])))
+            pool = _of("AvgPool", places)
+            return pool(1 if small else 2, stride=1, padding=0 if small else 1, count_include_pad=include)
+    pool = _of("AdaptiveMaxPool" if kind == "adaptive_max" else "AdaptiveAvgPool", places)
+    return pool(draw(st.sampled_from([1, 2])))
+
+
+def _of(kind: str, places: int) -> type[nn.Module]:
+    """A layer's form for sequences or for images."""
+    return getattr(nn, f"{kind}{places}d")
 
 
 def rounding(model: nn.Module, box: Interval, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -150,8 +183,8 @@ def rounding(model: nn.Module, box: Interval, dtype: torch.dtype = torch.float64
     To first order every rounding multiplies one summand of the output, written out as a sum over paths, by
     1 + delta with |delta| <= u. A path meets at most N roundings (``_length``), and the summands' absolute values
     add up to at most A, the network of absolute weights at |center| + radius (``_majorant``), because every
-    activation is 1-Lipschitz. So the error is at most N u A; twice that covers second order, and twice again
-    bounds and outputs together.
+    activation is 1-Lipschitz, but GELU and SiLU, whose slopes are 1.13 at most. So the error is at most N u A; twice
+    that covers second order, and twice again bounds and outputs together.
     """
     magnitude = (box.center.abs() + box.radius).detach().double()
     copied = copy.deepcopy(model).double().eval()
@@ -160,7 +193,7 @@ def rounding(model: nn.Module, box: Interval, dtype: torch.dtype = torch.float64
 
 
 def _length(model: nn.Module) -> int:
-    fan_in = sum(m.weight[0].numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    fan_in = sum(m.weight[0].numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)))
     return fan_in + 16 * len(list(model.modules()))  # 16: a batch norm's root and products, a pooling window of 9
 
 
@@ -172,9 +205,11 @@ def _majorant(module: nn.Module, x: Tensor) -> Tensor:
             return x
         case Residual():
             return x + _majorant(module.block, x)
+        case Joined():
+            return torch.cat([x, _majorant(module.block, x)], module.dim)
         case Elementwise():
             return x * module.scale.abs() + module.shift.abs()
-        case nn.Linear() | nn.Conv2d():
+        case nn.Linear() | nn.Conv1d() | nn.Conv2d():
             for parameter in module.parameters():
                 parameter.abs_()
             return module(x)
@@ -185,6 +220,8 @@ def _majorant(module: nn.Module, x: Tensor) -> Tensor:
             return x * scale.reshape(shape) + shift.reshape(shape)
         case nn.Sigmoid():
             return x + 1
+        case nn.GELU() | nn.SiLU():
+            return 1.13 * x
         case nn.ReLU() | nn.LeakyReLU() | nn.Tanh():
             return x
     return module(x)  # pooling and flatten

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import Apply, Residual, networks, points_inside, rounding, small_cnn, specification
+from networks import Apply, Joined, Residual, networks, points_inside, rounding, small_cnn, specification
 from test_folded import LAYERS, MAX_POOLS, SHAPE, build
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from certtrain.bounds import Interval, L2Ball, LinfBall, Region, compute_bounds,
 from certtrain.bounds.crown import backward, bound_forms, crown_bounds, interval_bounds, relax_all
 from certtrain.bounds.folded import Folded
 from certtrain.bounds.folding import fold
+from certtrain.bounds.windows import Windows
 
 SEEDS = st.integers(0, 1000)
 BALLS = st.sampled_from([LinfBall(0.0), LinfBall(1e-3), LinfBall(0.05), LinfBall(0.5), L2Ball(0.05), L2Ball(1.0)])
@@ -139,7 +140,7 @@ class TestExact:
         expected = torch.stack([values_of(forms, model(corner)) for corner in corners]).amin(0)
         torch.testing.assert_close(bound_forms(network, region, forms, bounds), expected)
 
-    @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid(), nn.Tanh()])
+    @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid(), nn.Tanh(), nn.GELU("tanh"), nn.SiLU()])
     def test_a_point_gives_the_output(self, activation):
         torch.manual_seed(0)
         hidden = [layer for _ in range(3) for layer in (nn.Linear(50, 50), activation)]
@@ -216,8 +217,25 @@ class TestBatches:
         assert crown.rows_at_a_time(network, 0, region.images) >= 1
 
 
+@pytest.mark.parametrize("dim", [1, 2], ids=["channels", "rows"])
+def test_windows_behind_a_concatenation(dim, monkeypatch):
+    """The same bounds as whole passes: windows go through channels side by side; rows are no local operation."""
+    first = Joined(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.GELU()), dim)
+    second = Joined(nn.Sequential(nn.Conv2d(4 if dim == 1 else 2, 3 if dim == 1 else 2, 3, padding=1), nn.ReLU()), dim)
+    model = build([nn.Conv2d(2, 2, 3, padding=1), first, second, nn.Conv2d(7 if dim == 1 else 2, 2, 3), nn.ReLU()])
+    model = model.append(nn.Flatten()).requires_grad_(False)
+    network, region = fold(model, torch.Size((2, 14, 12))), make_region(shape=(2, 14, 12))
+    assert (Windows.behind(network, network.nonlinear[-1] - 1) is not None) == (dim == 1)
+    assert_sound(model, network, region, 1e-9)
+    found = crown_bounds(network, region)
+    monkeypatch.setattr(Windows, "behind", lambda *_: None)
+    for place, whole in crown_bounds(network, region).items():
+        torch.testing.assert_close(found[place].lower, whole.lower, **CLOSE)
+        torch.testing.assert_close(found[place].upper, whole.upper, **CLOSE)
+
+
 class TestGradients:
-    @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1), nn.Sigmoid(), nn.Tanh()])
+    @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1), nn.Sigmoid(), nn.Tanh(), nn.SiLU()])
     @pytest.mark.parametrize("ball", [LinfBall(0.1), L2Ball(0.4)], ids=["linf", "l2"])
     @pytest.mark.parametrize("bounding", [interval_bounds, crown_bounds])
     def test_by_the_weights(self, activation, ball, bounding):

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import Apply, Elementwise, Residual, networks, randomise_norms, rounding, small_cnn
+from networks import Apply, Elementwise, Joined, Residual, networks, randomise_norms, rounding, small_cnn
 from torch import Tensor, nn
 
 from certtrain.bounds import Interval, UnsupportedNode, forward
-from certtrain.bounds.folded import Folded, Input, Nonlinear, Sum
+from certtrain.bounds.folded import Concat, Folded, Input, Nonlinear, Sum
 from certtrain.bounds.folding import fold
 
 SEEDS = st.integers(0, 1000)
@@ -67,6 +67,12 @@ LAYERS = {  # (B, 2, 6, 7) → anything
     "a sum that repeats": lambda: [Apply(lambda m, x: x - F.adaptive_avg_pool2d(x, 1))],
     "the same twice": lambda: [Apply(lambda m, x: x + x)],
     "reshapes": lambda: [Apply(lambda m, x: x.view(x.size(0), 7, 2, -1).flatten(2)), nn.Flatten(), nn.Dropout()],
+    "concatenation": lambda: [Joined(nn.Conv2d(2, 3, 3, padding=1)), Joined(nn.ReLU()), Joined(nn.Conv2d(10, 1, 1))],
+    "concatenation of rows": lambda: [Apply(lambda m, x: torch.cat((x, F.relu(x), x), dim=-1))],
+    "convolution of sequences": lambda: [nn.Flatten(2), nn.Conv1d(2, 4, 3, 2, 1, 3, groups=2), nn.BatchNorm1d(4)],
+    "circular, of sequences": lambda: [nn.Flatten(2), nn.Conv1d(2, 3, 4, padding="same", padding_mode="circular")],
+    "pools of sequences": lambda: [nn.Flatten(2), nn.AvgPool1d(3, 2, 1, True), nn.AdaptiveAvgPool1d(5)],
+    "gates": lambda: [nn.GELU(), nn.SiLU(), nn.GELU("tanh")],
     "activations": lambda: [nn.LeakyReLU(0.3), nn.Tanh(), nn.Sigmoid(), nn.ReLU()],
     "nothing": lambda: [nn.Identity()],
 }  # fmt: skip
@@ -79,6 +85,9 @@ MAX_POOLS = {
     "rectangular": nn.MaxPool2d((1, 5), (2, 1), (0, 2)),
     "one place": nn.MaxPool2d(1, 2),
     "everything": nn.MaxPool2d((6, 7)),
+    "adaptive": nn.AdaptiveMaxPool2d((4, 3)),
+    "of sequences": nn.Sequential(nn.Flatten(2), nn.MaxPool1d(3, 2, 1, dilation=2)),
+    "adaptive, of sequences": nn.Sequential(nn.Flatten(2), nn.AdaptiveMaxPool1d(4)),
 }
 
 
@@ -88,18 +97,21 @@ def build(layers: list[nn.Module]) -> nn.Module:
 
 
 def assert_adjoint(network: Folded) -> None:
-    """<A, op(z)> = <adjoint(A), z> + constant(A), for each linear operation of one input."""
+    """<A, op(z)> = <adjoint(A), z> + constant(A), for each linear operation; of several inputs, added up."""
     generator = torch.Generator().manual_seed(1)
     for operation, shape in zip(network.operations, network.shapes):
-        if isinstance(operation, (Input, Nonlinear, Sum)):
+        if isinstance(operation, (Input, Nonlinear)):
             continue
-        (source,) = (network.shapes[read] for read in operation.inputs)
-        z = torch.randn(2, *source, generator=generator, dtype=torch.float64)
+        sources = [network.shapes[read] for read in operation.inputs]
+        z = [torch.randn(2, *source, generator=generator, dtype=torch.float64) for source in sources]
         forms = torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64)
-        adjoint = operation.adjoint(forms, source)
-        assert adjoint.shape == (2, 3, *source)
-        found = (adjoint * z.unsqueeze(1)).flatten(2).sum(-1) + operation.constant(forms)
-        torch.testing.assert_close(found, (forms * operation(z).unsqueeze(1)).flatten(2).sum(-1), **EXACT)
+        if isinstance(operation, (Sum, Concat)):
+            adjoints, constant = operation.adjoints(forms, *sources), 0.0
+        else:
+            adjoints, constant = [operation.adjoint(forms, *sources)], operation.constant(forms)
+        assert [adjoint.shape for adjoint in adjoints] == [(2, 3, *source) for source in sources]
+        found = sum((adjoint * part.unsqueeze(1)).flatten(2).sum(-1) for adjoint, part in zip(adjoints, z)) + constant
+        torch.testing.assert_close(found, (forms * operation(*z).unsqueeze(1)).flatten(2).sum(-1), **EXACT)
 
 
 class TestIsTheModel:
@@ -221,7 +233,7 @@ class TestWeights:
     def test_gradients_through_adjoints(self, case):
         network = fold(build(LAYERS[case]()), SHAPE)
         for operation, shape in zip(network.operations, network.shapes):
-            if isinstance(operation, (Input, Nonlinear, Sum)):
+            if isinstance(operation, (Input, Nonlinear, Sum, Concat)):
                 continue
             source = network.shapes[operation.inputs[0]]
             forms = torch.randn(1, 1, *shape, dtype=torch.float64, requires_grad=True)

@@ -1,6 +1,7 @@
 """Soundness of interval bounds as a property, and the plain pass that hands its statistics to them."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -182,6 +183,35 @@ class TestExactness:
         torch.testing.assert_close(bounds.lower, pool(box.lower))
         torch.testing.assert_close(bounds.upper, pool(box.upper))
 
+    @pytest.mark.parametrize("pool", [nn.MaxPool1d(3, 2, 1), nn.AvgPool1d(4, 3, 2), nn.AdaptiveAvgPool1d(5),
+                                      nn.AdaptiveMaxPool1d(7)])  # fmt: skip
+    def test_pools_of_sequences(self, pool):
+        box = Interval.box(make_images(shape=(2, 20)), 0.1)
+        bounds = compute_bounds(nn.Sequential(pool), box)
+        torch.testing.assert_close(bounds.lower, pool(box.lower))
+        torch.testing.assert_close(bounds.upper, pool(box.upper))
+
+    @pytest.mark.parametrize("layer", [
+        nn.Conv1d(4, 6, 3), nn.Conv1d(4, 6, 4, stride=3, padding=2, dilation=2, groups=2, bias=False),
+        nn.Conv1d(4, 4, 4, padding="same", dilation=3, groups=4), nn.Conv1d(4, 3, 3, padding="valid"),
+        *(nn.Conv1d(4, 3, 3, 2, 2, padding_mode=mode) for mode in ("reflect", "circular")),
+    ], ids=str)  # fmt: skip
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, of the model itself
+    def test_convolutions_of_sequences(self, layer, norm):
+        """Each output's largest value is at the corner that its weights' signs say."""
+        layers = [copy.deepcopy(layer), *([nn.BatchNorm1d(layer.out_channels)] if norm else [])]
+        model = randomise_norms(nn.Sequential(*layers)).double().eval()
+        assert len(trace(model).nodes) == 2
+        box = Interval.box(make_images(1, shape=(4, 13)), 0.1)
+        bounds = compute_bounds(model, box)
+        jacobian = torch.func.jacrev(lambda x: model(x)[0])(box.center).squeeze(2)
+        for channel, place in itertools.product(range(bounds.center.shape[1]), (0, 1, -1)):
+            direction = jacobian[channel, place].sign() * box.radius
+            for end, sign in ((bounds.lower, -1), (bounds.upper, 1)):
+                found = model(box.center + sign * direction)[0, channel, place]
+                torch.testing.assert_close(end[0, channel, place], found, **EXACT)
+
     def test_a_norm_first(self):
         model = randomise_norms(nn.Sequential(nn.BatchNorm2d(2), nn.Flatten())).double().eval()
         box = Interval.box(make_images(), 0.1)
@@ -355,6 +385,20 @@ class TestL2:
         upper = model(zero) - ball.concretise(-forms, images)
         torch.testing.assert_close(bounds.lower, lower, rtol=0, atol=1e-8)
         torch.testing.assert_close(bounds.upper, upper, rtol=0, atol=1e-8)
+
+    @pytest.mark.parametrize("first", [nn.Conv1d(2, 3, 4, 3, 2, 2), nn.Conv1d(2, 3, 5, bias=False)], ids=str)
+    def test_the_first_convolution_of_sequences_is_exact(self, first):
+        torch.manual_seed(0)
+        before = Elementwise(torch.tensor([-2.0, 4.0]).reshape(2, 1), torch.randn(2, 1))
+        model = randomise_norms(nn.Sequential(before, first, nn.BatchNorm1d(3))).double().eval()
+        images, ball = make_images(shape=(2, 11)), L2Ball(0.7)
+        bounds, zero = compute_bounds(model, ball.region(images)), images[:1] * 0
+        forms = torch.func.jacrev(lambda x: model(x)[0].flatten())(zero).reshape(1, -1, 2, 11).expand(2, -1, -1, -1)
+        lower, upper = ball.concretise(forms, images), -ball.concretise(-forms, images)
+        torch.testing.assert_close(bounds.lower, lower.reshape_as(bounds.lower) + model(zero), rtol=0, atol=1e-8)
+        torch.testing.assert_close(bounds.upper, upper.reshape_as(bounds.upper) + model(zero), rtol=0, atol=1e-8)
+        with pytest.raises(UnsupportedNode, match=r"Conv1d at '1'.*L2Ball.*accepted"):
+            compute_bounds(nn.Sequential(before, nn.Conv1d(2, 2, 1, groups=2)).double(), ball.region(images))
 
     @pytest.mark.parametrize("start", [[], [nn.BatchNorm2d(2)], [nn.ReLU()], [nn.MaxPool2d(1)], [nn.Dropout()]])
     def test_tighter_than_the_hull_or_equal(self, start):

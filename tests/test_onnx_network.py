@@ -1,6 +1,7 @@
 """ONNX files as programs: their numbers are onnxruntime's, one input at a time, whatever shapes the file works in."""
 
 import gzip
+import math
 
 import numpy as np
 import onnx
@@ -42,7 +43,7 @@ class Graph:
 
     def __init__(self, shape, kind=TensorProto.FLOAT):
         self.inputs = [helper.make_tensor_value_info("x", kind, shape)]
-        self.nodes, self.initializers = [], []
+        self.nodes, self.initializers, self.opset = [], [], 13
 
     def __call__(self, op_type: str, *inputs, outputs=1, name="", domain="", **attributes):
         number = len(self.nodes)
@@ -56,13 +57,13 @@ class Graph:
         self.nodes.append(helper.make_node(op_type, names, results, name=name, domain=domain, **attributes))
         return results if outputs > 1 else results[0]
 
-    def model(self, *outputs: str, opset=13, ir=8, listed=False) -> onnx.ModelProto:
+    def model(self, *outputs: str, opset=0, ir=8, listed=False) -> onnx.ModelProto:
         given_too = [helper.make_tensor_value_info(w.name, w.data_type, w.dims) for w in self.initializers]
         graph = helper.make_graph(
             self.nodes, "test", self.inputs + (given_too if listed else []),
             [helper.make_tensor_value_info(output, TensorProto.FLOAT, None) for output in outputs], self.initializers,
         )  # fmt: skip
-        opsets = [helper.make_opsetid("", opset), helper.make_opsetid("elsewhere", 1)]
+        opsets = [helper.make_opsetid("", opset or self.opset), helper.make_opsetid("elsewhere", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=ir)
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)  # the checker wants shapes of outputs
         for output in model.graph.output:
@@ -248,6 +249,59 @@ def computed_constants(graph):
     return graph("MatMul", x, graph("Transpose", weights(4, 5)))
 
 
+def gelu(divisor=2**0.5, one=1.0, half=0.5):
+    """As torch writes it: x * (0.5 * (1 + erf(x / sqrt(2))))."""
+
+    def build(graph, x="x"):
+        erf = graph("Erf", graph("Div", x, np.float32(divisor)))
+        return graph("Mul", x, graph("Mul", np.float32(half), graph("Add", erf, np.float32(one))))
+
+    return build
+
+
+def old_gelu(graph):
+    """With the half at the end, and a product instead of the division."""
+    x = graph("Gemm", "x", weights(5, 5))
+    gate = graph("Add", np.float32(1), graph("Erf", graph("Mul", np.float32(math.sqrt(0.5)), x)))
+    return graph("MatMul", graph("Mul", graph("Mul", gate, x), np.float32(0.5)), weights(5, 3))
+
+
+def gelu_by_tanh(cube=0.044715, exponent=3.0):
+    def build(graph, x="x"):
+        inner = graph("Add", x, graph("Mul", np.float32(cube), graph("Pow", x, np.float32(exponent))))
+        gate = graph("Add", graph("Tanh", graph("Mul", np.float32(math.sqrt(2 / math.pi)), inner)), np.float32(1))
+        return graph("Mul", x, graph("Mul", np.float32(0.5), gate))
+
+    return build
+
+
+def silu(graph):
+    """Once as it is, once of a value whose sigmoid is read again, once with a factor."""
+    x = graph("MatMul", "x", weights(5, 5))
+    x = graph("Mul", x, graph("Sigmoid", x))
+    gate = graph("Sigmoid", x)
+    x = graph("Add", graph("Mul", gate, x), gate)
+    return graph("Mul", graph("Mul", x, np.float32(-3)), graph("Sigmoid", x))
+
+
+def gelu_operators(graph):
+    graph.opset = 20
+    return graph("Gelu", graph("Gelu", "x", approximate="tanh"))
+
+
+def channels(graph):
+    """Parts that are computed, with a convolution behind them: no entry is moved one by one."""
+    x = graph("Relu", graph("Conv", "x", weights(3, 2, 3, 3), pads=[1] * 4))
+    y = graph("Concat", "x", x, "x", axis=1)
+    return graph("Concat", graph("Conv", y, weights(2, 7, 1, 1)), graph("Neg", x), axis=-3)
+
+
+def rows_and_constants(graph):
+    """Along the first dimension, of a file without a batch, and among constants."""
+    x = graph("Concat", "x", graph("Relu", "x"), weights(2, 5), "x", axis=0)
+    return graph("Concat", weights(8, 1), x, graph("Neg", x), axis=1)
+
+
 def chained(*steps):
     """Each step is an operator's type and attributes, on (1, 2, 6, 6)."""
 
@@ -299,6 +353,14 @@ NETWORKS = {
     "computed constants": (computed_constants, ROW),
     "identity": (lambda graph: graph("Identity", "x"), [5]),
     "scalar": (scalar, ROW),
+    "gelu": (gelu(), ROW),
+    "gelu of an image": (gelu(), IMAGE),
+    "gelu, old": (old_gelu, ROW),
+    "gelu by tanh": (gelu_by_tanh(), ROW),
+    "gelu operators": (gelu_operators, IMAGE),
+    "silu": (silu, ROW),
+    "channels": (channels, IMAGE),
+    "rows and constants": (rows_and_constants, [2, 5]),
     "leaky": (chained(("LeakyRelu", {"alpha": 0.3}), ("LeakyRelu", {})), IMAGE),
     "sigmoid": (chained(("Sigmoid", {}), ("Tanh", {})), IMAGE),
     "global mean": (chained(("Relu", {}), ("GlobalAveragePool", {})), IMAGE),
@@ -371,13 +433,19 @@ def test_layers_are_fused_and_shapes_cost_nothing(read):
     assert kinds(keras, ["batch", 6, 6, 3])[-1] == plain
     assert kinds(NETWORKS["same upper"][0], IMAGE)[0] == flat  # the padding, which has two sides
     assert kinds(NETWORKS["dilation"][0], IMAGE) == [plain, flat]
+    assert kinds(old_gelu, ROW) == [layer, (p.Scale, None, None), plain]  # twice gelu, and half of it
+    assert kinds(gelu(), ROW) == kinds(gelu_by_tanh(), ROW) == [(p.Activate, None, "act")]
+    joined = (p.Concat, None, None)
+    assert kinds(channels, IMAGE) == [layer, joined, plain, (p.Scale, None, None), joined, flat]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.export's and the old exporter's own
 @pytest.mark.parametrize("dynamo", [False, True])
-def test_what_torch_exports_reads_as_the_model(tmp_path, dynamo):
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-                          nn.Linear(16, 8), nn.LeakyReLU(), nn.Dropout(), nn.Linear(8, 3))  # fmt: skip
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.SiLU()], ids=str)
+def test_what_torch_exports_reads_as_the_model(tmp_path, dynamo, activation):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), activation, nn.MaxPool2d(2), nn.Flatten(2),
+                          nn.Conv1d(4, 4, 3, padding=1), nn.AvgPool1d(2), nn.Flatten(),
+                          nn.Linear(8, 8), nn.LeakyReLU(), nn.Dropout(), nn.Linear(8, 3))  # fmt: skip
     randomise_norms(model).eval()
     torch.onnx.export(model, (torch.rand(1, 1, 8, 8),), tmp_path / "a.onnx", dynamo=dynamo, verbose=False)
     network, x = read_onnx(tmp_path / "a.onnx"), torch.rand(5, 1, 8, 8)
@@ -502,9 +570,40 @@ def constant_output():
     return graph.model(graph("Cast", graph("Shape", "x"), to=TensorProto.FLOAT))
 
 
+def other_gate(kind, factor, shift):
+    """x * σ(factor x + shift), which is no SiLU."""
+
+    def build():
+        graph = Graph(ROW)
+        inner = graph("Add", graph("Mul", "x", np.float32(factor)), np.float32(shift))
+        return graph.model(graph("Mul", "x", graph(kind, inner), name="here"))
+
+    return build
+
+
+def gate_of_another():
+    graph = Graph(ROW)
+    return graph.model(graph("Mul", "x", graph("Sigmoid", graph("MatMul", "x", weights(5, 5))), name="here"))
+
+
+def product_of(network):
+    def build():
+        graph = Graph(ROW)
+        return graph.model(network(graph))
+
+    return build
+
+
 FIVE = np.ones(5, np.float32)
 REFUSED = {
-    "unknown operator": (one("Erf"), ["Erf 'here'", "bound rule", "Gemm", "MaxPool"]),
+    "unknown operator": (one("Softplus"), ["Softplus 'here'", "bound rule", "Gemm", "MaxPool"]),
+    "power": (one("Pow", np.float32(2)), ["Pow 'here'", "exponents [2.0]", "3, inside of GELU"]),
+    "another gate": (other_gate("Sigmoid", 2.0, 0.0), ["Mul 'here'", "two computed values"]),
+    "shifted gate": (other_gate("Sigmoid", 1.0, 0.1), ["Mul 'here'", "two computed values"]),
+    "gate of another value": (gate_of_another, ["Mul 'here'", "two computed values"]),
+    "erf without sqrt(2)": (product_of(gelu(divisor=1.0)), ["Mul ", "two computed values"]),
+    "half of a gelu's 1": (product_of(gelu(one=0.5)), ["Mul ", "two computed values"]),
+    "another cube": (product_of(gelu_by_tanh(cube=0.05)), ["Mul ", "two computed values"]),
     "softmax": (one("Softmax"), ["Softmax 'here'", "cut it off"]),
     "another domain": (one("Relu", domain="elsewhere"), ["Relu 'here'", "'elsewhere'"]),
     "dynamic size": (one("Relu", shape=[1, "width"]), ["input 'x'", "(1, width)", "batch dimension"]),
@@ -552,6 +651,17 @@ def test_refusals_name_what_was_found(read, name):
         assert mention in message
 
 
+@pytest.mark.parametrize("kind", ["Erf", "Pow"])
+def test_parts_of_a_gelu_alone_run_but_have_no_bounds(read, kind):
+    graph = Graph(ROW)
+    more = [np.float32(3)] if kind == "Pow" else []
+    network = read(graph.model(graph(kind, "x", *more, name="here")))
+    x = torch.rand(2, 5)
+    torch.testing.assert_close(network.module(x), torch.erf(x) if kind == "Erf" else x**3)
+    with pytest.raises(UnsupportedNode, match=rf"{kind} 'here': found it outside of a GELU; accepted: "):
+        compute_bounds(network.module, Interval.box(x, 0.1))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"text", "half", "half of a gzipped one"])
 def test_files_that_are_no_models_are_refused(tmp_path, content):
     graph = Graph(ROW)
@@ -580,7 +690,8 @@ def sequences(draw):
     shape = draw(st.sampled_from([(1, 2, 5, 4), (1, 4), (6,), (3, 4), (1, 1, 6), (2, 3, 2)]))
     graph, x = Graph(shape), "x"
     for _ in range(draw(st.integers(1, 6))):
-        choices = ["activation", "constant", "reshape", "transpose", "matmul", "residual", "slice"]
+        choices = ["activation", "constant", "reshape", "transpose", "matmul", "residual", "slice", "gate"]
+        choices += ["join"] * bool(np.prod(shape) <= 100)
         choices += ["left"] * (len(shape) > 1) + ["norm"] * (len(shape) > 1)
         choices += ["conv", "conv", "pool"] * (len(shape) in (3, 4) and shape[0] == 1)
         match draw(st.sampled_from(choices)):
@@ -601,6 +712,12 @@ def sequences(draw):
                 x = graph("MatMul", x, weights(shape[-1], draw(st.integers(1, 3))))
             case "left":
                 x = graph("MatMul", weights(draw(st.integers(1, 3)), shape[-2]), x)
+            case "gate":
+                x = graph("Mul", graph("Sigmoid", x), x) if draw(st.booleans()) else gelu()(graph, x)
+            case "join":
+                axis = draw(st.integers(0, len(shape) - 1))
+                parts = [x, graph("Relu", x), *([weights(*shape)] if draw(st.booleans()) else [])]
+                x = graph("Concat", *draw(st.permutations(parts)), axis=axis - len(shape) * draw(st.booleans()))
             case "residual":
                 x = graph(draw(st.sampled_from(["Add", "Sub"])), graph("Relu", x), x)
             case "slice":

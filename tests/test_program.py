@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from certtrain.bounds import Interval, UnsupportedNode, compute_bounds, trace
 from certtrain.bounds import program as p
+from certtrain.bounds.folding import fold
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -107,6 +108,10 @@ FORMS = {
     "F.leaky_relu": lambda m, x: F.leaky_relu(x, 0.3),
     "F.leaky_relu by name": lambda m, x: F.leaky_relu(x, negative_slope=0.3),
     "F.leaky_relu default": lambda m, x: F.leaky_relu(x),
+    "F.gelu": lambda m, x: F.gelu(x),
+    "F.gelu by tanh": lambda m, x: F.gelu(x, approximate="tanh"),
+    "F.silu": lambda m, x: F.silu(x),
+    "F.silu in place, read once": lambda m, x: F.silu(x, inplace=True),
     "torch.sigmoid": lambda m, x: torch.sigmoid(x),
     "F.tanh": lambda m, x: F.tanh(x),
     "x + 2": lambda m, x: x + 2,
@@ -156,10 +161,52 @@ def test_functional_forms(form, count):
         lambda m, x: F.avg_pool2d(x, 2, 1),
         lambda m, x: F.avg_pool2d(x, 3, padding=1, count_include_pad=False),
         lambda m, x: F.adaptive_avg_pool2d(x, 1),
+        lambda m, x: F.adaptive_max_pool2d(x, (2, 3)),
+        lambda m, x: torch.max_pool2d(x, 2),
+        lambda m, x: F.max_pool1d(x.flatten(2), 3, stride=2, padding=1),
+        lambda m, x: F.adaptive_max_pool1d(x.flatten(2), 5),
+        lambda m, x: F.avg_pool1d(x.flatten(2), 3, ceil_mode=True),
+        lambda m, x: F.adaptive_avg_pool1d(x.flatten(2), 3),
     ],
 )
 def test_functional_pools(pool):
     assert_bounds_follow(Apply(lambda m, x: torch.flatten(pool(m, x), 1)), images(2, 4, 4))
+
+
+JOINS = {  # (B, 2, 4, 4) → anything
+    "channels": lambda m, x: torch.cat([x, F.relu(x)], 1),
+    "by name": lambda m, x: torch.cat(tensors=(x, x), dim=1),
+    "concat": lambda m, x: torch.concat([x, x, F.tanh(x)], dim=2),
+    "concatenate": lambda m, x: torch.concatenate((x, 1 - x), -1),
+    "from the end": lambda m, x: torch.cat([x, F.relu(x)], -3),
+    "different sizes": lambda m, x: torch.cat([x.flatten(1), F.max_pool2d(x, 3).flatten(1)], 1),
+    "one": lambda m, x: torch.cat([x], 1),
+    "a norm of each": lambda m, x: m.norm(torch.cat([x, F.relu(x)], 1)),
+    "changed in place": lambda m, x: torch.relu_(torch.cat([x - 0.5, x], 1)),
+}
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("count", [0, 1, 3], ids=lambda count: f"batch {count}")
+def test_concatenation(join, count):
+    torch.manual_seed(0)
+    model = Apply(JOINS[join], norm=nn.BatchNorm2d(4)).double().eval()
+    assert "Concat" in kinds(model)
+    x = images(2, 4, 4, count=count)
+    found = compute_bounds(model, Interval.box(x, 0.1))
+    torch.testing.assert_close(
+        compute_bounds(model, Interval.point(x)).center, model(x.clone()), rtol=1e-12, atol=1e-12
+    )
+    for corner in (x, (x - 0.1).clamp(min=0), (x + 0.1).clamp(max=1)):
+        assert found.contains(model(corner.clone()), 1e-12).all()
+    torch.testing.assert_close(fold(model, x.shape[1:])(x), model(x.clone()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_part_that_is_changed_in_place_elsewhere_is_refused():
+    """torch.cat would see the change: x is both a part and, later, another."""
+    model = Apply(lambda m, x: (lambda y: torch.cat([y, y.relu_()], 1))(m.fc(x)), fc=nn.Linear(4, 4))
+    with pytest.raises(UnsupportedNode, match="in place"):
+        trace(model)
 
 
 class TestModules:
@@ -358,12 +405,28 @@ def two_inputs():
     return TwoInputs()
 
 
+def _other():
+    gelu = nn.GELU()
+    gelu.approximate = "cubic"
+    return gelu
+
+
 REFUSED = {  # model, what the message names
-    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.GELU())), ["GELU", "'1.0'", "Conv2d"]),
-    "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=1)), ["Softmax", "'1'", "Conv2d"]),
-    "F.softmax": (lambda: head(lambda m, x: F.softmax(x, 1)), ["softmax", "Conv2d"]),
+    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Mish())), ["Mish", "'1.0'", "Conv1d/2d"]),
+    "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=1)), ["Softmax", "'1'", "Conv1d/2d"]),
+    "F.softmax": (lambda: head(lambda m, x: F.softmax(x, 1)), ["softmax", "Conv1d/2d"]),
+    "random pooling": (lambda: Apply(lambda m, x: F.fractional_max_pool2d(x, 2, 1)), ["fractional_max_pool2d"]),
+    "pooling of volumes": (lambda: Apply(lambda m, x: F.max_pool3d(x, 2)), ["max_pool3d", "MaxPool1d/2d"]),
+    "adaptive max pooling with indices": (lambda: nn.AdaptiveMaxPool2d(2, return_indices=True), ["AdaptiveMaxPool2d"]),
+    "another GELU": (lambda: nn.Sequential(nn.GELU("tanh"), _other()), ["GELU at '1'", "'cubic'", "none, tanh"]),
+    "cat of batches": (lambda: head(lambda m, x: torch.cat([x, x])), ["cat", "dim=0", "accepted"]),
+    "cat of batches, from the end": (lambda: head(lambda m, x: torch.cat([x, x], -2)), ["dim=-2 of 2", "accepted"]),
+    "cat of constants": (lambda: head(lambda m, x: torch.cat([x, m.b], 1), b=torch.ones(3, 4)), ["cat", "computed"]),
+    "cat of nothing": (lambda: head(lambda m, x: torch.cat([], 1) + x), ["cat|traced", "accepted"]),
+    "cat into": (lambda: head(lambda m, x: torch.cat([x, x], 1, out=x)), ["cat", "out", "accepted"]),
+    "sequence without batch": (lambda: nn.Conv1d(3, 4, 1), ["Conv1d", "2 dimensions", "accepted"]),
     "max pooling with indices": (lambda: nn.MaxPool2d(2, return_indices=True), ["MaxPool2d"]),
-    "sum": (lambda: head(lambda m, x: x.sum(1)), ["sum", "Conv2d"]),
+    "sum": (lambda: head(lambda m, x: x.sum(1)), ["sum", "Conv1d/2d"]),
     "transpose": (lambda: head(lambda m, x: x.T), ["accepted|supported"]),
     "product": (lambda: head(lambda m, x: x * F.relu(x)), ["mul", "supported"]),
     "quotient": (lambda: head(lambda m, x: 1 / x), ["div", "supported"]),
@@ -511,14 +574,18 @@ def test_a_view_that_merges_the_batch_raises():
 def test_the_supported_layers_are_what_the_message_says():
     """Every layer that the message lists is accepted."""
     layers = {
-        "Linear": nn.Linear(4, 4), "Conv2d": nn.Conv2d(2, 2, 1), "BatchNorm1d/2d": nn.BatchNorm2d(2), "ReLU": nn.ReLU(),
-        "LeakyReLU": nn.LeakyReLU(), "Sigmoid": nn.Sigmoid(), "Tanh": nn.Tanh(), "MaxPool2d": nn.MaxPool2d(2),
-        "AvgPool2d": nn.AvgPool2d(2), "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d(1), "Flatten": nn.Flatten(),
-        "Dropout": nn.Dropout(), "Identity": nn.Identity(),
+        "Linear": nn.Linear(4, 4), "Conv1d": nn.Conv1d(2, 2, 1), "Conv2d": nn.Conv2d(2, 2, 1), "Flatten": nn.Flatten(),
+        "BatchNorm1d": nn.BatchNorm1d(2), "BatchNorm2d": nn.BatchNorm2d(2), "ReLU": nn.ReLU(), "Dropout": nn.Dropout(),
+        "LeakyReLU": nn.LeakyReLU(), "Sigmoid": nn.Sigmoid(), "Tanh": nn.Tanh(), "GELU": nn.GELU(), "SiLU": nn.SiLU(),
+        "MaxPool1d": nn.MaxPool1d(2), "MaxPool2d": nn.MaxPool2d(2), "AvgPool1d": nn.AvgPool1d(2),
+        "AvgPool2d": nn.AvgPool2d(2), "AdaptiveAvgPool1d": nn.AdaptiveAvgPool1d(1), "Identity": nn.Identity(),
+        "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d(1), "AdaptiveMaxPool1d": nn.AdaptiveMaxPool1d(1),
+        "AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d(1),
     }  # fmt: skip
     with pytest.raises(UnsupportedNode) as raised:
         trace(nn.Sequential(nn.Softplus()))
-    named = str(raised.value).split("supported: ")[1].split(", their functional forms")[0].split(", ")
+    words = str(raised.value).split("supported: ")[1].split(", their functional forms")[0].split(", ")
+    named = [name for word in words for name in ([word] if "/" not in word else [word[:-3], f"{word[:-5]}2d"])]
     assert set(named) == set(layers)
     for layer in layers.values():
         assert isinstance(trace(nn.Sequential(layer)).nodes[0], p.Input)

@@ -1,19 +1,25 @@
 """Lines enclose their activation, whatever the interval and the slopes asked for."""
 
+import math
+
+import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from certtrain.bounds import relaxation_gated
 from certtrain.bounds.program import Activation
 from certtrain.bounds.relaxation import RELAXATIONS, Lines, relax
+from certtrain.bounds.relaxation_gated import GATES
 
 ACTIVATIONS = {
     "relu": Activation("relu"),
     **{f"leaky_relu {slope}": Activation("leaky_relu", slope) for slope in (0.0, 0.01, 0.5, 1.0)},
     "sigmoid": Activation("sigmoid"),
     "tanh": Activation("tanh"),
+    **{kind: Activation(kind) for kind in GATES},
 }
 KINKED, SMOOTH = list(ACTIVATIONS)[:5], list(ACTIVATIONS)[5:]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -69,6 +75,20 @@ def assert_encloses(activation: Activation, lines: Lines, lower: Tensor, upper: 
     below, above, size = gaps(activation, lines, lower, upper)
     tolerance = 4 * torch.finfo(lower.dtype).eps * size
     assert (below >= -tolerance).all() and (above >= -tolerance).all()
+
+
+def rise_of(activation: Activation, lower: Tensor, upper: Tensor) -> Tensor:
+    """(B, 1): the largest of the function's values less the smallest."""
+    values = activation(samples(lower, upper))
+    return values.amax(1, keepdim=True) - values.amin(1, keepdim=True)
+
+
+def straight_sides(activation: Activation, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the function is convex throughout, and where it is concave: the line above, or below, is its chord."""
+    if activation.kind in GATES:
+        bend = GATES[activation.kind].bend
+        return (lower >= -bend) & (upper <= bend), (lower >= bend) | (upper <= -bend)
+    return upper <= 0, lower >= 0
 
 
 def test_every_activation_is_here():
@@ -183,11 +203,11 @@ class TestSmooth:
         upper = lower + width
         activation = ACTIVATIONS[name]
         below, above, _ = gaps(activation, relax(activation, lower, upper), lower, upper)
-        tolerance = 1e-3 * (activation(upper) - activation(lower)) + 1e-15
+        tolerance = 1e-3 * rise_of(activation, lower, upper) + 2e-14
         # a tangent meets the function between samples, 1/300 of the width apart: 1e-3 of the rise covers that
         assert (below.amin(1, keepdim=True) <= tolerance).all() and (above.amin(1, keepdim=True) <= tolerance).all()
         ends = (samples(lower, upper) == lower) | (samples(lower, upper) == upper)
-        for gap, chord in ((above, upper <= 0), (below, lower >= 0)):
+        for gap, chord in zip((above, below), straight_sides(activation, lower, upper)):
             assert (gap <= tolerance)[ends & chord].all()
 
     @given(found=st.tuples(st.floats(-6, 5), st.floats(-1.5, 1).map(lambda p: 10**p)))
@@ -203,7 +223,7 @@ class TestSmooth:
         chord = (value[-1] - value[0]) / width
         slopes, points = torch.cat([slope, chord.reshape(1)]).detach(), torch.cat([x, x[:1]])
         candidates = activation(points).unsqueeze(1) + slopes.unsqueeze(1) * (x - points.unsqueeze(1))
-        middle, assured = candidates[:, 200], 1e-12 + 2e-3 * float((value[-1] - value[0]).detach())
+        middle, assured = candidates[:, 200], 1e-12 + 2e-3 * float(rise_of(activation, lower, upper))
         best_above = middle[(candidates >= activation(x) - 1e-12).all(1)].min()
         best_below = middle[(candidates <= activation(x) + 1e-12).all(1)].max()
         assert lines.lower_intercept is not None
@@ -220,3 +240,93 @@ class TestSmooth:
             return lines.lower_slope, lines.lower_intercept, lines.upper_slope, lines.upper_intercept
 
         assert torch.autograd.gradcheck(parts, (lower, upper), eps=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", GATES)
+class TestGated:
+    """GELU and SiLU, whose lines leave room for their own rounding: without any tolerance."""
+
+    def intervals(self, kind: str, count: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        size = 10 ** (14 * torch.rand(2, count, dtype=torch.float64) - 10)
+        near = 4 * torch.randn(count, dtype=torch.float64)
+        lower = torch.where(torch.rand(count) < 0.5, near, size[0] * torch.randn(count, dtype=torch.float64).sign())
+        width = torch.where(torch.rand(count) < 0.05, 0.0, size[1])
+        bend = GATES[kind].bend
+        lower[:99], width[:33], width[33:66] = -bend, bend, 2 * bend  # corners of the pieces
+        return lower.float(), (lower + width).float()
+
+    def test_float32_lines_enclose_the_exact_function(self, kind):
+        """3 million points."""
+        lower, upper = self.intervals(kind, 50_000)
+        lines, activation = relax(Activation(kind), lower, upper), Activation(kind)
+        below, above = (
+            (slope.double(), intercept.double())
+            for slope, intercept in (
+                (lines.lower_slope, lines.lower_intercept), (lines.upper_slope, lines.upper_intercept),
+            )
+        )  # fmt: skip
+        small = torch.logspace(-8, -1, 10, dtype=torch.float64)
+        for share in torch.cat([torch.linspace(0, 1, 41, dtype=torch.float64), small, 1 - small]):
+            x = lower.double() + share * (upper.double() - lower.double())
+            value = activation(x)
+            assert (below[0] * x + below[1] <= value).all() and (value <= above[0] * x + above[1]).all()
+
+    def test_float64_lines_by_fifty_digits(self, kind):
+        mpmath.mp.dps = 50
+        half = {
+            "gelu": lambda x: mpmath.erf(x / mpmath.sqrt(2)),
+            "gelu_tanh": lambda x: mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (x + mpmath.mpf(0.044715) * x**3)),
+            "silu": lambda x: mpmath.tanh(x / 2),
+        }[kind]
+        lower, upper = (end[:: len(end) // 200].double() for end in self.intervals(kind, 50_001))
+        lines = relax(Activation(kind), lower, upper)
+        rows = zip(lower.tolist(), upper.tolist(), *(v.tolist() for v in vars(lines).values()), strict=True)
+        for first, last, low, high, high_at_0, low_at_0 in rows:
+            for share in (0, 1e-9, 0.1, 0.3, 0.5, 0.8, 1 - 1e-7, 1):
+                x = mpmath.mpf(first) + share * (mpmath.mpf(last) - mpmath.mpf(first))
+                value = x * (1 + half(x)) / 2
+                assert low * x + low_at_0 <= value <= high * x + high_at_0
+
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
+    def test_whatever_bisection_finds_is_made_sound(self, kind, share, monkeypatch):
+        """Tangents anywhere on their piece: their constants hold all the same."""
+        monkeypatch.setattr(relaxation_gated, "_bisected", lambda _, good, wanted: wanted + share * (good - wanted))
+        lower, upper = (end.double().unsqueeze(1) for end in self.intervals(kind, 3000))
+        assert_encloses(Activation(kind), relax(Activation(kind), lower, upper), lower, upper)
+
+    def test_infinite_ends_and_nan_prove_nothing(self, kind):
+        ends = [
+            (-math.inf, 1.0),
+            (0.0, math.inf),
+            (-math.inf, math.inf),
+            (math.nan, 1.0),
+            (0.0, math.nan),
+            (3e38, 3e38),
+        ]
+        lower, upper = torch.tensor(ends).split(1, 1)
+        lines = relax(Activation(kind), lower, upper)
+        x = torch.tensor([-1e30, -3.0, -0.7, 0.0, 5.0, 1e30])
+        value = Activation(kind)(x)
+        assert lines.lower_intercept is not None
+        for row, (first, last) in enumerate(ends):
+            inside = ~((x < first) | (x > last))
+            below, above = (
+                (slope[row] * x + intercept[row])[inside]
+                for slope, intercept in (
+                    (lines.lower_slope, lines.lower_intercept), (lines.upper_slope, lines.upper_intercept),
+                )
+            )  # fmt: skip
+            assert not (below > value[inside]).any() and not (above < value[inside]).any()
+
+    def test_of_a_wide_interval(self, kind):
+        """By hand: in the middle the tangent at 0, which is x / 2, from below; the chord from above."""
+        lines = relax(Activation(kind), torch.tensor([[-50.0]]), torch.tensor([[50.0]]))
+        assert float(lines.lower_slope) == pytest.approx(0.5) and float(lines.lower_intercept) == pytest.approx(
+            0, abs=1e-4
+        )
+        assert float(lines.upper_slope) == pytest.approx(0.5) and float(lines.upper_intercept) == pytest.approx(25)
+
+    def test_of_no_interval(self, kind):
+        lines = relax(Activation(kind), torch.zeros(0, 3), torch.zeros(0, 3))
+        assert lines.upper_slope.shape == lines.lower_slope.shape == (0, 3)

@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from ..bounds import program as p
+from . import onnx_gates
 from .onnx_steps import Pair, Shape, Step, Value, evaluate, fixed, numbers
 
 
@@ -54,24 +55,32 @@ def _copied(step: Step) -> Value:
 
 
 def _concat(step: Step) -> Value:
-    """The sum of its parts, each padded with zeros."""
-    axis, start, parts, shift = step.attributes["axis"], 0, [], torch.zeros(step.shape)
-    for number in range(len(step.node.input)):
-        computed = step.computed(number)
-        part = numbers(step.value(number).shape) if computed else step.constant(number)
-        place = torch.zeros(step.shape, dtype=torch.long) if computed else shift
-        place.narrow(axis, start, part.shape[axis]).copy_(part)
-        start += part.shape[axis]
-        if computed:
-            parts.append(step.picked(step.value(number), place))
-    total = parts[0]
-    for part in parts[1:]:
-        total = step.add([total, part])
+    axis, count = step.attributes["axis"] % len(step.shape), len(step.node.input)
+    computed = [number for number in range(count) if step.computed(number)]
+    if len(computed) == count and step.shape[0] == 1 and axis > 0:  # as nodes hold it
+        return _joined(step, [step.value(number) for number in computed], step.shape, axis)
+    # the computed parts as rows, then their entries where they belong; 0 where constants do
+    rows = [step.reshaped(step.value(number), (1, math.prod(step.value(number).shape))) for number in computed]
+    start, seen, places, shift = 0, 0, torch.zeros(step.shape, dtype=torch.long), torch.zeros(step.shape)
+    for number in range(count):
+        known = number in computed
+        part = numbers(step.value(number).shape) + seen if known else step.constant(number)
+        (places if known else shift).narrow(axis, start, part.shape[axis]).copy_(part)
+        start, seen = start + part.shape[axis], seen + part.numel() * known
+    total = step.picked(_joined(step, rows, (1, seen), 1), places)
     return step.scaled(total, 1.0, shift) if shift.any() else total
+
+
+def _joined(step: Step, values: list[Value], shape: Shape, axis: int) -> Value:
+    """Values of ONNX shapes (1, …), one after the other along a later dimension."""
+    step.run.nodes.append(p.Concat(step.path, tuple(value.position for value in values), axis))
+    return Value(len(step.run.nodes) - 1, shape)
 
 
 def _arithmetic(step: Step) -> Value:
     kind, left, right = step.node.op_type, step.computed(0), step.computed(1)
+    if left and right and kind == "Mul" and (activated := onnx_gates.product(step)) is not None:
+        return activated
     if left and right:
         values = [step.value(0), step.value(1)]
         if kind in ("Mul", "Div") or any(math.prod(value.shape) != math.prod(step.shape) for value in values):
@@ -265,8 +274,10 @@ RULES: dict[str, Callable[[Step], Value]] = {
     "DepthToSpace": _copied,
     "Div": _arithmetic,
     "Dropout": _dropout,
+    "Erf": onnx_gates.error_function,
     "Flatten": _reshape,
     "Gather": _copied,
+    "Gelu": onnx_gates.gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _reduced,
     "Identity": _reshape,
@@ -276,6 +287,7 @@ RULES: dict[str, Callable[[Step], Value]] = {
     "Mul": _arithmetic,
     "Neg": lambda step: step.scaled(step.value(0), -1.0, 0.0),
     "Pad": _copied,
+    "Pow": onnx_gates.power,
     "ReduceMean": _reduced,
     "ReduceSum": _reduced,
     "Relu": _activation("relu"),

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .folded import Dense, Folded, Nonlinear, Operation, Sum
-from .interval import Bounds, Interval
+from .folded import Concat, Dense, Folded, Nonlinear, Operation, Sum
+from .interval import Bounds
 from .region import Region, least
 from .relaxation import Lines, relax
 from .rounding import Slack, interval_of, widened
@@ -81,7 +81,7 @@ def backward(
                 if slack is not None:
                     constants = constants - slack.charge(number, forms)[0]
             parts = [forms]
-        elif isinstance(operation, Sum):
+        elif isinstance(operation, Sum | Concat):
             parts = operation.adjoints(forms, *((view or network).shape(number, read) for read in operation.inputs))
         else:
             constants = constants + operation.constant(forms)  # type: ignore[attr-defined]
@@ -180,14 +180,9 @@ class _Bounding:
             inputs = [self.intervals[read] for read in operation.inputs]
             self.intervals[number] = interval_of(self.network, operation, *inputs)
             if isinstance(operation, Sum) and operation.largest is not None:  # b + relu(a - b) forgets that b is b
-                self.intervals[number] = self._maximum(number, *operation.largest)
+                parts = (self.intervals[i] for i in operation.largest)
+                self.intervals[number] = self.intervals[number].as_largest(*parts)
         return self.bounds
-
-    def _maximum(self, number: int, *positions: int) -> Interval:
-        """What is known of an operation's output, and that it is the largest of others."""
-        ends = zip(*((self.intervals[i].lower, self.intervals[i].upper) for i in positions), strict=True)
-        found = Bounds(*(torch.maximum(*pair) for pair in ends)).intersect(self.intervals[number].bounds())
-        return Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
 
     def _refined(self, position: int, found: Bounds, wanted: Tensor) -> Bounds:
         """``found`` of an operation's output, tightened at the entries ``wanted`` (B, *shape)."""
@@ -248,7 +243,7 @@ def _budget(like: Tensor) -> int:
 
 def _open(operation: Nonlinear, found: Bounds) -> Tensor:
     """Entries over whose interval the function is not linear."""
-    if operation.activation.kind in ("relu", "leaky_relu"):
+    if operation.activation.piecewise_linear:
         return (found.lower < 0) & (found.upper > 0)
     return found.lower < found.upper
 

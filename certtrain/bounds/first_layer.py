@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import program as p
+from .convolution import convolve
 from .forward import RULES, _Run
 from .interval import Interval
 
@@ -19,19 +20,24 @@ def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
     scale, shift = _input_map(node, run, images)
     weight, bias = run.weights(node, position)
     layer = node.layer
-    kept = scale.shape[1:] == images.shape[1:] if isinstance(layer, nn.Conv2d) else scale.numel() == images[:1].numel()
+    linear = isinstance(layer, nn.Linear)
+    kept = scale.numel() == images[:1].numel() if linear else scale.shape[1:] == images.shape[1:]
     if not kept and len(images):
         raise p.UnsupportedNode(
             f"{type(layer).__name__} at {node.path!r} as the first layer over {run.region.kind}: "
             f"found an input of shape {tuple(scale.shape[1:])}; accepted: the image's own, {tuple(images.shape[1:])}"
         )
-    if isinstance(layer, nn.Conv2d):
+    if not linear:
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise p.UnsupportedNode(
-                f"Conv2d at {node.path!r} as the first layer over {run.region.kind}: "
+                f"{type(layer).__name__} at {node.path!r} as the first layer over {run.region.kind}: "
                 "accepted: groups=1 and zero padding given in numbers"
             )
-        constant = F.conv2d(shift, weight, bias, layer.stride, layer.padding, layer.dilation)
+        constant = convolve(shift, weight, bias, layer.stride, layer.padding, layer.dilation, 1)
+        if isinstance(layer, nn.Conv1d):  # a row of an image
+            weight, scale, images, constant = (x.unsqueeze(2) for x in (weight, scale, images, constant))
+            found = _bounds(run, *_patches(layer, weight, scale, images), constant)
+            return found.map(lambda x: x.squeeze(2))
         return _bounds(run, *_patches(layer, weight, scale, images), constant)
     if hull.center.ndim != 2:
         raise p.UnsupportedNode(
@@ -54,14 +60,19 @@ def _input_map(node: p.Affine, run, images: Tensor) -> tuple[Tensor, Tensor]:
     return evaluate(node.inputs[0], torch.ones_like(images[:1])) - shift, shift
 
 
-def _patches(layer: nn.Conv2d, weight: Tensor, scale: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+def _patches(layer: p.Convolution, weight: Tensor, scale: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Forms (B·L, K, C, h, w) and the patches (B·L, C, h, w) that they act on; padding has coefficient 0."""
 
-    def unfold(x: Tensor) -> Tensor:  # (N, C·h·w, L)
-        assert not isinstance(layer.padding, str)
-        return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    def pair(sizes: tuple[int, ...], missing: int) -> tuple[int, ...]:
+        return (missing, *sizes)[-2:]
 
-    shape = (images.shape[1], *layer.kernel_size)
+    assert not isinstance(layer.padding, str)
+    walk = pair(layer.dilation, 1), pair(layer.padding, 0), pair(layer.stride, 1)
+
+    def unfold(x: Tensor) -> Tensor:  # (N, C·h·w, L)
+        return F.unfold(x, pair(layer.kernel_size, 1), *walk)
+
+    shape = (images.shape[1], *weight.shape[2:])
     patches = unfold(images).transpose(1, 2).reshape(-1, *shape)
     forms = unfold(scale.expand_as(images[:1])).transpose(1, 2).unsqueeze(2) * weight.flatten(1)  # (1, L, K, C·h·w)
     return forms.expand(len(images), -1, -1, -1).reshape(-1, len(weight), *shape), patches

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from . import convolution
 from . import program as p
 from .interval import Interval
 
@@ -80,40 +81,34 @@ class Dense(Operation):
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Operation):
-    """A zero-padded convolution of weight (K, C / groups, h, w), plus bias (K,)."""
+    """A zero-padded convolution of weight (K, C / groups, h, w) or (K, C / groups, length), plus bias (K,)."""
 
     weight: Tensor
     bias: Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
+    @property
+    def geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
     def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolution.convolve(x, self.weight, self.bias, *self.geometry)
 
     def interval(self, x: Interval) -> Interval:
-        geometry = self.stride, self.padding, self.dilation, self.groups
-        return Interval(*kernels.ibp_conv2d(x.center, x.radius, self.weight, self.bias, *geometry))
+        return convolution.interval(x, self.weight, self.bias, *self.geometry)
 
     def adjoint(self, forms: Tensor, shape: torch.Size) -> Tensor:
-        rest = [
-            size - ((out - 1) * s - 2 * pad + d * (kernel - 1) + 1)
-            for size, out, s, pad, d, kernel in zip(
-                shape[1:], forms.shape[3:], self.stride, self.padding, self.dilation, self.weight.shape[2:], strict=True
-            )
-        ]
-        flat = F.conv_transpose2d(
-            forms.flatten(0, 1), self.weight, None, self.stride, self.padding, rest, self.groups, self.dilation
-        )
+        flat = convolution.transposed(forms.flatten(0, 1), self.weight, shape, *self.geometry)
         return flat.reshape(*forms.shape[:2], *flat.shape[1:])
 
     def constant(self, forms: Tensor) -> Tensor | float:
-        return 0.0 if self.bias is None else forms.sum((3, 4)) @ self.bias
+        return 0.0 if self.bias is None else forms.flatten(3).sum(3) @ self.bias
 
     def magnitude(self, x: Tensor) -> Tensor:
-        geometry = self.stride, self.padding, self.dilation, self.groups
-        return F.conv2d(x, self.weight.abs(), _absolute(self.bias), *geometry)
+        return convolution.convolve(x, self.weight.abs(), _absolute(self.bias), *self.geometry)
 
     def roundings(self, shape: torch.Size) -> int:
         return self.weight[0].numel() + 1
@@ -228,6 +223,24 @@ class Sum(Operation):
         return _onto(forms, first), _onto(self.sign * forms, second)
 
 
+@dataclass(frozen=True, eq=False)
+class Concat(Operation):
+    """All inputs one after the other along a dimension, counted with the batch, which is 0."""
+
+    dim: int
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, self.dim)
+
+    magnitude = __call__
+
+    def interval(self, *parts: Interval) -> Interval:
+        return Interval(self(*(x.center for x in parts)), self(*(x.radius for x in parts)))
+
+    def adjoints(self, forms: Tensor, *shapes: torch.Size) -> tuple[Tensor, ...]:
+        return forms.split([shape[self.dim - 1] for shape in shapes], self.dim + 1)
+
+
 def _onto(forms: Tensor, shape: torch.Size) -> Tensor:
     """Forms of values that were broadcast from ``shape``, as forms of those: they add up."""
     return forms.sum_to_size(*forms.shape[:2], *shape)
@@ -235,7 +248,7 @@ def _onto(forms: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Nonlinear(Operation):
-    """A non-decreasing function, entry by entry."""
+    """An activation, entry by entry."""
 
     activation: p.Activation
 
@@ -249,9 +262,7 @@ class Nonlinear(Operation):
         return self.activation(x)
 
     def interval(self, x: Interval) -> Interval:
-        if self.activation.kind == "relu":
-            return Interval(*kernels.ibp_relu(x.center, x.radius))
-        return Interval.from_bounds(self.activation(x.lower), self.activation(x.upper))
+        return self.activation.interval(x)
 
 
 def _absolute(bias: Tensor | None) -> Tensor | None:
@@ -277,7 +288,7 @@ class Folded:
 
     @property
     def piecewise_linear(self) -> bool:
-        return all(self.operations[i].activation.kind in ("relu", "leaky_relu") for i in self.nonlinear)  # type: ignore[attr-defined]
+        return all(self.operations[i].activation.piecewise_linear for i in self.nonlinear)  # type: ignore[attr-defined]
 
     def operation(self, number: int) -> Operation:
         return self.operations[number]

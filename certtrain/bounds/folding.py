@@ -9,7 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import program as p
-from .folded import Convolution, Dense, Diagonal, Folded, Input, Nonlinear, Opaque, Operation, Rearrangement, Sum
+from .folded import (
+    Concat,
+    Convolution,
+    Dense,
+    Diagonal,
+    Folded,
+    Input,
+    Nonlinear,
+    Opaque,
+    Operation,
+    Rearrangement,
+    Sum,
+)
 from .forward import Statistics, check_features, coefficients
 from .tracing import trace
 
@@ -95,7 +107,7 @@ def _affine(run: _Folding, node: p.Affine, number: int, source: int) -> int:
         around, mode = layer._reversed_padding_repeated_twice, layer.padding_mode
         mode = "constant" if mode == "zeros" else mode
         source = run.append(Rearrangement(node.path, (source,), lambda x: F.pad(x, around, mode=mode)))
-        padding = (0, 0)
+        padding = (0,) * (weight.ndim - 2)
     geometry = tuple(layer.stride), tuple(padding), tuple(layer.dilation), layer.groups
     done = run.append(Convolution(node.path, (source,), weight, bias, *geometry))  # type: ignore[arg-type]
     return run.activate(node.activation, node.path, done)
@@ -106,6 +118,10 @@ def _norm(run: _Folding, node: p.Norm, number: int, source: int) -> int:
     rest = [1] * (len(run.shapes[source]) - 1)
     scale, shift = (run.tensor(v, node.path).reshape(1, -1, *rest) for v in vectors if v is not None)
     return run.activate(node.activation, node.path, run.append(Diagonal(node.path, (source,), scale, shift)))
+
+
+def _concat(run: _Folding, node: p.Concat, number: int, *sources: int) -> int:
+    return run.append(Concat(node.path, sources, node.along(1 + len(run.shapes[sources[0]]))))
 
 
 def _scale(run: _Folding, node: p.Scale, number: int, source: int) -> int:
@@ -122,7 +138,7 @@ def _pool(run: _Folding, node: p.Pool, number: int, source: int) -> int:
 
     def pick(column: int) -> Callable[[Tensor], Tensor]:
         index = windows[:, column].to(run.device)
-        return lambda x: x.flatten(-2)[..., index].reshape(*x.shape[:-2], *shape)
+        return lambda x: x.flatten(-node.dimensions)[..., index].reshape(*x.shape[: -node.dimensions], *shape)
 
     def largest(first: int, last: int) -> int:
         """max over the windows' columns [first, last), half against half."""
@@ -139,9 +155,10 @@ def _pool(run: _Folding, node: p.Pool, number: int, source: int) -> int:
 
 def _windows(node: p.Pool, shape: torch.Size) -> tuple[Tensor, torch.Size]:
     """Which of the H·W places each output of a max pool sees, (outputs, size); short windows repeat a place."""
-    places = shape[-2] * shape[-1]
+    sizes = shape[-node.dimensions :]
+    places = sizes.numel()
     probes = torch.full((places, 1, places), -1.0).diagonal_scatter(torch.ones(1, places), dim1=0, dim2=2)
-    found = node.function(probes.reshape(places, 1, *shape[-2:]))
+    found = node.function(probes.reshape(places, 1, *sizes))
     seen = (found.reshape(places, -1) > 0).T
     columns = [row.nonzero().flatten() for row in seen]
     if not all(len(column) for column in columns):
@@ -157,6 +174,7 @@ RULES: dict[type[p.Node], Callable[..., int]] = {
     p.Pool: _pool,
     p.Reshape: lambda run, node, number, source: run.append(Rearrangement(node.path, (source,), node.function)),
     p.Add: lambda run, node, number, x, y: run.append(Sum(node.path, (x, y), node.sign)),
+    p.Concat: _concat,
     p.Scale: _scale,
     p.Dropout: lambda run, node, number, source: source,
     p.Whole: lambda run, node, number, source: run.append(Opaque(node.path, (source,), node.module, node.why)),

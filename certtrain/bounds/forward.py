@@ -34,8 +34,8 @@ class Forward:
     statistics: Statistics = field(default_factory=dict)
 
 
-def forward(model: nn.Module, images: Tensor, statistics: Statistics | None = None) -> Forward:
-    """Logits of ``images`` (B, *shape) by the model's program.
+def forward(model: nn.Module | p.Program, images: Tensor, statistics: Statistics | None = None) -> Forward:
+    """Logits of ``images`` (B, *shape) by the model's program, or what a part of one makes of its input.
 
     In training mode batch norms use their batch's statistics, update the running ones as torch does, and
     hand the statistics over. With ``statistics`` given they use those and update nothing. In
@@ -67,7 +67,16 @@ def coefficients(norm: p.BatchNorm, statistics: BatchStatistics | None) -> tuple
 
 
 def check_features(node: p.Affine, x: Tensor) -> None:
-    """Batch norm acts on dimension 1, a linear layer on the last one: fused only where they are the same."""
+    """Refuse what the layer would take for something else.
+
+    Batch norm acts on dimension 1, a linear layer on the last one: fused only where they are the same. A convolution
+    takes a tensor without batch dimension for one image.
+    """
+    if not isinstance(node.layer, nn.Linear) and x.ndim != node.layer.weight.ndim:
+        accepted = ("(B, channels, length)", "(B, channels, height, width)")[node.layer.weight.ndim - 3]
+        raise p.UnsupportedNode(
+            f"{type(node.layer).__name__} at {node.path!r}: found {x.ndim} dimensions; accepted: {accepted}"
+        )
     if node.norm is not None and isinstance(node.layer, nn.Linear) and x.ndim != 2:
         raise p.UnsupportedNode(
             f"BatchNorm1d after {node.path!r}: found {x.ndim} dimensions; accepted: (B, features) there"
@@ -118,12 +127,12 @@ def _affine(node: p.Affine, position: int, run: _Run, x: Tensor) -> Tensor:
     return node.activation(y) if node.activation else y
 
 
-def _folded(layer: nn.Linear | nn.Conv2d, scale: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
+def _folded(layer: nn.Linear | p.Convolution, scale: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
     weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
     bias = shift if layer.bias is None else layer.bias * scale + shift
-    if isinstance(layer, nn.Conv2d):
-        return lambda x: layer._conv_forward(x, weight, bias)
-    return lambda x: F.linear(x, weight, bias)
+    if isinstance(layer, nn.Linear):
+        return lambda x: F.linear(x, weight, bias)
+    return lambda x: layer._conv_forward(x, weight, bias)
 
 
 def _norm(node: p.Norm, position: int, run: _Run, x: Tensor) -> Tensor:
@@ -143,6 +152,7 @@ RULES: dict[type[p.Node], Callable[..., Tensor]] = {
     p.Pool: lambda node, position, run, x: node.function(x),
     p.Reshape: lambda node, position, run, x: node.function(x),
     p.Add: lambda node, position, run, x, y: x + node.sign * y,
+    p.Concat: lambda node, position, run, *parts: torch.cat(parts, node.along(parts[0].ndim)),
     p.Scale: _scale,
     p.Dropout: lambda node, position, run, x: node.module(x),
     p.Whole: lambda node, position, run, x: node.module(x),

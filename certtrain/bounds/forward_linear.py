@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .folded import Convolution, Dense, Diagonal, Folded, Nonlinear, Operation, Rearrangement, Sum
+from .folded import Concat, Convolution, Dense, Diagonal, Folded, Nonlinear, Operation, Rearrangement, Sum
 from .interval import Bounds
 from .region import Region
 from .relaxation import relax
@@ -50,6 +50,8 @@ def forward_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] 
             found[number], intervals[read] = bounds, bounds.interval()
         lines[number] = RULES[type(operation)](operation, *inputs, *([found[number]] if number in found else []))
         intervals[number] = operation.interval(*(intervals[read] for read in operation.inputs))  # type: ignore[attr-defined]
+        if isinstance(operation, Sum) and operation.largest is not None:  # b + relu(a - b) forgets that b is b
+            intervals[number] = intervals[number].as_largest(*(intervals[read] for read in operation.largest))
     return found
 
 
@@ -77,7 +79,7 @@ def _weighted(operation: Dense | Convolution, x: _Between) -> _Between:
     for same, other in ((x.lower, x.upper), (x.upper, x.lower)):
         line = _through(up, same) + _through(down, other)
         if operation.bias is not None:
-            bias = operation.bias if isinstance(operation, Dense) else operation.bias.reshape(-1, 1, 1)
+            bias = operation.bias.reshape(-1, *[1] * (operation.weight.ndim - 2))
             line[:, -1] += bias
         ends.append(line)
     return _Between(*ends)
@@ -107,9 +109,19 @@ def _sum(operation: Sum, x: _Between, y: _Between) -> _Between:
     return _Between(x.lower + other[0], x.upper + other[1])
 
 
+def _concat(operation: Concat, *parts: _Between) -> _Between:
+    lower, upper = (torch.cat([getattr(x, end) for x in parts], operation.dim + 1) for end in ("lower", "upper"))
+    return _Between(lower, upper)
+
+
 def _nonlinear(operation: Nonlinear, x: _Between, bounds: Bounds) -> _Between:
     own = relax(operation.activation, bounds.lower, bounds.upper)
-    lower, upper = own.lower_slope.unsqueeze(1) * x.lower, own.upper_slope.unsqueeze(1) * x.upper  # slopes are >= 0
+    down, up = own.lower_slope.unsqueeze(1), own.upper_slope.unsqueeze(1)
+    if operation.activation.monotone:
+        lower, upper = down * x.lower, up * x.upper
+    else:  # lines may fall
+        lower = down.clamp(min=0) * x.lower + down.clamp(max=0) * x.upper
+        upper = up.clamp(min=0) * x.upper + up.clamp(max=0) * x.lower
     upper[:, -1] += own.upper_intercept
     if own.lower_intercept is not None:
         lower[:, -1] += own.lower_intercept
@@ -122,5 +134,6 @@ RULES = {
     Diagonal: _diagonal,
     Rearrangement: _rearranged,
     Sum: _sum,
+    Concat: _concat,
     Nonlinear: _nonlinear,
 }

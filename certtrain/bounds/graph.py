@@ -93,7 +93,7 @@ def refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
                 f"{name} at {node.name!r} changes {value.name!r} in place while others read it; accepted: inplace=False"
             )
         layer = model.get_submodule(str(value.target)) if value.op == "call_module" else None
-        views = isinstance(layer, (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)) or (
+        views = isinstance(layer, (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)) or (
             getattr(layer, "inplace", False) or getattr(value.target, "__name__", value.target) in _VIEWS
         )
         value = first_operand(value) if views else None

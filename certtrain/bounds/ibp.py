@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from . import convolution
 from . import program as p
 from .forward import Statistics, check_features, coefficients
 from .interval import Interval
@@ -30,13 +32,15 @@ class Activity:
     preactivations: dict[int, Interval]
 
 
-def compute_bounds(model: nn.Module, box: Interval | Region, statistics: Statistics | None = None) -> Interval:
+def compute_bounds(
+    model: nn.Module | p.Program, box: Interval | Region, statistics: Statistics | None = None
+) -> Interval:
     """Sound bounds of the model's logits over a box, or over a perturbation set around a batch of images.
 
     Bounds enclose the network with fixed batch-norm statistics: the running ones, or those given.
 
     Args:
-        model: any ``nn.Module`` of supported layers; takes (B, *shape), carries its own normalisation.
+        model: any ``nn.Module`` of supported layers; takes (B, *shape), carries its own normalisation. Or a program.
         box: ``Interval.box(images, epsilon)``, or ``LinfBall(epsilon).region(images)``, ``L2Ball(…)…``.
         statistics: batch statistics of a ``forward`` pass, with gradients, for training.
     Returns:
@@ -49,27 +53,38 @@ def compute_bounds(model: nn.Module, box: Interval | Region, statistics: Statist
 
 
 def compute_margins(
-    model: nn.Module,
+    model: nn.Module | p.Program,
     box: Interval | Region,
     labels: Tensor,
     statistics: Statistics | None = None,
     *,
     keep: bool = False,
+    shrink: float = 1.0,
 ) -> tuple[Tensor, Activity]:
     """Lower bounds of all margins z_y - z_j, with the specification merged into the last linear layer.
 
     Args:
         labels: (B,) int64. Others as in ``compute_bounds``.
         keep: whether to keep the pre-activation intervals.
+        shrink: multiplies the upper end of every ReLU's input interval that holds 0 inside. Below 1 the results bound
+            nothing: SABR trains on them (arXiv 2210.04871).
     Returns:
         (B, K - 1), columns j != y in increasing order; and what was kept (empty if not asked).
     """
-    propagation = _Propagation(model, statistics, keep)
+    propagation = _Propagation(model, statistics, keep, shrink)
     output, last = propagation.run(box, stop_before_last=True)
     if last is None:
         return _difference(output, labels), propagation.activity()
     weight, bias = last
     return kernels.ibp_margins(output.center, output.radius, weight, bias, labels), propagation.activity()
+
+
+def compute_activity(
+    model: nn.Module | p.Program, box: Interval | Region, statistics: Statistics | None = None, *, shrink: float = 1.0
+) -> tuple[Interval, Activity]:
+    """``compute_bounds``, and what the pass saw on its way. Arguments as in ``compute_margins``."""
+    propagation = _Propagation(model, statistics, True, shrink)
+    return propagation.run(box)[0], propagation.activity()
 
 
 def compute_rows(
@@ -103,10 +118,10 @@ def _difference(logits: Interval, labels: Tensor) -> Tensor:
 class _Propagation:
     """One pass: the intervals so far, and what the rules share."""
 
-    def __init__(self, model: nn.Module, statistics: Statistics | None, keep: bool):
+    def __init__(self, model: nn.Module | p.Program, statistics: Statistics | None, keep: bool, shrink: float = 1.0):
         self.program = trace(model)
         self.statistics = statistics
-        self.keep = keep
+        self.keep, self.shrink = keep, shrink
         self.first: Interval | None = None
         self.preactivations: dict[int, Interval] = {}
 
@@ -169,8 +184,16 @@ class _Propagation:
         if activation.kind == "relu":
             if self.keep:
                 self.preactivations[position] = interval
+            if self.shrink < 1:
+                interval = _shrunk(interval, self.shrink)
             return Interval(*kernels.ibp_relu(interval.center, interval.radius))
-        return Interval.from_bounds(activation(interval.lower), activation(interval.upper))
+        return activation.interval(interval)
+
+
+def _shrunk(interval: Interval, share: float) -> Interval:
+    """With ``share`` of the upper end where 0 lies inside."""
+    lower, upper = interval.lower, interval.upper
+    return Interval.from_bounds(lower, torch.where((lower < 0) & (upper > 0), share * upper, upper))
 
 
 def _affine(node: p.Affine, position: int, run: _Propagation, x: Interval) -> Interval:
@@ -182,19 +205,20 @@ def _affine(node: p.Affine, position: int, run: _Propagation, x: Interval) -> In
 
         return run.activate(node.activation, position, first_layer(node, position, run, x))
     scale, shift = run.coefficients(node.norm, position)
-    fused = node.activation is not None and node.activation.kind == "relu" and not run.keep
+    fused = node.activation is not None and node.activation.kind == "relu" and not run.keep and run.shrink == 1
     layer = node.layer
     if isinstance(layer, nn.Linear):
-        y = kernels.ibp_linear(x.center, x.radius, layer.weight, layer.bias, scale=scale, shift=shift, relu=fused)
+        ends = kernels.ibp_linear(x.center, x.radius, layer.weight, layer.bias, scale=scale, shift=shift, relu=fused)
+        y = Interval(*ends)
     else:
         if layer.padding_mode != "zeros":  # the border repeats known intervals: pad both alike
             x = x.map(lambda t: F.pad(t, layer._reversed_padding_repeated_twice, mode=layer.padding_mode))
-        padding = layer.padding if layer.padding_mode == "zeros" else 0
-        y = kernels.ibp_conv2d(
-            x.center, x.radius, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups,
+        padding = layer.padding if layer.padding_mode == "zeros" else (0,) * (layer.weight.ndim - 2)
+        y = convolution.interval(
+            x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups,
             scale=scale, shift=shift, relu=fused,
         )  # fmt: skip
-    return Interval(*y) if fused else run.activate(node.activation, position, Interval(*y))
+    return y if fused else run.activate(node.activation, position, y)
 
 
 def _norm(node: p.Norm, position: int, run: _Propagation, x: Interval) -> Interval:
@@ -219,6 +243,11 @@ def _add(node: p.Add, position: int, run: _Propagation, x: Interval, y: Interval
     return Interval(x.center + node.sign * y.center, x.radius + y.radius)
 
 
+def _concat(node: p.Concat, position: int, run: _Propagation, *parts: Interval) -> Interval:
+    dim = node.along(parts[0].center.ndim)
+    return Interval(torch.cat([x.center for x in parts], dim), torch.cat([x.radius for x in parts], dim))
+
+
 def _whole(node: p.Whole, position: int, run: _Propagation, x: Interval) -> NoReturn:
     raise node.why
 
@@ -230,6 +259,7 @@ RULES: dict[type[p.Node], Callable[..., Interval]] = {
     p.Pool: _pool,
     p.Reshape: lambda node, position, run, x: x.map(node.function),
     p.Add: _add,
+    p.Concat: _concat,
     p.Scale: _scale,
     p.Dropout: lambda node, position, run, x: x,
     p.Whole: _whole,

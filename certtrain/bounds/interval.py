@@ -65,6 +65,12 @@ class Interval:
         """Entrywise: does ``value`` lie within the ends, give or take ``slack``? NaN lies nowhere."""
         return (self.lower - slack <= value) & (value <= self.upper + slack)
 
+    def as_largest(self, *others: Interval) -> Interval:
+        """Tightened by what it is an interval of: the largest of others."""
+        lower, upper = (torch.stack(ends).amax(0) for ends in ([x.lower for x in others], [x.upper for x in others]))
+        found = Bounds(lower, upper).intersect(self.bounds())
+        return Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
+
     def bounds(self) -> Bounds:
         return Bounds(self.lower, self.upper)
 

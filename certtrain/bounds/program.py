@@ -11,36 +11,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .activation import Activation
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+Convolution = nn.Conv1d | nn.Conv2d
 
 
 class UnsupportedNode(InputError):
     """The model contains an operation that has no rule; the message names it and what is supported."""
-
-
-@dataclass(frozen=True, eq=False)
-class Activation:
-    """A non-decreasing function applied entry by entry; ``kind`` is what the rules look at."""
-
-    kind: str
-    slope: float = 0.0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        match self.kind:
-            case "relu":
-                return F.relu(x)
-            case "leaky_relu":
-                return F.leaky_relu(x, self.slope)
-            case "sigmoid":
-                return torch.sigmoid(x)
-            case _:
-                return torch.tanh(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +39,9 @@ class Input(Node):
 
 @dataclass(frozen=True, eq=False)
 class Affine(Node):
-    """Linear or Conv2d, then perhaps batch norm, then perhaps an activation."""
+    """Linear, Conv1d or Conv2d, then perhaps batch norm, then perhaps an activation."""
 
-    layer: nn.Linear | nn.Conv2d
+    layer: nn.Linear | Convolution
     norm: BatchNorm | None = None
     activation: Activation | None = None
 
@@ -82,10 +63,11 @@ class Activate(Node):
 
 @dataclass(frozen=True, eq=False)
 class Pool(Node):
-    """A pooling layer; monotone in every entry. ``linear`` for averages."""
+    """A pooling layer over the last dimensions, so many; monotone in every entry. ``linear`` for averages."""
 
     function: Callable[[Tensor], Tensor]
     linear: bool
+    dimensions: int = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +82,26 @@ class Add(Node):
     """Sum (``sign`` 1) or difference (-1) of two nodes: residual connections."""
 
     sign: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Node):
+    """Nodes one after the other along a dimension, counted with the batch; negative ones from the end."""
+
+    dim: int
+
+    def along(self, rank: int) -> int:
+        """The dimension of tensors that have ``rank`` of them.
+
+        Raises:
+            UnsupportedNode: it is the batch, or there is no such dimension.
+        """
+        dim = self.dim + rank if self.dim < 0 else self.dim
+        if not 1 <= dim < rank:
+            raise UnsupportedNode(
+                f"cat at {self.path!r}: found dim={self.dim} of {rank} dimensions; accepted: one behind the batch"
+            )
+        return dim
 
 
 Coefficients = Callable[[], tuple[Tensor | float, Tensor | float]]
@@ -155,13 +157,14 @@ class ProgramModule(nn.Module):
     """A network that is its program from the start: what the readers of network files make.
 
     Args:
-        nodes: as of a ``Program``, fused or not; the last one gives the output.
+        nodes: as of a ``Program``, fused or not; the last one gives the output. What it does not need is left out.
     """
 
     def __init__(self, nodes: list[Node]):
         super().__init__()
         self.nodes = nodes
-        self.program = Program(fuse(nodes, len(nodes) - 1))
+        needed = _needed(nodes)
+        self.program = Program(fuse(needed, len(needed) - 1))
         self.layers = nn.ModuleList(  # of the nodes as given: two scales that were merged are a function
             module for node in nodes for module in vars(node).values() if isinstance(module, nn.Module)
         )
@@ -174,6 +177,15 @@ class ProgramModule(nn.Module):
         from .forward import forward  # which asks for the program of a module, this one for instance
 
         return forward(self, x).logits
+
+
+def _needed(nodes: list[Node]) -> list[Node]:
+    """Those that the last one depends on, and the input."""
+    wanted = {0, len(nodes) - 1}
+    for number in range(len(nodes) - 1, 0, -1):
+        wanted |= set(nodes[number].inputs) if number in wanted else set()
+    place = {old: new for new, old in enumerate(sorted(wanted))}
+    return [replace(nodes[old], inputs=tuple(place[read] for read in nodes[old].inputs)) for old in place]
 
 
 def fuse(nodes: list[Node], output: int) -> tuple[Node, ...]:

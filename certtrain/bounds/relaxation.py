@@ -1,7 +1,7 @@
 """Lines that enclose an activation over an interval: one small rule per kind, the table last.
 
 ReLU and LeakyReLU as in CROWN (arXiv 1811.00866), with the lower slope free as in alpha-CROWN (arXiv 2011.13824);
-sigmoid and tanh by tangents and chords (arXiv 1811.00866, section 3.3).
+sigmoid and tanh by tangents and chords (arXiv 1811.00866, section 3.3); GELU and SiLU in ``relaxation_gated.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .program import Activation
+from .activation import Activation
+from .relaxation_gated import gated
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def relax(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | 
 
     Args:
         alpha: lower slopes where the function has a kink inside the interval, cut to what is sound; (B, *shape) or
-            (B, R, *shape). None chooses the one that makes the smaller area. Ignored by sigmoid and tanh.
+            (B, R, *shape). None chooses the one that makes the smaller area. Ignored by smooth functions.
     """
     return RELAXATIONS[activation.kind](activation, lower, upper, alpha)
 
@@ -84,6 +85,11 @@ def _sigmoid(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor
     slope, intercept = _above_tanh(lower / 2, upper / 2)
     mirrored, below = _above_tanh(-upper / 2, -lower / 2)
     return Lines(mirrored / 4, slope / 4, (1 + intercept) / 2, (1 - below) / 2)
+
+
+def _gated(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
+    (lower_slope, lower_intercept), (upper_slope, upper_intercept) = gated(activation, lower, upper)
+    return Lines(lower_slope, upper_slope, upper_intercept, lower_intercept)
 
 
 def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,4 +135,7 @@ RELAXATIONS: dict[str, Callable[[Activation, Tensor, Tensor, Tensor | None], Lin
     "leaky_relu": _kinked,
     "sigmoid": _sigmoid,
     "tanh": _tanh,
+    "gelu": _gated,
+    "gelu_tanh": _gated,
+    "silu": _gated,
 }

@@ -73,7 +73,7 @@ def check(network: Folded) -> None:
     """
     for number in network.nonlinear:
         operation = network.operations[number]
-        if operation.activation.kind not in ("relu", "leaky_relu"):  # type: ignore[attr-defined]
+        if not operation.activation.piecewise_linear:  # type: ignore[attr-defined]
             raise p.UnsupportedNode(
                 f"{operation.path}: found {operation.activation.kind}; accepted in this arithmetic: relu, leaky_relu"  # type: ignore[attr-defined]
             )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .folded import Convolution, Diagonal, Folded, Nonlinear, Operation, Sum
+from .folded import Concat, Convolution, Diagonal, Folded, Nonlinear, Operation, Sum
 from .region import Region
 
 Pair = tuple[int, int]
@@ -157,6 +157,8 @@ class View:
 def _is_local(operation: Operation, shapes: list[torch.Size]) -> bool:
     if isinstance(operation, Diagonal):
         return all(v.ndim == 4 and v.shape[2:].numel() == 1 for v in (operation.scale, operation.shift))
+    if isinstance(operation, Concat):
+        return operation.dim == 1
     return isinstance(operation, Convolution) or (
         isinstance(operation, Nonlinear | Sum) and all(shape == shapes[0] for shape in shapes)
     )

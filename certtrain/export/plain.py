@@ -7,11 +7,23 @@ of convolutions as soon as an image needs branch and bound.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..bounds.folded import Convolution, Dense, Diagonal, Folded, Nonlinear, Opaque, Operation, Rearrangement, Sum
+from ..bounds.folded import (
+    Concat,
+    Convolution,
+    Dense,
+    Diagonal,
+    Folded,
+    Nonlinear,
+    Opaque,
+    Operation,
+    Rearrangement,
+    Sum,
+)
 
 
 class PlainNetwork(nn.Module):
@@ -55,7 +67,7 @@ class _Elementwise(nn.Module):
         return x * self.scale + self.shift
 
 
-def _with_weights(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _with_weights(layer: nn.Linear | nn.Conv1d | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
     layer.weight = nn.Parameter(weight)
     layer.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
     return layer
@@ -67,11 +79,9 @@ def _dense(operation: Dense, shape: torch.Size) -> nn.Module:
 
 
 def _convolution(operation: Convolution, shape: torch.Size) -> nn.Module:
-    outputs, inputs, height, width = operation.weight.shape
-    layer = nn.Conv2d(
-        inputs * operation.groups, outputs, (height, width), operation.stride, operation.padding, operation.dilation,
-        operation.groups, device="meta",
-    )  # fmt: skip
+    outputs, inputs, *kernel = operation.weight.shape
+    kind: Any = nn.Conv1d if len(kernel) == 1 else nn.Conv2d
+    layer = kind(inputs * operation.groups, outputs, tuple(kernel), *operation.geometry, device="meta")
     return _with_weights(layer, operation.weight, operation.bias)
 
 
@@ -96,7 +106,14 @@ def _nonlinear(operation: Nonlinear, shape: torch.Size) -> nn.Module:
     activation = operation.activation
     if activation.kind == "leaky_relu":
         return nn.LeakyReLU(activation.slope)
-    return {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}[activation.kind]()
+    if activation.kind == "gelu_tanh":
+        return nn.GELU("tanh")
+    kinds = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
+    return kinds[activation.kind]()
+
+
+def _concat(operation: Concat, shape: torch.Size) -> nn.Module:
+    return _Function(lambda *parts: torch.cat(parts, operation.dim))
 
 
 RULES: dict[type[Operation], Callable[..., nn.Module]] = {
@@ -106,5 +123,6 @@ RULES: dict[type[Operation], Callable[..., nn.Module]] = {
     Rearrangement: lambda operation, shape: _Function(operation.function),
     Opaque: lambda operation, shape: _Function(operation.function),
     Sum: _sum,
+    Concat: _concat,
     Nonlinear: _nonlinear,
 }
