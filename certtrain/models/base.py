@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +32,30 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}  # fmt: skip
+"""As torch makes them: a slope of 0.01 for leaky_relu, GELU by the error function."""
+
+
 @dataclass(frozen=True)
 class Architecture(Component):
     """A network by name. The model takes (N, C, H, W) in [0, 1] and returns (N, classes) logits.
 
     Args:
         mean, std: per channel, of the normalisation that is the first layer; empty for none.
+        activation: after every hidden layer.
     """
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    activation: Literal["relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu"] = "relu"
 
     def __post_init__(self) -> None:
         check(len(self.mean) == len(self.std), "mean", self.mean, f"as many numbers as std, {len(self.std)}")
         check(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
+        check(self.activation in ACTIVATIONS, "activation", self.activation, ", ".join(ACTIVATIONS))
 
     @abstractmethod
     def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
@@ -62,6 +73,9 @@ class Architecture(Component):
         normalise = [Normalise(self.mean, self.std)] if self.mean else []
         return nn.Sequential(*normalise, *self.layers((channels, height, width), classes))
 
-
-def batch_norm(enabled: bool, layer: nn.Module) -> list[nn.Module]:
-    return [layer] if enabled else []
+    def hidden_layer(self, layer: nn.Linear | nn.Conv2d, batch_norm: bool) -> list[nn.Module]:
+        """The layer, a batch norm if asked for, and the activation."""
+        norm = (
+            nn.BatchNorm1d(layer.out_features) if isinstance(layer, nn.Linear) else nn.BatchNorm2d(layer.out_channels)
+        )
+        return [layer, *([norm] if batch_norm else []), ACTIVATIONS[self.activation]()]

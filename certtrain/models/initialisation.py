@@ -5,15 +5,39 @@ import math
 import torch
 from torch import nn
 
+from ..bounds import program as p
+from ..bounds.tracing import trace
+
 
 @torch.no_grad()
 def initialise_for_ibp(model: nn.Module) -> None:
     """Draw every linear and convolutional weight but the last layer's from N(0, 2π / fan_in²).
 
     Then E|w| · fan_in / 2 = 1: a layer with its ReLU keeps the width of boxes constant, where the usual
-    initialisations let it explode. Biases, batch norms and the last layer keep torch's defaults. Uses the
-    global generator.
+    initialisations let it explode. A residual sum adds up the widths of two boxes, so the weights of a layer that reads
+    one (perhaps through batch norm and activation) are halved, as in the authors' code. Biases, batch norms and the
+    last layer otherwise keep torch's defaults. Uses the global generator.
+
+    Raises:
+        UnsupportedNode: the model has an operation that cannot be bounded.
     """
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     for layer in layers[:-1]:
         layer.weight.normal_(std=math.sqrt(2 * math.pi) / layer.weight[0].numel())
+    for layer in fed_by_sums(model):
+        layer.weight.mul_(0.5)
+
+
+def fed_by_sums(model: nn.Module) -> list[nn.Linear | nn.Conv1d | nn.Conv2d]:
+    """The affine layers whose input is a sum of two branches, perhaps behind batch norms and activations; each once."""
+    nodes = trace(model).nodes
+    found: dict[nn.Linear | nn.Conv1d | nn.Conv2d, None] = {}
+    for node in nodes:
+        if not isinstance(node, p.Affine):
+            continue
+        source = nodes[node.inputs[0]]
+        while isinstance(source, (p.Norm, p.Activate)):
+            source = nodes[source.inputs[0]]
+        if isinstance(source, p.Add):
+            found[node.layer] = None
+    return list(found)

@@ -1,15 +1,12 @@
-import math
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..errors import check
-from .base import Architecture, batch_norm
+from .feed_forward import Convolution, FeedForward
 
 
 @dataclass(frozen=True)
-class Mlp(Architecture):
-    """Linear layers with ReLUs between them.
+class Mlp(FeedForward):
+    """Linear layers with activations between them.
 
     Args:
         hidden: features of each hidden layer.
@@ -23,11 +20,5 @@ class Mlp(Architecture):
         super().__post_init__()
         check(all(width >= 1 for width in self.hidden), "hidden", self.hidden, "a list of whole numbers >= 1")
 
-    def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
-        layers: list[nn.Module] = [nn.Flatten()]
-        features = math.prod(shape)
-        for width in self.hidden:
-            layers.append(nn.Linear(features, width))
-            layers += [*batch_norm(self.batch_norm, nn.BatchNorm1d(width)), nn.ReLU()]
-            features = width
-        return [*layers, nn.Linear(features, classes)]
+    def plan(self, height: int, width: int) -> tuple[list[Convolution], list[int], bool]:
+        return [], list(self.hidden), self.batch_norm
