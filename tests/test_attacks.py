@@ -1,6 +1,7 @@
 """What the frame guarantees of every attack, whatever it proposes; then PGD."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ class TestFrame:
                 assert torch.equal(found, batch.images)
 
     @every_attack
-    @every_mode
+    @pytest.mark.parametrize("mode", [*MODES, "clean"])
     def test_the_model_is_left_as_it_was(self, kind, mode):
         model = make_model()
         before = snapshot(model, buffers=mode != "train")
@@ -142,7 +143,7 @@ class TestFrame:
         attack_with(kind(attack_mode="train"), LinfBall(0.1), model=model)
         assert model[5].num_batches_tracked > 0
 
-    @every_mode
+    @pytest.mark.parametrize("mode", [*MODES, "clean"])
     def test_the_model_is_left_as_it_was_when_the_attack_raises(self, mode):
         model = make_model()
         before = snapshot(model, buffers=mode != "train")
@@ -297,6 +298,14 @@ class TestPgd:
         torch.testing.assert_close(moved[inward], torch.full_like(moved[inward], 0.0125))
         assert (moved[at_edge & ~inward] == 0).all()
 
+    def test_steps_shrink_at_the_milestones(self):
+        batch, ball, spy = make_batch(), LinfBall(0.1), Spy(make_model())
+        attack = Pgd(steps=5, step_size=0.1, milestones=(1, 3, 3), decay=0.5, random_start=False)
+        attack_with(attack, ball, model=spy, batch=batch)
+        inside = (batch.images > 0.1) & (batch.images < 0.9)
+        moved = [float((b - a).abs()[inside].max()) for a, b in pairwise(spy.points)]
+        assert moved == pytest.approx([0.01, 0.005, 0.005, 0.00125, 0.00125])
+
     @every_ball
     @every_mode
     @pytest.mark.parametrize("name", ["cross_entropy", "margin"])
@@ -381,7 +390,16 @@ class TestPgd:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("steps", 0), ("steps", -1), ("step_size", 0.0), ("step_size", float("nan")), ("restarts", 0)],
+        [
+            ("steps", 0),
+            ("steps", -1),
+            ("step_size", 0.0),
+            ("step_size", float("nan")),
+            ("restarts", 0),
+            ("milestones", (0,)),
+            ("decay", 0.0),
+            ("decay", 1.5),
+        ],
     )
     def test_refuses(self, field, value):
         with pytest.raises(InputError, match=f"^{field}: found .*accepted"):

@@ -11,11 +11,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet
+from ..bounds import PerturbationSet, forward
 from ..config import Component
 from ..step import Batch, StateSpec, Step
 
-AttackMode = Literal["train", "eval", "batch"]
+AttackMode = Literal["train", "eval", "batch", "clean"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Attack(Component):
 
     Args:
         attack_mode: the model's mode during the attack. ``eval``: running batch statistics; ``train``: the
-            batch's, updating the running ones; ``batch``: the batch's, running ones untouched.
+            batch's, updating the running ones; ``batch``: the batch's, running ones untouched; ``clean``: those of
+            the images before the attack, running ones untouched (one forward pass more).
     """
 
     attack_mode: AttackMode = "eval"
@@ -66,12 +67,26 @@ class Attack(Component):
         if len(batch) == 0:
             return AttackResult(batch.images)
         with _prepared(model, self.attack_mode), torch.enable_grad():
-            proposed = self.propose(model, batch, wide, step)
+            attacked = _Frozen(model, batch.images) if self.attack_mode == "clean" else model
+            proposed = self.propose(attacked, batch, wide, step)
         proposal = proposed.images.detach()
         valid = torch.where(proposal.isnan(), batch.images, proposal).clamp(0, 1)
         images = wide.project(batch.images, valid)
         hull = wide.hull(batch.images)
         return AttackResult(images.clamp(hull.lower, hull.upper), proposed.trace)
+
+
+class _Frozen(nn.Module):
+    """A model whose batch norms use the statistics of these images, whatever it is given."""
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        super().__init__()
+        self.model = model
+        with torch.no_grad():
+            self.statistics = forward(model, images).statistics
+
+    def forward(self, x: Tensor) -> Tensor:
+        return forward(self.model, x, self.statistics).logits
 
 
 @contextmanager

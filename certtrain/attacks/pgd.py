@@ -27,6 +27,7 @@ class Pgd(Attack):
     Args:
         steps: number of gradient steps.
         step_size: relative to the half width of the clipped box, pixel by pixel.
+        milestones, decay: the step size is multiplied by ``decay`` after each of these numbers of steps.
         random_start: start uniformly inside the box instead of at the image.
         restarts: independent runs, of which the best counts.
         diversified: steps before each run, of a half width each, along a random direction of the logits: starts that
@@ -37,6 +38,8 @@ class Pgd(Attack):
 
     steps: int = 1
     step_size: float = 10.0
+    milestones: tuple[int, ...] = ()
+    decay: float = 0.1
     random_start: bool = True
     restarts: int = 1
     diversified: int = 0
@@ -45,12 +48,13 @@ class Pgd(Attack):
     def __post_init__(self) -> None:
         check(self.steps >= 1, "steps", self.steps, "a whole number >= 1")
         check(self.step_size > 0, "step_size", self.step_size, "a number > 0, relative to the box's half width")
+        check(all(m >= 1 for m in self.milestones), "milestones", self.milestones, "a list of steps >= 1")
+        check(0 < self.decay <= 1, "decay", self.decay, "a number in (0, 1]")
         check(self.restarts >= 1, "restarts", self.restarts, "a whole number >= 1")
         check(self.diversified >= 0, "diversified", self.diversified, "a whole number >= 0")
 
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
         hull = ball.hull(batch.images)
-        size = self.step_size * hull.radius
         keep_best = self.steps > 1 or self.restarts > 1
         best, best_value = batch.images, torch.full_like(batch.labels, -torch.inf, dtype=batch.images.dtype)
         points = batch.images
@@ -62,11 +66,12 @@ class Pgd(Attack):
             for _ in range(self.diversified):
                 gradient = _gradient(lambda x, key=f"direction/{restart}": _along(step, key, model(x)), points)[1]
                 points = ball.project(batch.images, points + hull.radius * gradient.sign())
-            for _ in range(self.steps):
+            for number in range(self.steps):
+                size = self.step_size * self.decay ** sum(number >= milestone for milestone in self.milestones)
                 values, gradient = _gradient(lambda x: self._objective(model(x), batch.labels), points)
                 if keep_best:
                     best, best_value = _better(best, best_value, points, values)
-                points = ball.project(batch.images, points + size * gradient.sign())
+                points = ball.project(batch.images, points + size * hull.radius * gradient.sign())
             if keep_best:
                 with torch.no_grad():
                     values = self._objective(model(points), batch.labels)
