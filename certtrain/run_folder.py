@@ -115,9 +115,13 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(_finite(record), allow_nan=False) + "\n"
 
 
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for both."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 DESCRIPTION: dict[str, type] = {

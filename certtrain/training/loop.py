@@ -20,6 +20,7 @@ from ..progress import Progress, describe
 from ..run_folder import RunFolder
 from ..step import Batch, State, Step
 from . import checkpoint
+from .averages import WeightAverage, recompute_statistics
 from .evaluation import evaluate
 from .interruption import Interrupted, StopRequest
 from .settings import Training
@@ -72,9 +73,10 @@ def fit(
         name: spec.allocate(len(dataset.train), settings.batch_size, device) for name, spec in sorted(specs.items())
     }
     recipe = checkpoint.fingerprint([unstructure(part) for part in (loss, ball, settings)] + [seed, dataset.checksum])
+    average = WeightAverage(model, settings.averaging, len(loader))
     position, sums = Position(), _Means()
     if folder.resume.exists():
-        position, sums = _restore(folder, recipe, device, model, optimizer, tensors)
+        position, sums = _restore(folder, recipe, device, model, optimizer, average, tensors)
     folder.metrics.truncate(position.metrics_bytes)
 
     steps = settings.epochs * len(loader)
@@ -95,9 +97,13 @@ def fit(
                     raise TrainingStopped(_stopped(position, error, folder)) from error
                 sums.add(figures, len(batch))
                 position.batch, position.step = position.batch + 1, position.step + 1
+                average.update(model, position.step)
                 progress.advance(1, {**{name: figures[name] for name in SHOWN if name in figures}, "epsilon": epsilon})
 
                 if position.batch == len(loader):
+                    averaged = position.step == steps and average.put_into(model)
+                    if averaged or settings.precise_bn:
+                        recompute_statistics(model, loader.epoch(epoch))
                     rate = settings.learning_rate(epoch)
                     line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "learning_rate": rate}
                     line |= {**sums.means(), "epsilon": epsilon}
@@ -105,6 +111,11 @@ def fit(
                         line |= evaluate(model, dataset.validation, ball)
                     line["seconds"] = round(before + time.monotonic() - started, 3)
                     folder.metrics.append(line)
+                    if settings.measure and (epoch + 1) % settings.measure.every == 0:
+                        found = settings.measure(model, dataset.train, ball, seed)
+                        folder.metrics.append(
+                            {"kind": "measurement", "epoch": epoch + 1, **found, "seconds": line["seconds"]}
+                        )
                     progress.line(_said(line, settings.epochs))
                     position.epoch, position.batch, position.metrics_bytes = epoch + 1, 0, folder.metrics.size()
                     sums = _Means()
@@ -112,7 +123,7 @@ def fit(
                 asked, now = stop.signal, time.monotonic()
                 if asked or position.step == steps or now - saved >= settings.checkpoint_seconds:
                     position.seconds, saved = before + now - started, now
-                    _save(folder, recipe, position, sums, model, optimizer, tensors)
+                    _save(folder, recipe, position, sums, model, optimizer, average, tensors)
                 if asked:
                     raise Interrupted(asked)
 
@@ -187,22 +198,23 @@ class _Means:
 
 def _save(
     folder: RunFolder, recipe: str, position: Position, sums: _Means, model: nn.Module,
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer, average: WeightAverage, tensors: dict[str, Tensor],
 ) -> None:  # fmt: skip
     content = {"recipe": recipe, "position": vars(position), "sums": sums.sums, "model": model.state_dict(),
-               "optimizer": optimizer.state_dict(), "state": tensors}  # fmt: skip
+               "optimizer": optimizer.state_dict(), "average": average.state(), "state": tensors}  # fmt: skip
     checkpoint.save(folder.resume, content)
 
 
 def _restore(
     folder: RunFolder, recipe: str, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
+    average: WeightAverage, tensors: dict[str, Tensor],
 ) -> tuple[Position, _Means]:  # fmt: skip
     content = checkpoint.load(folder.resume, device)
     checkpoint.load_weights(model, content["model"], folder.resume)
     if content["recipe"] != recipe:
         raise InputError(f"{folder.resume}: found the checkpoint of another recipe; accepted: this run's own")
     optimizer.load_state_dict(content["optimizer"])
+    average.restore(content["average"])
     for name, tensor in tensors.items():
         tensor.copy_(content["state"][name])
     return Position(**content["position"]), _Means(content["sums"])

@@ -25,6 +25,11 @@ class EpsilonSchedule(Component):
         check(self.start >= 1, "start", self.start, "an epoch >= 1")
         check(self.length >= 0, "length", self.length, "a whole number of epochs >= 0")
 
+    @property
+    def end(self) -> int:
+        """How many epochs are over when the ramp is."""
+        return self.start - 1 + self.length
+
     def steps(self, steps_per_epoch: int) -> tuple[int, int]:
         """(first, last) step of the ramp, 0-based: epsilon is 0 up to the first, full from the last on."""
         first = (self.start - 1) * steps_per_epoch

@@ -12,6 +12,8 @@ from torch import nn
 from ..config import Component
 from ..data import Augment
 from ..errors import check
+from .averages import Averaging
+from .measuring import Measure
 from .schedules import EpsilonSchedule, Smoothed
 from .update import Descend, UpdateRule
 
@@ -45,6 +47,24 @@ class Adam(Optimiser):
 
 
 @dataclass(frozen=True)
+class AdamW(Optimiser):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
+    weight_decay: float = 1e-2  # torch's own default
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class RAdam(Optimiser):
+    """Adam whose first steps are rectified (arXiv 1908.03265)."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.RAdam(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
 class Sgd(Optimiser):
     """Stochastic gradient descent with momentum."""
 
@@ -73,12 +93,16 @@ class Training:
         accumulate: a batch is worked through in this many parts (gradients are summed, batch norm sees each part).
         optimiser, update: what a step does with the gradient.
         milestones, decay: the learning rate is multiplied by ``decay`` after each of these numbers of epochs.
+        milestones_from: whether these count from the ``start`` of training or from the end of the ramp, ``ramp_end``.
         clip: largest global gradient norm, after all terms; null for none.
         schedule: how epsilon grows.
         epsilon_multiplier: the ramp ends at this multiple of the recipe's epsilon, for bounds and attack alike;
             evaluation always uses the recipe's own.
         initialisation: ``shi`` (for interval bounds) or torch's ``default``.
         augment: crops and flips.
+        precise_bn: after each epoch batch norms' running statistics become their mean over its clean images.
+        averaging: end with averaged weights, and statistics that are computed for them; null for none.
+        measure: what to measure along training; null for nothing.
         checkpoint_seconds: time between checkpoints; there is one at the end in any case.
     """
 
@@ -88,29 +112,37 @@ class Training:
     optimiser: Optimiser = Adam(lr=2e-3)
     update: UpdateRule = Descend()
     milestones: tuple[int, ...] = (150, 180)
+    milestones_from: Literal["start", "ramp_end"] = "start"
     decay: float = 0.2
     clip: float | None = 10.0
     schedule: EpsilonSchedule = Smoothed(start=1, length=100)
     epsilon_multiplier: float = 1.5
     initialisation: Literal["shi", "default"] = "shi"
     augment: Augment = Augment()
+    precise_bn: bool = False
+    averaging: Averaging | None = None
+    measure: Measure | None = None
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, "epochs", self.epochs, "a whole number >= 1")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
         check(1 <= self.accumulate <= self.batch_size, "accumulate", self.accumulate, "1 to batch_size")
-        check(all(m >= 1 for m in self.milestones), "milestones", self.milestones, "a list of epochs >= 1")
+        least = 1 if self.milestones_from == "start" else 0
+        check(all(m >= least for m in self.milestones), "milestones", self.milestones, f"a list of epochs >= {least}")
         check(0 < self.decay <= 1, "decay", self.decay, "a number in (0, 1]")
         check(self.clip is None or self.clip > 0, "clip", self.clip, "a number > 0, or null")
         check(self.epsilon_multiplier > 0, "epsilon_multiplier", self.epsilon_multiplier, "a number > 0")
         check(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "a number >= 0")
-        ends = self.schedule.start - 1 + self.schedule.length
+        ends = self.schedule.end
         check(ends <= self.epochs, "schedule", f"a ramp that ends with epoch {ends}", f"at most {self.epochs} epochs")
+        begins = 0 if self.averaging is None else self.averaging.start
+        check(begins < self.epochs, "averaging", f"a start after epoch {begins}", f"one before the last, {self.epochs}")
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of a 0-based epoch."""
-        return self.optimiser.lr * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
+        zero = self.schedule.end if self.milestones_from == "ramp_end" else 0
+        return self.optimiser.lr * self.decay ** sum(epoch >= zero + milestone for milestone in self.milestones)
 
     def epsilon(self, largest: float, step: int, steps_per_epoch: int) -> float:
         """The radius of a 0-based step, where ``largest`` is the recipe's own."""

@@ -1,0 +1,86 @@
+"""What a loss does to a network along training, seen from outside: off by default, changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attacks import Attack, Pgd
+from ..bounds import Interval, PerturbationSet, compute_margins, forward, trace
+from ..data import Split, in_order
+from ..errors import check
+from ..losses.certified import margin_loss, margins_of, mix
+from ..noise import Noise, key_of
+from ..step import Step
+
+ROUNDING = 1e-5
+"""By which a float32 loss may fall, relative to 1 + its size, and still count as not falling."""
+SHIFT = 100.0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measurements on the first training images, at the recipe's own epsilon, in evaluation mode.
+
+    Each is a line of ``metrics.jsonl`` with ``"kind": "measurement"``: for each alpha the CC-IBP loss (``cc_losses``);
+    the share of images whose loss never falls as alpha grows (``ordered``, arXiv 2305.13991, definition 3.1); the most
+    that a loss changes if 100 is added to all logits (``shift_error``, its assumption 2.1); the loss under attack and
+    that of the bounds; for each layer of ReLUs its ``units``, the mean radius of their inputs' intervals, and the share
+    whose sign is open (``unstable``).
+
+    Args:
+        every: epochs between two of them.
+        images: how many.
+        alphas: of the CC-IBP loss, rising.
+        attack: finds the adversarial examples.
+    """
+
+    every: int = 10
+    images: int = 512
+    alphas: tuple[float, ...] = (0.0, 0.01, 0.1, 0.3, 0.5, 1.0)
+    attack: Attack = Pgd(steps=8, step_size=0.25)
+
+    def __post_init__(self) -> None:
+        check(self.every >= 1, "every", self.every, "a number of epochs >= 1")
+        check(self.images >= 1, "images", self.images, "a whole number >= 1")
+        rising = all(0 <= low < high <= 1 for low, high in pairwise(self.alphas))
+        check(rising and len(self.alphas) > 1, "alphas", self.alphas, "a rising list of two or more numbers in [0, 1]")
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, split: Split, ball: PerturbationSet, seed: int) -> dict[str, Any]:
+        """Measure; the model's mode is restored."""
+        count = min(self.images, len(split))
+        (batch,) = in_order(split, count, stop=count)
+        training = model.training
+        model.eval()
+        try:
+            step = Step.evaluation(ball, Noise(key_of(seed, "measure"), batch.index))
+            logits = forward(model, self.attack(model, batch, ball, step).images).logits
+            verified, activity = compute_margins(model, ball.region(batch.images), batch.labels, keep=True)
+        finally:
+            model.train(training)
+        attacked = margins_of(logits, batch.labels)
+        losses = torch.stack([margin_loss(mix(attacked, verified, alpha)) for alpha in self.alphas], 1)
+        falls = losses[:, 1:] < losses[:, :-1] - ROUNDING * (1 + losses[:, :-1].abs())
+        plain, shifted = (F.cross_entropy(z, batch.labels, reduction="none") for z in (logits, logits + SHIFT))
+        layers = {trace(model).nodes[place].path: found for place, found in activity.preactivations.items()}
+        return {
+            "alphas": list(self.alphas), "cc_losses": losses.mean(0).tolist(),
+            "ordered": float((~falls).all(1).float().mean()), "shift_error": float((shifted - plain).abs().max()),
+            "adversarial_loss": float(margin_loss(attacked).mean()),
+            "verified_loss": float(margin_loss(verified).mean()),
+            "layers": [{"path": path, **_layer(found)} for path, found in layers.items()],
+        }  # fmt: skip
+
+
+def _layer(interval: Interval) -> dict[str, Any]:
+    unstable: Tensor = (interval.lower < 0) & (interval.upper > 0)
+    return {
+        "units": interval.center[0].numel(), "radius": float(interval.radius.mean()),
+        "unstable": float(unstable.float().mean()),
+    }  # fmt: skip
