@@ -1,10 +1,14 @@
 """Training methods, one file each. Adding one is one file, and one line here."""
 
 from .base import Loss, LossTerms, Ramp
+from .cc_dist import CcDist
 from .cc_ibp import CcIbp
 from .crown_ibp import CrownIbp
 from .exp_ibp import ExpIbp
 from .ibp import Ibp
 from .mtl_ibp import MtlIbp
+from .sabr import Sabr
 
-__all__ = ["CcIbp", "CrownIbp", "ExpIbp", "Ibp", "Loss", "LossTerms", "MtlIbp", "Ramp"]
+__all__ = [
+    "CcDist", "CcIbp", "CrownIbp", "ExpIbp", "Ibp", "Loss", "LossTerms", "MtlIbp", "Ramp", "Sabr",
+]  # fmt: skip

@@ -54,6 +54,13 @@ class Loss(Component):
         """State kept across batches, by name, for images of ``shape``; none by default."""
         return {}
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse, before anything is written, a model that this loss cannot train.
+
+        Raises:
+            InputError: says what the model lacks, or which other file of the loss.
+        """
+
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
         """The loss of one batch; the model is in training mode."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd
-from ..bounds import Activity, Forward, Statistics, compute_margins, forward
+from ..bounds import Activity, Forward, Interval, Statistics, compute_margins, forward
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .base import Loss, LossTerms, Ramp, check_share, value_at
@@ -97,10 +97,13 @@ class CertifiedLoss(Loss):
             total = total + fading * (parts["tightness"] + parts["balance"])
         return LossTerms(total, {name: part.detach() for name, part in parts.items()})
 
-    def bound(self, model: nn.Module, batch: Batch, step: Step, statistics: Statistics) -> tuple[Tensor, Activity]:
-        """Lower bounds of the margins over this step's set, and what the regularisers need of them."""
-        region = step.ball.region(batch.images)
-        return compute_margins(model, region, batch.labels, statistics, keep=self._regularised(step))
+    def bound(
+        self, model: nn.Module, batch: Batch, step: Step, statistics: Statistics, box: Interval | None = None,
+        shrink: float = 1.0,
+    ) -> tuple[Tensor, Activity]:  # fmt: skip
+        """Lower bounds of the margins over this step's set, or over a ``box``, and what the regularisers need."""
+        region = step.ball.region(batch.images) if box is None else box
+        return compute_margins(model, region, batch.labels, statistics, keep=self._regularised(step), shrink=shrink)
 
     def _regularised(self, step: Step) -> bool:
         return self.regularisation > 0 and step.ramp < 1
@@ -113,26 +116,23 @@ class CertifiedLoss(Loss):
 
 
 @dataclass(frozen=True)
-class ExpressiveLoss(CertifiedLoss):
-    """A loss between an attack's (alpha = 0) and the bounds' (alpha = 1); De Palma et al., arXiv 2305.13991.
+class AttackedLoss(CertifiedLoss):
+    """A certified loss with an attack.
 
     Args:
-        alpha: where between the two, constant or along the ramp.
-        attack: supplies the adversarial term; any attack of the library.
-        attack_epsilon_factor: the attack's radius over the bounds' one (2.1 in the published 2/255 recipes).
+        attack: any attack of the library.
+        attack_epsilon_factor: the attack's radius over the bounds' one (2.1 in arXiv 2305.13991's 2/255 recipes).
         bn_mode: whose batch statistics the bounds use. ``adv``: those of the adversarial pass (running statistics
             move twice a step: clean, then adversarial). ``clean``: the clean pass' own, for the adversarial pass
             too (running statistics move once). Gradients flow into the statistics in both.
     """
 
-    alpha: float | Ramp = 0.5
     attack: Attack = Pgd()
     attack_epsilon_factor: float = 1.0
     bn_mode: BnMode = "adv"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("alpha", self.alpha)
         check(self.attack_epsilon_factor > 0, "attack_epsilon_factor", self.attack_epsilon_factor, "a number > 0")
 
     def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
@@ -141,22 +141,49 @@ class ExpressiveLoss(CertifiedLoss):
     def clean_gradient(self, step: Step) -> bool:
         return self.bn_mode == "clean" or super().clean_gradient(step)
 
+    def attacked(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
+        """The attack's images, detached."""
+        return self.attack(model, batch, step.ball.scaled(self.attack_epsilon_factor), step).images
+
+    def adversarial(self, model: nn.Module, images: Tensor, clean: Forward) -> Forward:
+        """The pass of the attack's images, and the statistics that bounds are to use."""
+        return forward(model, images, clean.statistics if self.bn_mode == "clean" else None)
+
+
+@dataclass(frozen=True)
+class ExpressiveLoss(AttackedLoss):
+    """A loss between an attack's (alpha = 0) and the bounds' (alpha = 1); De Palma et al., arXiv 2305.13991.
+
+    Args:
+        alpha: where between the two, constant or along the ramp.
+    """
+
+    alpha: float | Ramp = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("alpha", self.alpha)
+
     @abstractmethod
     def combine(self, adversarial: Tensor, verified: Tensor, alpha: float) -> Tensor:
         """The loss (0-d) of margins under attack and their lower bounds, each (B, K - 1)."""
 
     def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
-        attacked = self.attack(model, batch, step.ball.scaled(self.attack_epsilon_factor), step).images
-        adversarial = forward(model, attacked, clean.statistics if self.bn_mode == "clean" else None)
+        adversarial = self.adversarial(model, self.attacked(model, batch, step), clean)
         verified, activity = self.bound(model, batch, step, adversarial.statistics)
         margins = margins_of(adversarial.logits, batch.labels)
-        parts = {
-            "adversarial_loss": margin_loss(margins).mean(),
-            "verified_loss": margin_loss(verified).mean(),
-            "attacked_accuracy": _share_positive(margins),
-            "verified_accuracy": _share_positive(verified),
-        }
+        parts = attacked_parts(margins) | verified_parts(verified)
         return self.combine(margins, verified, value_at(self.alpha, step)), parts, activity
+
+
+def attacked_parts(margins: Tensor) -> dict[str, Tensor]:
+    """What is told of margins under attack (B, K - 1)."""
+    return {"adversarial_loss": margin_loss(margins).mean(), "attacked_accuracy": _share_positive(margins)}
+
+
+def verified_parts(margins: Tensor) -> dict[str, Tensor]:
+    """What is told of lower bounds of margins (B, K - 1)."""
+    return {"verified_loss": margin_loss(margins).mean(), "verified_accuracy": _share_positive(margins)}
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

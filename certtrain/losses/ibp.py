@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ..bounds import Activity, Forward
 from ..step import Batch, Step
-from .certified import CertifiedLoss, _share_positive, margin_loss
+from .certified import CertifiedLoss, margin_loss, verified_parts
 
 
 @dataclass(frozen=True)
@@ -20,4 +20,4 @@ class Ibp(CertifiedLoss):
     def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
         verified, activity = self.bound(model, batch, step, clean.statistics)
         loss = margin_loss(verified).mean()
-        return loss, {"verified_loss": loss, "verified_accuracy": _share_positive(verified)}, activity
+        return loss, verified_parts(verified), activity

@@ -12,7 +12,7 @@ TOLERANCE = 0.5
 
 def l1_norm(model: nn.Module) -> Tensor:
     """Sum of |W| over the weights of all linear and convolutional layers; no biases, no batch norm."""
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     return torch.stack([layer.weight.abs().sum() for layer in layers]).sum() if layers else torch.zeros(())
 
 

@@ -1,0 +1,86 @@
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..bounds import Activity, Forward, Program, compute_activity, compute_margins, forward, split
+from ..errors import InputError, check
+from ..step import Batch, Step
+from .base import value_at
+from .cc_ibp import CcIbp
+from .certified import attacked_parts, margins_of, mix, verified_parts
+
+
+@dataclass(frozen=True)
+class CcDist(CcIbp):
+    """CC-Dist: CC-IBP, and the distance to an empirically robust teacher's features (De Palma, arXiv 2602.02626).
+
+    CC-IBP + (weight / d) · mean over the batch of max over the two ends of |(1 - alpha) h(x_adv) + alpha h_end -
+    h_teacher(x)|², where h are the d features that the last linear layer reads, and h_end the lower and the upper ends
+    of their interval bounds. After a description at second hand, which has not been compared with the paper's text.
+
+    Args:
+        teacher: a run's folder, or a ``.safetensors`` file, with weights of the same architecture.
+        weight: of the distance.
+    """
+
+    teacher: Path | None = None
+    weight: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.weight >= 0, "weight", self.weight, "a number >= 0")
+
+    def check_model(self, model: nn.Module) -> None:
+        split(model, 0)
+        self._target(model)
+
+    def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
+        halves, alpha = split(model, 0), value_at(self.alpha, step)
+        first, second = halves.share(clean.statistics) if self.bn_mode == "clean" else (None, None)
+        features = forward(halves.extractor, self.attacked(model, batch, step), first)
+        logits = forward(halves.classifier, features.logits, second)
+        box, activity = compute_activity(halves.extractor, step.ball.region(batch.images), features.statistics)
+        verified, _ = compute_margins(halves.classifier, box, batch.labels, logits.statistics)
+        margins = margins_of(logits.logits, batch.labels)
+        with torch.no_grad():
+            target = forward(self._target(model), batch.images).logits
+        ends = [mix(features.logits, end, alpha) for end in (box.lower, box.upper)]
+        distance = torch.stack([(end - target).square().flatten(1).mean(1) for end in ends]).amax(0).mean()
+        parts = attacked_parts(margins) | verified_parts(verified) | {"distance": distance}
+        return self.combine(margins, verified, alpha) + self.weight * distance, parts, activity
+
+    def _target(self, model: nn.Module) -> Program:
+        """What computes the teacher's features; loaded once for a model."""
+        found = _TEACHERS.get(model)
+        if found is None or found[0] != self.teacher:
+            if self.teacher is None:
+                raise InputError("loss.teacher: found none; accepted: a run's folder, or a .safetensors file")
+            teacher = _load(model, self.teacher)
+            found = _TEACHERS[model] = (self.teacher, teacher, split(teacher, 0).extractor)
+        return found[2]
+
+
+_TEACHERS: WeakKeyDictionary[nn.Module, tuple[Path, nn.Module, Program]] = WeakKeyDictionary()
+
+
+def _load(model: nn.Module, path: Path) -> nn.Module:
+    file = path / "model.safetensors" if path.is_dir() else path
+    accepted = "weights of the same architecture, as a run's model.safetensors"
+    try:
+        weights = safetensors.torch.load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"loss.teacher: {file}: cannot be read ({error}); accepted: {accepted}") from error
+    teacher = copy.deepcopy(model)
+    try:
+        teacher.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"loss.teacher: {file}: {str(error).splitlines()[-1].strip()}; accepted: {accepted}"
+        ) from error
+    return teacher.eval().requires_grad_(False)

@@ -1,0 +1,56 @@
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..attacks import Attack, Pgd
+from ..bounds import Activity, Forward, Interval
+from ..errors import check
+from ..step import Batch, Step
+from .base import Ramp, check_share, value_at
+from .certified import AttackedLoss, attacked_parts, margin_loss, margins_of, verified_parts
+
+
+@dataclass(frozen=True)
+class Sabr(AttackedLoss):
+    """SABR (Müller et al., arXiv 2210.04871): interval bounds of a small box around an adversarial example.
+
+    kappa · CE(clean) + (1 - kappa) · mean of l(lower bounds over the box). The box has ``tau`` times the width of the
+    set it lies in, pixel by pixel, and is moved inside it; with tau = 1 it is that set, and the loss that of ``Ibp``.
+
+    Args:
+        tau: the box's width over the set's, constant or along the ramp.
+        confine: the set: the step's own ``ball``, or the one that is ``attacked`` (they differ where
+            ``attack_epsilon_factor`` is not 1; arXiv 2305.13991's code takes the second).
+        shrink: multiplies the upper end of each ReLU's input that may have either sign (0.8 in arXiv 2210.04871's
+            2/255 recipe).
+    """
+
+    attack: Attack = Pgd(steps=8, step_size=0.5)
+    tau: float | Ramp = 0.4
+    confine: Literal["ball", "attacked"] = "ball"
+    shrink: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("tau", self.tau)
+        check(0 < self.shrink <= 1, "shrink", self.shrink, "a number in (0, 1]")
+
+    def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
+        images = self.attacked(model, batch, step)
+        adversarial = self.adversarial(model, images, clean)
+        outer = step.ball if self.confine == "ball" else step.ball.scaled(self.attack_epsilon_factor)
+        box = small_box(outer.hull(batch.images), images, value_at(self.tau, step))
+        verified, activity = self.bound(model, batch, step, adversarial.statistics, box, self.shrink)
+        parts = attacked_parts(margins_of(adversarial.logits, batch.labels)) | verified_parts(verified)
+        return margin_loss(verified).mean(), parts, activity
+
+
+def small_box(hull: Interval, images: Tensor, share: float) -> Interval:
+    """The box of ``share`` of the hull's radius, in the hull, that is nearest to ``images``; at a share of 1 the hull.
+
+    A constant radius would leave the set where pixels are cut to [0, 1] and the share is above one half.
+    """
+    room = (1 - share) * hull.radius
+    offset = (images - hull.center).clamp(-room, room)
+    return Interval(hull.center + offset, share * hull.radius)
