@@ -8,7 +8,9 @@ from .exp_ibp import ExpIbp
 from .ibp import Ibp
 from .mtl_ibp import MtlIbp
 from .sabr import Sabr
+from .staps import Staps
+from .taps import Taps
 
 __all__ = [
-    "CcDist", "CcIbp", "CrownIbp", "ExpIbp", "Ibp", "Loss", "LossTerms", "MtlIbp", "Ramp", "Sabr",
+    "CcDist", "CcIbp", "CrownIbp", "ExpIbp", "Ibp", "Loss", "LossTerms", "MtlIbp", "Ramp", "Sabr", "Staps", "Taps",
 ]  # fmt: skip
