@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .bounds import Bounds, Box, Interval, L2Ball, LinfBall, compute_bounds
     from .export import export_onnx
-    from .pipeline import load_model, train
+    from .importing import import_checkpoint
+    from .pipeline import train
     from .recipe import Config
+    from .runs import load_model
     from .verification import verify
     from .verifiers import certify
 
 _HOMES = {
     "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds",
     "compute_bounds": "bounds", "Config": "recipe", "certify": "verifiers", "export_onnx": "export",
-    "load_model": "pipeline", "train": "pipeline", "verify": "verification",
+    "import_checkpoint": "importing", "load_model": "runs", "train": "pipeline", "verify": "verification",
 }  # fmt: skip
 
 __all__ = [
     "Bounds", "Box", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "export_onnx",
-    "load_model", "train", "verify",
+    "import_checkpoint", "load_model", "train", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-from collections.abc import Mapping
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-import torch.utils.deterministic
 from torch import nn
 
-from . import __version__
 from .bounds import PerturbationSet
 from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
-from .export import Export, current_network, write_files
+from .export import Export, write_files
 from .models import initialise_for_ibp
 from .noise import key_of
 from .precision import full_float32
 from .progress import console
 from .recipe import Config, load_config
-from .run_folder import RunFolder, write_atomically
+from .run_folder import RunFolder
+from .runs import check_data, describe, load_model, question_of, recorded_config, save_weights
+from .surroundings import surroundings
 from .training import StopRequest, check_batches, fit
-from .training.checkpoint import load_weights
-from .verifiers.onnx_network import load_onnx, replay_session
 from .verifiers.records import decided, reasons, summarise
-from .verifiers.sweep import Question, images_of, sweep
+from .verifiers.sweep import images_of, sweep
 
 
 def train(
@@ -57,7 +50,7 @@ def train(
     device = recipe.resolved_device()
     with surroundings(recipe.threads, device):
         dataset, model = _prepare(recipe)
-        folder = RunFolder.create(new_folder(recipe, out), _description(recipe, dataset, device))
+        folder = RunFolder.create(new_folder(recipe, out), describe(recipe, dataset, device))
         return _go_on(folder, recipe, dataset, model, device, quiet)
 
 
@@ -69,9 +62,12 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     Args:
         path: the run's folder. device: instead of the recorded one, for training and certification.
     Raises:
-        InputError: no run there; data or checkpoint are not what the run was started with. Others as ``train``.
+        InputError: no run there, or an imported network; data or checkpoint are not what the run was started with.
+            Others as ``train``.
     """
     folder, description = RunFolder.open(Path(path))
+    if "imported" in description:
+        raise InputError(f"{path}: found an imported network; accepted: verify and export, or a run of train")
     config = recorded_config(folder, description)
     if folder.final() and (description.get("export") or not config.export.enabled):
         return folder
@@ -82,54 +78,6 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
         dataset, model = _prepare(config)
         check_data(dataset, description)
         return _go_on(folder, config, dataset, model, found, quiet)
-
-
-def load_model(path: str | Path) -> tuple[nn.Module, Config]:
-    """The trained network of a run, in evaluation mode on the CPU, and the run's recipe.
-
-    Args:
-        path: the run's folder.
-    Raises:
-        InputError: no run there, no weights in it, or weights of another architecture.
-    """
-    folder, description = RunFolder.open(Path(path))
-    config = recorded_config(folder, description)
-    shape, classes = description["dataset"]["shape"], description["dataset"]["classes"]
-    try:
-        weights = safetensors.torch.load_file(folder.model)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder.model}: found no weights; accepted: a run whose training is finished, see --resume {path}"
-        ) from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{folder.model}: cannot be read ({error}); accepted: a finished training's file") from error
-    model = config.model.build(tuple(shape), classes)
-    load_weights(model, weights, folder.model)
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{folder.model}: {name}: found a value that is not finite; accepted: finite weights")
-    return model.eval(), config
-
-
-def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
-    """The recipe that a run was started with."""
-    try:
-        return structure(Config, description["config"])
-    except InputError as error:
-        raise InputError(f"{folder.run}: {error}") from error
-
-
-def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        InputError: these are not the images that the run was started with.
-    """
-    found, wanted = dataset.checksum, description["dataset"]["sha256"]
-    if found != wanted:
-        raise InputError(
-            f"data: found images with sha256 {found[:12]}…; accepted: those that the run was started "
-            f"with, {wanted[:12]}…"
-        )
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:
@@ -147,6 +95,7 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     dataset = config.data.load()
     model = build_model(config, dataset)
     fold(model, torch.Size(dataset.shape))
+    config.loss.check_model(model)
     check_batches(model, len(dataset.train), config.training)
     return dataset, model
 
@@ -171,7 +120,7 @@ def _train_and_certify(
             model, here, loss=config.loss, ball=config.perturbation, settings=config.training, seed=config.seed,
             folder=folder, stop=stop, quiet=quiet,
         )  # fmt: skip
-        _save_weights(folder, model)
+        save_weights(folder, model)
         stop.raise_if_asked()
     images = range(min(config.certify.images or len(here.test), len(here.test)))
     with StopRequest(at_once=True):
@@ -238,81 +187,9 @@ def _export(
     return found
 
 
-def question_of(
-    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device
-) -> Question:
-    """The run's own question about its test split; the weights are those in the folder. Where they were exported,
-    counterexamples have to fool onnxruntime too."""
-    rests_on = {
-        "weights": folder.weights_sha256(), "versions": versions(),
-        "device": device_name(device),
-    }  # fmt: skip
-    network = current_network(folder, folder.open(folder.path)[1])
-    replay = None if network is None else replay_session(load_onnx(network))
-    return Question(
-        model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on, replay
-    )
-
-
-def _save_weights(folder: RunFolder, model: nn.Module) -> None:
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(folder.model, lambda temporary: safetensors.torch.save_file(weights, temporary))
-
-
 def new_folder(config: Config, out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
     stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = (Path("runs") / (stem + suffix) for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
     return next(path for path in candidates if not path.exists())
-
-
-def _description(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
-    """``run.json``: all that it takes to repeat the run."""
-    return {
-        "config": unstructure(config),
-        "versions": versions(),
-        "seed": config.seed,
-        "device": str(device),
-        "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "dataset": {
-            "sha256": dataset.checksum, "shape": list(dataset.shape), "classes": dataset.classes,
-            "train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test),
-        },
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    return {"certtrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-
-
-@contextmanager
-def surroundings(threads: int, device: torch.device):
-    """The recorded number of threads, float32 that means float32, and on the CPU the same bits in every run.
-
-    Without torch's deterministic algorithms two runs of one seed differ there: with several threads the gradient
-    of an indexed tensor is summed in whatever order the threads arrive (seen with 2 threads). On CUDA they would
-    cost speed and still promise nothing across devices. The caller's settings and generator come back.
-    """
-    before = torch.get_num_threads()
-    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    fills = memory.fill_uninitialized_memory
-    if threads:
-        torch.set_num_threads(threads)
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        memory.fill_uninitialized_memory = False  # a debugging aid that costs passes over memory
-    try:
-        with full_float32(), torch.random.fork_rng():
-            yield
-    finally:
-        memory.fill_uninitialized_memory = fills
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
-        torch.set_num_threads(before)

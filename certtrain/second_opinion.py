@@ -11,9 +11,11 @@ from .bounds import LinfBall
 from .config import structure, unstructure
 from .errors import InputError
 from .export import current_network
-from .pipeline import check_data, device_name, export, load_model, versions
+from .pipeline import export
 from .recipe import Config
 from .run_folder import RunFolder
+from .runs import check_data, load_model
+from .surroundings import device_name, versions
 from .training import StopRequest
 from .verification import Verification
 from .verifiers.abcrown import Abcrown

@@ -10,9 +10,10 @@ from typing import get_args
 
 from .config import structure, unstructure
 from .errors import check
-from .pipeline import check_data, load_model, question_of, surroundings
 from .recipe import Config
 from .run_folder import JsonLines, RunFolder
+from .runs import check_data, load_model, question_of
+from .surroundings import surroundings
 from .training import StopRequest
 from .verifiers import Certify
 from .verifiers.cascade import Arithmetic

@@ -35,7 +35,7 @@ from certtrain.bounds import LinfBall
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.models import Cnn7, initialise_for_ibp
-from certtrain.pipeline import load_model
+from certtrain.runs import load_model
 from certtrain.verifiers import Certify, Specification, certify
 from certtrain.verifiers.cascade import robustness
 from certtrain.verifiers.known import Known

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from certtrain.command_line import main
 
@@ -72,6 +73,11 @@ WORDS = {
     "no section but a word": (["--loss", "CcIbp"], ["loss: found 'CcIbp'"]),
     "no whole number": (["--training.epochs", "1.5"], ["training.epochs: found 1.5", "whole number"]),
     "no epochs": (["--training.epochs", "0"], ["training.epochs: found 0"]),
+    "a cut that TAPS cannot make": (["--loss.type", "Taps", "--loss.classifier_activations", "4"],
+                                    ["leaves 4 activations", "accepted: 0, 1"]),
+    "no teacher": (["--loss.type", "CcDist"], ["loss.teacher: found none", "safetensors"]),
+    "a teacher that is not there": (["--loss.type", "CcDist", "--loss.teacher", "nobody"], ["nobody: cannot be read"]),
+    "averaging after the end": (["--training.averaging", "{start: 900}"], ["training.averaging", "900"]),
     "ramp longer than training": (["--training.epochs", "50"], ["training.schedule", "100", "50 epochs"]),
     "negative milestone": (["--training.milestones", "[-1, 5]"], ["training.milestones: found (-1, 5)"]),
     "milestones are no list": (["--training.milestones", "5"], ["training.milestones: found 5", "list"]),
@@ -415,3 +421,20 @@ def test_values_at_the_edge_of_their_range_are_not_bad(words, here, capsys):
     assert final["clean_accuracy"] >= final["attacked_accuracy"] >= final["certified_accuracy"] >= 0
     if words[-2:] == ["--perturbation.epsilon", "0"]:
         assert final["certified_accuracy"] == final["clean_accuracy"]
+
+
+def test_tiny_imagenet_without_its_validation_labels(here, capsys):
+    root = here / "tiny"
+    for folder in ("train/n01443537/images", "val/images"):
+        (root / folder).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(root / folder / "one.JPEG")
+    (root / "wnids.txt").write_text("n01443537\n")
+    words = ["--data.type", "TinyImageNet", "--data.root", "tiny", "--model.type", "Cnn7"]
+    assert_refused(here, capsys, words, ["val_annotations.txt: no such file", "published layout"])
+
+
+def test_imagenet_of_another_resolution(here, capsys):
+    for name in (*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"):
+        np.savez(here / f"{name}.npz", data=np.zeros((2, 32 * 32 * 3), np.uint8), labels=np.array([1, 2]))
+    words = ["--data.type", "ImageNet64", "--data.root", ".", "--model.type", "Cnn7"]
+    assert_refused(here, capsys, words, ["train_data_batch_1.npz", "3072", "12288"])

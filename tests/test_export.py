@@ -16,15 +16,16 @@ import yaml
 from torch import Tensor
 
 import certtrain
-from certtrain import pipeline
+from certtrain import pipeline, runs
 from certtrain.bounds import LinfBall
 from certtrain.command_line import main
 from certtrain.config import override, unstructure
 from certtrain.data import Digits
 from certtrain.export import current_network, onnx_file, run
-from certtrain.pipeline import load_model, resume, train
+from certtrain.pipeline import resume, train
 from certtrain.recipe import load_config
 from certtrain.run_folder import RunFolder
+from certtrain.runs import load_model
 from certtrain.verifiers import Certify
 from certtrain.verifiers.abcrown import configuration
 from certtrain.verifiers.cascade import robustness, run_cascade
@@ -313,20 +314,20 @@ class TestSecondReader:
             return replay
 
         shutil.copytree(here.path, "other")
-        monkeypatch.setattr(pipeline, "replay_session", stubborn)
+        monkeypatch.setattr(runs, "replay_session", stubborn)
         held = certtrain.verify("run", **asked).records
         assert seen and {record["status"] for record in held} == {"misclassified", "unknown"}
         Path("other/model.onnx").unlink()  # nothing to replay in
         assert "falsified" in {record["status"] for record in certtrain.verify("other", **asked).records}
 
     def test_it_is_onnxruntime_that_they_are_replayed_in(self, here, monkeypatch):
-        ran, real = [], pipeline.replay_session
+        ran, real = [], runs.replay_session
 
         def watched(proto):
             replay = real(proto)
             return lambda image: ran.append(replay(image)) or ran[-1]
 
-        monkeypatch.setattr(pipeline, "replay_session", watched)
+        monkeypatch.setattr(runs, "replay_session", watched)
         found = certtrain.verify(
             "run", epsilon=0.1, images=range(COUNT), certify=Certify(stages=("attack",)), quiet=True
         ).records

@@ -21,9 +21,10 @@ from certtrain.command_line import main
 from certtrain.config import override
 from certtrain.data import Digits, Split
 from certtrain.errors import InputError
-from certtrain.pipeline import load_model, train
+from certtrain.pipeline import train
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines, RunFolder
+from certtrain.runs import load_model
 from certtrain.second_opinion import Agreement, compare, verify_with_abcrown
 from certtrain.verifiers.abcrown import HOME, PYTHON, Abcrown, configuration
 from certtrain.verifiers.problem import Status

@@ -149,9 +149,9 @@ def _check(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from ..config import override, structure, unstructure
     from ..errors import InputError
-    from ..pipeline import recorded_config
     from ..recipe import Config
     from ..run_folder import RunFolder
+    from ..runs import recorded_config
 
     path, overrides = one_word_and_pairs("verify", rest)
     for name in overrides:

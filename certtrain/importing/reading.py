@@ -1,0 +1,118 @@
+"""A checkpoint's tensors, in the order of the network's layers. Nothing in the file is executed, or trusted."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+ACCEPTED = "accepted: a state dict of tensors as torch.save writes it, alone or in a checkpoint, or .safetensors"
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
+PREFIXES = ("module", "_orig_mod", "bounded_model", "original_model", "model", "net", "network", "layers")
+IGNORED = ("num_batches_tracked",)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a file holds of a network.
+
+    Args:
+        by_name: the tensors, by their names in the file, in the order of the layers.
+        wrapper: path of keys under which they stood in the file, such as ``state_dict``; empty for none.
+        beside: what else the checkpoint holds (an optimiser's state, the epoch), which is not looked at.
+        ignored: names of bookkeeping tensors that no network's output depends on.
+        prefix: what all names begin with, and says nothing.
+    """
+
+    by_name: dict[str, Tensor]
+    wrapper: str
+    beside: tuple[str, ...]
+    ignored: tuple[str, ...]
+    prefix: str
+
+
+def read(path: Path) -> Tensors:
+    """Read a checkpoint by ``torch.load(weights_only=True)``, or a .safetensors file.
+
+    A .safetensors file keeps no order: names are then sorted, with their numbers as numbers.
+
+    Raises:
+        InputError: there is no such file; it cannot be read, or not without running code; no state dict in it; an entry
+            that is no tensor of floating-point numbers, or holds one that is not finite.
+    """
+    loaded = _load(path)
+    wrapper, beside = [], []
+    while not _is_state_dict(loaded):
+        key = next(
+            (key for key in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping)), ""
+        )
+        if not key:
+            raise InputError(f"{path}: found {_said(loaded)}; {ACCEPTED}")
+        beside += [str(name) for name in loaded if name != key]
+        wrapper.append(key)
+        loaded = loaded[key]
+    ignored = tuple(name for name in loaded if name.rpartition(".")[2] in IGNORED)
+    kept = {name: value for name, value in loaded.items() if name not in ignored}
+    for name, value in kept.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+            found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{path}: {name}: found {found}; accepted: tensors of floating-point numbers")
+        if not value.float().isfinite().all():
+            raise InputError(f"{path}: {name}: found a value that is not finite in float32; accepted: finite weights")
+    return Tensors(kept, ".".join(wrapper), tuple(beside), ignored, _common_prefix(list(kept)))
+
+
+def _load(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(path)
+            return {name: tensors[name] for name in sorted(tensors, key=_natural)}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; {ACCEPTED}") from error
+    except pickle.UnpicklingError as error:  # torch's message advises to run the file's code
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the Python object {named[1]}" if named else "Python objects"
+        raise InputError(f"{path}: found {what}, which is not loaded because it could run code; {ACCEPTED}") from error
+    except Exception as error:  # torch, zipfile and safetensors raise many kinds for a broken file
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path}: cannot be read ({reason}); {ACCEPTED}") from error
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Named tensors, perhaps among entries that do not belong there: these are refused by their names."""
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value) and any(
+        isinstance(item, Tensor) and item.ndim > 1 for item in value.values()
+    )  # fmt: skip
+
+
+def _said(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    return f"a mapping of {', '.join(map(str, list(value)[:8])) or 'nothing'} and no state dict in it"
+
+
+def _natural(name: str) -> list[tuple[bool, int | str]]:
+    """A sorting key by which layers.10 comes after layers.2."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _common_prefix(names: list[str]) -> str:
+    prefix = ""
+    while names:
+        first = names[0][len(prefix) :].partition(".")[0]
+        longer = f"{prefix}{first}."
+        if first not in PREFIXES or not all(name.startswith(longer) for name in names):
+            break
+        prefix = longer
+    return prefix

@@ -1,0 +1,47 @@
+"""The machine and the settings that a run is computed in."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.deterministic
+
+from . import __version__
+from .precision import full_float32
+
+
+def versions() -> dict[str, str]:
+    return {"certtrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+
+
+@contextmanager
+def surroundings(threads: int, device: torch.device):
+    """The recorded number of threads, float32 that means float32, and on the CPU the same bits in every run.
+
+    Without torch's deterministic algorithms two runs of one seed differ there: with several threads the gradient
+    of an indexed tensor is summed in whatever order the threads arrive (seen with 2 threads). On CUDA they would
+    cost speed and still promise nothing across devices. The caller's settings and generator come back.
+    """
+    before = torch.get_num_threads()
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False  # a debugging aid that costs passes over memory
+    try:
+        with full_float32(), torch.random.fork_rng():
+            yield
+    finally:
+        memory.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.set_num_threads(before)
