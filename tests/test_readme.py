@@ -48,5 +48,6 @@ def test_the_scripts_and_recipes_it_names_exist():
     text = (ROOT / "README.md").read_text()
     for name in re.findall(r"(?:scripts|configs)/[\w.]+\w", text):
         assert (ROOT / name).exists(), name
+    text += (ROOT / "docs" / "recipes.md").read_text()
     for recipe in (ROOT / "configs").glob("*.yaml"):
         assert recipe.name in text
