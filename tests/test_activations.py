@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import certtrain
 from certtrain.bounds import Bounds, Interval, compute_bounds, compute_margins
 from certtrain.bounds.activation import STRAIGHT, TROUGHS, Activation
+from certtrain.bounds.folded import Nonlinear
 from certtrain.bounds.folding import fold
+from certtrain.bounds.forward_linear import RULES as FORWARD
+from certtrain.bounds.forward_linear import Between
 from certtrain.bounds.relaxation_gated import GATES
 from certtrain.errors import InputError
 from certtrain.verifiers import Certify
@@ -160,6 +163,23 @@ class TestImages:
         assert found.lower[0].tolist() == pytest.approx([TROUGHS[kind].value, float(expected[1])], abs=5e-6)
         assert found.upper[0].tolist() == pytest.approx([float(expected[0]), float(expected[2])], abs=5e-6)
         assert float(found.lower[0, 0]) < TROUGHS[kind].value
+
+
+@KINDS
+def test_forward_lines_may_fall(kind):
+    """Where the function falls, its lower line takes the upper line of what comes before."""
+    torch.manual_seed(0)
+    slopes, gap = torch.randn(50, 2, 7, dtype=torch.float64) / 4, torch.rand(50, 1, 7, dtype=torch.float64)
+    middle = torch.tensor([-3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 2.0], dtype=torch.float64).expand(50, 1, 7)
+    lower, upper = torch.cat([slopes, middle - gap], 1), torch.cat([slopes, middle + gap], 1)
+    x = Between(lower, upper)
+    found = FORWARD[Nonlinear](Nonlinear("", (0,), Activation(kind)), x, x.bounds())
+    for _ in range(200):
+        at = torch.cat([2 * torch.rand(50, 2, 1, dtype=torch.float64) - 1, torch.ones(50, 1, 1)], 1)
+        low, high = (lower * at).sum(1), (upper * at).sum(1)
+        value = Activation(kind)(low + torch.rand_like(low).round() * (high - low))
+        assert ((found.lower * at).sum(1) <= value + 1e-12).all()
+        assert (value <= (found.upper * at).sum(1) + 1e-12).all()
 
 
 def sequences(activation: nn.Module) -> nn.Module:

@@ -295,6 +295,21 @@ class TestGated:
         lower, upper = (end.double().unsqueeze(1) for end in self.intervals(kind, 3000))
         assert_encloses(Activation(kind), relax(Activation(kind), lower, upper), lower, upper)
 
+    def test_the_constants_of_any_slope(self, kind):
+        """Those that soundness rests on: whatever the slope, and wherever it was found."""
+        first, last = (end.double() for end in self.intervals(kind, 20_000))
+        first, last = torch.where(first + last < 0, -last, first), torch.where(first + last < 0, -first, last)
+        slope, share = 4 * torch.rand(len(first), dtype=torch.float64) - 2, torch.rand(len(first), dtype=torch.float64)
+        place = first + share * (last - first)
+        above = relaxation_gated._least_above(GATES[kind], first, last, slope, place)
+        below = relaxation_gated._most_below(GATES[kind], first, last, slope, place)
+        slack = 4e-16 * 3 * torch.maximum(first.abs(), last.abs())
+        for point in torch.linspace(0, 1, 41, dtype=torch.float64):
+            x = first + point * (last - first)
+            for inside in (x, x.clamp(-6, 6).clamp(first, last)):
+                left = GATES[kind].h(inside) - slope * inside
+                assert (below - slack <= left).all() and (left <= above + slack).all()
+
     def test_infinite_ends_and_nan_prove_nothing(self, kind):
         ends = [
             (-math.inf, 1.0),

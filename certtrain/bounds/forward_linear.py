@@ -19,7 +19,7 @@ from .relaxation import relax
 
 
 @dataclass(frozen=True)
-class _Between:
+class Between:
     """Lines over [-1, 1]^n, each (B, n + 1, *shape): slopes, then the constant."""
 
     lower: Tensor
@@ -55,7 +55,7 @@ def forward_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] 
     return found
 
 
-def _input(region: Region) -> _Between:
+def _input(region: Region) -> Between:
     hull = region.hull
     radius = hull.radius.flatten(1)
     wide = (radius > 0).any(0).nonzero().flatten()
@@ -63,7 +63,7 @@ def _input(region: Region) -> _Between:
     slopes[:, torch.arange(len(wide)), wide] = radius[:, wide]
     slopes[:, -1] = hull.center.flatten(1)
     lines = slopes.reshape(*slopes.shape[:2], *hull.center.shape[1:])
-    return _Between(lines, lines)
+    return Between(lines, lines)
 
 
 def _through(operation: Operation, lines: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _through(operation: Operation, lines: Tensor) -> Tensor:
     return found.reshape(*lines.shape[:2], *found.shape[1:])
 
 
-def _weighted(operation: Dense | Convolution, x: _Between) -> _Between:
+def _weighted(operation: Dense | Convolution, x: Between) -> Between:
     up, down = (replace(operation, weight=part, bias=None)
                 for part in (operation.weight.clamp(min=0), operation.weight.clamp(max=0)))  # fmt: skip
     ends = []
@@ -82,10 +82,10 @@ def _weighted(operation: Dense | Convolution, x: _Between) -> _Between:
             bias = operation.bias.reshape(-1, *[1] * (operation.weight.ndim - 2))
             line[:, -1] += bias
         ends.append(line)
-    return _Between(*ends)
+    return Between(*ends)
 
 
-def _diagonal(operation: Diagonal, x: _Between) -> _Between:
+def _diagonal(operation: Diagonal, x: Between) -> Between:
     scale = operation.scale.unsqueeze(1) if operation.scale.ndim == x.lower.ndim - 1 else operation.scale
     up, down = scale.clamp(min=0), scale.clamp(max=0)
     shape = operation(x.lower[:, -1]).shape[1:]
@@ -94,27 +94,27 @@ def _diagonal(operation: Diagonal, x: _Between) -> _Between:
         line = (up * same + down * other).expand(*same.shape[:2], *shape).clone()
         line[:, -1] += operation.shift
         ends.append(line)
-    return _Between(*ends)
+    return Between(*ends)
 
 
-def _rearranged(operation: Rearrangement, x: _Between) -> _Between:
+def _rearranged(operation: Rearrangement, x: Between) -> Between:
     lower, upper = (operation(end.flatten(0, 1)) for end in (x.lower, x.upper))
     lower, upper = (end.reshape(*x.lower.shape[:2], *end.shape[1:]) for end in (lower, upper))
     turned = bool((operation(torch.ones_like(x.lower[:1, -1])) < 0).any())  # an average's divisor may be negative
-    return _Between(upper, lower) if turned else _Between(lower, upper)
+    return Between(upper, lower) if turned else Between(lower, upper)
 
 
-def _sum(operation: Sum, x: _Between, y: _Between) -> _Between:
+def _sum(operation: Sum, x: Between, y: Between) -> Between:
     other = (y.lower, y.upper) if operation.sign > 0 else (-y.upper, -y.lower)
-    return _Between(x.lower + other[0], x.upper + other[1])
+    return Between(x.lower + other[0], x.upper + other[1])
 
 
-def _concat(operation: Concat, *parts: _Between) -> _Between:
+def _concat(operation: Concat, *parts: Between) -> Between:
     lower, upper = (torch.cat([getattr(x, end) for x in parts], operation.dim + 1) for end in ("lower", "upper"))
-    return _Between(lower, upper)
+    return Between(lower, upper)
 
 
-def _nonlinear(operation: Nonlinear, x: _Between, bounds: Bounds) -> _Between:
+def _nonlinear(operation: Nonlinear, x: Between, bounds: Bounds) -> Between:
     own = relax(operation.activation, bounds.lower, bounds.upper)
     down, up = own.lower_slope.unsqueeze(1), own.upper_slope.unsqueeze(1)
     if operation.activation.monotone:
@@ -125,7 +125,7 @@ def _nonlinear(operation: Nonlinear, x: _Between, bounds: Bounds) -> _Between:
     upper[:, -1] += own.upper_intercept
     if own.lower_intercept is not None:
         lower[:, -1] += own.lower_intercept
-    return _Between(lower, upper)
+    return Between(lower, upper)
 
 
 RULES = {

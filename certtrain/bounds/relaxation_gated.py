@@ -168,17 +168,16 @@ def _following(gate: Gate, place: Tensor, end: Tensor) -> Tensor:
 
 
 def _least_above(gate: Gate, first: Tensor, last: Tensor, slope: Tensor, place: Tensor) -> Tensor:
-    """A constant with which a line of this slope, 0 or more, is above h: at the ends, and on both concave pieces."""
-    at_first, at_last = gate.h(first) - slope * first, gate.h(last) - slope * last
-    found = torch.maximum(at_first, at_last)
-    bend = torch.full_like(first, gate.bend)
-    start = torch.maximum(first, bend)
-    point = torch.where(place > bend, place, last)
+    """A constant with which a line of this slope is above h: at the ends, and on the right concave piece.
+
+    On the left one h falls, so what it has above a rising line is largest at ``first``; of a falling line h, which is
+    even, is furthest above at ``last``.
+    """
+    found = torch.maximum(gate.h(first) - slope * first, gate.h(last) - slope * last)
+    start, point = first.clamp(min=gate.bend), torch.where(place > gate.bend, place, last)
     off = gate.slope(point) - slope
     right = gate.h(point) - slope * point + torch.maximum(off * (start - point), off * (last - point))
-    found = torch.where(last > bend, torch.maximum(found, right), found)
-    left = at_first + ((gate.slope(first) - slope) * (-bend - first)).clamp(min=0)
-    return torch.where(first < -bend, torch.maximum(found, left), found)
+    return torch.where(last > gate.bend, torch.maximum(found, right), found)
 
 
 def _most_below(gate: Gate, first: Tensor, last: Tensor, slope: Tensor, place: Tensor) -> Tensor:
