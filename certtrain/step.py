@@ -107,6 +107,7 @@ class Step:
         ball: this step's perturbation set.
         epsilon, epsilon_max: its radius now and at the end of the ramp, 0-d tensors in pixel units.
         ramp: share of the epsilon ramp that is done, in [0, 1]; progress: share of all training steps.
+        reached: epsilon over epsilon_max, known without asking the device.
         clean: whether epsilon is still 0, known without asking the device.
         noise: keyed random numbers for the batch's samples.
         state: what the loss and its attack declared.
@@ -119,6 +120,7 @@ class Step:
     noise: Noise
     state: State = field(default_factory=State)
     ramp: float = 1.0
+    reached: float = 1.0
     clean: bool = False
 
     @classmethod

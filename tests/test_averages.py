@@ -117,9 +117,17 @@ class TestWeightAverage:
     @pytest.mark.parametrize("field", ["start", "every"])
     def test_bad_values(self, field):
         with pytest.raises(InputError, match=f"averaging.{field}: found -1"):
-            structure(Training, {"averaging": {field: -1}})
+            structure(Training, {"averaging": {"start": 1, field: -1}})
         with pytest.raises(InputError, match="averaging: found 'a start after epoch 3'"):
             structure(Training, {"epochs": 3, "averaging": {"start": 3}, "schedule": {"length": 1}})
+
+    def test_one_that_averages_nothing_is_refused(self, tmp_path):
+        for start, every in ((0, 13), (2, 8)):
+            with pytest.raises(
+                InputError, match=f"every {every} steps after {4 * start} of 12, which averages nothing"
+            ):
+                train(config(averaging=Averaging(start, every)), tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
 
 
 class TestMeasure:
@@ -152,6 +160,28 @@ class TestMeasure:
         assert line["layers"] == [
             {"path": "1", "units": 3, "radius": pytest.approx(0.1), "unstable": pytest.approx(1 / 6)}
         ]
+
+    def test_a_layer_that_is_used_twice_is_told_twice(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.flatten, self.layer, self.relu, self.last = (
+                    nn.Flatten(),
+                    nn.Linear(4, 4),
+                    nn.ReLU(),
+                    nn.Linear(4, 2),
+                )
+
+            def forward(self, x):
+                x = self.relu(self.flatten(x))
+                return self.last(self.relu(x + self.relu(self.layer(x))))
+
+        line = Measure()(Twice(), Split(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]), 1), LinfBall(0.1), seed=0)
+        assert len(line["layers"]) == 3
+
+    def test_an_attack_that_would_change_the_network_is_refused(self):
+        with pytest.raises(InputError, match=r"measure\.attack: found .*accepted"):
+            structure(Training, {"measure": {"attack": {"attack_mode": "train"}}})
 
     def test_lines_come_every_n_epochs_and_change_nothing(self, tmp_path):
         measured = train(config(measure=Measure(every=2, images=50)), tmp_path / "measured", quiet=True)

@@ -56,7 +56,7 @@ def assert_refused(here: Path, capsys, words: list[str], mentions: list[str], co
 
 
 WORDS = {
-    "typo in a field": (["--loss.alhpa", "0.1"], ["loss.alhpa", "alpha, attack"]),
+    "typo in a field": (["--loss.alhpa", "0.1"], ["loss.alhpa", "bn_mode, alpha"]),
     "unknown section": (["--los.alpha", "0.1"], ["los: ", "loss"]),
     "unknown option": (["--verbose", "true"], ["verbose", "seed"]),
     "alpha above 1": (["--loss.alpha", "1.5"], ["loss.alpha: found 1.5", "[0, 1]"]),

@@ -1,5 +1,6 @@
 """The losses' formulas and lemmas, in float64 where the mathematics is exact."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -176,6 +177,13 @@ def test_a_ramped_alpha_moves_along_the_ramp():
         expected = CcIbp(alpha=alpha, regularisation=0.0)(make_model(), batch, make_step(ramp=ramp)).total
         model = make_model()
         torch.testing.assert_close(found, expected)
+
+
+def test_a_ramp_may_follow_epsilon():
+    batch, step = make_batch(), dataclasses.replace(make_step(ramp=0.5), reached=0.25)
+    found = CcIbp(alpha=Ramp(0.2, 0.6, along="epsilon"), regularisation=0.0)(make_model(), batch, step).total
+    torch.testing.assert_close(found, CcIbp(alpha=0.3, regularisation=0.0)(make_model(), batch, step).total)
+    assert CrownIbp().beta == Ramp(1.0, 0.0, along="epsilon")
 
 
 def test_an_attack_larger_than_the_box_is_what_the_factor_says():

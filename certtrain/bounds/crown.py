@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .folded import Concat, Dense, Folded, Nonlinear, Operation, Sum
-from .interval import Bounds
+from .interval import Bounds, Interval
 from .region import Region, least
 from .relaxation import Lines, relax
 from .rounding import Slack, interval_of, widened
@@ -25,16 +25,21 @@ MEMORY = 1 << 28
 
 @dataclass(frozen=True)
 class LinearBound:
-    """forms · x + constants is below the bounded quantity for every x of the region: (B, R, *shape), (B, R)."""
+    """forms · x + constants is below the bounded quantity for every x of the region: (B, R, *shape), (B, R).
+
+    So is ``floor`` (B, R), where it is known.
+    """
 
     forms: Tensor
     constants: Tensor
     slack: Slack | None = None
     size: Tensor | None = None
+    floor: Tensor | None = None
 
     def lower(self, region: Region) -> Tensor:
         """(B, R), its minimum over the region; with a ``slack``, below it whatever float64 rounds."""
         found = region.concretise(self.forms) + self.constants
+        found = found if self.floor is None else torch.maximum(found, self.floor)
         if self.slack is None or self.size is None:
             return found
         return found - self.slack.remainder(self.forms, self.size, region.hull)
@@ -49,6 +54,7 @@ def backward(
     seen: dict[int, Tensor] | None = None,
     slack: Slack | None = None,
     view: View | None = None,
+    met: Mapping[int, Interval] | None = None,
 ) -> LinearBound:
     """Lower bounds of linear forms of an operation's output, as linear forms of the input.
 
@@ -60,14 +66,19 @@ def backward(
         seen: is given the forms that reach each non-linear operation's output.
         slack: what rounding may cost, for networks with a ``rounding``.
         view: the windows of which ``forms`` and what is made of them consist; without multipliers and ``seen``.
+        met: intervals of operations' outputs. Where the forms pass through one alone, their minimum over its interval
+            bounds the quantity too, and the largest of these is the result's ``floor``. Without a ``slack``.
     """
     constants: Tensor = forms.new_zeros(forms.shape[:2])
     size = constants
-    pending = {position: forms}
+    pending, floor = {position: forms}, None
     for number in range(position, 0, -1):
         if number not in pending:
             continue
         forms, operation = pending.pop(number), (view or network).operation(number)
+        if met is not None and not pending:
+            here = least(forms, met[number]) + constants
+            floor = here if floor is None else torch.maximum(floor, here)
         if slack is not None:
             cost, more = slack.charge(number, forms, view.see(number, slack.magnitudes[number]) if view else None)
             constants, size = constants - cost, size + more
@@ -92,7 +103,7 @@ def backward(
             pending[read] = pending[read] + part if read in pending else part
     if 0 not in pending:
         pending[0] = constants.new_zeros(*constants.shape, *network.shapes[0])
-    return LinearBound(pending[0], constants, slack, size)
+    return LinearBound(pending[0], constants, slack, size, floor)
 
 
 def relax_all(network: Folded, bounds: Mapping[int, Bounds], alphas: Mapping[int, Tensor] | None = None):
@@ -143,6 +154,14 @@ def slack_of(network: Folded, region: Region, bounds: Mapping[int, Bounds]) -> S
 def interval_bounds(network: Folded, region: Region) -> dict[int, Bounds]:
     """Interval bounds of every non-linear operation's input."""
     return _Bounding(network, region, refine=False).run()
+
+
+def best_forms(network: Folded, region: Region, forms: Tensor) -> Tensor:
+    """``bound_forms`` of the logits over interval bounds, where each form has the best of its minima over the intervals
+    of all operations that it passes through on its way back, instead of the input's alone. No ``rounding``."""
+    walk = _Bounding(network, region, refine=False)
+    lines = relax_all(network, walk.run())
+    return backward(network, len(network.operations) - 1, forms, lines, met=walk.intervals).lower(region)
 
 
 def crown_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] | None = None) -> dict[int, Bounds]:

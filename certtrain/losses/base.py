@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -28,16 +29,22 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A hyper-parameter that moves linearly from ``start`` to ``end`` along the epsilon ramp."""
+    """A hyper-parameter that moves from ``start`` to ``end`` along the epsilon ramp.
+
+    Args:
+        along: linearly in the ramp's ``steps``, or in ``epsilon`` itself, which a smoothed schedule bends.
+    """
 
     start: float = 0.0
     end: float = 1.0
+    along: Literal["steps", "epsilon"] = "steps"
 
 
 def value_at(parameter: float | Ramp, step: Step) -> float:
     """A hyper-parameter's value at a step."""
     if isinstance(parameter, Ramp):
-        return parameter.start + (parameter.end - parameter.start) * step.ramp
+        share = step.ramp if parameter.along == "steps" else step.reached
+        return parameter.start + (parameter.end - parameter.start) * share
     return parameter
 
 

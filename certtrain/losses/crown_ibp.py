@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import Activity, Forward
-from ..bounds.crown import bound_forms, interval_bounds, interval_forms
+from ..bounds.crown import best_forms, bound_forms, interval_bounds, interval_forms
 from ..bounds.folded import Folded
 from ..bounds.folding import fold
 from ..bounds.region import Region
@@ -24,10 +24,13 @@ class CrownIbp(CertifiedLoss):
         beta: the share of the linear bounds, constant or along the ramp; published recipes end in plain intervals.
         fusion: bound the cross-entropy itself, by one linear form instead of one for each wrong class (Xu et al.,
             arXiv 2002.12920), and mix the two losses instead of the margins: for many classes.
+        best_layer: take each linear form's best minimum over the intervals of all layers on its way back instead of
+            that over the input, which is the looser one where intervals are tight (as CTBench does).
     """
 
-    beta: float | Ramp = Ramp(1.0, 0.0)
+    beta: float | Ramp = Ramp(1.0, 0.0, along="epsilon")
     fusion: bool = False
+    best_layer: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,14 +47,20 @@ class CrownIbp(CertifiedLoss):
         network, region = fold(model, batch.images.shape[1:], clean.statistics), step.ball.region(batch.images)
         rows = margin_rows(batch.labels, clean.logits)
         if self.fusion:
-            loss = mix(margin_loss(verified).mean(), fused_loss(network, region, rows).mean(), share)
-            return loss, verified_parts(verified), activity
-        linear = bound_forms(network, region, rows, interval_bounds(network, region))
+            fused = fused_loss(network, region, rows, self.best_layer)
+            return mix(margin_loss(verified).mean(), fused.mean(), share), verified_parts(verified), activity
+        linear = _bounded(network, region, rows, self.best_layer)
         verified = mix(verified, linear, share)
         return margin_loss(verified).mean(), verified_parts(verified), activity
 
 
-def fused_loss(network: Folded, region: Region, rows: Tensor) -> Tensor:
+def _bounded(network: Folded, region: Region, forms: Tensor, best_layer: bool) -> Tensor:
+    if best_layer:
+        return best_forms(network, region, forms)
+    return bound_forms(network, region, forms, interval_bounds(network, region))
+
+
+def fused_loss(network: Folded, region: Region, rows: Tensor, best_layer: bool = False) -> Tensor:
     """(B,) upper bounds of log(1 + sum_j e^(-z_j)) over the region, z = rows · logits, rows (B, K - 1, K).
 
     Over the interval [a, b] of a margin, e^(-z) is below its chord e^(-a) - s (z - a). The sum of chords is one linear
@@ -65,8 +74,7 @@ def fused_loss(network: Folded, region: Region, rows: Tensor) -> Tensor:
     wide = width > 1e-4  # below it the quotient loses its digits: two terms of its series
     share = torch.where(wide, -torch.expm1(-width) / torch.where(wide, width, 1), 1 - width / 2)
     slopes = at_lower * share
-    least = bound_forms(network, region, (slopes.unsqueeze(2) * rows).sum(1, keepdim=True),
-                        interval_bounds(network, region)).squeeze(1)  # fmt: skip
+    least = _bounded(network, region, (slopes.unsqueeze(2) * rows).sum(1, keepdim=True), best_layer).squeeze(1)
     one = torch.exp(-largest.squeeze(1))
     total = one + (at_lower + slopes * lower).sum(1) - least
     return largest.squeeze(1) + total.clamp(min=one).log()

@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd
@@ -17,6 +18,7 @@ class Sabr(AttackedLoss):
 
     kappa · CE(clean) + (1 - kappa) · mean of l(lower bounds over the box). The box has ``tau`` times the width of the
     set it lies in, pixel by pixel, and is moved inside it; with tau = 1 it is that set, and the loss that of ``Ibp``.
+    For a set that is no box, such as ``L2Ball``, the box around it stands in.
 
     Args:
         tau: the box's width over the set's, constant or along the ramp.
@@ -38,7 +40,8 @@ class Sabr(AttackedLoss):
 
     def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
         images = self.attacked(model, batch, step)
-        adversarial = self.adversarial(model, images, clean)
+        with torch.set_grad_enabled(self.bn_mode == "adv"):  # of this pass only the statistics count
+            adversarial = self.adversarial(model, images, clean)
         outer = step.ball if self.confine == "ball" else step.ball.scaled(self.attack_epsilon_factor)
         box = small_box(outer.hull(batch.images), images, value_at(self.tau, step))
         verified, activity = self.bound(model, batch, step, adversarial.statistics, box, self.shrink)

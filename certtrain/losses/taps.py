@@ -28,7 +28,10 @@ class Taps(CertifiedLoss):
     kappa · CE(clean) + (1 - kappa) · L_TAPS · L_verified, batch means, once the ramp is done; plain intervals until
     then. L_TAPS is the loss of margins found by gradient descent in the box of features, for every wrong class by
     itself. Its gradient reaches a side of the box where the found point lies near it. Batch statistics of the clean
-    pass.
+    pass. With ``accumulate`` the product is of each part's own means.
+
+    The attack takes steps of max(0.2, 2 / n) of the box's width, from n = 10 on a fifth of that after 70 % of them, as
+    CTBench's. It holds K - 1 points of features for each image: for many classes choose a cut with few features.
 
     Args:
         classifier_activations: activations behind the box of features. Published splits of CNN7's 21 modules:
@@ -96,10 +99,13 @@ class Taps(CertifiedLoss):
                 with torch.enable_grad():
                     at = points.requires_grad_()
                     margins = classifier(at)
-                    (gradient,) = torch.autograd.grad(margins.sum(), at)
+                    total = margins.sum()
                 smaller = margins.detach() < least
                 least = torch.where(smaller, margins.detach(), least)
                 best = torch.where(smaller.reshape(*smaller.shape, *[1] * (lower.ndim - 2)), points.detach(), best)
+                if number == self.latent_steps:
+                    break
+                (gradient,) = torch.autograd.grad(total, at)
                 points = torch.clamp(points.detach() - size * width * gradient.sign(), lower, upper)
                 if self.latent_steps >= 10 and number + 1 == int(0.7 * self.latent_steps):
                     size *= 0.2

@@ -26,7 +26,7 @@ class Averaging:
         every: steps between two weights that are averaged.
     """
 
-    start: int = 0
+    start: int
     every: int = 10
 
     def __post_init__(self) -> None:

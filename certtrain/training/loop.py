@@ -142,6 +142,7 @@ def _step(
         noise=Noise(key_of(seed, "noise", number), torch.arange(len(batch), device=device)),
         state=state,
         ramp=settings.schedule.done(number, steps_per_epoch),
+        reached=settings.schedule.fraction(number, steps_per_epoch),
         clean=epsilon == 0,
     )
 
@@ -165,11 +166,19 @@ def _said(line: dict[str, Any], epochs: int) -> str:
 
 
 def check_batches(model: nn.Module, samples: int, settings: Training) -> None:
-    """Batch norm cannot normalise one vector: say so before an epoch is spent.
+    """Say before an epoch is spent what this number of training images makes impossible.
 
     Raises:
-        InputError: the batch size leaves a batch, or a part of one, of a single sample.
+        InputError: the batch size leaves a batch, or a part of one, of a single sample, which batch norm cannot
+            normalise; no weights would be averaged.
     """
+    steps = -(-samples // settings.batch_size)
+    averaging = settings.averaging
+    if averaging and settings.epochs * steps // averaging.every * averaging.every <= averaging.start * steps:
+        raise InputError(
+            f"training.averaging: found every {averaging.every} steps after {averaging.start * steps} of "
+            f"{settings.epochs * steps}, which averages nothing; accepted: an earlier start, or fewer steps"
+        )
     if not any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
         return
     for size in {min(samples, settings.batch_size), samples % settings.batch_size} - {0}:

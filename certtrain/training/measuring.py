@@ -48,6 +48,8 @@ class Measure:
     def __post_init__(self) -> None:
         check(self.every >= 1, "every", self.every, "a number of epochs >= 1")
         check(self.images >= 1, "images", self.images, "a whole number >= 1")
+        harmless = self.attack.attack_mode != "train"
+        check(harmless, "attack", self.attack, "an attack_mode that leaves running statistics alone: not train")
         rising = all(0 <= low < high <= 1 for low, high in pairwise(self.alphas))
         check(rising and len(self.alphas) > 1, "alphas", self.alphas, "a rising list of two or more numbers in [0, 1]")
 
@@ -68,13 +70,13 @@ class Measure:
         losses = torch.stack([margin_loss(mix(attacked, verified, alpha)) for alpha in self.alphas], 1)
         falls = losses[:, 1:] < losses[:, :-1] - ROUNDING * (1 + losses[:, :-1].abs())
         plain, shifted = (F.cross_entropy(z, batch.labels, reduction="none") for z in (logits, logits + SHIFT))
-        layers = {trace(model).nodes[place].path: found for place, found in activity.preactivations.items()}
+        layers = [(trace(model).nodes[place].path, found) for place, found in activity.preactivations.items()]
         return {
             "alphas": list(self.alphas), "cc_losses": losses.mean(0).tolist(),
             "ordered": float((~falls).all(1).float().mean()), "shift_error": float((shifted - plain).abs().max()),
             "adversarial_loss": float(margin_loss(attacked).mean()),
             "verified_loss": float(margin_loss(verified).mean()),
-            "layers": [{"path": path, **_layer(found)} for path, found in layers.items()],
+            "layers": [{"path": path, **_layer(found)} for path, found in layers],
         }  # fmt: skip
 
 
