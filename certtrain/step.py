@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -122,6 +122,11 @@ class Step:
     ramp: float = 1.0
     reached: float = 1.0
     clean: bool = False
+
+    def part(self, rows: slice) -> Step:
+        """The step of some of the batch's samples: their noise, and their state."""
+        noise = replace(self.noise, positions=self.noise.positions[rows])
+        return replace(self, noise=noise, state=replace(self.state, offset=self.state.offset + (rows.start or 0)))
 
     @classmethod
     def evaluation(cls, ball: PerturbationSet, noise: Noise) -> Step:

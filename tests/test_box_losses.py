@@ -17,7 +17,7 @@ from certtrain.bounds import Interval, LinfBall, compute_bounds, compute_margins
 from certtrain.bounds.crown import best_forms, bound_forms, interval_bounds, interval_forms
 from certtrain.bounds.folding import fold
 from certtrain.errors import InputError
-from certtrain.losses import CcDist, CcIbp, CrownIbp, Ibp, Sabr, Staps, Taps
+from certtrain.losses import CcDist, CcIbp, CrownIbp, Ibp, Sabr, Staps, Taps, taps
 from certtrain.losses.certified import margin_loss, margin_rows, margins_of
 from certtrain.losses.crown_ibp import fused_loss
 from certtrain.losses.sabr import small_box
@@ -213,6 +213,14 @@ class TestTaps:
             2 * torch.rand(12, 4, *features.center.shape[1:]) - 1
         )
         assert (margins[1] < classifier(random)).float().mean() > 0.95
+
+    def test_images_are_attacked_a_few_at_a_time_where_memory_is_short(self, monkeypatch):
+        batch, step = make_batch(), make_step()
+        whole, slopes = gradient(make_model(), Taps(latent_steps=3), batch, step)
+        size = 4 * 64 * 8  # bytes of one image's points
+        monkeypatch.setattr(taps, "MEMORY", 5 * size)
+        found, other = gradient(make_model(), Taps(latent_steps=3), batch, step)
+        torch.testing.assert_close((found.total, other), (whole.total, slopes), rtol=1e-12, atol=1e-12)
 
     def test_the_classifier_takes_each_class_margin_at_its_own_point(self):
         model, batch = make_model(batch_norm=False), make_batch(3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,8 +153,7 @@ def _split(batch: Batch, step: Step, settings: Training) -> list[tuple[Batch, St
     parts = []
     for first in range(0, len(batch), size):
         rows = slice(first, first + size)
-        noise = replace(step.noise, positions=step.noise.positions[rows])
-        parts.append((batch.part(rows), replace(step, noise=noise, state=replace(step.state, offset=first))))
+        parts.append((batch.part(rows), step.part(rows)))
     return parts
 
 
