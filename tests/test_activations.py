@@ -90,7 +90,8 @@ class TestImages:
         shares = torch.cat([torch.linspace(0, 1, 401), torch.logspace(-12, 0, 60)]).double().unsqueeze(1)
         x = lower.double() + shares * (upper.double() - lower.double())
         x = torch.cat([x, torch.full_like(x[:1], TROUGHS[kind].place)]).clamp(lower.double(), upper.double())
-        values, rounding = activation(x), 2 * torch.finfo(dtype).eps * torch.maximum(lower.abs(), upper.abs())
+        values, largest, finfo = activation(x), torch.maximum(lower.abs(), upper.abs()), torch.finfo(dtype)
+        rounding = 2 * finfo.eps * largest + finfo.smallest_normal  # half of the least subnormal number is rounded to 0
         assert found.lower.dtype == dtype
         assert (found.lower - rounding <= values).all() and (values <= found.upper + rounding).all()
         assert (found.lower >= values.amin(0) - 2 * rounding).all()
