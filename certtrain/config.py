@@ -113,7 +113,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file is missing, not YAML, or not a mapping; names the file and the line.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; accepted: a recipe in YAML, see configs/") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -126,6 +126,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}; accepted: a mapping of sections")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Of a mapping in which a key stands twice YAML's own would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def override(mapping: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:

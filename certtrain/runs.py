@@ -37,6 +37,7 @@ def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[
             "sha256": dataset.checksum, "shape": list(dataset.shape), "classes": dataset.classes,
             "train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test),
         },
+        "loss_files": dict(config.loss.files()),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }  # fmt: skip
 

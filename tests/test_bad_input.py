@@ -77,6 +77,8 @@ WORDS = {
                                     ["leaves 4 activations", "accepted: 0, 1"]),
     "no teacher": (["--loss.type", "CcDist"], ["loss.teacher: found none", "safetensors"]),
     "a teacher that is not there": (["--loss.type", "CcDist", "--loss.teacher", "nobody"], ["nobody: cannot be read"]),
+    "a ramp without its end": (["--loss.alpha", "{start: 0.1}"], ["loss.alpha.end: must be given"]),
+    "measurements that never come": (["--training.measure", "{every: 900}"], ["training.measure", "900", "200"]),
     "averaging after the end": (["--training.averaging", "{start: 900}"], ["training.averaging", "900"]),
     "ramp longer than training": (["--training.epochs", "50"], ["training.schedule", "100", "50 epochs"]),
     "negative milestone": (["--training.milestones", "[-1, 5]"], ["training.milestones: found (-1, 5)"]),
@@ -438,3 +440,17 @@ def test_imagenet_of_another_resolution(here, capsys):
         np.savez(here / f"{name}.npz", data=np.zeros((2, 32 * 32 * 3), np.uint8), labels=np.array([1, 2]))
     words = ["--data.type", "ImageNet64", "--data.root", ".", "--model.type", "Cnn7"]
     assert_refused(here, capsys, words, ["train_data_batch_1.npz", "3072", "12288"])
+
+
+def test_a_recipe_that_says_something_twice(here, capsys):
+    (here / "twice.yaml").write_text("loss: {type: CcIbp}\nname: two\nloss: {type: MtlIbp}\n")
+    assert_refused(here, capsys, ["--config", "twice.yaml"], ["twice.yaml, line 3", "loss is given twice"])
+    (here / "twice.yaml").write_text("loss:\n  alpha: 0.1\n  alpha: 0.2\n")
+    assert_refused(here, capsys, ["--config", "twice.yaml"], ["twice.yaml, line 3", "alpha is given twice"])
+
+
+def test_images_of_one_class(here, capsys):
+    images = {f"{name}_images": np.zeros((4, 1, 8, 8), np.uint8) for name in ("train", "test")}
+    labels = {f"{name}_labels": np.zeros(4, np.int64) for name in ("train", "test")}
+    np.savez(here / "one.npz", **images, **labels)
+    assert_refused(here, capsys, ["--data.type", "Arrays", "--data.path", "one.npz"], ["one.npz: found 1 class"])

@@ -12,18 +12,24 @@ from loss_cases import gradient, make_batch, make_model, make_step
 from networks import Residual
 from torch import nn
 
+from certtrain import pipeline
 from certtrain.attacks import Pgd
 from certtrain.bounds import Interval, LinfBall, compute_bounds, compute_margins, forward, split
 from certtrain.bounds.crown import best_forms, bound_forms, interval_bounds, interval_forms
 from certtrain.bounds.folding import fold
 from certtrain.errors import InputError
+from certtrain.export import Export
 from certtrain.losses import CcDist, CcIbp, CrownIbp, Ibp, Sabr, Staps, Taps, taps
 from certtrain.losses.certified import margin_loss, margin_rows, margins_of
 from certtrain.losses.crown_ibp import fused_loss
 from certtrain.losses.sabr import small_box
 from certtrain.losses.taps import Classifier, connected
+from certtrain.models import SmallCnn
 from certtrain.pipeline import train
 from certtrain.recipe import Config
+from certtrain.run_folder import RunFolder
+from certtrain.training import Smoothed, Training
+from certtrain.verifiers import Certify
 
 SHARES = (0.0, 0.1, 0.4, 0.6, 0.9, 1.0)
 
@@ -442,6 +448,31 @@ class TestDistillation:
                                (tmp_path / "other.safetensors", "other.*accepted: weights")):  # fmt: skip
             with pytest.raises(InputError, match=f"^loss.teacher: .*{named}"):
                 CcDist(teacher=teacher).check_model(model)
+
+
+def test_a_run_goes_on_with_the_same_teacher_alone(tmp_path, monkeypatch):
+    def teach(seed):
+        torch.manual_seed(seed)
+        model = SmallCnn(width=2, hidden=4).build((1, 8, 8), 10)
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "teacher.safetensors")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    teach(0)
+    training = Training(epochs=2, batch_size=400, milestones=(), schedule=Smoothed(1, 1), checkpoint_seconds=0.0)
+    loss = CcDist(teacher=tmp_path / "teacher.safetensors")
+    recipe = Config(model=SmallCnn(width=2, hidden=4), loss=loss, training=training,
+                    certify=Certify(images=3, stages=("ibp",)), export=Export(enabled=False))  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "save_weights", stop)
+        train(recipe, tmp_path / "run", quiet=True)
+    assert len(RunFolder.open(tmp_path / "run")[1]["loss_files"]["teacher"]) == 64
+    teach(1)
+    with pytest.raises(InputError, match="checkpoint of another recipe"):
+        pipeline.resume(tmp_path / "run", quiet=True)
+    teach(0)
+    assert pipeline.resume(tmp_path / "run", quiet=True).final()
 
 
 def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path):

@@ -108,6 +108,8 @@ class Source(Component):
         train, test, classes = self.read()
         for name, split in (("train", train), ("test", test)):
             _check(split, classes, f"{self.place} {name}")
+        if classes < 2:  # every margin of one class is bounded, and nothing is said
+            raise InputError(f"{self.place}: found {classes} class; accepted: two or more, labels from 0 on")
         if train.images.shape[1:] != test.images.shape[1:]:
             raise InputError(
                 f"{self.place}: found test images of shape {tuple(test.images.shape[1:])}; "

@@ -1,4 +1,4 @@
-"""Training methods, one file each. Adding one is one file, and one line here."""
+"""Training methods, one file each. Adding one is one file, and its name here."""
 
 from .base import Loss, LossTerms, Ramp
 from .cc_dist import CcDist

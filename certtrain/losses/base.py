@@ -35,8 +35,8 @@ class Ramp:
         along: linearly in the ramp's ``steps``, or in ``epsilon`` itself, which a smoothed schedule bends.
     """
 
-    start: float = 0.0
-    end: float = 1.0
+    start: float
+    end: float
     along: Literal["steps", "epsilon"] = "steps"
 
 
@@ -59,6 +59,15 @@ class Loss(Component):
 
     def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
         """State kept across batches, by name, for images of ``shape``; none by default."""
+        return {}
+
+    def files(self) -> Mapping[str, str]:
+        """sha256 of files beside the data that it learns from, by field; a run records them, and resumes with the same
+        alone.
+
+        Raises:
+            InputError: one of them cannot be read.
+        """
         return {}
 
     def check_model(self, model: nn.Module) -> None:

@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..bounds import Activity, Forward, Program, compute_activity, compute_margins, forward, split
 from ..errors import InputError, check
+from ..run_folder import sha256
 from ..step import Batch, Step
 from .base import value_at
 from .cc_ibp import CcIbp
@@ -25,7 +27,8 @@ class CcDist(CcIbp):
     of their interval bounds. After a description at second hand, which has not been compared with the paper's text.
 
     Args:
-        teacher: a run's folder, or a ``.safetensors`` file, with weights of the same architecture.
+        teacher: a run's folder, or a ``.safetensors`` file, with weights of the same architecture, which is all that is
+            read: activations and strides are the student's own.
         weight: of the distance.
     """
 
@@ -35,6 +38,9 @@ class CcDist(CcIbp):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.weight >= 0, "weight", self.weight, "a number >= 0")
+
+    def files(self) -> Mapping[str, str]:
+        return {"teacher": sha256(self._file())}
 
     def check_model(self, model: nn.Module) -> None:
         split(model, 0)
@@ -59,28 +65,32 @@ class CcDist(CcIbp):
         """What computes the teacher's features; loaded once for a model."""
         found = _TEACHERS.get(model)
         if found is None or found[0] != self.teacher:
-            if self.teacher is None:
-                raise InputError("loss.teacher: found none; accepted: a run's folder, or a .safetensors file")
-            teacher = _load(model, self.teacher)
+            teacher = _load(model, self._file())
             found = _TEACHERS[model] = (self.teacher, teacher, split(teacher, 0).extractor)
         return found[2]
 
+    def _file(self) -> Path:
+        """Of the teacher's weights."""
+        if self.teacher is None:
+            raise InputError("loss.teacher: found none; accepted: a run's folder, or a .safetensors file")
+        file = self.teacher / "model.safetensors" if self.teacher.is_dir() else self.teacher
+        if not file.is_file():
+            raise InputError(f"loss.teacher: {file}: cannot be read (no such file); {ACCEPTED}")
+        return file
 
-_TEACHERS: WeakKeyDictionary[nn.Module, tuple[Path, nn.Module, Program]] = WeakKeyDictionary()
+
+_TEACHERS: WeakKeyDictionary[nn.Module, tuple[Path | None, nn.Module, Program]] = WeakKeyDictionary()
+ACCEPTED = "accepted: weights of the same architecture, as a run's model.safetensors"
 
 
-def _load(model: nn.Module, path: Path) -> nn.Module:
-    file = path / "model.safetensors" if path.is_dir() else path
-    accepted = "weights of the same architecture, as a run's model.safetensors"
+def _load(model: nn.Module, file: Path) -> nn.Module:
     try:
         weights = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"loss.teacher: {file}: cannot be read ({error}); accepted: {accepted}") from error
+        raise InputError(f"loss.teacher: {file}: cannot be read ({error}); {ACCEPTED}") from error
     teacher = copy.deepcopy(model)
     try:
         teacher.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(
-            f"loss.teacher: {file}: {str(error).splitlines()[-1].strip()}; accepted: {accepted}"
-        ) from error
+        raise InputError(f"loss.teacher: {file}: {str(error).splitlines()[-1].strip()}; {ACCEPTED}") from error
     return teacher.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from ..bounds import (
     forward,
     split,
 )  # fmt: skip
-from ..errors import check
+from ..errors import InputError, check
 from ..step import Batch, Step
 from .certified import CertifiedLoss, margin_loss, margins_of, verified_parts
 
@@ -62,7 +62,10 @@ class Taps(CertifiedLoss):
         check(0 < self.shrink <= 1, "shrink", self.shrink, "a number in (0, 1]")
 
     def check_model(self, model: nn.Module) -> None:
-        split(model, self.classifier_activations)
+        try:
+            split(model, self.classifier_activations)
+        except InputError as error:
+            raise InputError(f"loss.classifier_activations: {error}") from error
 
     def clean_gradient(self, step: Step) -> bool:
         return True  # the bounds use the clean pass' statistics, with their gradients

@@ -72,7 +72,8 @@ def fit(
     tensors = {
         name: spec.allocate(len(dataset.train), settings.batch_size, device) for name, spec in sorted(specs.items())
     }
-    recipe = checkpoint.fingerprint([unstructure(part) for part in (loss, ball, settings)] + [seed, dataset.checksum])
+    parts = [unstructure(part) for part in (loss, ball, settings)]
+    recipe = checkpoint.fingerprint([*parts, seed, dataset.checksum, loss.files()])
     average = WeightAverage(model, settings.averaging, len(loader))
     position, sums = Position(), _Means()
     if folder.resume.exists():

@@ -135,7 +135,14 @@ class Training:
         check(self.epsilon_multiplier > 0, "epsilon_multiplier", self.epsilon_multiplier, "a number > 0")
         check(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "a number >= 0")
         ends = self.schedule.end
-        check(ends <= self.epochs, "schedule", f"a ramp that ends with epoch {ends}", f"at most {self.epochs} epochs")
+        check(
+            ends <= self.epochs,
+            "schedule",
+            f"a ramp that ends with epoch {ends}",
+            f"at most {self.epochs} epochs (schedule.length)",
+        )
+        every = 1 if self.measure is None else self.measure.every
+        check(every <= self.epochs, "measure", f"one every {every} epochs", f"at most every {self.epochs}, the last")
         begins = 0 if self.averaging is None else self.averaging.start
         check(begins < self.epochs, "averaging", f"a start after epoch {begins}", f"one before the last, {self.epochs}")
 
