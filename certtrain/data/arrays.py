@@ -34,8 +34,9 @@ class Arrays(Source):
         except FileNotFoundError as error:
             raise InputError(f"{self.path}: no such file; accepted: an .npz with {', '.join(KEYS)}") from error
         except Exception as error:  # numpy raises KeyError, ValueError, BadZipFile, EOFError, …
+            reason = str(error).partition(". ")[0]  # behind it numpy advises to load the file unsafely
             raise InputError(
-                f"{self.path}: cannot be read ({error}); accepted: an .npz with {', '.join(KEYS)}"
+                f"{self.path}: cannot be read ({reason}); accepted: an .npz with {', '.join(KEYS)}"
             ) from error
         splits = [self._split(arrays, name) for name in ("train", "test")]
         return splits[0], splits[1], int(splits[0].labels.max()) + 1 if len(splits[0]) else 0

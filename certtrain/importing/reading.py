@@ -85,7 +85,8 @@ def _load(path: Path) -> Any:
         what = f"the Python object {named[1]}" if named else "Python objects"
         raise InputError(f"{path}: found {what}, which is not loaded because it could run code; {ACCEPTED}") from error
     except Exception as error:  # torch, zipfile and safetensors raise many kinds for a broken file
-        reason = (str(error).splitlines() or [""])[0]
+        said = (str(error).splitlines() or [""])[0]
+        reason = said if " " in said else "nothing that torch.save writes"  # a bare number, of pickle's own
         raise InputError(f"{path}: cannot be read ({reason}); {ACCEPTED}") from error
 
 
