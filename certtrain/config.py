@@ -174,6 +174,15 @@ def flatten(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return rows
 
 
+def section_of(config: Any, path: str) -> str:
+    """What an empty field could hold, such as ``a mapping of start, every``; empty where that is no section."""
+    *sections, name = path.split(".")
+    for section in sections:
+        config = getattr(config, section)
+    kinds = typing.get_args(typing.get_type_hints(type(config))[name])
+    return " or ".join(_describe(kind) for kind in kinds if isinstance(kind, type) and _is_section(kind))
+
+
 def _copy(value: Any) -> Any:
     return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 

@@ -51,6 +51,8 @@ def train(
     with surroundings(recipe.threads, device):
         dataset, model = _prepare(recipe)
         folder = RunFolder.create(new_folder(recipe, out), describe(recipe, dataset, device))
+        if not quiet:
+            console.print(f"run folder: {folder.path}")
         return _go_on(folder, recipe, dataset, model, device, quiet)
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from certtrain.attacks import Attack, Pgd
 from certtrain.bounds import L2Ball, LinfBall, PerturbationSet
+from certtrain.command_line import main
 from certtrain.config import Component, flatten, override, parse_number, read_yaml, structure, unstructure
 from certtrain.data import Arrays, Digits, Source
 from certtrain.errors import FieldError, InputError, check
@@ -410,3 +411,10 @@ def test_device_is_checked_when_it_is_needed(monkeypatch):
     refused({"data": {"type": "Digits", "path": "x"}}, "data.path", "validation")
     assert structure(Config, {"data": {"type": "Digits"}, "model": {"width": 4}}).model == SmallCnn(width=4)
     assert Digits() == Config().data
+
+
+def test_help_tells_what_an_empty_section_could_hold(capsys):
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--training.averaging null  # or a mapping of start, every" in shown
+    assert "--certify.images null\n" in shown

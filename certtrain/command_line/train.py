@@ -39,7 +39,6 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         return _help(options, config)
     folder = new_folder(config, options.out)
     options.go_on = f"--resume {folder}"
-    print(f"run folder: {folder}")
     summary(train(config, folder))
     return 0
 
@@ -57,10 +56,11 @@ def _resume(options: argparse.Namespace, overrides: dict[str, str], resume) -> i
 
 
 def _help(options: argparse.Namespace, config) -> int:
-    from ..config import flatten, unstructure
+    from ..config import flatten, section_of, unstructure
 
     options.parser.print_help()
     print("\nfields, with the value that this call would use:")
     for path, value in flatten(unstructure(config)).items():
-        print(f"  --{path} {'null' if value is None else value}")
+        empty = f"null  # or {section}" if value is None and (section := section_of(config, path)) else "null"
+        print(f"  --{path} {empty if value is None else value}")
     return 0
