@@ -1,10 +1,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..attacks import Attack, Pgd
-from ..bounds import Forward, Interval, Region, Statistics
+from ..bounds import Interval, Region
 from ..step import Batch, StateSpec, Step
 from .base import Ramp, check_share, value_at
 from .sabr import small_box
@@ -29,8 +29,6 @@ class Staps(Taps):
     def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
         return self.attack.declare_state(shape)
 
-    def box(
-        self, model: nn.Module, batch: Batch, step: Step, clean: Forward
-    ) -> tuple[Interval | Region, Statistics, Mapping[str, Tensor]]:
+    def box(self, model: nn.Module, batch: Batch, step: Step) -> Interval | Region:
         images = self.attack(model, batch, step.ball, step).images
-        return small_box(step.ball.hull(batch.images), images, value_at(self.tau, step)), clean.statistics, {}
+        return small_box(step.ball.hull(batch.images), images, value_at(self.tau, step))

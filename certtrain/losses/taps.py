@@ -1,4 +1,3 @@
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,19 +69,19 @@ class Taps(CertifiedLoss):
     def clean_gradient(self, step: Step) -> bool:
         return True  # the bounds use the clean pass' statistics, with their gradients
 
-    def box(
-        self, model: nn.Module, batch: Batch, step: Step, clean: Forward
-    ) -> tuple[Interval | Region, Statistics, Mapping[str, Tensor]]:
-        """What is propagated, the batch statistics to use, and what is told of how it was found."""
-        return step.ball.region(batch.images), clean.statistics, {}
+    def box(self, model: nn.Module, batch: Batch, step: Step) -> Interval | Region:
+        """What is propagated."""
+        return step.ball.region(batch.images)
 
     def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
-        box, statistics, told = self.box(model, batch, step, clean)
+        box = self.box(model, batch, step)
         if step.ramp < 1:
-            verified, activity = compute_margins(model, box, batch.labels, statistics, keep=True, shrink=self.shrink)
-            return margin_loss(verified).mean(), {**told, **verified_parts(verified)}, activity
+            verified, activity = compute_margins(
+                model, box, batch.labels, clean.statistics, keep=True, shrink=self.shrink
+            )
+            return margin_loss(verified).mean(), verified_parts(verified), activity
         halves = split(model, self.classifier_activations)
-        first, second = halves.share(statistics)
+        first, second = halves.share(clean.statistics)
         features, activity = compute_activity(halves.extractor, box, first, shrink=self.shrink)
         verified, _ = compute_margins(halves.classifier, features, batch.labels, second, shrink=self.shrink)
         classifier = Classifier(halves.classifier, batch.labels, second)
@@ -90,7 +89,7 @@ class Taps(CertifiedLoss):
         estimate = margin_loss(classifier(connected(features, points, self.threshold))).mean()
         scaled = estimate.detach() + self.gradient_scale * (estimate - estimate.detach())
         loss = scaled * margin_loss(verified).mean()
-        return loss, {**told, **verified_parts(verified), "estimated_loss": estimate}, activity
+        return loss, verified_parts(verified) | {"estimated_loss": estimate}, activity
 
     def worst(self, classifier: "Classifier", features: Interval, wrong: int, step: Step) -> Tensor:
         """(B, wrong, *features): for each wrong class the point of the box with the smallest margin that was found."""
