@@ -16,9 +16,14 @@ from typing import Any
 from .errors import InputError
 
 
+def temporary_of(path: Path) -> Path:
+    """The neighbour of ``path`` that this process fills before it becomes ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, make it durable, then put it in place at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         write(temporary)
         with temporary.open("rb+") as file:

@@ -10,8 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from certtrain.data.download import fetch, unpack
-from certtrain.data.locking import alone, clear_leftovers, temporary_of
+from certtrain.data.locking import alone, clear_leftovers
 from certtrain.errors import InputError
+from certtrain.run_folder import temporary_of
 
 CONTENT = os.urandom(3_000_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()

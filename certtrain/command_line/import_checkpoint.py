@@ -9,14 +9,14 @@ from .words import one_word_and_pairs
 
 SECTIONS = ("data", "model", "perturbation", "certify", "export")
 FIELDS = ("name", "seed", "device", "threads")
-USAGE = "import-checkpoint FILE --architecture NAME --data SET --epsilon E"
+USAGE = "FILE --architecture NAME --data SET --epsilon E"
 
 
 def add(commands) -> None:
     parser = commands.add_parser(
         "import-checkpoint",
         help="make a network that somebody else trained a run",
-        usage=f"certtrain {USAGE} [options]",
+        usage=f"certtrain import-checkpoint {USAGE} [options]",
         description="Read the state dict of a network that other people's code trained, without running code of "
         "theirs, and write a run folder that verify and export take. Layers are matched by kind, order and shape; "
         "run.json says under `imported` what was found and how closely the logits agree.",
@@ -44,9 +44,7 @@ def _import(options: argparse.Namespace, rest: list[str]) -> int:
     from ..importing.matching import KNOWN, known_architecture
     from ..recipe import Config
 
-    if not _has_free_word(rest):
-        raise InputError(f"import-checkpoint: found no file; accepted: {USAGE}")
-    file, overrides = one_word_and_pairs("import-checkpoint", rest)
+    file, overrides = one_word_and_pairs("import-checkpoint", rest, "file", USAGE)
     for name in overrides:
         section, _, field = name.partition(".")
         if (section not in SECTIONS if field else name not in FIELDS) or name in ("data.type", "model.type"):
@@ -68,13 +66,3 @@ def _import(options: argparse.Namespace, rest: list[str]) -> int:
     config = structure(Config, override({}, {**given, **overrides}))
     import_checkpoint(file, config, options.out, class_order=options.class_order)
     return 0
-
-
-def _has_free_word(words: list[str]) -> bool:
-    """One that is neither an option nor an option's value."""
-    value = False
-    for word in words:
-        if not value and not word.startswith("--"):
-            return True
-        value = not value and "=" not in word
-    return False

@@ -14,15 +14,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; accepted: see {self.prog} --help")
 
 
-def one_word_and_pairs(command: str, words: list[str]) -> tuple[Path, dict[str, str]]:
-    """The one word that is neither an option nor an option's value, and the options."""
+def one_word_and_pairs(
+    command: str, words: list[str], what: str = "run folder", usage: str = "RUN_DIR, the folder of a finished run"
+) -> tuple[Path, dict[str, str]]:
+    """The one word that is neither an option nor an option's value (``what`` it names), and the options."""
     from ..errors import InputError
 
     place = 0
     while place < len(words) and words[place].startswith("--"):
         place += 1 if "=" in words[place] else 2
     if place >= len(words):
-        raise InputError(f"{command}: found no run folder; accepted: {command} RUN_DIR, the folder of a finished run")
+        raise InputError(f"{command}: found no {what}; accepted: {command} {usage}")
     return Path(words[place]), pairs([*words[:place], *words[place + 1 :]])
 
 

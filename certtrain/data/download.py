@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
 from ..progress import Progress
-from .locking import temporary_of
+from ..run_folder import temporary_of
 
 BLOCK = 1 << 20
 SECONDS = 60  # without a byte, before a connection is given up

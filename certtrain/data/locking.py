@@ -38,13 +38,8 @@ def alone(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def temporary_of(path: Path) -> Path:
-    """The neighbour of ``path`` that this process fills before it becomes ``path``."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def clear_leftovers(path: Path) -> None:
-    """Remove temporary neighbours of ``path`` that killed processes left; only for who is ``alone``."""
+    """Remove neighbours of ``path`` named by ``temporary_of`` that killed processes left; only for who is ``alone``."""
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
     for neighbour in path.parent.iterdir():
         if name.fullmatch(neighbour.name):

@@ -66,8 +66,8 @@ def fused_loss(network: Folded, region: Region, rows: Tensor, best_layer: bool =
     Over the interval [a, b] of a margin, e^(-z) is below its chord e^(-a) - s (z - a). The sum of chords is one linear
     form of the logits, whose minimum one backward pass bounds.
     """
-    lower, upper = interval_forms(network, region, rows), -interval_forms(network, region, -rows)
-    width = upper - lower
+    lower, negated = interval_forms(network, region, torch.cat([rows, -rows], 1)).chunk(2, 1)
+    width = -negated - lower
     # all exponentials are taken relative to the largest, which float32 could not hold
     largest = (-lower).amax(1, keepdim=True).clamp(min=0).detach()
     at_lower = torch.exp(-lower - largest)
