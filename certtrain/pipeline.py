@@ -98,6 +98,7 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     model = build_model(config, dataset)
     fold(model, torch.Size(dataset.shape))
     config.loss.check_model(model)
+    config.loss.check_ball(config.perturbation)
     check_batches(model, len(dataset.train), config.training)
     return dataset, model
 

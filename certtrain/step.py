@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bounds import PerturbationSet
-from .noise import Noise
+from .noise import Noise, key_of
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,20 @@ class Augmentation:
     Args:
         top, left: (B,) int64 offset of the crop in the padded image.
         flip: (B,) bool, mirrored left to right.
+        pad: pixels that were padded on each side.
     """
 
     top: Tensor
     left: Tensor
     flip: Tensor
+    pad: int = 0
+
+    def rows_and_columns(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """(B, H) and (B, W): for each pixel of the augmented image its row and its column in the padded one."""
+        device = self.top.device
+        columns = torch.arange(width, device=device).expand(len(self.left), -1)
+        columns = self.left[:, None] + torch.where(self.flip[:, None], width - 1 - columns, columns)
+        return self.top[:, None] + torch.arange(height, device=device), columns
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Batch:
     def part(self, rows: slice) -> Batch:
         drawn = self.augmentation
         if drawn is not None:
-            drawn = Augmentation(drawn.top[rows], drawn.left[rows], drawn.flip[rows])
+            drawn = Augmentation(drawn.top[rows], drawn.left[rows], drawn.flip[rows], drawn.pad)
         return Batch(self.images[rows], self.labels[rows], self.index[rows], drawn)
 
 
@@ -62,16 +71,22 @@ class StateSpec:
             ``position`` in the batch (as many rows as the batch size) or the ``run`` (one row).
         shape: of one row.
         dtype, fill: of every entry at the start.
+        padded: whether a row is an image in the frame of the padded image that crops are taken of: its last two
+            sides are then longer by what the training pads.
     """
 
     key: Literal["sample", "position", "run"]
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     fill: float = 0.0
+    padded: bool = False
 
-    def allocate(self, samples: int, batch_size: int, device: torch.device) -> Tensor:
+    def allocate(self, samples: int, batch_size: int, device: torch.device, pad: int = 0) -> Tensor:
         rows = {"sample": samples, "position": batch_size, "run": 1}[self.key]
-        return torch.full((rows, *self.shape), self.fill, dtype=self.dtype, device=device)
+        shape = self.shape
+        if self.padded:
+            shape = (*shape[:-2], shape[-2] + 2 * pad, shape[-1] + 2 * pad)
+        return torch.full((rows, *shape), self.fill, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,7 @@ class Step:
         ball: this step's perturbation set.
         epsilon, epsilon_max: its radius now and at the end of the ramp, 0-d tensors in pixel units.
         ramp: share of the epsilon ramp that is done, in [0, 1]; progress: share of all training steps.
+        epoch, epochs: the one at hand, from 0 on, and how many there are.
         reached: epsilon over epsilon_max, known without asking the device.
         clean: whether epsilon is still 0, known without asking the device.
         noise: keyed random numbers for the batch's samples.
@@ -122,11 +138,17 @@ class Step:
     ramp: float = 1.0
     reached: float = 1.0
     clean: bool = False
+    epoch: int = 0
+    epochs: int = 1
 
     def part(self, rows: slice) -> Step:
         """The step of some of the batch's samples: their noise, and their state."""
         noise = replace(self.noise, positions=self.noise.positions[rows])
         return replace(self, noise=noise, state=replace(self.state, offset=self.state.offset + (rows.start or 0)))
+
+    def again(self, name: int | str) -> Step:
+        """The same step with other random numbers."""
+        return replace(self, noise=replace(self.noise, key=key_of(self.noise.key, name)))
 
     @classmethod
     def evaluation(cls, ball: PerturbationSet, noise: Noise) -> Step:

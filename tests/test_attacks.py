@@ -113,7 +113,7 @@ class Wide(Attack):
         return ball.scaled(2.0)
 
     def propose(self, model, batch, ball, step):
-        return AttackResult(batch.images + ball.epsilon)
+        return AttackResult(batch.images + 2 * ball.epsilon)
 
 
 class TestFrame:

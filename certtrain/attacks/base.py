@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, final
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ..bounds import PerturbationSet, forward
 from ..config import Component
 from ..step import Batch, StateSpec, Step
+from .objective import Objective
 
 AttackMode = Literal["train", "eval", "batch", "clean"]
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """Perturbed images (B, *shape), detached, and what the attack was asked to record (else empty)."""
+    """Perturbed images (B, *shape), detached, and what the attack records of its way, by name."""
 
     images: Tensor
     trace: Mapping[str, Tensor] = field(default_factory=dict)
@@ -50,9 +51,13 @@ class Attack(Component):
         """State across batches, by name, for images of ``shape``; none by default."""
         return {}
 
+    def toward(self, objective: Objective) -> Attack:
+        """This attack with the objective of the loss that it serves; itself where it has its own."""
+        return self
+
     @abstractmethod
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        """Candidates inside ``ball``; gradients may be taken of the images only."""
+        """Candidates inside ``allowed(ball)``; gradients may be taken of the images only."""
 
     @final
     def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
@@ -68,12 +73,22 @@ class Attack(Component):
             return AttackResult(batch.images)
         with _prepared(model, self.attack_mode), torch.enable_grad():
             attacked = _Frozen(model, batch.images) if self.attack_mode == "clean" else model
-            proposed = self.propose(attacked, batch, wide, step)
+            proposed = self.propose(attacked, batch, ball, step)
         proposal = proposed.images.detach()
         valid = torch.where(proposal.isnan(), batch.images, proposal).clamp(0, 1)
         images = wide.project(batch.images, valid)
         hull = wide.hull(batch.images)
         return AttackResult(images.clamp(hull.lower, hull.upper), proposed.trace)
+
+
+def gradient_of(model: nn.Module, points: Tensor, objective: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The model's logits at ``points``, detached, and the gradient there of the sum of ``objective(logits)``."""
+    points = points.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(points)
+        total = objective(logits).sum()
+    (gradient,) = torch.autograd.grad(total, points)
+    return logits.detach(), gradient
 
 
 class _Frozen(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..bounds import PerturbationSet
 from ..errors import check
 from ..step import Batch, Step
-from .base import Attack, AttackResult
+from .base import Attack, AttackResult, gradient_of
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ class Pgd(Attack):
                 share = step.noise.uniform(points.shape[1:], f"start/{restart}", points.dtype)
                 points = ball.project(batch.images, hull.lower + share * 2 * hull.radius)
             for _ in range(self.diversified):
-                gradient = _gradient(lambda x, key=f"direction/{restart}": _along(step, key, model(x)), points)[1]
+                _, gradient = gradient_of(model, points, lambda z, key=f"direction/{restart}": _along(step, key, z))
                 points = ball.project(batch.images, points + hull.radius * gradient.sign())
             for number in range(self.steps):
                 size = self.step_size * self.decay ** sum(number >= milestone for milestone in self.milestones)
-                values, gradient = _gradient(lambda x: self._objective(model(x), batch.labels), points)
+                logits, gradient = gradient_of(model, points, lambda z: self._objective(z, batch.labels))
                 if keep_best:
-                    best, best_value = _better(best, best_value, points, values)
+                    best, best_value = _better(best, best_value, points, self._objective(logits, batch.labels))
                 points = ball.project(batch.images, points + size * hull.radius * gradient.sign())
             if keep_best:
                 with torch.no_grad():
@@ -89,15 +88,6 @@ class Pgd(Attack):
 def _along(step: Step, key: str, logits: Tensor) -> Tensor:
     """(B,) the logits along a random direction in [-1, 1]^K, the same at every call."""
     return ((2 * step.noise.uniform(logits.shape[1:], key, logits.dtype) - 1) * logits).sum(1)
-
-
-def _gradient(objective: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) values, and their sum's gradient."""
-    points = points.detach().requires_grad_()
-    with torch.enable_grad():
-        values = objective(points)
-    (gradient,) = torch.autograd.grad(values.sum(), points)
-    return values.detach(), gradient
 
 
 def _better(best: Tensor, best_value: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

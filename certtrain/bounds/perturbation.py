@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import Component
 from ..errors import check
+from ..noise import Noise
 from .interval import Interval
 from .region import Around, least
 
@@ -73,6 +74,16 @@ class PerturbationSet(Component):
             (B, S), differentiable in the coefficients.
         """
 
+    @abstractmethod
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The change of size 1 (in the set's norm) along which a linear function of this gradient grows fastest,
+        for each of a batch, as ``gradient``; 0 where the gradient is 0."""
+
+    @abstractmethod
+    def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
+        """A change, uniform in the norm's ball of radius epsilon, for each of ``images`` (B, *shape). The sum is in the
+        set only once it is projected to [0, 1]."""
+
 
 @dataclass(frozen=True)
 class LinfBall(PerturbationSet):
@@ -97,6 +108,12 @@ class LinfBall(PerturbationSet):
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
         return least(coefficients, self.hull(images))
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+    def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
+        return (2 * noise.uniform(images.shape[1:], stream, images.dtype) - 1) * self.epsilon
 
 
 @dataclass(frozen=True)
@@ -143,6 +160,17 @@ class L2Ball(PerturbationSet):
             change, multiplier = _change(form, center, high), high
         dual = form * change + multiplier * change.square()
         return (form @ center.transpose(1, 2)).squeeze(-1) + dual.sum(2) - (multiplier * epsilon.square()).squeeze(-1)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        size = gradient.abs().flatten(1).amax(1).reshape(-1, *[1] * (gradient.ndim - 1))
+        scaled = gradient / torch.where(size > 0, size, 1)  # whose squares neither overflow nor vanish
+        length = scaled.flatten(1).norm(dim=1).reshape(size.shape)
+        return scaled / torch.where(length > 0, length, 1)
+
+    def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
+        along = self.direction(noise.normal(images.shape[1:], stream, images.dtype))
+        share = noise.uniform((), f"{stream}/length", images.dtype) ** (1 / images[0].numel())
+        return along * share.reshape(-1, *[1] * (images.ndim - 1)) * self.epsilon
 
 
 def _change(form: Tensor, center: Tensor, multiplier: Tensor) -> Tensor:

@@ -47,13 +47,12 @@ class Augment:
         height, width = images.shape[2:]
         mode = {"edge": "replicate", "zero": "constant"}[self.padding]
         padded = F.pad(images, [self.pad] * 4, mode=mode) if self.pad else images
-        rows = top[:, None] + torch.arange(height, device=images.device)
-        columns = torch.arange(width, device=images.device).expand(len(images), -1)
-        columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
+        drawn = Augmentation(top, left, flip, self.pad)
+        rows, columns = drawn.rows_and_columns(height, width)
         sample = torch.arange(len(images), device=images.device)[:, None, None]
         # (B, H, W, C): indices on both sides of the channel put it last
         cropped = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
-        return cropped.permute(0, 3, 1, 2).contiguous(), Augmentation(top, left, flip)
+        return cropped.permute(0, 3, 1, 2).contiguous(), drawn
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Training methods, one file each. Adding one is one file, and its name here."""
 
+from . import adversarial
+from .adversarial import *  # noqa: F403
 from .base import Loss, LossTerms, Ramp
 from .cc_dist import CcDist
 from .cc_ibp import CcIbp
@@ -14,3 +16,4 @@ from .taps import Taps
 __all__ = [
     "CcDist", "CcIbp", "CrownIbp", "ExpIbp", "Ibp", "Loss", "LossTerms", "MtlIbp", "Ramp", "Sabr", "Staps", "Taps",
 ]  # fmt: skip
+__all__ += adversarial.__all__

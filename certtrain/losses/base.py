@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..bounds import PerturbationSet
 from ..config import Component
 from ..errors import check
 from ..step import Batch, StateSpec, Step
@@ -29,23 +30,36 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A hyper-parameter that moves from ``start`` to ``end`` along the epsilon ramp.
+    """A hyper-parameter that moves from ``start`` to ``end`` along the epsilon ramp, or along all of training.
 
     Args:
-        along: linearly in the ramp's ``steps``, or in ``epsilon`` itself, which a smoothed schedule bends.
+        along: linearly in the ramp's ``steps``; in ``epsilon`` itself, which a smoothed schedule bends; or in the steps
+            of the ``training``.
+        over: the share of the way after which the end is reached.
     """
 
     start: float
     end: float
-    along: Literal["steps", "epsilon"] = "steps"
+    along: Literal["steps", "epsilon", "training"] = "steps"
+    over: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(0 < self.over <= 1, "over", self.over, "a share in (0, 1]")
 
 
 def value_at(parameter: float | Ramp, step: Step) -> float:
     """A hyper-parameter's value at a step."""
     if isinstance(parameter, Ramp):
-        share = step.ramp if parameter.along == "steps" else step.reached
-        return parameter.start + (parameter.end - parameter.start) * share
+        done = {"steps": step.ramp, "epsilon": step.reached, "training": step.progress}[parameter.along]
+        return parameter.start + (parameter.end - parameter.start) * min(1.0, done / parameter.over)
     return parameter
+
+
+def check_least(name: str, parameter: float | Ramp, least: float = 0.0) -> None:
+    ends = (parameter.start, parameter.end) if isinstance(parameter, Ramp) else (parameter,)
+    check(
+        all(least <= end for end in ends), name, parameter, f"a number >= {least:g}, or {{start, end}} along the ramp"
+    )
 
 
 def check_share(name: str, parameter: float | Ramp) -> None:
@@ -76,6 +90,18 @@ class Loss(Component):
         Raises:
             InputError: says what the model lacks, or which other file of the loss.
         """
+
+    def check_ball(self, ball: PerturbationSet) -> None:
+        """Refuse, before anything is written, a perturbation set that this loss' formulas do not know.
+
+        Raises:
+            InputError: names the sets that it takes.
+        """
+
+    @property
+    def replays(self) -> int:
+        """How many updates are made with each batch."""
+        return 1
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:

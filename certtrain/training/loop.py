@@ -70,7 +70,8 @@ def fit(
     optimizer = settings.optimiser.build(model)
     specs = loss.declare_state(dataset.shape)
     tensors = {
-        name: spec.allocate(len(dataset.train), settings.batch_size, device) for name, spec in sorted(specs.items())
+        name: spec.allocate(len(dataset.train), settings.batch_size, device, settings.augment.pad)
+        for name, spec in sorted(specs.items())
     }
     parts = [unstructure(part) for part in (loss, ball, settings)]
     recipe = checkpoint.fingerprint([*parts, seed, dataset.checksum, loss.files()])
@@ -92,8 +93,11 @@ def fit(
                 torch.manual_seed(key_of(seed, "torch", position.step))  # for layers such as dropout
                 epsilon = settings.epsilon(ball.epsilon, position.step, len(loader))
                 step = _step(ball, epsilon, settings, seed, position.step, len(loader), batch, State(tensors, specs))
+                figures: dict[str, float] = {}
                 try:
-                    figures = settings.update(model, optimizer, loss, _split(batch, step, settings), settings.clip)
+                    for replay in range(loss.replays):
+                        parts = _split(batch, step if replay == 0 else step.again(replay), settings)
+                        figures = settings.update(model, optimizer, loss, parts, settings.clip)
                 except NonFinite as error:
                     raise TrainingStopped(_stopped(position, error, folder)) from error
                 sums.add(figures, len(batch))
@@ -145,6 +149,8 @@ def _step(
         ramp=settings.schedule.done(number, steps_per_epoch),
         reached=settings.schedule.fraction(number, steps_per_epoch),
         clean=epsilon == 0,
+        epoch=number // steps_per_epoch,
+        epochs=settings.epochs,
     )
 
 
@@ -225,7 +231,13 @@ def _restore(
     optimizer.load_state_dict(content["optimizer"])
     average.restore(content["average"])
     for name, tensor in tensors.items():
-        tensor.copy_(content["state"][name])
+        found = content["state"].get(name)
+        if found is None or found.shape != tensor.shape:
+            raise InputError(
+                f"{folder.resume}: {name}: found {'nothing' if found is None else tuple(found.shape)}; accepted: "
+                f"{tuple(tensor.shape)}, as the loss declares it for these data"
+            )
+        tensor.copy_(found)
     return Position(**content["position"]), _Means(content["sums"])
 
 

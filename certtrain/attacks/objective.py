@@ -1,0 +1,85 @@
+"""What attacks climb: the cross-entropy, or a divergence from the clean prediction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import Component
+from ..step import Batch
+
+
+@dataclass(frozen=True)
+class Objective(Component):
+    """A function of a batch's logits, one number for each sample."""
+
+    @abstractmethod
+    def reference(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What logits are compared with, detached: computed once, before the first step."""
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
+        """(B,) of logits (B, K)."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Objective):
+    """CE(f(x'), y)."""
+
+    def reference(self, model: nn.Module, batch: Batch) -> Tensor:
+        return batch.labels
+
+    def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
+        return F.cross_entropy(logits, reference, reduction="none")
+
+
+@dataclass(frozen=True)
+class Divergence(Objective):
+    """A Bregman divergence Δ(p, q) = ψ(p) - ψ(q) - <∇ψ(q), p - q> of softmax distributions, both given by logits.
+
+    One object inside the attack and in the loss. Δ >= 0, and 0 exactly where p = q; what is added to all logits of a
+    distribution changes nothing. As an attack's objective Δ(f(x), f(x')), the first argument a constant.
+    """
+
+    def reference(self, model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return model(batch.images)
+
+    def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
+        return self.between(reference, logits)
+
+    @abstractmethod
+    def between(self, first: Tensor, second: Tensor) -> Tensor:
+        """(B,) Δ(softmax(first), softmax(second)) of logits (B, K), differentiable in both."""
+
+    @abstractmethod
+    def potential(self, logits: Tensor) -> Tensor:
+        """(B,) ψ(softmax(logits)): least where the prediction is uniform."""
+
+
+@dataclass(frozen=True)
+class KullbackLeibler(Divergence):
+    """ψ(p) = sum_k p_k log p_k, the negative entropy: Δ(p, q) = KL(p || q)."""
+
+    def between(self, first: Tensor, second: Tensor) -> Tensor:
+        first, second = F.log_softmax(first, 1), F.log_softmax(second, 1)
+        return (first.exp() * (first - second)).sum(1)
+
+    def potential(self, logits: Tensor) -> Tensor:
+        logarithms = F.log_softmax(logits, 1)
+        return (logarithms.exp() * logarithms).sum(1)
+
+
+@dataclass(frozen=True)
+class SquaredEuclidean(Divergence):
+    """ψ(p) = S(p) = sum_k p_k²: Δ(p, q) = |p - q|², symmetric, at most 2 (SCORE's distance, arXiv 2202.10103)."""
+
+    def between(self, first: Tensor, second: Tensor) -> Tensor:
+        return (F.softmax(first, 1) - F.softmax(second, 1)).square().sum(1)
+
+    def potential(self, logits: Tensor) -> Tensor:
+        return F.softmax(logits, 1).square().sum(1)

@@ -1,0 +1,188 @@
+"""What the methods of adversarial training share: one attack, the passes of a step, and a criterion of their logits."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...attacks import Ascent, Attack, AttackResult, CrossEntropy, Objective
+from ...step import Batch, StateSpec, Step
+from ..base import Loss, LossTerms
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the passes of one step yield, with their gradients.
+
+    Args:
+        labels: (B,) int64.
+        adversarial: (B, K) logits of the adversarial images.
+        clean: (B, K) logits of the images themselves, where the method needs them.
+        images: (B, *shape) the adversarial images.
+        others: further logits (B, K) by name.
+        penalties: 0-d terms that the criterion adds, by name, with their weights.
+        weights: (B,) of the samples in the accuracy term's mean, or None for 1.
+    """
+
+    labels: Tensor
+    adversarial: Tensor
+    clean: Tensor | None
+    images: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    penalties: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
+
+    @property
+    def needed(self) -> Tensor:
+        """The clean logits of a method that asked for them."""
+        assert self.clean is not None
+        return self.clean
+
+
+Accuracy = Callable[[Passes, Step], Tensor]
+"""(B,): the accuracy term of each sample."""
+
+
+@dataclass(frozen=True)
+class AdversarialLoss(Loss):
+    """A loss of adversarial examples, in three parts that others may take apart.
+
+    ``attacked`` finds the examples; ``passes`` does all that needs the network; ``criterion`` is a function of logits
+    alone. So a weight perturbation repeats the last two, a certified loss mixes bounds into the logits, and QUB
+    replaces the accuracy term.
+
+    ``term`` says which cross-entropy the accuracy term is, that of the ``adversarial`` logits or of the ``clean`` ones;
+    None where it is none that a quadratic upper bound could replace.
+    """
+
+    term: ClassVar[Literal["adversarial", "clean"] | None] = "adversarial"
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether the images themselves are passed through the network, with gradient."""
+        return self.term == "clean"
+
+    @abstractmethod
+    def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
+        """The adversarial images, and what the attack recorded."""
+
+    @abstractmethod
+    def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
+        """Pass what was found through the network."""
+
+    @abstractmethod
+    def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
+        """The loss, 0-d, of the passes' logits; with another accuracy term where one is given."""
+
+    def complete(self, model: nn.Module, passes: Passes, total: Tensor) -> Tensor:
+        """The loss with what only its gradient knows; its value stays."""
+        return total
+
+    def given(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult) -> LossTerms:
+        """The loss where the attack's result is known."""
+        clean = model(batch.images) if self.needs_clean else None
+        passes = self.passes(model, batch, step, found, clean)
+        total = self.complete(model, passes, self.criterion(passes, step))
+        return LossTerms(total, {name: part.detach() for name, part in shown(passes).items()})
+
+    def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
+        return self.given(model, batch, step, self.attacked(model, batch, step))
+
+
+@dataclass(frozen=True)
+class AdversarialTraining(AdversarialLoss):
+    """The cross-entropy of any attack's images: mean CE(f(x'), y) (Madry et al., arXiv 1706.06083).
+
+    The methods that differ in their attack alone are this with another default.
+
+    Args:
+        attack: any attack of the library.
+    """
+
+    attack: Attack = Ascent()
+
+    @property
+    def objective(self) -> Objective:
+        """What the attack climbs, unless it has an objective of its own."""
+        return CrossEntropy()
+
+    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+        return self.attack.declare_state(shape)
+
+    def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
+        return self.attack.toward(self.objective)(model, batch, step.ball, step)
+
+    def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
+        return Passes(batch.labels, model(found.images), clean, found.images)
+
+    def accuracy(self, passes: Passes, step: Step) -> Tensor:
+        """(B,) the cross-entropy that ``term`` names."""
+        logits = passes.needed if self.term == "clean" else passes.adversarial
+        return F.cross_entropy(logits, passes.labels, reduction="none")
+
+    def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
+        losses = (accuracy or self.accuracy)(passes, step)
+        total = (losses if passes.weights is None else passes.weights * losses).mean()
+        for penalty in (*passes.penalties.values(), *self.regularisers(passes, step).values()):
+            total = total + penalty
+        return total
+
+    def regularisers(self, passes: Passes, step: Step) -> Mapping[str, Tensor]:
+        """0-d terms beside the accuracy term, functions of the logits, by name, with their weights."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Wrapper(AdversarialLoss):
+    """A method over another one, whose attack and passes it keeps."""
+
+    base: AdversarialLoss = AdversarialTraining()
+
+    @property
+    def needs_clean(self) -> bool:
+        return True
+
+    @property
+    def replays(self) -> int:
+        return self.base.replays
+
+    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+        return self.base.declare_state(shape)
+
+    def files(self) -> Mapping[str, str]:
+        return self.base.files()
+
+    def check_model(self, model: nn.Module) -> None:
+        self.base.check_model(model)
+
+    def check_ball(self, ball) -> None:
+        self.base.check_ball(ball)
+
+    def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
+        return self.base.attacked(model, batch, step)
+
+    def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
+        return self.base.passes(model, batch, step, found, clean)
+
+    def complete(self, model: nn.Module, passes: Passes, total: Tensor) -> Tensor:
+        return self.base.complete(model, passes, total)
+
+
+@torch.no_grad()
+def shown(passes: Passes) -> dict[str, Tensor]:
+    """What progress and ``metrics.jsonl`` tell of the passes."""
+    correct = passes.adversarial.argmax(1) == passes.labels
+    parts = {
+        "adversarial_loss": F.cross_entropy(passes.adversarial, passes.labels),
+        "attacked_accuracy": correct.float().mean(),
+    }
+    if passes.clean is not None:
+        parts["clean_loss"] = F.cross_entropy(passes.clean, passes.labels)
+        parts["clean_accuracy"] = (passes.clean.argmax(1) == passes.labels).float().mean()
+    return {**parts, **passes.penalties}

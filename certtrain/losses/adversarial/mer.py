@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...attacks import Divergence, KullbackLeibler
+from ...step import Step
+from ..base import Ramp, check_least, value_at
+from .base import Accuracy, AdversarialLoss, Passes, Wrapper
+from .trades import Trades
+
+
+@dataclass(frozen=True)
+class Mer(Wrapper):
+    """MER: a method whose predictions are kept uncertain, base + mean(clean · ψ(f(x)) + adversarial · ψ(f(x'))).
+
+    With KL's ψ = -H this maximises the entropy. What its source proves is about two classes.
+
+    Args:
+        base: any method: TRADES and FAIT as published; others are experimental.
+        clean, adversarial: weights of the two potentials.
+        divergence: whose potential ψ.
+    """
+
+    base: AdversarialLoss = Trades(weight=21.0)
+    clean: float | Ramp = 1.0
+    adversarial: float | Ramp = 0.0
+    divergence: Divergence = KullbackLeibler()
+
+    def __post_init__(self) -> None:
+        check_least("clean", self.clean)
+        check_least("adversarial", self.adversarial)
+
+    def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
+        total = self.base.criterion(passes, step, accuracy)
+        for weight, logits in ((self.clean, passes.needed), (self.adversarial, passes.adversarial)):
+            total = total + value_at(weight, step) * self.divergence.potential(logits).mean()
+        return total

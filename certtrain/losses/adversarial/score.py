@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...attacks import Ascent, Attack, Divergence, SquaredEuclidean
+from ...step import Step
+from ..base import Ramp
+from .base import Passes
+from .trades import Trades
+
+
+@dataclass(frozen=True)
+class Score(Trades):
+    """SCORE: the squared distance in both terms, |f(x) - y|² + weight · |f(x') - f(x)|² of probabilities (Pang et al.,
+    arXiv 2202.10103).
+
+    Its accuracy term is no cross-entropy. TRADES with ``divergence: {type: SquaredEuclidean}`` keeps the cross-entropy.
+    """
+
+    term = None
+
+    attack: Attack = Ascent(attack_mode="batch", steps=10, step_size=0.25, start="uniform")
+    divergence: Divergence = SquaredEuclidean()
+    weight: float | Ramp = 4.0
+
+    @property
+    def needs_clean(self) -> bool:
+        return True
+
+    def accuracy(self, passes: Passes, step: Step) -> Tensor:
+        target = F.one_hot(passes.labels, passes.needed.shape[1])
+        return (F.softmax(passes.needed, 1) - target).square().sum(1)

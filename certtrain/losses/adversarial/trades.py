@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ...attacks import Ascent, Attack, Divergence, KullbackLeibler, Objective
+from ...step import Step
+from ..base import Ramp, check_least, value_at
+from .base import AdversarialTraining, Passes
+
+ATTACK = Ascent(attack_mode="eval", steps=10, step_size=0.25, start="normal", start_scale=1e-3)
+"""Of TRADES and its kin: it climbs the loss' own divergence."""
+
+
+@dataclass(frozen=True)
+class Trades(AdversarialTraining):
+    """TRADES: mean CE(f(x), y) + weight · Δ(f(x), f(x')) (Zhang et al., arXiv 1901.08573).
+
+    The divergence carries gradients in both arguments; the attack climbs the same one. Its start is clipped to valid
+    images.
+
+    Args:
+        divergence: KL, as published, or any other Bregman divergence.
+        weight: lambda, called beta by some.
+    """
+
+    term: ClassVar = "clean"
+
+    attack: Attack = ATTACK
+    divergence: Divergence = KullbackLeibler()
+    weight: float | Ramp = 6.0
+
+    def __post_init__(self) -> None:
+        check_least("weight", self.weight)
+
+    @property
+    def objective(self) -> Objective:
+        return self.divergence
+
+    def regularisers(self, passes: Passes, step: Step) -> Mapping[str, Tensor]:
+        distance = self.divergence.between(passes.needed, passes.adversarial).mean()
+        return {"divergence": value_at(self.weight, step) * distance}
