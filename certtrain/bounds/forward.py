@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +35,20 @@ class Forward:
     statistics: Statistics = field(default_factory=dict)
 
 
-def forward(model: nn.Module | p.Program, images: Tensor, statistics: Statistics | None = None) -> Forward:
+def forward(
+    model: nn.Module | p.Program, images: Tensor, statistics: Statistics | None = None, *, twice: bool = False
+) -> Forward:
     """Logits of ``images`` (B, *shape) by the model's program, or what a part of one makes of its input.
 
     In training mode batch norms use their batch's statistics, update the running ones as torch does, and
     hand the statistics over. With ``statistics`` given they use those and update nothing. In
-    evaluation mode they are folded into the layer before them: this is the network that is certified.
+    evaluation mode they are folded into the layer before them: this is the network that is certified. The pass is
+    differentiable once, or ``twice``, which is slower.
     """
     program = trace(model)
     last_use = program.last_use()
     values = {0: images}
-    run = _Run(statistics)
+    run = _Run(statistics, kernels.reference if twice else kernels)
     for position, node in enumerate(program.nodes[1:], start=1):
         inputs = [values[read] for read in node.inputs]
         values[position] = RULES[type(node)](node, position, run, *inputs)
@@ -86,13 +90,13 @@ def check_features(node: p.Affine, x: Tensor) -> None:
 class _Run:
     """What the rules share during one pass."""
 
-    def __init__(self, given: Statistics | None):
-        self.given = given
+    def __init__(self, given: Statistics | None, ops: ModuleType = kernels):
+        self.given, self.ops = given, ops
         self.collected: dict[int, BatchStatistics] = {}
 
     def norm(self, norm: p.BatchNorm, position: int, x: Tensor) -> Tensor:
         if norm.training and self.given is None:
-            y, mean, variance = kernels.batch_statistics_norm(x, norm.weight, norm.bias, norm.eps)
+            y, mean, variance = self.ops.batch_statistics_norm(x, norm.weight, norm.bias, norm.eps)
             self.collected[position] = BatchStatistics(mean, variance)
             _update_running(norm, mean, variance, x.numel() // x.shape[1])
             return y

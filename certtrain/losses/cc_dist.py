@@ -38,6 +38,9 @@ class CcDist(CcIbp):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.weight >= 0, "weight", self.weight, "a number >= 0")
+        check(
+            self.adversarial is None, "adversarial", type(self.adversarial).__name__, "null: only attack is known here"
+        )
 
     def files(self) -> Mapping[str, str]:
         return {"teacher": sha256(self._file())}

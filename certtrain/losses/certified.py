@@ -145,35 +145,9 @@ class AttackedLoss(CertifiedLoss):
         """The attack's images, detached."""
         return self.attack(model, batch, step.ball.scaled(self.attack_epsilon_factor), step).images
 
-    def adversarial(self, model: nn.Module, images: Tensor, clean: Forward) -> Forward:
+    def adversarial_pass(self, model: nn.Module, images: Tensor, clean: Forward) -> Forward:
         """The pass of the attack's images, and the statistics that bounds are to use."""
         return forward(model, images, clean.statistics if self.bn_mode == "clean" else None)
-
-
-@dataclass(frozen=True)
-class ExpressiveLoss(AttackedLoss):
-    """A loss between an attack's (alpha = 0) and the bounds' (alpha = 1); De Palma et al., arXiv 2305.13991.
-
-    Args:
-        alpha: where between the two, constant or along the ramp.
-    """
-
-    alpha: float | Ramp = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share("alpha", self.alpha)
-
-    @abstractmethod
-    def combine(self, adversarial: Tensor, verified: Tensor, alpha: float) -> Tensor:
-        """The loss (0-d) of margins under attack and their lower bounds, each (B, K - 1)."""
-
-    def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
-        adversarial = self.adversarial(model, self.attacked(model, batch, step), clean)
-        verified, activity = self.bound(model, batch, step, adversarial.statistics)
-        margins = margins_of(adversarial.logits, batch.labels)
-        parts = attacked_parts(margins) | verified_parts(verified)
-        return self.combine(margins, verified, value_at(self.alpha, step)), parts, activity
 
 
 def attacked_parts(margins: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .certified import ExpressiveLoss, margin_loss, mix
+from .certified import mix
+from .expressive import ExpressiveLoss, mean_margin_loss
 
 
 @dataclass(frozen=True)
@@ -12,5 +14,7 @@ class MtlIbp(ExpressiveLoss):
     alpha · L_verified + (1 - alpha) · L_adversarial, each a batch mean.
     """
 
-    def combine(self, adversarial: Tensor, verified: Tensor, alpha: float) -> Tensor:
-        return mix(margin_loss(adversarial).mean(), margin_loss(verified).mean(), alpha)
+    def combine(
+        self, adversarial: Tensor, verified: Tensor, alpha: float, loss: Callable[[Tensor], Tensor] = mean_margin_loss
+    ) -> Tensor:
+        return mix(loss(adversarial), mean_margin_loss(verified), alpha)

@@ -41,7 +41,7 @@ class Sabr(AttackedLoss):
     def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
         images = self.attacked(model, batch, step)
         with torch.set_grad_enabled(self.bn_mode == "adv"):  # of this pass only the statistics count
-            adversarial = self.adversarial(model, images, clean)
+            adversarial = self.adversarial_pass(model, images, clean)
         outer = step.ball if self.confine == "ball" else step.ball.scaled(self.attack_epsilon_factor)
         box = small_box(outer.hull(batch.images), images, value_at(self.tau, step))
         verified, activity = self.bound(model, batch, step, adversarial.statistics, box, self.shrink)

@@ -64,6 +64,15 @@ class AdversarialLoss(Loss):
     term: ClassVar[Literal["adversarial", "clean"] | None] = "adversarial"
 
     @property
+    def second_derivatives(self) -> bool:
+        """Whether the loss differentiates gradients."""
+        return False
+
+    @property
+    def may_be_negative(self) -> bool:
+        return False
+
+    @property
     def needs_clean(self) -> bool:
         """Whether the images themselves are passed through the network, with gradient."""
         return self.term == "clean"
@@ -143,6 +152,14 @@ class Wrapper(AdversarialLoss):
     """A method over another one, whose attack and passes it keeps."""
 
     base: AdversarialLoss = AdversarialTraining()
+
+    @property
+    def second_derivatives(self) -> bool:
+        return self.base.second_derivatives
+
+    @property
+    def may_be_negative(self) -> bool:
+        return self.base.may_be_negative
 
     @property
     def needs_clean(self) -> bool:

@@ -42,6 +42,10 @@ class FastBat(AdversarialTraining):
         check(self.implicit is None or self.implicit >= 0, "implicit", self.implicit, "a number >= 0, or null")
         check(self.sign_size > 0, "sign_size", self.sign_size, "a number > 0, in epsilons")
 
+    @property
+    def second_derivatives(self) -> bool:
+        return True
+
     def check_ball(self, ball: PerturbationSet) -> None:
         if not isinstance(ball, LinfBall):
             raise InputError(f"loss.type FastBat: found {type(ball).__name__} for perturbation; accepted: LinfBall")

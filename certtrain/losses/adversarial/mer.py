@@ -32,6 +32,10 @@ class Mer(Wrapper):
         check_least("clean", self.clean)
         check_least("adversarial", self.adversarial)
 
+    @property
+    def may_be_negative(self) -> bool:
+        return True
+
     def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
         total = self.base.criterion(passes, step, accuracy)
         for weight, logits in ((self.clean, passes.needed), (self.adversarial, passes.adversarial)):
