@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 SUPPORTED = (
     "Linear, Conv1d/2d, BatchNorm1d/2d, ReLU, LeakyReLU, Sigmoid, Tanh, GELU, SiLU, MaxPool1d/2d, AvgPool1d/2d, "
-    "AdaptiveAvgPool1d/2d, AdaptiveMaxPool1d/2d, Flatten, Dropout, Identity, their functional forms, "
-    "view/reshape/flatten that keep the batch dimension, cat of computed values along any other dimension, "
-    "and + - * / with another node (+ and - only) or with constants"
+    "AdaptiveAvgPool1d/2d, AdaptiveMaxPool1d/2d, Flatten, Dropout, Identity, their functional forms, ChannelShuffle "
+    "behind a layer, view/reshape/flatten and x[:, a:b] that keep the batch dimension, cat of computed values along "
+    "any other dimension, and + - * / with another node (+ and - only) or with constants"
 )
 
 
@@ -51,6 +51,18 @@ def _flatten(tracing: Tracing, node: fx.Node, source: int) -> int:
             f"flatten at {node.name!r}: found start_dim={start}; accepted: 1 or more (keeps the batch)"
         )
     return tracing.append(p.Reshape(node.name, (source,), lambda x: x.flatten(start, end)))
+
+
+def _slice(tracing: Tracing, node: fx.Node, source: int) -> int:
+    index: Any = node.args[1]
+    parts = index if isinstance(index, tuple) else (index,)
+    ends = [end for part in parts if isinstance(part, slice) for end in (part.start, part.stop, part.step)]
+    numbers = len(ends) == 3 * len(parts) and all(end is None or type(end) is int for end in ends)
+    if not numbers or parts[:1] != (slice(None),):
+        raise p.UnsupportedNode(
+            f"{node.name!r}: found x[{index}]; accepted: x[:, a:b, …] with numbers, the batch whole"
+        )
+    return tracing.append(p.Reshape(node.name, (source,), lambda x: x[parts]))
 
 
 def _pool(dimensions: int, linear: bool):
@@ -112,5 +124,6 @@ FUNCTIONS: dict[str, Callable[[Tracing, fx.Node, int], int]] = {
     "adaptive_avg_pool1d": _pool(1, linear=True),
     "adaptive_avg_pool2d": _pool(2, linear=True),
     "dropout": _dropout,
+    "getitem": _slice,
     "contiguous": lambda tracing, node, source: source,
 }

@@ -75,7 +75,7 @@ def first_operand(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-_VIEWS = ("view", "reshape", "flatten", "contiguous")
+_VIEWS = ("view", "reshape", "flatten", "contiguous", "getitem")
 
 
 def refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:

@@ -72,7 +72,7 @@ class Pool(Node):
 
 @dataclass(frozen=True, eq=False)
 class Reshape(Node):
-    """A rearrangement of each sample's entries."""
+    """A rearrangement of each sample's entries, or of some of them."""
 
     function: Callable[[Tensor], Tensor]
 

@@ -129,6 +129,9 @@ class Tracing:
                 return self.append(p.Pool(path, (source,), module, linear=True))
             case nn.Flatten() if module.start_dim >= 1:
                 return self.append(p.Reshape(path, (source,), module))
+            case nn.ChannelShuffle() if not isinstance(self.nodes[source], (p.Input, p.Scale, p.Reshape)):
+                # elsewhere the first layer over a set that is not a box would take its input for the image
+                return self.append(p.Reshape(path, (source,), module))
             case nn.Dropout() | nn.Dropout1d() | nn.Dropout2d():
                 return self.append(p.Dropout(path, (source,), module))
             case nn.Identity():
@@ -155,7 +158,7 @@ class Tracing:
             return concat(self, node)
         if name in FUNCTIONS:
             return FUNCTIONS[name](self, node, self.position(node, first))
-        raise p.UnsupportedNode(f"{name} at {node.name!r} has no bound rule; supported: {SUPPORTED}")
+        raise p.UnsupportedNode(f"{name} at {_place(node)} has no bound rule; supported: {SUPPORTED}")
 
     def _computed(self, node: fx.Node) -> _Constant:
         """A constant made of constants, computed when it is asked for, because buffers may change."""
@@ -205,7 +208,7 @@ class Tracing:
         constant = right if type(left) is int else left
         if len(positions) != 1 or not isinstance(constant, _Constant) or (kind == "div" and constant is left):
             raise p.UnsupportedNode(
-                f"{kind} at {node.name!r} has no bound rule for these operands; supported: {SUPPORTED}"
+                f"{kind} at {_place(node)} has no bound rule for these operands; supported: {SUPPORTED}"
             )
         coefficients: dict[str, p.Coefficients] = {
             "add": lambda: (1.0, constant.value()),
@@ -214,6 +217,12 @@ class Tracing:
             "div": lambda: (1.0 / constant.value(), 0.0),
         }
         return self.append(p.Scale(node.name, (positions[0],), coefficients[kind]))
+
+
+def _place(node: fx.Node) -> str:
+    """The step's name, and the module in whose forward it stands."""
+    path, kind = next(reversed(node.meta.get("nn_module_stack", {}).values()), ("", None))
+    return repr(node.name) if kind is None else f"{node.name!r} in {kind.__name__} at {path!r}"
 
 
 @dataclass(frozen=True, eq=False)

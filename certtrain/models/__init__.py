@@ -1,17 +1,25 @@
 """Architectures, one file each. Adding one is one file, and one line here."""
 
 from .base import Architecture, Normalise
+from .cifar_resnet import CifarResNet
 from .cnn3 import Cnn3
 from .cnn5 import Cnn5
 from .cnn7 import Cnn7
 from .feed_forward import FeedForward
+from .flc import FrequencyLowCut
 from .gowal import Gowal
 from .initialisation import initialise_for_ibp
 from .mlp import Mlp
+from .preact_resnet import PreActResNet
 from .resnet import ResNet
+from .senet import SeNet
+from .shufflenet import ShuffleNetV2
 from .small_cnn import SmallCnn
+from .vgg import Vgg
+from .wide_resnet import WideResNet
 
 __all__ = [
-    "Architecture", "Cnn3", "Cnn5", "Cnn7", "FeedForward", "Gowal", "Mlp", "Normalise", "ResNet", "SmallCnn",
+    "Architecture", "CifarResNet", "Cnn3", "Cnn5", "Cnn7", "FeedForward", "FrequencyLowCut", "Gowal", "Mlp",
+    "Normalise", "PreActResNet", "ResNet", "SeNet", "ShuffleNetV2", "SmallCnn", "Vgg", "WideResNet",
     "initialise_for_ibp",
 ]  # fmt: skip

@@ -1,0 +1,38 @@
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import check
+from .residual_stages import BLOCKS, ResidualStages
+
+
+@dataclass(frozen=True)
+class PreActResNet(ResidualStages):
+    """PreAct-ResNet-18, -34 and -50 for small images: norm and activation before each convolution (arXiv 1603.05027).
+
+    The net of Fast-AT, N-FGSM and Fast-BAT, with a last batch norm and activation before the average: for CIFAR-10
+    11 172 170, 21 280 330 and 23 513 162 parameters. Takes images of any size; with FLC pooling sides that are
+    multiples of 16.
+
+    Args:
+        depth: 18, 34, or 50 (of bottlenecks).
+        width: features of the first stage; 64 is published.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.depth in BLOCKS, "depth", self.depth, ", ".join(map(str, BLOCKS)))
+
+    @property
+    def expansion(self) -> int:
+        return 4 if self.depth >= 50 else 1
+
+    def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
+        self.check_sides(shape, 3)
+        stem = self.convolution(shape[0], self.width, 3)
+        blocks, channels = self.stages(self.width, self.width, BLOCKS[self.depth])
+        return [stem, *blocks, *self.activated(channels), *self.head(channels, classes)]
+
+    def block(self, channels: int, features: int, stride: int) -> nn.Module:
+        kind = self.bottleneck if self.depth >= 50 else self.basic
+        return self.pre_activated(channels, features, stride, kind(channels, features, stride))

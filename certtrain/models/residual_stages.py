@@ -1,0 +1,78 @@
+"""What residual nets for CIFAR share: stages of blocks, of which all but the first start by halving the image."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..errors import check
+from .strided import Strided
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+"""Of each stage, by depth (arXiv 1512.03385); those of depth 50 are bottlenecks."""
+
+
+@dataclass(frozen=True)
+class ResidualStages(Strided):
+    """A 3×3 convolution of stride 1 and stages of residual blocks with width, 2·width, 4·width, … features.
+
+    Args:
+        depth: layers with weights, as the net's name counts them.
+        width: features of the first stage.
+    """
+
+    depth: int = 18
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.width >= 1, "width", self.width, "a whole number >= 1")
+
+    @property
+    def expansion(self) -> int:
+        """A block returns so many times its features as channels."""
+        return 1
+
+    @abstractmethod
+    def block(self, channels: int, features: int, stride: int) -> nn.Module:
+        """(B, channels, H, W) → (B, expansion · features, ⌈H / stride⌉, ⌈W / stride⌉)."""
+
+    def stages(self, channels: int, features: int, counts: tuple[int, ...]) -> tuple[list[nn.Module], int]:
+        """Blocks of so many stages with features, 2·features, …; and how many channels come out."""
+        blocks = []
+        for stage, count in enumerate(counts):
+            for number in range(count):
+                blocks.append(self.block(channels, features << stage, 2 if stage and not number else 1))
+                channels = self.expansion * features << stage
+        return blocks, channels
+
+    def basic(self, channels: int, features: int, stride: int, dropout: float = 0.0) -> list[nn.Module]:
+        """Two 3×3 convolutions with batch norm, activation and perhaps dropout between them."""
+        first, last = self.convolution(channels, features, 3, stride), self.convolution(features, features, 3)
+        return [first, *self.activated(features), *([nn.Dropout(dropout)] if dropout else []), last]
+
+    def bottleneck(self, channels: int, features: int, stride: int) -> list[nn.Module]:
+        """1×1, 3×3 and 1×1 convolution, the last one with 4·features; batch norm and activation between them."""
+        first, middle = self.convolution(channels, features, 1), self.convolution(features, features, 3, stride)
+        last = self.convolution(features, 4 * features, 1)
+        return [first, *self.activated(features), middle, *self.activated(features), last]
+
+    def pre_activated(self, channels: int, features: int, stride: int, branch: list[nn.Module]) -> nn.Module:
+        """The branch behind batch norm and activation, beside a 1×1 convolution where the shape changes."""
+        same = channels == self.expansion * features and stride == 1
+        shortcut = None if same else self.convolution(channels, self.expansion * features, 1, stride)
+        return PreActivated(nn.Sequential(*self.activated(channels)), nn.Sequential(*branch), shortcut)
+
+
+class PreActivated(nn.Module):
+    """branch(y) + shortcut(y), where y = entry(x); branch(y) + x without a shortcut (arXiv 1603.05027)."""
+
+    def __init__(self, entry: nn.Module, branch: nn.Module, shortcut: nn.Module | None):
+        super().__init__()
+        self.entry, self.branch, self.shortcut = entry, branch, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.entry(x)
+        return self.branch(y) + (x if self.shortcut is None else self.shortcut(y))
