@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .bounds import Bounds, Box, Interval, L2Ball, LinfBall, compute_bounds
     from .export import export_onnx
     from .importing import import_checkpoint
-    from .pipeline import train
+    from .pipeline import evaluate, train
     from .recipe import Config
     from .runs import load_model
     from .verification import verify
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds",
-    "compute_bounds": "bounds", "Config": "recipe", "certify": "verifiers", "export_onnx": "export",
-    "import_checkpoint": "importing", "load_model": "runs", "train": "pipeline", "verify": "verification",
+    "compute_bounds": "bounds", "Config": "recipe", "certify": "verifiers", "evaluate": "pipeline",
+    "export_onnx": "export", "import_checkpoint": "importing", "load_model": "runs", "train": "pipeline",
+    "verify": "verification",
 }  # fmt: skip
 
 __all__ = [
-    "Bounds", "Box", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "export_onnx",
-    "import_checkpoint", "load_model", "train", "verify",
+    "Bounds", "Box", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "evaluate",
+    "export_onnx", "import_checkpoint", "load_model", "train", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

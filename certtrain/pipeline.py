@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
+from .evaluation import Checkpoint, Evaluate, Evaluation
 from .export import Export, write_files
 from .models import initialise_for_ibp
 from .noise import key_of
 from .precision import full_float32
 from .progress import console
 from .recipe import Config, load_config
-from .run_folder import RunFolder
+from .run_folder import RunFolder, sha256
 from .runs import check_data, describe, load_model, question_of, recorded_config, save_weights
-from .surroundings import surroundings
-from .training import StopRequest, check_batches, fit
+from .surroundings import device_name, surroundings, versions
+from .training import StopRequest, check_images, fit
 from .verifiers.records import decided, reasons, summarise
 from .verifiers.sweep import images_of, sweep
 
@@ -96,10 +98,12 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     """Data and model; what cannot work is refused here, before anything is written."""
     dataset = config.data.load()
     model = build_model(config, dataset)
-    fold(model, torch.Size(dataset.shape))
+    if config.certify.enabled or config.export.enabled:
+        fold(model, torch.Size(dataset.shape))
     config.loss.check_model(model)
     config.loss.check_ball(config.perturbation)
-    check_batches(model, len(dataset.train), config.training)
+    config.training.update.check_loss(config.loss)
+    check_images(model, dataset, config.training)
     return dataset, model
 
 
@@ -119,22 +123,25 @@ def _train_and_certify(
     model.to(device)
     here = dataset.to(device)
     with StopRequest() as stop:
-        fit(
+        best = fit(
             model, here, loss=config.loss, ball=config.perturbation, settings=config.training, seed=config.seed,
             folder=folder, stop=stop, quiet=quiet,
         )  # fmt: skip
-        save_weights(folder, model)
+        save_weights(folder.model, model.state_dict())
+        if best.weights:
+            save_weights(folder.best, best.weights)
         stop.raise_if_asked()
-    images = range(min(config.certify.images or len(here.test), len(here.test)))
-    with StopRequest(at_once=True):
-        question = question_of(folder, config, here, model, device)
-        records = sweep(question, folder.verdicts, folder.settings, images, quiet=quiet)
-    trained = [line["seconds"] for line in folder.metrics]
-    seconds = trained[-1] + sum(record["seconds"] for record in records)
-    folder.metrics.append({
-        "kind": "final", **summarise(records), "decided": decided(records), "undecided": reasons(records),
-        "epsilon": config.perturbation.epsilon, "images": len(records), "seconds": round(seconds, 3),
-    })  # fmt: skip
+    final = {"kind": "final", "epsilon": config.perturbation.epsilon}
+    seconds = [line["seconds"] for line in folder.metrics][-1]
+    if config.certify.enabled:
+        images = range(min(config.certify.images or len(here.test), len(here.test)))
+        with StopRequest(at_once=True):
+            question = question_of(folder, config, here, model, device)
+            records = sweep(question, folder.verdicts, folder.settings, images, quiet=quiet)
+        final |= {**summarise(records), "decided": decided(records), "undecided": reasons(records),
+                  "images": len(records)}  # fmt: skip
+        seconds += sum(record["seconds"] for record in records)
+    folder.metrics.append({**final, "seconds": round(seconds, 3)})
 
 
 def export(
@@ -188,6 +195,75 @@ def _export(
             f"{network['magnitude']:.1f}), {found['properties']} properties at epsilon {found['epsilon']:.6g}"
         )
     return found
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    attacks: Sequence[str] | None = None,
+    epsilons: Sequence[float] | None = None,
+    images: str | range | int | None = None,
+    checkpoints: Sequence[str] | None = None,
+    settings: Evaluate | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """How many test images of a run whose training is finished stay right: clean, attacked, and certified by IBP.
+
+    Every image's line is written to ``evaluation/`` the moment its batch is known, and kept; the table is
+    ``evaluation.json``. What an argument leaves open is as ``settings`` say, or the recipe's ``evaluate`` section.
+
+    Args:
+        path: the run's folder.
+        attacks: such as ``pgd-50-10`` and ``autoattack``; epsilons: radii in pixel units; checkpoints: of ``last`` and
+            ``best``: see ``Evaluate``.
+        images: ``"start:stop"``, a range, or how many of the first; None for the settings'.
+        device: instead of the recipe's.
+    Returns:
+        the table, with what earlier calls found for the same weights.
+    Raises:
+        InputError: something given cannot be used; nothing on disk was changed.
+        Interrupted: SIGINT or SIGTERM; the same call goes on.
+        RuntimeError: an attack broke an image that IBP certified.
+    """
+    folder, description = RunFolder.open(Path(path))
+    config = recorded_config(folder, description)
+    asked = {"attacks": attacks, "epsilons": epsilons, "checkpoints": checkpoints}
+    section = {**unstructure(settings or config.evaluate), **{k: v for k, v in asked.items() if v is not None}}
+    changed = {"evaluate": section, "device": device or config.device}
+    config = structure(Config, {**unstructure(config), **changed})
+    where = config.resolved_device()
+    with surroundings(config.threads, where):
+        dataset = config.data.load()
+        check_data(dataset, description)
+        return _evaluate(folder, dataset, config, images, where, quiet)
+
+
+def _evaluate(
+    folder: RunFolder,
+    dataset: Dataset,
+    config: Config,
+    images: str | range | int | None,
+    device: torch.device,
+    quiet: bool,
+) -> dict[str, Any]:
+    """By the recipe's ``evaluate`` section; the networks are those in the folder."""
+    settings, test = config.evaluate, dataset.test
+    if images is None:
+        chosen = range(min(settings.images or len(test), len(test)))
+    else:
+        chosen = images_of(f":{images}" if isinstance(images, int) else images, len(test))
+    names = settings.checkpoints or (("last", "best") if folder.best.exists() else ("last",))
+    checkpoints = [
+        Checkpoint(name, load_model(folder.path, name)[0].to(device), sha256(folder.weights_of(name)))
+        for name in dict.fromkeys(names)
+    ]
+    made_by = {**versions(), "device": device_name(device)}
+    evaluation = Evaluation(
+        folder, test.to(device), config.perturbation, settings, config.seed, dataset.checksum, made_by
+    )
+    with StopRequest(at_once=True):
+        return evaluation.run(checkpoints, chosen, quiet=quiet)
 
 
 def new_folder(config: Config, out: str | Path | None) -> Path:

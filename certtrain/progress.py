@@ -71,6 +71,11 @@ class Progress:
         if not self.quiet and not self._rich:
             console.print(text)
 
+    def alarm(self, text: str) -> None:
+        """Said wherever the output goes, above the bar."""
+        if not self.quiet:
+            console.print(f"WARNING: {text}")
+
 
 def duration(seconds: float) -> str:
     """``3723`` → ``1:02:03``."""

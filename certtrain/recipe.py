@@ -13,6 +13,7 @@ from .bounds import LinfBall, PerturbationSet
 from .config import override, read_yaml, structure
 from .data import Digits, Source
 from .errors import InputError, check
+from .evaluation import Evaluate
 from .export import Export
 from .losses import CcIbp, Loss
 from .models import Architecture, SmallCnn
@@ -29,7 +30,7 @@ class Config:
         seed: keys every random number of the run.
         device: ``auto`` takes CUDA where there is one.
         threads: CPU threads of torch; 0 leaves torch's choice. Recorded, and used again on resume.
-        data, model, perturbation, loss, training, certify, export: the sections.
+        data, model, perturbation, loss, training, certify, evaluate, export: the sections.
     """
 
     name: str = "digits_ccibp"
@@ -42,6 +43,7 @@ class Config:
     loss: Loss = CcIbp()
     training: Training = Training()
     certify: Certify = Certify()
+    evaluate: Evaluate = Evaluate()
     export: Export = Export()
 
     def __post_init__(self) -> None:

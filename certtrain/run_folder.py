@@ -149,6 +149,15 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model.safetensors"
 
+    @property
+    def best(self) -> Path:
+        """The weights that did best on the validation split, where the recipe keeps them."""
+        return self.path / "best.safetensors"
+
+    def weights_of(self, checkpoint: str) -> Path:
+        """Of the ``last`` or the ``best`` checkpoint."""
+        return self.best if checkpoint == "best" else self.model
+
     def weights_sha256(self) -> str:
         """Which network it is: what verdicts and exports rest on."""
         return sha256(self.model)
@@ -198,6 +207,15 @@ class RunFolder:
     def settings(self) -> JsonLines:
         """What verdicts rest on, by the name in their field ``settings``."""
         return JsonLines(self.path / "verdicts" / "settings.jsonl")
+
+    @property
+    def evaluation(self) -> Path:
+        """The table of clean, attacked and IBP-certified accuracies."""
+        return self.path / "evaluation.json"
+
+    def evaluated(self, checkpoint: str, attack: str, epsilon: float) -> JsonLines:
+        """What became of each image: what a row of that table counts."""
+        return JsonLines(self.path / "evaluation" / f"{checkpoint}-{attack}-{epsilon!r}.jsonl")
 
     @classmethod
     def create(cls, path: Path, description: Mapping[str, Any]) -> RunFolder:

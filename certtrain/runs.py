@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import structure, unstructure
 from .data import Dataset
@@ -42,30 +42,33 @@ def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[
     }  # fmt: skip
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, Config]:
+def load_model(path: str | Path, checkpoint: Literal["last", "best"] = "last") -> tuple[nn.Module, Config]:
     """The trained network of a run, in evaluation mode on the CPU, and the run's recipe.
 
     Args:
         path: the run's folder.
+        checkpoint: ``best`` is the one that ``training.select`` kept.
     Raises:
-        InputError: no run there, no weights in it, or weights of another architecture.
+        InputError: no run there, no such weights in it, or weights of another architecture.
     """
     folder, description = RunFolder.open(Path(path))
     config = recorded_config(folder, description)
     shape, classes = description["dataset"]["shape"], description["dataset"]["classes"]
+    file = folder.weights_of(checkpoint)
     try:
-        weights = safetensors.torch.load_file(folder.model)
+        weights = safetensors.torch.load_file(file)
     except FileNotFoundError as error:
-        raise InputError(
-            f"{folder.model}: found no weights; accepted: a run whose training is finished, see --resume {path}"
-        ) from error
+        accepted = f"a run whose training is finished, see --resume {path}"
+        if checkpoint == "best" and folder.model.exists():
+            accepted = "the last checkpoint, or a run whose recipe keeps the best one (training.select)"
+        raise InputError(f"{file}: found no weights; accepted: {accepted}") from error
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{folder.model}: cannot be read ({error}); accepted: a finished training's file") from error
+        raise InputError(f"{file}: cannot be read ({error}); accepted: a finished training's file") from error
     model = config.model.build(tuple(shape), classes)
-    load_weights(model, weights, folder.model)
+    load_weights(model, weights, file)
     for name, value in weights.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{folder.model}: {name}: found a value that is not finite; accepted: finite weights")
+            raise InputError(f"{file}: {name}: found a value that is not finite; accepted: finite weights")
     return model.eval(), config
 
 
@@ -106,7 +109,7 @@ def question_of(
     )
 
 
-def save_weights(folder: RunFolder, model: nn.Module) -> None:
-    """``model.safetensors``, whole or not at all."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(folder.model, lambda temporary: safetensors.torch.save_file(weights, temporary))
+def save_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """``model.safetensors``, or another checkpoint, whole or not at all."""
+    found = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    write_atomically(file, lambda temporary: safetensors.torch.save_file(found, temporary))

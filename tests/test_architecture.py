@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "errors", "precision", "config", "noise", "run_folder", "progress", "kernels", "bounds", "step", "data", "models",
-    "attacks", "losses", "training", "verifiers", "export", "recipe", "surroundings",
-    "runs", "pipeline", "importing", "verification", "second_opinion", "command_line",
+    "attacks", "losses", "diagnostics", "training", "verifiers", "export", "evaluation", "recipe", "surroundings",
+    "runs", "pipeline", "comparison", "importing", "verification", "diagnosis", "second_opinion", "command_line",
 ]  # fmt: skip
 FILES = [path for folder in ("certtrain", "kernels", "verifiers") for path in sorted((ROOT / folder).rglob("*.py"))]
 

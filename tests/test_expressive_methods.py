@@ -36,7 +36,9 @@ def test_plain_adversarial_training_is_the_loss_own_attack(kind, alpha, bn_mode)
 
 
 @certified
-@pytest.mark.parametrize("method", [Qub(base=Fgsm(attack=ATTACK)), Trades(attack=ATTACK), NFgsm(), FastBat()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [Qub(base=Fgsm(attack=ATTACK)), Trades(attack=ATTACK), NFgsm(), FastBat()], ids=lambda m: type(m).__name__
+)
 def test_alpha_0_is_the_method_alone(kind, method):
     loss = kind(adversarial=method, alpha=0.0, kappa=0.0, regularisation=0.0)
     total, slope, other, other_slope = both(loss, method)
@@ -73,7 +75,7 @@ def test_cc_ibp_mixes_the_bounds_into_the_logits_that_qub_bounds():
 @pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
 def test_every_method_supplies_the_term(kind, method):
     if kind is ExpIbp and method().may_be_negative:
-        with pytest.raises(InputError, match=r"^adversarial: found 'Mer'; accepted: .*never negative"):
+        with pytest.raises(InputError, match=rf"^adversarial: found '{method.__name__}'; accepted: .*never negative"):
             kind(adversarial=method())
         return
     loss = kind(adversarial=method(), alpha=0.3)

@@ -49,6 +49,7 @@ class Certify:
     """The recipe's ``certify`` section: what is proved of the test split, and how.
 
     Args:
+        enabled: whether a run ends with it; a network that is not to be certified need not be traceable.
         stages: after the clean prediction, in this order: by default the cheapest first (an attack on every image takes
             40 times as long as IBP, and cannot refute what IBP proves).
             With ``lirpa`` and ``attack`` alone, networks are taken that cannot be traced.
@@ -64,6 +65,7 @@ class Certify:
             arithmetic; ``float32``: for every order in which the folded network can be evaluated in float32.
     """
 
+    enabled: bool = True
     stages: tuple[Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "lirpa", "input_split", "bab"], ...] = (
         "ibp", "crown_ibp", "attack", "crown", "alpha", "bab",
     )  # fmt: skip

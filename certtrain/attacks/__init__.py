@@ -2,11 +2,17 @@
 
 from .ascent import Ascent
 from .base import Attack, AttackResult, gradient_of
+from .checkpoints import Checkpoints
+from .early_stopped import EarlyStopped
 from .linearisation import Linearisation
+from .nuclear import Nuclear, nuclear_norm
 from .objective import CrossEntropy, Divergence, KullbackLeibler, Objective, SquaredEuclidean
 from .pgd import Pgd
+from .prior import PriorGuided, SmoothedCrossEntropy
+from .transferred import Transferred
 
 __all__ = [
-    "Ascent", "Attack", "AttackResult", "CrossEntropy", "Divergence", "KullbackLeibler", "Linearisation", "Objective",
-    "Pgd", "SquaredEuclidean", "gradient_of",
+    "Ascent", "Attack", "AttackResult", "Checkpoints", "CrossEntropy", "Divergence", "EarlyStopped",
+    "KullbackLeibler", "Linearisation", "Nuclear", "Objective", "Pgd", "PriorGuided", "SmoothedCrossEntropy",
+    "SquaredEuclidean", "Transferred", "gradient_of", "nuclear_norm",
 ]  # fmt: skip

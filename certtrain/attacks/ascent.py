@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,8 +27,9 @@ class Ascent(Attack):
     FGSM is one step from zero of size 1 (arXiv 1412.6572), FGSM-RS one of 1.25 from a uniform start (arXiv 2001.03994),
     N-FGSM one of 1 from a start of scale 2 without projection (arXiv 2202.01181), PGD-10 ten of 1/4 (arXiv 1706.06083).
 
-    Its trace holds ``start`` (B, *shape), ``correct`` (B,), the number of points before a step that are classified
-    correctly, and, where ``record`` asks for it, ``iterate`` (B, *shape).
+    Its trace holds ``start`` (B, *shape), ``logits`` (B, K) and ``gradient`` (B, *shape) there, ``correct`` (B,), the
+    number of points before a step that are classified correctly, and, where ``record`` asks for it, ``iterate``
+    (B, *shape).
 
     Args:
         steps: number of gradient steps.
@@ -67,17 +69,28 @@ class Ascent(Attack):
         return ball.scaled((self.start_scale if self.start != "zero" else 0.0) + self.steps * self.step_size)
 
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        objective = self.objective or CrossEntropy()
-        reference = objective.reference(model, batch)
+        climbed = self.climbed(model, batch, step)
         points = self.begin(batch, ball, step)
         trace, correct = {"start": points}, torch.zeros_like(batch.labels)
         for number in range(1, self.steps + 1):
-            logits, gradient = gradient_of(model, points, lambda logits: objective(logits, reference))
+            logits, gradient = gradient_of(model, points, climbed)
             correct += logits.argmax(1) == batch.labels
-            points = self.move(batch.images, points, gradient, ball)
+            trace.setdefault("logits", logits)
+            trace.setdefault("gradient", gradient)
+            points = self.taken(points, self.move(batch.images, points, gradient, ball), number - correct, step)
             if number == self.record:
                 trace["iterate"] = points
         return AttackResult(points, {**trace, "correct": correct})
+
+    def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
+        """What is climbed, whose sum over the batch counts: a function of the logits (B, K)."""
+        objective = self.objective or CrossEntropy()
+        reference = objective.reference(model, batch)
+        return lambda logits: objective(logits, reference)
+
+    def taken(self, points: Tensor, moved: Tensor, wrong: Tensor, step: Step) -> Tensor:
+        """Which points to go on with, where ``wrong`` (B,) is the number of points so far that are misclassified."""
+        return moved
 
     def begin(self, batch: Batch, ball: PerturbationSet, step: Step) -> Tensor:
         """The first point, an image in [0, 1]."""

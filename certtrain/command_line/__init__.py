@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from . import export, import_checkpoint, train, verify
+from . import compare, diagnose, evaluate, export, import_checkpoint, train, verify
 from .words import Parser
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="certtrain", description="Certified training, and the proof.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, verify, export, import_checkpoint):
+    for command in (train, verify, evaluate, diagnose, export, import_checkpoint, compare):
         command.add(commands)
     return _guarded(parser, words)
 

@@ -11,6 +11,9 @@ def summary(folder) -> None:
     from ..progress import console
 
     final = folder.final()
+    if "images" not in final:
+        console.print(f"{folder.path}: trained in {final['seconds']:.0f} s; not certified (certify.enabled is false)")
+        return
     table = Table(title=f"{folder.path}: {final['images']} test images, epsilon {final['epsilon']:.6g}")
     table.add_column("accuracy")
     table.add_column("%", justify="right")

@@ -102,7 +102,7 @@ def import_checkpoint(
         }  # fmt: skip
         description = {**describe(config, dataset, device), "imported": imported}
         folder = RunFolder.create(new_folder(config, out), description)
-        save_weights(folder, model)
+        save_weights(folder.model, model.state_dict())
     if not quiet:
         _say(folder, imported)
     return folder

@@ -1,21 +1,17 @@
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ..bounds import Activity, Forward, Program, compute_activity, compute_margins, forward, split
-from ..errors import InputError, check
-from ..run_folder import sha256
+from ..errors import check
 from ..step import Batch, Step
 from .base import value_at
 from .cc_ibp import CcIbp
 from .certified import attacked_parts, margins_of, mix, verified_parts
+from .teacher import fingerprint, load_teacher
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class CcDist(CcIbp):
         )
 
     def files(self) -> Mapping[str, str]:
-        return {"teacher": sha256(self._file())}
+        return fingerprint(self.teacher)
 
     def check_model(self, model: nn.Module) -> None:
         split(model, 0)
@@ -65,35 +61,5 @@ class CcDist(CcIbp):
         return self.combine(margins, verified, alpha) + self.weight * distance, parts, activity
 
     def _target(self, model: nn.Module) -> Program:
-        """What computes the teacher's features; loaded once for a model."""
-        found = _TEACHERS.get(model)
-        if found is None or found[0] != self.teacher:
-            teacher = _load(model, self._file())
-            found = _TEACHERS[model] = (self.teacher, teacher, split(teacher, 0).extractor)
-        return found[2]
-
-    def _file(self) -> Path:
-        """Of the teacher's weights."""
-        if self.teacher is None:
-            raise InputError("loss.teacher: found none; accepted: a run's folder, or a .safetensors file")
-        file = self.teacher / "model.safetensors" if self.teacher.is_dir() else self.teacher
-        if not file.is_file():
-            raise InputError(f"loss.teacher: {file}: cannot be read (no such file); {ACCEPTED}")
-        return file
-
-
-_TEACHERS: WeakKeyDictionary[nn.Module, tuple[Path | None, nn.Module, Program]] = WeakKeyDictionary()
-ACCEPTED = "accepted: weights of the same architecture, as a run's model.safetensors"
-
-
-def _load(model: nn.Module, file: Path) -> nn.Module:
-    try:
-        weights = safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"loss.teacher: {file}: cannot be read ({error}); {ACCEPTED}") from error
-    teacher = copy.deepcopy(model)
-    try:
-        teacher.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"loss.teacher: {file}: {str(error).splitlines()[-1].strip()}; {ACCEPTED}") from error
-    return teacher.eval().requires_grad_(False)
+        """What computes the teacher's features."""
+        return split(load_teacher(model, self.teacher), 0).extractor

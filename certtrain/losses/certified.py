@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd
-from ..bounds import Activity, Forward, Interval, Statistics, compute_margins, forward
+from ..bounds import Activity, Forward, Interval, Statistics, compute_margins, forward, trace
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .base import Loss, LossTerms, Ramp, check_share, value_at
@@ -68,6 +68,9 @@ class CertifiedLoss(Loss):
         check_share("kappa", self.kappa)
         check(0 <= self.l1, "l1", self.l1, "a number >= 0")
         check(0 <= self.regularisation, "regularisation", self.regularisation, "a number >= 0")
+
+    def check_model(self, model: nn.Module) -> None:
+        trace(model)
 
     @abstractmethod
     def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:

@@ -55,6 +55,7 @@ class ExpressiveLoss(AttackedLoss):
         return {} if self.adversarial is None else self.adversarial.files()
 
     def check_model(self, model: nn.Module) -> None:
+        super().check_model(model)
         if self.adversarial is not None:
             self.adversarial.check_model(model)
 

@@ -1,15 +1,20 @@
 """Training: schedules, the loop, checkpoints, and measurements on the validation split."""
 
 from .averages import Averaging
+from .diagnosing import Diagnose
+from .guard import Guard
 from .interruption import Interrupted, StopRequest
-from .loop import TrainingStopped, check_batches, fit
+from .loop import TrainingStopped, check_images, fit
 from .measuring import Measure
+from .rates import Cycle
 from .schedules import EpsilonSchedule, Linear, Smoothed
+from .selection import Select
 from .settings import Adam, AdamW, Optimiser, RAdam, Sgd, Training
 from .update import Descend, NonFinite, UpdateRule
+from .weight_perturbation import Awp, Lap
 
 __all__ = [
-    "Adam", "AdamW", "Averaging", "Descend", "EpsilonSchedule", "Interrupted", "Linear", "Measure", "NonFinite",
-    "Optimiser", "RAdam", "Sgd", "Smoothed", "StopRequest", "Training", "TrainingStopped", "UpdateRule",
-    "check_batches", "fit",
+    "Adam", "AdamW", "Averaging", "Awp", "Cycle", "Descend", "Diagnose", "EpsilonSchedule", "Guard", "Interrupted",
+    "Lap", "Linear", "Measure", "NonFinite", "Optimiser", "RAdam", "Select", "Sgd", "Smoothed", "StopRequest",
+    "Training", "TrainingStopped", "UpdateRule", "check_images", "fit",
 ]  # fmt: skip

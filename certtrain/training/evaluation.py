@@ -1,24 +1,59 @@
-"""Quick measurements while training, on the validation split; the test split is for the verifier alone."""
+"""Quick measurements while training, never on the test split, which is for the verifier and the evaluation alone."""
+
+from __future__ import annotations
 
 import torch
 from torch import nn
 
-from ..bounds import PerturbationSet, compute_margins, forward
+from ..attacks import Attack
+from ..bounds import PerturbationSet, UnsupportedNode, compute_margins, trace
 from ..data import Split, in_order
+from ..noise import Noise, key_of
+from ..step import Step
 
 BATCH = 512
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, ball: PerturbationSet) -> dict[str, float]:
-    """Clean and IBP-certified accuracy of the model in evaluation mode; restores its mode."""
+    """Clean accuracy of the model in evaluation mode, and IBP-certified accuracy where bounds know its layers; restores
+    its mode."""
     training = model.training
     model.eval()
+    certifiable = traceable(model)
     correct = certified = 0
     for batch in in_order(split, BATCH):
-        logits = forward(model, batch.images).logits
-        margins, _ = compute_margins(model, ball.region(batch.images), batch.labels)
-        correct += int((logits.argmax(1) == batch.labels).sum())
-        certified += int((margins > 0).all(1).sum())
+        correct += int((model(batch.images).argmax(1) == batch.labels).sum())
+        if certifiable:
+            margins, _ = compute_margins(model, ball.region(batch.images), batch.labels)
+            certified += int((margins > 0).all(1).sum())
     model.train(training)
-    return {"validation_accuracy": correct / len(split), "validation_certified_accuracy": certified / len(split)}
+    accuracy = {"validation_accuracy": correct / len(split)}
+    return accuracy | ({"validation_certified_accuracy": certified / len(split)} if certifiable else {})
+
+
+def attacked_accuracy(
+    model: nn.Module, split: Split, ball: PerturbationSet, attack: Attack, seed: int, images: int | None = None
+) -> float:
+    """Share of a split's first ``images`` that the model, in evaluation mode, gets right under attack. The attack's
+    noise is keyed by image, the same at every call; the model's mode and buffers are restored."""
+    training = model.training
+    model.eval()
+    count = min(images or len(split), len(split))
+    correct = 0
+    for batch in in_order(split, BATCH, stop=count):
+        step = Step.evaluation(ball, Noise(key_of(seed, "attacked accuracy"), batch.index))
+        found = attack(model, batch, ball, step).images
+        with torch.no_grad():
+            correct += int((model(found).argmax(1) == batch.labels).sum())
+    model.train(training)
+    return correct / count
+
+
+def traceable(model: nn.Module) -> bool:
+    """Whether bounds know all of the model's layers."""
+    try:
+        trace(model)
+    except UnsupportedNode:
+        return False
+    return True

@@ -21,16 +21,21 @@ from ..run_folder import RunFolder
 from ..step import Batch, State, Step
 from . import checkpoint
 from .averages import WeightAverage, recompute_statistics
-from .evaluation import evaluate
 from .interruption import Interrupted, StopRequest
+from .selection import Best
 from .settings import Training
 from .update import NonFinite
+from .watch import Watch
 
 SHOWN = ("loss", "clean_accuracy", "attacked_accuracy", "verified_accuracy")
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message names the step, the terms and the last good checkpoint."""
+
+
+Beside = tuple[WeightAverage, Watch]
+"""What is kept beside the weights."""
 
 
 @dataclass
@@ -55,10 +60,11 @@ def fit(
     folder: RunFolder,
     stop: StopRequest,
     quiet: bool = False,
-) -> None:
+) -> Best:
     """Train ``model`` (on its device, where ``dataset`` lives too) from the start or from ``folder``'s checkpoint.
 
-    Appends one line an epoch to ``metrics.jsonl`` and leaves a checkpoint at the end.
+    Appends one line an epoch to ``metrics.jsonl`` and leaves a checkpoint at the end. Returns the weights that
+    ``settings.select`` found best; none without it.
 
     Raises:
         InputError: the checkpoint is broken or belongs to another architecture.
@@ -76,9 +82,10 @@ def fit(
     parts = [unstructure(part) for part in (loss, ball, settings)]
     recipe = checkpoint.fingerprint([*parts, seed, dataset.checksum, loss.files()])
     average = WeightAverage(model, settings.averaging, len(loader))
+    watch = Watch(settings, dataset, ball, seed)
     position, sums = Position(), _Means()
     if folder.resume.exists():
-        position, sums = _restore(folder, recipe, device, model, optimizer, average, tensors)
+        position, sums = _restore(folder, recipe, device, model, optimizer, (average, watch), tensors)
     folder.metrics.truncate(position.metrics_bytes)
 
     steps = settings.epochs * len(loader)
@@ -86,10 +93,9 @@ def fit(
     before = position.seconds
     model.train()
     with Progress("training", steps, done=position.step, quiet=quiet) as progress:
-        for epoch in range(position.epoch, settings.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate(epoch)
+        for epoch in range(position.epoch, 0 if watch.halted else settings.epochs):
             for batch in loader.epoch(epoch, start=position.batch):
+                settings.set_rate(optimizer, position.step / len(loader))
                 torch.manual_seed(key_of(seed, "torch", position.step))  # for layers such as dropout
                 epsilon = settings.epsilon(ball.epsilon, position.step, len(loader))
                 step = _step(ball, epsilon, settings, seed, position.step, len(loader), batch, State(tensors, specs))
@@ -109,28 +115,27 @@ def fit(
                     averaged = position.step == steps and average.put_into(model)
                     if averaged or settings.precise_bn:
                         recompute_statistics(model, loader.epoch(epoch))
-                    rate = settings.learning_rate(epoch)
+                    rate = optimizer.param_groups[0]["lr"]
+                    seen = watch.look(model, epoch + 1)
                     line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "learning_rate": rate}
-                    line |= {**sums.means(), "epsilon": epsilon}
-                    if len(dataset.validation):
-                        line |= evaluate(model, dataset.validation, ball)
+                    line |= {**sums.means(), "epsilon": epsilon, **seen.figures}
                     line["seconds"] = round(before + time.monotonic() - started, 3)
-                    folder.metrics.append(line)
-                    if settings.measure and (epoch + 1) % settings.measure.every == 0:
-                        found = settings.measure(model, dataset.train, ball, seed)
-                        folder.metrics.append(
-                            {"kind": "measurement", "epoch": epoch + 1, **found, "seconds": line["seconds"]}
-                        )
+                    folder.metrics.append(line, *({**more, "seconds": line["seconds"]} for more in seen.lines))
                     progress.line(_said(line, settings.epochs))
+                    if seen.alarm:
+                        progress.alarm(seen.alarm)
                     position.epoch, position.batch, position.metrics_bytes = epoch + 1, 0, folder.metrics.size()
                     sums = _Means()
 
                 asked, now = stop.signal, time.monotonic()
-                if asked or position.step == steps or now - saved >= settings.checkpoint_seconds:
+                if asked or watch.halted or position.step == steps or now - saved >= settings.checkpoint_seconds:
                     position.seconds, saved = before + now - started, now
-                    _save(folder, recipe, position, sums, model, optimizer, average, tensors)
+                    _save(folder, recipe, position, sums, model, optimizer, (average, watch), tensors)
                 if asked:
                     raise Interrupted(asked)
+            if watch.halted:
+                break
+    return watch.best
 
 
 def _step(
@@ -171,13 +176,20 @@ def _said(line: dict[str, Any], epochs: int) -> str:
     return f"epoch {line['epoch']}/{epochs}  {describe(shown)}  {line['seconds']:.0f} s"
 
 
-def check_batches(model: nn.Module, samples: int, settings: Training) -> None:
-    """Say before an epoch is spent what this number of training images makes impossible.
+def check_images(model: nn.Module, dataset: Dataset, settings: Training) -> None:
+    """Say before an epoch is spent what these images make impossible.
 
     Raises:
         InputError: the batch size leaves a batch, or a part of one, of a single sample, which batch norm cannot
-            normalise; no weights would be averaged.
+            normalise; no weights would be averaged; there are no validation images to select or to guard by.
     """
+    samples = len(dataset.train)
+    if settings.select and not len(dataset.validation):
+        raise InputError(
+            "training.select: found no validation images to select by; accepted: data.validation, a share in (0, 1)"
+        )
+    if settings.guard:
+        settings.guard.check_data(dataset)
     steps = -(-samples // settings.batch_size)
     averaging = settings.averaging
     if averaging and settings.epochs * steps // averaging.every * averaging.every <= averaging.start * steps:
@@ -213,23 +225,27 @@ class _Means:
 
 def _save(
     folder: RunFolder, recipe: str, position: Position, sums: _Means, model: nn.Module,
-    optimizer: torch.optim.Optimizer, average: WeightAverage, tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer, beside: Beside, tensors: dict[str, Tensor],
 ) -> None:  # fmt: skip
+    average, watch = beside
     content = {"recipe": recipe, "position": vars(position), "sums": sums.sums, "model": model.state_dict(),
-               "optimizer": optimizer.state_dict(), "average": average.state(), "state": tensors}  # fmt: skip
+               "optimizer": optimizer.state_dict(), "average": average.state(), "watch": watch.state(),
+               "state": tensors}  # fmt: skip
     checkpoint.save(folder.resume, content)
 
 
 def _restore(
     folder: RunFolder, recipe: str, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer,
-    average: WeightAverage, tensors: dict[str, Tensor],
+    beside: Beside, tensors: dict[str, Tensor],
 ) -> tuple[Position, _Means]:  # fmt: skip
     content = checkpoint.load(folder.resume, device)
     checkpoint.load_weights(model, content["model"], folder.resume)
     if content["recipe"] != recipe:
         raise InputError(f"{folder.resume}: found the checkpoint of another recipe; accepted: this run's own")
     optimizer.load_state_dict(content["optimizer"])
+    average, watch = beside
     average.restore(content["average"])
+    watch.restore(content["watch"])
     for name, tensor in tensors.items():
         found = content["state"].get(name)
         if found is None or found.shape != tensor.shape:

@@ -13,8 +13,12 @@ from ..config import Component
 from ..data import Augment
 from ..errors import check
 from .averages import Averaging
+from .diagnosing import Diagnose
+from .guard import Guard
 from .measuring import Measure
+from .rates import Cycle
 from .schedules import EpsilonSchedule, Smoothed
+from .selection import Select
 from .update import Descend, UpdateRule
 
 
@@ -94,6 +98,7 @@ class Training:
         optimiser, update: what a step does with the gradient.
         milestones, decay: the learning rate is multiplied by ``decay`` after each of these numbers of epochs.
         milestones_from: whether these count from the ``start`` of training or from the end of the ramp, ``ramp_end``.
+        cycle: the learning rate between knots, step by step, instead of milestones; null for these.
         clip: largest global gradient norm, after all terms; null for none.
         schedule: how epsilon grows.
         epsilon_multiplier: the ramp ends at this multiple of the recipe's epsilon, for bounds and attack alike;
@@ -103,6 +108,9 @@ class Training:
         precise_bn: after each epoch batch norms' running statistics become their mean over its clean images.
         averaging: end with averaged weights, and statistics that are computed for them; null for none.
         measure: what to measure along training; null for nothing.
+        diagnose: which diagnostics to run along training; null for none.
+        guard: watch for catastrophic overfitting; null for no watch.
+        select: keep the weights of the best epoch beside the last, by validation images; null for the last alone.
         checkpoint_seconds: time between checkpoints; there is one at the end in any case.
     """
 
@@ -114,6 +122,7 @@ class Training:
     milestones: tuple[int, ...] = (150, 180)
     milestones_from: Literal["start", "ramp_end"] = "start"
     decay: float = 0.2
+    cycle: Cycle | None = None
     clip: float | None = 10.0
     schedule: EpsilonSchedule = Smoothed(start=1, length=100)
     epsilon_multiplier: float = 1.5
@@ -122,6 +131,9 @@ class Training:
     precise_bn: bool = False
     averaging: Averaging | None = None
     measure: Measure | None = None
+    diagnose: Diagnose | None = None
+    guard: Guard | None = None
+    select: Select | None = None
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -134,6 +146,9 @@ class Training:
         check(self.clip is None or self.clip > 0, "clip", self.clip, "a number > 0, or null")
         check(self.epsilon_multiplier > 0, "epsilon_multiplier", self.epsilon_multiplier, "a number > 0")
         check(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "a number >= 0")
+        moved = self.cycle is not None and self.cycle.momentum
+        sgd = isinstance(self.optimiser, Sgd)
+        check(sgd or not moved, "cycle", "momentum", f"none with {type(self.optimiser).__name__}: only Sgd has one")
         ends = self.schedule.end
         check(
             ends <= self.epochs,
@@ -141,15 +156,26 @@ class Training:
             f"a ramp that ends with epoch {ends}",
             f"at most {self.epochs} epochs (schedule.length)",
         )
-        every = 1 if self.measure is None else self.measure.every
-        check(every <= self.epochs, "measure", f"one every {every} epochs", f"at most every {self.epochs}, the last")
+        for name in ("measure", "diagnose", "guard"):
+            every = 1 if getattr(self, name) is None else getattr(self, name).every
+            check(every <= self.epochs, name, f"one every {every} epochs", f"at most every {self.epochs}, the last")
         begins = 0 if self.averaging is None else self.averaging.start
         check(begins < self.epochs, "averaging", f"a start after epoch {begins}", f"one before the last, {self.epochs}")
 
-    def learning_rate(self, epoch: int) -> float:
-        """The learning rate of a 0-based epoch."""
+    def learning_rate(self, epoch: float) -> float:
+        """The learning rate when so many epochs are done."""
+        if self.cycle is not None:
+            return self.optimiser.lr * self.cycle.share(epoch)
         zero = self.schedule.end if self.milestones_from == "ramp_end" else 0
         return self.optimiser.lr * self.decay ** sum(epoch >= zero + milestone for milestone in self.milestones)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, epoch: float) -> None:
+        """Give the optimiser its learning rate, and its momentum where the cycle moves it."""
+        momentum = None if self.cycle is None else self.cycle.momentum_at(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(epoch)
+            if momentum is not None:
+                group["momentum"] = momentum
 
     def epsilon(self, largest: float, step: int, steps_per_epoch: int) -> float:
         """The radius of a 0-based step, where ``largest`` is the recipe's own."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Component
-from ..losses import Loss
+from ..losses import Loss, LossTerms
 from ..step import Batch, Step
 
 
@@ -25,6 +25,13 @@ class NonFinite(ArithmeticError):
 @dataclass(frozen=True)
 class UpdateRule(Component):
     """Changes the weights once for a global batch that comes in one or more parts."""
+
+    def check_loss(self, loss: Loss) -> None:
+        """Refuse, before anything is written, a loss that this rule cannot take apart.
+
+        Raises:
+            InputError: names the losses that it takes.
+        """
 
     @abstractmethod
     def __call__(
@@ -54,21 +61,42 @@ class Descend(UpdateRule):
         parts: Sequence[tuple[Batch, Step]],
         clip: float | None,
     ) -> dict[str, float]:
-        optimizer.zero_grad()
-        count = sum(len(batch) for batch, _ in parts)
-        sums: dict[str, torch.Tensor] = {}
-        for batch, step in parts:
-            share = len(batch) / count
-            terms = loss(model, batch, step)
-            (terms.total * share).backward()
-            for name, value in {"loss": terms.total.detach(), **terms.parts}.items():
-                sums[name] = sums.get(name, 0) + value * share
-        limit = float("inf") if clip is None else clip
-        sums["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        # the step's one wait for the device: what is checked is also what is shown
-        values = torch.stack([value.double().reshape(()).to(sums["loss"].device) for value in sums.values()]).tolist()
-        result = dict(zip(sums, values, strict=True))
-        if not all(abs(result[name]) < float("inf") for name in ("loss", "gradient_norm")):
-            raise NonFinite(result)
+        sizes = [len(batch) for batch, _ in parts]
+        sums = accumulate(optimizer, sizes, (loss(model, batch, step) for batch, step in parts))
+        result = clipped(model, sums, clip)
         optimizer.step()
         return result
+
+
+def accumulate(optimizer: torch.optim.Optimizer, sizes: Sequence[int], terms: Iterable[LossTerms]) -> dict[str, Tensor]:
+    """Leave in ``.grad`` the gradient of a global batch' loss, whose parts have these sizes.
+
+    Args:
+        terms: of each part in turn; one is asked for when the backward pass of the one before is done.
+    Returns:
+        ``loss`` and the loss' named parts, 0-d means over the global batch.
+    """
+    optimizer.zero_grad()
+    sums: dict[str, Tensor] = {}
+    for size, found in zip(sizes, terms, strict=True):
+        share = size / sum(sizes)
+        (found.total * share).backward()
+        for name, value in {"loss": found.total.detach(), **found.parts}.items():
+            sums[name] = sums.get(name, 0) + value * share
+    return sums
+
+
+def clipped(model: nn.Module, sums: dict[str, Tensor], clip: float | None) -> dict[str, float]:
+    """Clip the gradient; ``sums`` and ``gradient_norm`` as numbers.
+
+    Raises:
+        NonFinite: the loss or the gradient is not finite.
+    """
+    limit = float("inf") if clip is None else clip
+    sums = {**sums, "gradient_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), limit)}
+    # the step's one wait for the device: what is checked is also what is shown
+    values = torch.stack([value.double().reshape(()).to(sums["loss"].device) for value in sums.values()]).tolist()
+    result = dict(zip(sums, values, strict=True))
+    if not all(abs(result[name]) < float("inf") for name in ("loss", "gradient_norm")):
+        raise NonFinite(result)
+    return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class Passes:
         return self.clean
 
 
+Term = Literal["adversarial", "clean"]
 Accuracy = Callable[[Passes, Step], Tensor]
 """(B,): the accuracy term of each sample."""
 
@@ -56,12 +57,13 @@ class AdversarialLoss(Loss):
     ``attacked`` finds the examples; ``passes`` does all that needs the network; ``criterion`` is a function of logits
     alone. So a weight perturbation repeats the last two, a certified loss mixes bounds into the logits, and QUB
     replaces the accuracy term.
-
-    ``term`` says which cross-entropy the accuracy term is, that of the ``adversarial`` logits or of the ``clean`` ones;
-    None where it is none that a quadratic upper bound could replace.
     """
 
-    term: ClassVar[Literal["adversarial", "clean"] | None] = "adversarial"
+    @property
+    def term(self) -> Term | None:
+        """Whose cross-entropy the accuracy term is: that of the adversarial logits or of the clean ones; None where it
+        is none that a quadratic upper bound could replace."""
+        return "adversarial"
 
     @property
     def second_derivatives(self) -> bool:
@@ -152,6 +154,10 @@ class Wrapper(AdversarialLoss):
     """A method over another one, whose attack and passes it keeps."""
 
     base: AdversarialLoss = AdversarialTraining()
+
+    @property
+    def term(self) -> Term | None:
+        return self.base.term
 
     @property
     def second_derivatives(self) -> bool:

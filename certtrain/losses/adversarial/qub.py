@@ -39,6 +39,10 @@ class Qub(Wrapper):
         check(self.kind in ("static", "decreasing"), "kind", self.kind, "static, decreasing")
         check(self.bound in ("published", "centred"), "bound", self.bound, "published, centred")
 
+    @property
+    def term(self) -> None:
+        return None
+
     def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
         total = self.base.criterion(passes, step, self._bound)
         if self.kind == "static":

@@ -20,11 +20,13 @@ class Score(Trades):
     Its accuracy term is no cross-entropy. TRADES with ``divergence: {type: SquaredEuclidean}`` keeps the cross-entropy.
     """
 
-    term = None
-
     attack: Attack = Ascent(attack_mode="batch", steps=10, step_size=0.25, start="uniform")
     divergence: Divergence = SquaredEuclidean()
     weight: float | Ramp = 4.0
+
+    @property
+    def term(self) -> None:
+        return None
 
     @property
     def needs_clean(self) -> bool:

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from ...attacks import Ascent, Attack, Divergence, KullbackLeibler, Objective
 from ...step import Step
 from ..base import Ramp, check_least, value_at
-from .base import AdversarialTraining, Passes
+from .base import AdversarialTraining, Passes, Term
 
 ATTACK = Ascent(attack_mode="eval", steps=10, step_size=0.25, start="normal", start_scale=1e-3)
 """Of TRADES and its kin: it climbs the loss' own divergence."""
@@ -27,11 +26,13 @@ class Trades(AdversarialTraining):
         weight: lambda, called beta by some.
     """
 
-    term: ClassVar = "clean"
-
     attack: Attack = ATTACK
     divergence: Divergence = KullbackLeibler()
     weight: float | Ramp = 6.0
+
+    @property
+    def term(self) -> Term | None:
+        return "clean"
 
     def __post_init__(self) -> None:
         check_least("weight", self.weight)

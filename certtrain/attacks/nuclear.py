@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check
+from ..step import Batch, StateSpec, Step
+from .ascent import Ascent, Start
+from .base import AttackMode
+
+COUNT = "nuclear_iterations"
+
+
+@dataclass(frozen=True)
+class Nuclear(Ascent):
+    """NuAT's attack: at every other iteration it also climbs the nuclear norm of how far the batch's logits moved.
+
+    One step of size epsilon from a random corner of half the ball, along the gradient of
+    sum CE(f(x'), y) + weight · |f(x') - f(x)|_* (its norm joins at the 2nd, 4th, … global batch of a training, whose
+    number is state of the run; at every batch where that is not kept). The published code takes f(x) in training mode
+    and f(x') in evaluation mode, so that they differ where x' = x; here ``attack_mode`` is that of both.
+
+    Args:
+        weight: of the nuclear norm; null for the loss' own, or 0 without a loss that has one.
+    """
+
+    attack_mode: AttackMode = "eval"
+    steps: int = 1
+    step_size: float = 1.0
+    start: Start = "corners"
+    start_scale: float = 0.5
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.weight is None or self.weight >= 0, "weight", self.weight, "a number >= 0, or null")
+
+    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+        return {COUNT: StateSpec("run", dtype=torch.int64)}
+
+    def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
+        objective, joins, weight = super().climbed(model, batch, step), _joins(batch, step), self.weight
+        if not joins or weight is None or weight == 0:
+            return objective
+        with torch.no_grad():
+            clean = model(batch.images)
+        return lambda logits: objective(logits).sum() + weight * nuclear_norm(logits - clean)
+
+
+def _joins(batch: Batch, step: Step) -> bool:
+    """Count this global batch, once however many parts it has; whether the norm joins."""
+    if COUNT not in step.state.specs:
+        return True
+    count = step.state.read(COUNT, batch)
+    if step.state.offset == 0:
+        count = count + 1
+        step.state.write(COUNT, batch, count)
+    return int(count) % 2 == 0
+
+
+def nuclear_norm(matrix: Tensor) -> Tensor:
+    """The sum of the singular values of (B, K), 0-d, at least in float32.
+
+    It is <matrix, U Vᵀ> over the singular values that are not 0, with U and V constant: the exact gradient where the
+    norm has one, and elsewhere its subgradient of least norm. The derivative of the decomposition itself, which divides
+    by differences of singular values, is never taken; nor are there second derivatives. NaN where an entry is not
+    finite.
+    """
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+    with torch.no_grad():
+        finite = torch.where(matrix.isfinite(), matrix, 0)  # of others LAPACK raises
+        left, values, right = torch.linalg.svd(finite, full_matrices=False)
+        least = values[:1] * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+        polar = (left * (values > least)) @ right
+    return (matrix * polar).sum()

@@ -1,0 +1,91 @@
+"""Perturbations that each sample keeps from epoch to epoch in the frame before crop and flip: the attack of ATTA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds import PerturbationSet
+from ..errors import check
+from ..step import Augmentation, Batch, StateSpec, Step
+from .ascent import Ascent, Start
+from .base import AttackResult
+from .objective import CrossEntropy, Objective
+
+KEPT = "transferred"
+
+
+@dataclass(frozen=True)
+class Transferred(Ascent):
+    """Ascent that starts where the sample's last visit ended (Zheng et al., arXiv 1912.11969).
+
+    The perturbation lies in the frame of the padded image: each visit reads the window that this visit's crop and flip
+    show, and writes it back after the last step; pixels outside the window stay. In every ``reset``-th epoch, the first
+    one included, all of it is ``start_scale`` · normal noise. Where nothing is declared for it, in an evaluation, every
+    visit is a first one.
+
+    ATTA-1 is one step of 0.015 in a radius of 0.031, the default; ATTA-3 three of 0.01, ATTA-10 ten of 0.007.
+
+    Args:
+        reset: epochs between two fresh starts.
+        objective: the cross-entropy, as released, even where the loss is TRADES; null for what the loss asks for.
+    """
+
+    steps: int = 1
+    step_size: float = 15 / 31
+    start: Start = "normal"
+    start_scale: float = 1e-3
+    reset: int = 10
+    objective: Objective | None = CrossEntropy()
+
+    def __post_init__(self) -> None:
+        check(self.start == "normal", "start", self.start, "normal; start_scale 0 for the image itself")
+        check(self.projected, "projected", self.projected, "true: a perturbation that is kept would grow")
+        check(self.reset >= 1, "reset", self.reset, "a number of epochs >= 1")
+        super().__post_init__()
+
+    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+        return {KEPT: StateSpec("sample", shape, padded=True)}
+
+    def begin(self, batch: Batch, ball: PerturbationSet, step: Step) -> Tensor:
+        if KEPT not in step.state.tensors:
+            return super().begin(batch, ball, step)
+        kept = step.state.read(KEPT, batch).to(batch.images.dtype)
+        if step.epoch % self.reset == 0:
+            kept = self.start_scale * step.noise.normal(kept.shape[1:], "start", kept.dtype)
+            step.state.write(KEPT, batch, kept)
+        return self.bounded(batch.images, batch.images + window(kept, batch), ball)
+
+    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+        found = super().propose(model, batch, ball, step)
+        if KEPT in step.state.tensors:
+            change = (found.images - batch.images).nan_to_num(0, 0, 0)
+            step.state.write(KEPT, batch, with_window(step.state.read(KEPT, batch), batch, change))
+        return found
+
+
+def window(padded: Tensor, batch: Batch) -> Tensor:
+    """(B, C, H, W): what the batch's crop and flip show of ``padded`` (B, C, H + 2 pad, W + 2 pad)."""
+    return padded.permute(0, 2, 3, 1)[_pixels(padded, batch)].permute(0, 3, 1, 2)
+
+
+def with_window(padded: Tensor, batch: Batch, change: Tensor) -> Tensor:
+    """A copy of ``padded`` whose window is ``change`` (B, C, H, W); all else as it was."""
+    written = padded.permute(0, 2, 3, 1).clone()
+    written[_pixels(padded, batch)] = change.permute(0, 2, 3, 1).to(padded.dtype)
+    return written.permute(0, 3, 1, 2)
+
+
+def _pixels(padded: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample, row and column of each pixel of the batch's images; of images as stored the middle of the frame."""
+    height, width = batch.images.shape[2:]
+    sample = torch.arange(len(batch), device=padded.device)
+    drawn = batch.augmentation
+    if drawn is None:
+        top, left = ((side - shown) // 2 for side, shown in zip(padded.shape[2:], (height, width), strict=True))
+        drawn = Augmentation(torch.full_like(sample, top), torch.full_like(sample, left), sample < 0)
+    rows, columns = drawn.rows_and_columns(height, width)
+    return sample[:, None, None], rows[:, :, None], columns[:, None, :]

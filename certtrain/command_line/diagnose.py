@@ -1,0 +1,83 @@
+"""``diagnose``: what a finished run's loss looks like around its images and its weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from .words import number, one_word_and_pairs
+
+SHOWN = {
+    "gradient_alignment": "gradient alignment", "fgsm_pgd_cosine": "cosine of FGSM and PGD-10",
+    "boundary_distortion": "boundary distortion", "qub_gap": "QUB - CE", "qub_centred_gap": "centred QUB - CE",
+    "qub_distance": "|a - z|", "qub_curvature": "largest eigenvalue of CE's Hessian in z",
+    "divergence": "R, TRADES' divergence",
+}  # fmt: skip
+
+
+def add(commands) -> None:
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="measure and draw the loss of a finished run's network",
+        usage="certtrain diagnose RUN_DIR [options]",
+        description="Diagnose the network of a run whose training is finished, on training images, and write "
+        "RUN_DIR/diagnostics.json and RUN_DIR/figures/*.png in place of what an earlier call left there. "
+        "docs/diagnostics.md says what each number means.",
+        allow_abbrev=False,
+    )
+    diagnose.add_argument("--checkpoint", metavar="WHICH", default="last", help="last or best")
+    diagnose.add_argument("--images", metavar="N", default="1000", help="so many of the training images")
+    diagnose.add_argument("--what", metavar="A,B,…", help="some of alignment, cosine, distortion, qub, split, "
+                          "landscape, hessian (default: all)")  # fmt: skip
+    diagnose.add_argument("--top", metavar="N", default="10", help="eigenvalues of the weights' Hessian")
+    diagnose.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
+    diagnose.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    diagnose.set_defaults(run=_diagnose, parser=diagnose)
+
+
+def _diagnose(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..diagnosis import diagnose
+    from ..errors import InputError
+    from ..progress import console
+
+    options.go_on = "the same call"
+    path, refused = one_word_and_pairs("diagnose", rest)
+    if refused:
+        raise InputError(f"--{next(iter(refused))}: cannot be changed here; accepted: see --help")
+    what = None if options.what is None else [word.strip() for word in options.what.split(",")]
+    found = diagnose(
+        path, checkpoint=options.checkpoint, images=_whole("--images", options.images), what=what,
+        top=_whole("--top", options.top), device=options.device,
+    )  # fmt: skip
+    _show(f"{path}: {found.found['images']} training images, epsilon {found.found['epsilon']:.6g}", found.found)
+    console.print(f"all numbers: {found.file}")
+    for figure in found.figures:
+        console.print(f"figure: {figure}")
+    return 0
+
+
+def _whole(option: str, text: str) -> int:
+    from ..errors import InputError
+
+    accepted = "a whole number >= 1"
+    value = number(option, text, accepted)
+    if value != int(value) or value < 1:
+        raise InputError(f"{option}: found {text!r}; accepted: {accepted}")
+    return int(value)
+
+
+def _show(title: str, found: dict) -> None:
+    from rich.table import Table
+
+    from ..progress import console
+
+    table = Table(title=title)
+    table.add_column("diagnostic")
+    table.add_column("mean", justify="right")
+    rows = [(words, found[name]) for name, words in SHOWN.items() if name in found]
+    split, values = found.get("divergence_split", [None, None]), found.get("hessian_values", [])
+    rows += [("R', split at I = 2, FAIT's", split[min(1, len(split) - 1)])] if "divergence_split" in found else []
+    rows += [("largest eigenvalue of the weights' Hessian", values[0])] if values else []
+    for words, value in rows:
+        table.add_row(words, "-" if value is None else f"{value:.4g}")
+    if rows:
+        console.print(table)

@@ -1,0 +1,86 @@
+"""``evaluate``: how many test images of a finished run stay right under attack."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .words import one_word_and_pairs
+
+
+def add(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="attack the test images of a finished run",
+        usage="certtrain evaluate RUN_DIR [options]",
+        description="Clean accuracy, accuracy under attack and IBP-certified accuracy on the test images of a run "
+        "whose training is finished, in one table: RUN_DIR/evaluation.json. What became of each image is written to "
+        "RUN_DIR/evaluation/ the moment its batch is known; killed at any moment, the same call goes on.",
+        epilog="Fields of the recipe's evaluate section are given as --evaluate.field value, for example "
+        "--evaluate.batch_size 64; what is not given is as the run's recipe says.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("--attacks", metavar="A,B,…", help="pgd-STEPS, pgd-STEPS-RESTARTS, autoattack, "
+                          "autoattack-cheap, such as pgd-50-10,autoattack")  # fmt: skip
+    evaluate.add_argument("--epsilons", metavar="E,F,…", help="radii in pixel units of [0, 1], such as 8/255,16/255")
+    evaluate.add_argument("--images", metavar="N or START:STOP", help="the first N test images, or some (default: all)")
+    evaluate.add_argument("--checkpoints", metavar="A,B", help="last, best (default: those that there are)")
+    evaluate.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
+    evaluate.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    evaluate.set_defaults(run=_evaluate, parser=evaluate)
+
+
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..config import override, structure, unstructure
+    from ..errors import InputError
+    from ..pipeline import evaluate
+    from ..progress import console
+    from ..recipe import Config
+    from ..run_folder import RunFolder
+    from ..runs import recorded_config
+
+    options.go_on = "the same call"
+    path, overrides = one_word_and_pairs("evaluate", rest)
+    for name in overrides:
+        if not name.startswith("evaluate.") or name == "evaluate.enabled":
+            raise InputError(f"--{name}: cannot be changed here; accepted: --evaluate.field value, see --help")
+    for name in ("attacks", "epsilons", "checkpoints"):
+        if (words := getattr(options, name)) is not None:
+            overrides[f"evaluate.{name}"] = f"[{words}]"
+    recorded = recorded_config(*RunFolder.open(path))
+    config = structure(Config, override(unstructure(recorded), overrides))
+    images = options.images
+    if images is not None and images.isascii() and images.isdigit():
+        images = int(images)
+    found = evaluate(path, settings=config.evaluate, images=images, device=options.device)
+    console.print(table_of(found, path))
+    for row in found["skipped"]:
+        console.print(f"{row['checkpoint']}, {row['attack']}, epsilon {row['epsilon']:.6g}: none ({row['reason']})")
+    for row in found["rows"]:
+        if row["unconfirmed"]:
+            images = f"{row['unconfirmed']} images"
+            console.print(f"{row['checkpoint']}, {row['attack']}: what it claimed of {images} was not borne out")
+    folder = RunFolder(path)
+    console.print(f"the table: {folder.evaluation}; what became of every image: {folder.evaluation.with_suffix('')}/")
+    return 0
+
+
+def table_of(found: Mapping[str, Any], path: Path):
+    from rich.table import Table
+
+    table = Table(title=f"{path}: test images that stay right, {found['perturbation']}")
+    for name in ("checkpoint", "attack"):
+        table.add_column(name, no_wrap=True)
+    for name in ("epsilon", "images", "%", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("lost to")
+    for row in found["rows"]:
+        names = {name: count for name, count in row["lost_to"].items() if name != "clean"}
+        lost = ", ".join(f"{name} {count}" for name, count in names.items()) if "auto" in row["attack"] else ""
+        table.add_row(
+            row["checkpoint"], row["attack"], "" if row["attack"] == "clean" else f"{row['epsilon']:.4g}",
+            str(row["images"]), f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", lost,
+        )  # fmt: skip
+    return table

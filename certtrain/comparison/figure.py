@@ -1,0 +1,76 @@
+"""Accuracy against robustness, with error bars over seeds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from .numbers import accuracies, columns, radius
+from .results import Result
+from .study import Study
+
+MARKERS = "osD^vPX*<>hp"
+
+
+def trade_off(study: Study, results: Sequence[Result]) -> bytes | None:
+    """A PNG: for each epsilon clean accuracy and that under the study's ``robustness`` attack, of the last checkpoint.
+
+    A sweep of numbers is joined by a line. None where no row has both numbers.
+    """
+    epsilons = [key[2] for key in columns(study, results) if key[:2] == ("last", study.robustness)]
+    panels = [panel for panel in (_points(study, results, epsilon) for epsilon in epsilons) if panel[1]]
+    if not panels:
+        return None
+    figure = canvas(5.5 * len(panels) + 2.5, 4.8)
+    groups = list(dict.fromkeys(row.group for row in study.rows))
+    words = {row.group for row in study.rows if not row.swept or any(isinstance(v, str) for v in row.swept)}
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for place, (epsilon, points) in zip(axes, panels):
+        for group, found in points.items():
+            number = groups.index(group)
+            x, dx, y, dy = zip(*found)
+            place.errorbar(
+                x, y, xerr=dx, yerr=dy, label=group, color=colour(number), capsize=2, linewidth=1,
+                marker=MARKERS[number % len(MARKERS)], linestyle="none" if group in words else "-",
+            )  # fmt: skip
+        place.set_xlabel("clean accuracy, %")
+        place.set_ylabel(f"accuracy under {study.robustness}, epsilon {radius(epsilon or 0.0)}, %")
+        place.grid(alpha=0.3)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
+    return png(figure)
+
+
+def _points(study: Study, results: Sequence[Result], epsilon: float | None):
+    """By group: clean accuracy, its deviation, robust accuracy, its deviation, in %; of rows that have both."""
+    points: dict[str, list[tuple[float, ...]]] = {}
+    for row in study.rows:
+        clean = accuracies(row, ("last", "clean", None), results)
+        robust = accuracies(row, ("last", study.robustness, epsilon), results)
+        if clean and robust:
+            numbers = clean.mean, clean.deviation or 0.0, robust.mean, robust.deviation or 0.0
+            points.setdefault(row.group, []).append(tuple(100 * number for number in numbers))
+    return epsilon, points
+
+
+def canvas(width: float, height: float) -> Any:
+    """A figure of so many inches, without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def colour(number: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](2 * number % 20 + number // 10 % 2)
+
+
+def png(figure: Any) -> bytes:
+    """The same bytes for the same figure: without the date, and without the library's version."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    return file.getvalue()

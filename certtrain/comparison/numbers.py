@@ -1,0 +1,91 @@
+"""Means over seeds, and the columns that they stand in."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .results import Key, Result, epsilons_of
+from .study import Row, Study
+
+CHECKPOINTS = ("last", "best")
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean and sample standard deviation (n - 1) of n numbers; the deviation is None for one number."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Statistic | None:
+        """Of the numbers that are there; None where there is none."""
+        there = [value for value in values if value is not None]
+        if not there:
+            return None
+        return cls(statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else None, len(there))
+
+
+def columns(study: Study, results: Iterable[Result]) -> list[Key]:
+    """What the study asks of the last checkpoint, and all else that was found, in the order of the table."""
+    found = {key for result in results for key in result.accuracies}
+    for row in study.rows:
+        asked = row.config.evaluate.attacks
+        found |= {("last", attack, epsilon) for attack in asked for epsilon in epsilons_of(row.config)}
+    attacks = ["clean", *dict.fromkeys(attack for row in study.rows for attack in row.config.evaluate.attacks)]
+    others = sorted({attack for _, attack, _ in found} - {*attacks, "ibp", "certified"})
+    order = [*attacks, *others, "ibp", "certified"]
+    found.add(("last", "clean", None))
+    return sorted(found, key=lambda key: (CHECKPOINTS.index(key[0]), order.index(key[1]), key[2] or 0.0))
+
+
+def accuracies(row: Row, key: Key, results: Iterable[Result]) -> Statistic | None:
+    return Statistic.of(result.accuracies.get(key) for result in of_row(row, results))
+
+
+def seconds(row: Row, results: Iterable[Result]) -> Statistic | None:
+    """Of training, for an epoch."""
+    return Statistic.of(result.seconds for result in of_row(row, results))
+
+
+def ratio(row: Row, reference: str, results: Iterable[Result]) -> float | None:
+    """Mean seconds over those of the reference; None where they are not there, or another machine's."""
+    results = list(results)
+    own, other = of_row(row, results), [result for result in results if result.trial.row.label == reference]
+    machines = {(result.made_by["device"], result.made_by["threads"]) for result in (*own, *other)}
+    above, below = (Statistic.of(result.seconds for result in some) for some in (own, other))
+    if above is None or below is None or len(machines) > 1 or not below.mean > 0:
+        return None
+    return above.mean / below.mean
+
+
+def of_row(row: Row, results: Iterable[Result]) -> list[Result]:
+    return [result for result in results if result.trial.row.label == row.label]
+
+
+def made_by(results: Iterable[Result]) -> Mapping[str, list[str]]:
+    """Every version, device and number of threads that had a part in the numbers."""
+    found: dict[str, set[str]] = {}
+    for result in results:
+        for name, value in result.made_by.items():
+            found.setdefault(name, set()).add(value)
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def heading(key: Key, checkpoints: bool) -> str:
+    """Of a column, such as ``pgd-50-10, 8/255``; with the checkpoint where there are two."""
+    checkpoint, attack, epsilon = key
+    words = [attack if attack != "ibp" else "certified by IBP", *([] if epsilon is None else [radius(epsilon)])]
+    return ", ".join([*words, *([checkpoint] if checkpoints else [])])
+
+
+def radius(epsilon: float) -> str:
+    """``0.03137…`` → ``8/255``; ``0.1`` stays."""
+    whole = Fraction(round(epsilon * 255))
+    exact = whole and math.isclose(float(whole / 255), epsilon, rel_tol=1e-9)
+    return f"{whole}/255" if exact and epsilon < 0.2 else f"{epsilon:.6g}"

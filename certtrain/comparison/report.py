@@ -1,0 +1,126 @@
+"""A study's table and figures, of the runs that are there. A file that would not change is not touched."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..run_folder import JsonLines, write_atomically
+from .curves import curve_csv, curve_figure, curve_of
+from .figure import trade_off
+from .numbers import Statistic, accuracies, columns, heading, made_by, of_row, ratio, seconds
+from .results import Result, result_of
+from .study import Study
+
+
+def results_of(study: Study, folder: Path) -> list[Result]:
+    found = (result_of(trial) for trial in study.trials(folder))
+    return [result for result in found if result is not None]
+
+
+def write_table(study: Study, folder: Path, failures: Mapping[str, str]) -> None:
+    """``table.md`` and ``table.csv``."""
+    results = results_of(study, folder)
+    calls = [call["command"] for call in JsonLines(folder / "calls.jsonl")]
+    put(folder / "table.md", markdown(study, results, calls, failures).encode())
+    put(folder / "table.csv", table_csv(study, results).encode())
+
+
+def write_figures(study: Study, folder: Path) -> None:
+    """``figure.png``, and for each curve that has a point a figure and its numbers."""
+    results = results_of(study, folder)
+    if (image := trade_off(study, results)) is not None:
+        put(folder / "figure.png", image)
+    for curve in study.curves:
+        lines = curve_of(curve, study, results)
+        if lines:
+            put(folder / f"{curve.stem}.csv", curve_csv(lines).encode())
+            put(folder / f"{curve.stem}.png", curve_figure(curve, lines))
+
+
+def markdown(study: Study, results: Sequence[Result], calls: Sequence[str], failures: Mapping[str, str]) -> str:
+    """The table, and below it what made it."""
+    keys = columns(study, results)
+    two = len({key[0] for key in keys}) > 1
+    titles = [study.name, "n", *(heading(key, two) for key in keys), "s/epoch", f"time / {study.reference}"]
+    lines = [titles, ["---", *["--:"] * (len(titles) - 1)]]
+    for row in study.rows:
+        own = of_row(row, results)
+        cells = [percent(accuracies(row, key, results), len(own)) for key in keys]
+        share = ratio(row, study.reference, results)
+        time = plain(seconds(row, results), len(own))
+        lines.append([row.label, str(len(own)), *cells, time, "" if share is None else f"{share:.2f}"])
+    text = "".join(f"| {' | '.join(cell.replace('|', '∣') for cell in line)} |\n" for line in lines)
+    notes = [*_notes(study, results, keys), *(f"failed: {trial}: {why}" for trial, why in failures.items())]
+    made = "".join(f"    {call}\n" for call in calls)
+    return text + "\n" + "\n".join(notes) + "\n" + (f"\nMade by\n\n{made}" if made else "")
+
+
+def _notes(study: Study, results: Sequence[Result], keys: Sequence) -> list[str]:
+    counts = sorted({result.images[key] for result in results for key in keys if key in result.images})
+    images = " or ".join(map(str, counts)) or "no"
+    runs = len(study.rows) * len(study.seeds)
+    notes = [
+        f"Accuracy in % of {images} test images: mean ± sample standard deviation over n seeds "
+        f"({', '.join(map(str, study.seeds))}); no ± for one seed. An empty cell: not there.",
+        "s/epoch: the median epoch of training; compared on one device and number of threads alone.",
+        f"{len(results)} of {runs} runs are there.",
+    ]  # fmt: skip
+    surroundings = made_by(results)
+    if surroundings:
+        notes.append("; ".join(f"{name} {', '.join(values)}" for name, values in surroundings.items()) + ".")
+    return notes
+
+
+def percent(statistic: Statistic | None, runs: int) -> str:
+    return _cell(statistic, runs, 100.0)
+
+
+def plain(statistic: Statistic | None, runs: int) -> str:
+    return _cell(statistic, runs, 1.0)
+
+
+def _cell(statistic: Statistic | None, runs: int, scale: float) -> str:
+    """Mean ± deviation; with an n of its own where not all of the row's runs have the number."""
+    if statistic is None:
+        return ""
+    text = f"{scale * statistic.mean:.2f}"
+    if statistic.deviation is not None:
+        text += f" ± {scale * statistic.deviation:.2f}"
+    return text if statistic.count == runs else f"{text} (n = {statistic.count})"
+
+
+def table_csv(study: Study, results: Sequence[Result]) -> str:
+    """The same, unrounded; accuracies are shares."""
+    keys = columns(study, results)
+    titles = [f"{heading(key, True)}{end}" for key in keys for end in ("", " sd", " n")]
+    ends = ["seconds per epoch", "seconds per epoch sd", f"time / {study.reference}"]
+    rows = [["row", "n", *titles, *ends]]
+    for row in study.rows:
+        cells = [str(len(of_row(row, results)))]
+        for key in keys:
+            found = accuracies(row, key, results)
+            cells += [_exact(found and found.mean), _exact(found and found.deviation), str(found.count if found else 0)]
+        time = seconds(row, results)
+        cells += [_exact(time and time.mean), _exact(time and time.deviation)]
+        rows.append([row.label, *cells, _exact(ratio(row, study.reference, results))])
+    return written(rows)
+
+
+def _exact(number: float | None) -> str:
+    return "" if number is None else repr(number)
+
+
+def written(rows: Sequence[Sequence[str]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file whole, unless this is what it holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))

@@ -1,0 +1,153 @@
+"""A study from its file to its table: what is missing is trained, what was cut short goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+from ..pipeline import evaluate, resume, train
+from ..progress import console
+from ..run_folder import JsonLines, LineFile
+from ..training import TrainingStopped
+from .processes import in_processes
+from .report import write_figures, write_table
+from .results import check_recipe, stage_of, unanswered
+from .study import Study, Trial, read_study
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A study's state after a call.
+
+    Args:
+        folder: of the table, the figures and the runs.
+        failures: by trial, why it could not be finished in this call.
+    """
+
+    study: Study
+    folder: Path
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "table.md"
+
+    def stages(self) -> dict[str, dict[int, str]]:
+        """By label and seed: missing, interrupted, trained or evaluated."""
+        found: dict[str, dict[int, str]] = {}
+        for trial in self.study.trials(self.folder):
+            found.setdefault(trial.row.label, {})[trial.seed] = stage_of(trial)
+        return found
+
+
+def compare(
+    file: str | Path,
+    *,
+    out: str | Path | None = None,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    jobs: int = 1,
+    report_only: bool = False,
+    report: bool = True,
+    command: str = "",
+    quiet: bool = False,
+) -> Comparison:
+    """Train what is missing of a study, go on with what was interrupted, evaluate what is not evaluated, and write
+    ``table.md``, ``table.csv``, ``figure.png`` and the study's curves. Called again, it does what is left.
+
+    Args:
+        file: the study in YAML.
+        out: its folder; None for ``runs/<its name>``.
+        only: rows to work on, by label or by the name that a sweep shares; none for all. The table has all.
+        seeds: those to work on, of the study's; none for all.
+        jobs: so many processes, each with its recipe's threads.
+        report_only: train and evaluate nothing.
+        report: whether to write table and figures.
+        command: what to name as the call that made the numbers.
+    Raises:
+        InputError: the study, or a folder of another recipe; before anything is trained.
+        Interrupted: SIGINT or SIGTERM; the runs are saved, the same call goes on.
+    """
+    study = read_study(file)
+    folder = study.folder if out is None else Path(out)
+    chosen = choose(study, folder, only, seeds)
+    for trial in study.trials(folder):
+        if (trial.path / "run.json").exists():
+            check_recipe(trial)
+    failures: dict[str, str] = {}
+    left = [] if report_only else [trial for trial in chosen if stage_of(trial) != "evaluated"]
+    for trial in left:
+        trial.config.evaluate.check_ball(trial.config.perturbation)
+    if left:
+        _remember(folder, command)
+        work = in_processes(left, jobs, study.file, folder, quiet) if jobs > 1 else _one_by_one(left, quiet)
+        for trial, why in work:
+            if why:
+                failures[str(trial)] = why
+            if report:
+                write_table(study, folder, failures)
+    if report:
+        write_table(study, folder, failures)
+        write_figures(study, folder)
+    return Comparison(study, folder, failures)
+
+
+def choose(study: Study, folder: Path, only: Sequence[str], seeds: Sequence[int]) -> list[Trial]:
+    """
+    Raises:
+        InputError: a row or a seed that the study does not have.
+    """
+    names = {name for row in study.rows for name in (row.label, row.group)}
+    for name in only:
+        if name not in names:
+            raise InputError(f"--only: found {name!r}; accepted: {', '.join(row.label for row in study.rows)}")
+    for seed in seeds:
+        if seed not in study.seeds:
+            raise InputError(f"--seeds: found {seed}; accepted: {', '.join(map(str, study.seeds))}, the study's")
+    return [
+        trial
+        for trial in study.trials(folder)
+        if (not only or trial.row.label in only or trial.row.group in only) and (not seeds or trial.seed in seeds)
+    ]
+
+
+def finish(trial: Trial, quiet: bool) -> None:
+    """Train, or go on with, one run, and evaluate it; one process at a time.
+
+    Raises:
+        InputError: something of it cannot be used, or another process is at it. TrainingStopped, Interrupted: as train.
+    """
+    trial.path.parent.mkdir(parents=True, exist_ok=True)
+    with LineFile(trial.path.parent / f".{trial.path.name}.lock").alone():
+        if (trial.path / "run.json").exists():
+            check_recipe(trial)
+            if stage_of(trial) == "interrupted":
+                resume(trial.path, quiet=quiet)
+        else:
+            train(trial.config, trial.path, quiet=quiet)
+        if any(unanswered(trial)):
+            evaluate(trial.path, settings=trial.config.evaluate, quiet=quiet)
+
+
+def _one_by_one(trials: Sequence[Trial], quiet: bool):
+    for number, trial in enumerate(trials, start=1):
+        if not quiet:
+            console.print(f"{number}/{len(trials)}  {trial}: {stage_of(trial)}", markup=False)
+        try:
+            finish(trial, quiet)
+        except InputError as error:
+            raise InputError(f"{trial}: {error}") from error
+        except TrainingStopped as error:
+            yield trial, str(error)
+        else:
+            yield trial, None
+
+
+def _remember(folder: Path, command: str) -> None:
+    """Which calls made the numbers, for the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    calls = JsonLines(folder / "calls.jsonl")
+    if command and command not in [call["command"] for call in calls]:
+        calls.append({"command": command})

@@ -1,0 +1,113 @@
+"""A finished run's network, diagnosed: numbers and figures of its loss around training images and its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import structure, unstructure
+from .diagnostics import DIAGNOSTICS, Subject, check_names, spread
+from .diagnostics.figures import FIGURES, draw_epochs, save
+from .errors import check
+from .noise import Noise, key_of
+from .progress import Progress
+from .recipe import Config
+from .run_folder import RunFolder, sha256, write_atomically
+from .runs import check_data, load_model
+from .surroundings import device_name, surroundings, versions
+from .training import StopRequest
+
+Checkpoint = Literal["last", "best"]
+CHECKPOINTS = ("last", "best")
+EPOCHS = "epochs"
+"""The figure of what ``training.diagnose`` found along training."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``diagnose`` found.
+
+    Args:
+        file: ``diagnostics.json``.
+        figures: the PNG files, in the order of the diagnostics.
+        found: the file's content.
+    """
+
+    file: Path
+    figures: list[Path]
+    found: dict[str, Any]
+
+
+def diagnose(
+    path: str | Path,
+    *,
+    checkpoint: Checkpoint = "last",
+    images: int = 1000,
+    what: Sequence[str] | None = None,
+    top: int = 10,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Diagnosis:
+    """Diagnose the network of a run whose training is finished, on images spread evenly over its training split.
+
+    Writes ``diagnostics.json`` and ``figures/*.png`` into the run's folder, in place of what an earlier call left
+    there. Numbers are those that ``training.diagnose`` writes along training; the test split is not looked at.
+
+    Args:
+        path: the run's folder.
+        checkpoint: the ``last`` weights or the ``best``.
+        images: how many; of a smaller split all.
+        what: some of ``certtrain.diagnostics.DIAGNOSTICS``; None for all.
+        top: eigenvalues of the weights' Hessian.
+        device: instead of the recipe's.
+    Raises:
+        InputError: something given cannot be used; nothing on disk was changed.
+        Interrupted: SIGINT or SIGTERM; nothing on disk was changed.
+    """
+    chosen = list(DIAGNOSTICS) if what is None else list(dict.fromkeys(what))
+    check_names("what", chosen)
+    check(checkpoint in CHECKPOINTS, "checkpoint", checkpoint, ", ".join(CHECKPOINTS))
+    check(images >= 1, "images", images, "a whole number >= 1")
+    check(top >= 1, "top", top, "a whole number >= 1")
+    folder, description = RunFolder.open(Path(path))
+    model, config = load_model(path, checkpoint)
+    config = structure(Config, {**unstructure(config), "device": device or config.device})
+    where = config.resolved_device()
+    with surroundings(config.threads, where), StopRequest(at_once=True):
+        dataset = config.data.load()
+        check_data(dataset, description)
+        batch = spread(dataset.train.to(where), images)
+        noise = Noise(key_of(config.seed, "diagnose"), batch.index)
+        subject = Subject(model.to(where), batch, config.perturbation, noise, top=top)
+        found: dict[str, Any] = {
+            "checkpoint": checkpoint, "weights": sha256(folder.weights_of(checkpoint)), "split": "train",
+            "images": len(batch), "epsilon": float(config.perturbation.epsilon), "attack": unstructure(subject.attack),
+            "versions": versions(), "device": device_name(where),
+        }  # fmt: skip
+        with Progress("diagnosing", len(chosen), quiet=quiet) as progress:
+            for name in chosen:
+                progress.now(name)
+                found |= DIAGNOSTICS[name](subject)
+                progress.advance(1)
+    return _written(folder, chosen, found)
+
+
+def _written(folder: RunFolder, chosen: list[str], found: dict[str, Any]) -> Diagnosis:
+    title = f"{folder.path.resolve().name}, {found['checkpoint']} weights"
+    drawn = {name: draw(found, title) for name, draw in FIGURES.items() if name in chosen}
+    if lines := [line for line in folder.metrics if line.get("kind") == "diagnosis"]:
+        drawn[EPOCHS] = draw_epochs(lines, folder.path.resolve().name)
+    found = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN: null stands for it
+    file, figures = folder.path / "diagnostics.json", folder.path / "figures"
+    for name in (*FIGURES, EPOCHS):
+        place = figures / f"{name}.png"
+        if name in drawn:
+            save(drawn[name], place)
+        else:
+            place.unlink(missing_ok=True)
+    text = json.dumps(found, indent=2) + "\n"
+    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return Diagnosis(file, [figures / f"{name}.png" for name in drawn], found)

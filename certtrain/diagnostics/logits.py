@@ -1,0 +1,119 @@
+"""What logits tell of an attack: how tight QUB is, and how a divergence splits along the attack's way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attacks import Ascent, Attack, Divergence, KullbackLeibler, gradient_of
+from ..bounds import PerturbationSet
+from ..losses import quadratic_upper_bound
+from ..losses.adversarial.trades import ATTACK
+from ..noise import Noise
+from ..step import Batch, Step
+from .alignment import PGD
+from .looking import each
+
+KL = KullbackLeibler()
+
+
+@dataclass(frozen=True)
+class QubGap:
+    """Means over a batch, of clean logits z and attacked logits a (arXiv 2601.13645).
+
+    Args:
+        gap, centred_gap: of QUB - CE(a, y), the published bound's and the centred one's: from 0, up to rounding, to
+            |a - z|² / 4.
+        distance: of |a - z|.
+        curvature: of the largest eigenvalue of diag(p) - pp^T, p = softmax(z): the cross-entropy's Hessian at z, for
+            which both bounds take 1/2.
+    """
+
+    gap: float
+    centred_gap: float
+    distance: float
+    curvature: float
+
+
+def qub_gap(model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, attack: Attack = PGD) -> QubGap:
+    """How far QUB lies above the loss that it bounds, at the images of an attack; logits are compared in float64.
+
+    Raises:
+        InputError: the batch is empty.
+    """
+
+    def found(part: Batch, step: Step) -> Tensor:
+        images = attack(model, part, ball, step).images
+        with torch.no_grad():
+            clean, attacked = model(part.images).double(), model(images).double()
+        loss = F.cross_entropy(attacked, part.labels, reduction="none")
+        gaps = [quadratic_upper_bound(clean, attacked, part.labels, centred=c) - loss for c in (False, True)]
+        return torch.stack([*gaps, (attacked - clean).norm(dim=1), largest_curvature(F.softmax(clean, 1))], 1)
+
+    return QubGap(*each(model, batch, ball, noise, found).mean(0).tolist())
+
+
+def largest_curvature(p: Tensor) -> Tensor:
+    """(B,) the largest eigenvalue of diag(p) - pp^T for each row of ``p`` (B, K), K >= 2, in O(B · K).
+
+    It lies between the two largest entries of p, where sum_k p_k² / (p_k - λ) rises and passes 1 once.
+    """
+    low, high = p.topk(2).values.flip(1).unbind(1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (p.square() / (p - middle[:, None])).sum(1) < 1
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class DivergenceSplit:
+    """The terms of TRADES and FAIT on given images, means over the batch.
+
+    Args:
+        whole: R, of Δ(f(x), f(x')).
+        split: R' = Δ(f(x), f(x*)) + Δ(f(x*), f(x')) for x* the attack's iterate I = 1..steps - 1.
+    """
+
+    whole: float
+    split: tuple[float, ...]
+
+
+def divergence_split(
+    model: nn.Module,
+    batch: Batch,
+    ball: PerturbationSet,
+    noise: Noise,
+    *,
+    divergence: Divergence = KL,
+    attack: Ascent = ATTACK,
+) -> DivergenceSplit:
+    """R and R' at every index, for the price of one attack: FAIT's curves.
+
+    R' <= R is a lemma where x* lies between the two predictions, which an attack's iterates need not.
+
+    Args:
+        divergence: what is split, and what the attack climbs unless it has an objective of its own.
+        attack: any attack of steps; TRADES' by default.
+    Raises:
+        InputError: the batch is empty.
+    """
+    objective = attack.toward(divergence).objective or divergence
+
+    def found(part: Batch, step: Step) -> Tensor:
+        reference, visited = objective.reference(model, part), []
+        points = attack.begin(part, ball, step)
+        for _ in range(attack.steps):
+            logits, gradient = gradient_of(model, points, lambda z: objective(z, reference))
+            visited.append(logits.double())
+            points = attack.move(part.images, points, gradient, ball)
+        with torch.no_grad():
+            clean, last = model(part.images).double(), model(points).double()
+        split = [divergence.between(clean, x) + divergence.between(x, last) for x in visited[1:]]
+        return torch.stack([divergence.between(clean, last), *split], 1)
+
+    whole, *split = each(model, batch, ball, noise, found).mean(0).tolist()
+    return DivergenceSplit(whole, tuple(split))

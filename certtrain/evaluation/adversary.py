@@ -1,0 +1,168 @@
+"""Who tries to make a network wrong on images that it has right: nobody, intervals, PGD."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import Ascent
+from ..bounds import PerturbationSet, UnsupportedNode, compute_margins
+from ..step import Batch, Step
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What became of an image.
+
+    Args:
+        to: what made the network wrong on it (of intervals: what left it unproved); None where nothing did.
+        unconfirmed: what claimed to, and was not borne out when it was replayed.
+    """
+
+    to: str | None = None
+    unconfirmed: tuple[str, ...] = ()
+
+
+class Adversary(ABC):
+    """What is tried on images that the network has right. Networks are given ``at_rest``."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of its rows and files."""
+
+    def basis(self, batch_size: int) -> dict[str, Any]:
+        """What its results depend on."""
+        return {}
+
+    def versions(self) -> dict[str, str]:
+        """Of what else computes its results."""
+        return {}
+
+    def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
+        """Why it cannot be tried on such a set, or, where they are given, such a network and such images; empty where
+        it can."""
+        return ""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+        """One for each sample of a batch, all rightly classified.
+
+        Args:
+            step: ``step.noise`` is keyed by the samples' numbers.
+        """
+
+
+@dataclass(frozen=True)
+class Clean(Adversary):
+    """The images as they are."""
+
+    @property
+    def name(self) -> str:
+        return "clean"
+
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+        return [Lost()] * len(batch)
+
+
+@dataclass(frozen=True)
+class Intervals(Adversary):
+    """What interval bounds do not prove is lost: certified accuracy by IBP, in nearest arithmetic."""
+
+    @property
+    def name(self) -> str:
+        return "ibp"
+
+    @torch.no_grad()
+    def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
+        if model is None or images is None:
+            return ""
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        try:
+            compute_margins(model, ball.region(images), labels)
+        except UnsupportedNode as error:
+            return str(error)
+        return ""
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+        margins, _ = compute_margins(model, ball.region(batch.images), batch.labels)
+        return [Lost(None if proved else "bounds") for proved in (margins > 0).all(1).tolist()]
+
+
+@dataclass(frozen=True)
+class RestartedPgd(Adversary):
+    """PGD on the cross-entropy from uniform starts; an image is lost if *any* start ends at a wrong prediction.
+
+    Each restart sees only what the earlier ones left. Start number r of a sample is the same however many restarts
+    there are and however samples are batched, so more restarts never raise the accuracy.
+
+    Args:
+        label: the row's name.
+        steps, restarts: PGD-50-10 has 50 and 10.
+        step_size: in epsilons.
+    """
+
+    label: str
+    steps: int
+    restarts: int = 1
+    step_size: float = 0.25
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def basis(self, batch_size: int) -> dict[str, Any]:
+        return {"steps": self.steps, "restarts": self.restarts, "step_size": self.step_size}
+
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+        attack = Ascent(steps=self.steps, step_size=self.step_size, start="uniform")
+        lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
+        for restart in range(1, self.restarts + 1):
+            if not len(left):
+                break
+            part = rows_of(batch, left)
+            noise = replace(step.again(restart).noise, positions=part.index)
+            points = attack(model, part, ball, replace(step, noise=noise)).images
+            right = is_right(model, points, part.labels)
+            for row in left[~right].tolist():
+                lost[row] = Lost(f"restart {restart}")
+            left = left[right]
+        return lost
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    return Batch(batch.images[rows], batch.labels[rows], batch.index[rows])
+
+
+@torch.no_grad()
+def is_right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """(B,) bool: is the label's logit above all others? A tie is wrong, and so is NaN."""
+    return lead(model(images), labels) > 0
+
+
+def lead(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) of logits (B, K): the label's logit minus the largest other one."""
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return logits.gather(1, labels[:, None])[:, 0] - others
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and its parameters without gradients; its modes and flags come back."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)

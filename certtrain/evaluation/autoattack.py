@@ -1,0 +1,132 @@
+"""AutoAttack (Croce and Hein, arXiv 2003.01690) by the package ``pyautoattack``, each of its successes replayed."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds import L2Ball, LinfBall, PerturbationSet
+from ..noise import key_of
+from ..step import Batch, Step
+from .adversary import Adversary, Lost, is_right, rows_of
+
+NORMS: dict[type, str] = {LinfBall: "Linf", L2Ball: "L2"}
+SLACK = 1e-6
+"""By which a point may leave the ball in float32 before it is projected and tried again."""
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.CRITICAL)  # what the package says of gradients that vanish, in the middle of a progress bar
+
+
+@dataclass(frozen=True)
+class AutoAttack(Adversary):
+    """Its attacks one after the other, each on what the earlier ones left, with one restart each.
+
+    With ten classes or more they are those of AutoAttack's version ``standard``, with their parameters: APGD on the
+    cross-entropy, APGD on the targeted DLR loss, targeted FAB (nine targets each), Square. With fewer classes there
+    are fewer targets; with three the targeted DLR loss is not defined, with two no DLR loss is.
+
+    The package's ``run_standard_evaluation`` is not called: it indexes targets that are not there, cannot resume,
+    leaves the model's mode alone and takes away whatever ``sys.settrace`` held. What an attack returns counts only if
+    it lies in the ball, give or take 1e-6, and if, projected onto it, our own forward pass gets it wrong.
+
+    Args:
+        label: the row's name.
+        steps: of APGD and FAB.
+        queries: of Square.
+        fab: whether FAB, the slowest, is among them.
+    """
+
+    label: str = "autoattack"
+    steps: int = 100
+    queries: int = 5000
+    fab: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def basis(self, batch_size: int) -> dict[str, Any]:
+        """Its random numbers are the batch's, so what a batch is belongs to it."""
+        return {"steps": self.steps, "queries": self.queries, "fab": self.fab, "batch_size": batch_size}
+
+    def versions(self) -> dict[str, str]:
+        return {"pyautoattack": metadata.version("pyautoattack")}
+
+    def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
+        if type(ball) not in NORMS:
+            return f"found a {type(ball).__name__}; accepted: {' or '.join(kind.__name__ for kind in NORMS)}"
+        if importlib.util.find_spec("pyautoattack") is None:
+            return "found no package pyautoattack; accepted: pip install 'certtrain[autoattack]', or other attacks"
+        if images is not None and isinstance(ball, L2Ball) and min(images.shape[-2:]) < 5:
+            return f"found images of {images.shape[-2]}×{images.shape[-1]}; accepted: 5×5 and larger, for l2 Square"
+        return ""
+
+    def plan(self, classes: int) -> tuple[str, ...]:
+        """Which attacks run, in their order."""
+        match classes:
+            case 2:
+                names = ("apgd-ce", "fab", "square")
+            case 3:
+                names = ("apgd-ce", "apgd-dlr", "fab", "square")
+            case _:
+                names = ("apgd-ce", "apgd-t", "fab-t", "square")
+        return tuple(name for name in names if self.fab or not name.startswith("fab"))
+
+    def build(self, name: str, model: nn.Module, ball: PerturbationSet, classes: int, device: torch.device, seed: int):
+        """One of the package's attacks; its ``perturb(images, labels)`` returns images."""
+        from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+        from pyautoattack.fab_pt import FABAttack_PT
+        from pyautoattack.square import SquareAttack
+
+        norm, epsilon, targets = NORMS[type(ball)], float(ball.epsilon), min(9, classes - 1)
+        shared: dict[str, Any] = {
+            "n_restarts": 1, "eps": epsilon, "norm": norm, "seed": seed, "device": device, "verbose": False,
+        }  # fmt: skip
+        apgd = {**shared, "n_iter": self.steps, "eot_iter": 1, "rho": 0.75, "logger": _log}
+        match name:
+            case "apgd-ce" | "apgd-dlr":
+                return APGDAttack(model, loss=name.removeprefix("apgd-"), **apgd)
+            case "apgd-t":
+                return APGDAttack_targeted(model, n_target_classes=targets, **apgd)
+            case "fab" | "fab-t":
+                fab = FABAttack_PT(model, n_iter=self.steps, n_target_classes=targets, **shared)
+                fab.targeted = name == "fab-t"
+                return fab
+            case _:
+                return SquareAttack(model, p_init=0.8, n_queries=self.queries, resc_schedule=False, **shared)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+        lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
+        if float(ball.epsilon) == 0:  # the ball is the image, which is right; the package would divide by 0
+            return lost
+        classes = model(batch.images[:1]).shape[1]
+        seed = key_of(step.noise.key, "autoattack", int(batch.index[0])) & (2**31 - 1)
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            for name in self.plan(classes):
+                if not len(left):
+                    break
+                part = rows_of(batch, left)
+                attack = self.build(name, model, ball, classes, part.images.device, seed)
+                found = attack.perturb(part.images.clone(), part.labels.clone()).detach()
+                claimed, broken = replay(model, part, ball, found)
+                for row in left[broken].tolist():
+                    lost[row] = Lost(name, lost[row].unconfirmed)
+                for row in left[claimed & ~broken].tolist():
+                    lost[row] = Lost(None, (*lost[row].unconfirmed, name))
+                left = left[~broken]
+        return lost
+
+
+def replay(model: nn.Module, batch: Batch, ball: PerturbationSet, found: Tensor) -> tuple[Tensor, Tensor]:
+    """(claimed, broken), both (B,) bool: is the network wrong on ``found``? And is that so inside the ball?"""
+    claimed = ~is_right(model, found, batch.labels)
+    inside = ball.contains(batch.images, found, SLACK)
+    projected = ball.project(batch.images, found.clamp(0, 1))
+    return claimed, claimed & inside & ~is_right(model, projected, batch.labels)

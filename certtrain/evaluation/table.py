@@ -1,0 +1,177 @@
+"""A run's checkpoints against all attacks, at all epsilons: ``evaluation.json``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bounds import PerturbationSet
+from ..data import Split
+from ..errors import InputError
+from ..run_folder import RunFolder, sha256, write_atomically
+from .adversary import Adversary, Clean, Intervals, at_rest
+from .records import Question, Record, measure
+from .settings import CHECKPOINTS, Evaluate
+
+PLACE = ("checkpoint", "attack", "epsilon")
+"""What a row of the table is about."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network to evaluate, on the split's device; ``sha256`` is that of its file."""
+
+    name: str
+    model: nn.Module
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that an evaluation of a run rests on.
+
+    Args:
+        split: the test split; nothing is selected on it.
+        ball: the recipe's, whose kind all epsilons share.
+        data: the data set's checksum.
+    """
+
+    folder: RunFolder
+    split: Split
+    ball: PerturbationSet
+    settings: Evaluate
+    seed: int
+    data: str
+    versions: Mapping[str, str]
+
+    def run(self, checkpoints: Sequence[Checkpoint], images: range, *, quiet: bool = False) -> dict[str, Any]:
+        """Every row, and then the summary, which also keeps the rows that earlier calls found for these weights.
+
+        Raises:
+            InputError: see ``Evaluate.check_ball``; files of the folder that are not ours.
+            RuntimeError: an attack broke an image that IBP certified: one of them is wrong.
+        """
+        self.settings.check_ball(self.ball)
+        before = self._before()
+        for checkpoint in checkpoints:
+            for adversary in self.settings.adversaries():
+                if reason := self._refusal(checkpoint, adversary, self.ball, images):
+                    raise InputError(f"{adversary.name}: {reason}")
+        rows, skipped = [], []
+        for checkpoint in checkpoints:
+            clean = self._measure(checkpoint, Clean(), 0.0, images, None, quiet)
+            rows.append(row_of(checkpoint, "clean", 0.0, clean))
+            right = {line["index"]: line for line in clean}
+            for epsilon in dict.fromkeys(self.settings.epsilons or (float(self.ball.epsilon),)):
+                certified: list[Record] = []
+                if reason := self._refusal(checkpoint, Intervals(), self.ball.with_epsilon(epsilon), images):
+                    skipped.append({
+                        "checkpoint": checkpoint.name, "attack": "ibp", "epsilon": epsilon, "reason": reason,
+                        "weights_sha256": checkpoint.sha256,
+                    })  # fmt: skip
+                else:
+                    certified = self._measure(checkpoint, Intervals(), epsilon, images, right, quiet)
+                    rows.append(row_of(checkpoint, "ibp", epsilon, certified))
+                for adversary in self.settings.adversaries():
+                    lines = self._measure(checkpoint, adversary, epsilon, images, right, quiet)
+                    refuse_contradictions(certified, lines, f"{checkpoint.name}, {adversary.name}, epsilon {epsilon!r}")
+                    rows.append(row_of(checkpoint, adversary.name, epsilon, lines))
+        known = {_place(row) for row in (*rows, *skipped)}
+        rows, skipped = (
+            [*(row for row in before[name] if _place(row) not in known), *now]
+            for name, now in (("rows", rows), ("skipped", skipped))
+        )
+        return self._write(sorted(rows, key=_order), skipped, before["versions"])
+
+    def _measure(
+        self, checkpoint: Checkpoint, adversary: Adversary, epsilon: float, images: range,
+        right: Mapping[int, Record] | None, quiet: bool,
+    ) -> list[Record]:  # fmt: skip
+        question = Question(
+            checkpoint.model, self.split, self.ball.with_epsilon(epsilon), adversary, self.seed,
+            self.settings.batch_size, {"weights": checkpoint.sha256, "data": self.data}, self.versions, right,
+        )  # fmt: skip
+        radius = "" if adversary.name == "clean" else f", epsilon {epsilon:.4g}"
+        title = f"{checkpoint.name} {adversary.name}{radius}"
+        file = self.folder.evaluated(checkpoint.name, adversary.name, epsilon)
+        return measure(question, file, images, title, quiet=quiet)
+
+    def _refusal(self, checkpoint: Checkpoint, adversary: Adversary, ball: PerturbationSet, images: range) -> str:
+        """Why it cannot be tried here; empty where it can."""
+        index = torch.tensor([images.start], device=self.split.labels.device)
+        with at_rest(checkpoint.model):
+            return adversary.refuses(checkpoint.model, self.split.pixels(index), ball)
+
+    def _before(self) -> dict[str, Any]:
+        """What the summary says of weights that are still there."""
+        path = self.folder.evaluation
+        if not path.exists():
+            return {"rows": [], "skipped": [], "versions": {}}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            there = {name: self.folder.weights_of(name) for name in CHECKPOINTS}
+            current = {name: sha256(file) for name, file in there.items() if file.exists()}
+            kept: dict[str, list[dict[str, Any]]] = {"rows": [], "skipped": []}
+            for name, rows in kept.items():
+                for row in found[name]:
+                    same = current.get(row["checkpoint"]) == row["weights_sha256"] and found["data"] == self.data
+                    rows.extend([row] if same and all(map(row.__contains__, PLACE)) else [])
+            return {**kept, "versions": {**found["versions"]}}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); accepted: the file as written, or none") from error
+
+    def _write(
+        self, rows: list[dict[str, Any]], skipped: list[dict[str, Any]], before: Mapping[str, str]
+    ) -> dict[str, Any]:
+        made_by = {**before, **self.versions}
+        for adversary in self.settings.adversaries():
+            made_by |= adversary.versions()
+        found = {
+            "rows": rows, "skipped": skipped, "perturbation": type(self.ball).__name__, "data": self.data,
+            "versions": made_by, "written": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }  # fmt: skip
+        text = json.dumps(found, indent=2) + "\n"
+        write_atomically(self.folder.evaluation, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return found
+
+
+def row_of(checkpoint: Checkpoint, attack: str, epsilon: float, lines: Sequence[Record]) -> dict[str, Any]:
+    """A row of the table: so many of so many images are right, whatever ``attack`` did.
+
+    ``lost_to`` counts what made the others wrong; ``unconfirmed`` those that an attack claimed in vain.
+    """
+    correct = sum(line["robust"] for line in lines)
+    return {
+        "checkpoint": checkpoint.name, "attack": attack, "epsilon": epsilon, "first_image": lines[0]["index"],
+        "images": len(lines), "correct": correct, "accuracy": correct / len(lines),
+        "lost_to": dict(Counter(line["lost_to"] for line in lines if not line["robust"]).most_common()),
+        "unconfirmed": sum(bool(line["unconfirmed"]) for line in lines),
+        "seconds": round(sum(line["seconds"] for line in lines), 3), "weights_sha256": checkpoint.sha256,
+    }  # fmt: skip
+
+
+def refuse_contradictions(certified: Sequence[Record], attacked: Sequence[Record], where: str) -> None:
+    """
+    Raises:
+        RuntimeError: names the images.
+    """
+    proved = {line["index"] for line in certified if line["robust"]}
+    broken = [line["index"] for line in attacked if not line["robust"] and line["index"] in proved]
+    if broken:
+        raise RuntimeError(f"{where}: IBP certifies the test images {broken}, which the attack breaks: one is wrong")
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[field] for field in PLACE)
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Checkpoint, epsilon, what is no attack; then as found."""
+    return CHECKPOINTS.index(row["checkpoint"]), row["epsilon"], row["attack"] != "clean", row["attack"] != "ibp"

@@ -1,0 +1,157 @@
+"""Catastrophic overfitting, seen while it happens: robustness that falls within a few epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import Attack
+from ..bounds import PerturbationSet
+from ..data import Dataset
+from ..diagnostics import each, spread
+from ..diagnostics.alignment import PGD
+from ..errors import InputError, check
+from ..noise import Noise, key_of
+from ..step import Batch, Step
+
+ROUNDING = 1e-9
+"""A fall of exactly ``fall`` is none, however its shares were rounded."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Looks at the accuracy under attack every few epochs, always of the same images, and acts when it falls.
+
+    What Fast-AT does with PGD-5 on a batch of each epoch (arXiv 2001.03994). The test split is never looked at.
+
+    Args:
+        every: epochs between two checks.
+        images: how many, spread evenly over the split; of a smaller one all.
+        split: of which the images are, as stored: the training images, or those held out by ``data.validation``.
+        attack: at the recipe's own epsilon, its noise the same at each check.
+        fall: what accuracy may lose, as a share of the images: more is a fall.
+        since: the accuracy that counts: that of the ``previous`` check, or the ``best`` so far.
+        action: on a fall ``warn``; or ``stop`` the training with the weights that it has; or stop after a ``rollback``
+            to the weights of the check that accuracy fell from.
+    """
+
+    every: int = 1
+    images: int = 256
+    split: Literal["train", "validation"] = "train"
+    attack: Attack = PGD
+    fall: float = 0.2
+    since: Literal["previous", "best"] = "previous"
+    action: Literal["warn", "stop", "rollback"] = "warn"
+
+    def __post_init__(self) -> None:
+        check(self.every >= 1, "every", self.every, "a number of epochs >= 1")
+        check(self.images >= 1, "images", self.images, "a whole number >= 1")
+        check(self.split in ("train", "validation"), "split", self.split, "train, validation")
+        harmless = self.attack.attack_mode != "train"
+        check(harmless, "attack", self.attack, "an attack_mode that leaves running statistics alone: not train")
+        check(0 < self.fall < 1, "fall", self.fall, "a share in (0, 1)")
+        check(self.since in ("previous", "best"), "since", self.since, "previous, best")
+        check(self.action in ("warn", "stop", "rollback"), "action", self.action, "warn, stop, rollback")
+
+    def check_data(self, dataset: Dataset) -> None:
+        """
+        Raises:
+            InputError: the split holds no images.
+        """
+        if self.split == "validation" and not len(dataset.validation):
+            raise InputError(
+                "training.guard.split: found validation, which holds no images; accepted: train, or a data.validation "
+                "above 0"
+            )
+
+    def measure(self, model: nn.Module, dataset: Dataset, ball: PerturbationSet, seed: int) -> float:
+        """The share of the images that the network classifies correctly under attack, in evaluation mode; logits that
+        are not finite are wrong. The model and torch's generator are left as they are.
+
+        Raises:
+            InputError: as ``check_data``.
+        """
+        self.check_data(dataset)
+        batch = spread(dataset.train if self.split == "train" else dataset.validation, self.images)
+
+        def found(part: Batch, step: Step) -> Tensor:
+            images = self.attack(model, part, ball, step).images
+            with torch.no_grad():
+                logits = model(images)
+            return (logits.argmax(1) == part.labels) & logits.isfinite().all(1)
+
+        return float(each(model, batch, ball, Noise(key_of(seed, "guard"), batch.index), found).mean())
+
+    def fell(self, before: float | None, now: float) -> bool:
+        """Whether accuracy fell: by more than ``fall`` since ``before`` (None: nothing was measured yet), or to NaN."""
+        return before is not None and not before - now <= self.fall + ROUNDING
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check came to.
+
+    Args:
+        figures: for the epoch's line: ``guard_accuracy``; after a fall ``guard_fell_from`` too, and after a rollback
+            ``guard_rolled_back_to``, a number of epochs.
+        alarm: what to tell the user at once, or None.
+        halt: whether training ends here.
+    """
+
+    figures: Mapping[str, float | int]
+    alarm: str | None = None
+    halt: bool = False
+
+
+@dataclass
+class LastCheck:
+    """What a guard remembers from check to check; ``vars`` of it is part of the checkpoint.
+
+    Args:
+        accuracy: that the next check is compared with; None before the first one.
+        epoch: after how many it was measured.
+        weights: those that it was measured with, on the CPU; kept for a rollback alone.
+        halted: the guard has ended this training, and a resume has nothing left to train.
+    """
+
+    accuracy: float | None = None
+    epoch: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    halted: bool = False
+
+    def check(
+        self, settings: Guard, model: nn.Module, dataset: Dataset, ball: PerturbationSet, seed: int, epoch: int
+    ) -> Checked:
+        """Measure the weights after so many epochs and act; a rollback puts the earlier ones into the model."""
+        now = settings.measure(model, dataset, ball, seed)
+        figures: dict[str, float | int] = {"guard_accuracy": now}
+        before, since = self.accuracy, self.epoch
+        fell = settings.fell(before, now)
+        self.halted = fell and settings.action != "warn"
+        if fell and settings.action == "rollback":
+            model.load_state_dict(self.weights)
+            figures["guard_rolled_back_to"] = since
+        elif not self.halted and (before is None or settings.since == "previous" or now >= before):
+            self._remember(settings, model, now, epoch)
+        if before is None or not fell:
+            return Checked(figures)
+        outcome = {"warn": "training goes on", "stop": "training ends here",
+                   "rollback": f"training ends with the weights of epoch {since}"}[settings.action]  # fmt: skip
+        alarm = (
+            f"catastrophic overfitting: after epoch {epoch} accuracy under attack is {100 * now:.1f} %, after epoch "
+            f"{since} it was {100 * before:.1f} %; {outcome}"
+        )
+        return Checked({**figures, "guard_fell_from": before}, alarm, self.halted)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.accuracy, self.epoch, self.halted = state["accuracy"], state["epoch"], state["halted"]
+        self.weights = dict(state["weights"])
+
+    def _remember(self, settings: Guard, model: nn.Module, now: float, epoch: int) -> None:
+        self.accuracy, self.epoch = now, epoch
+        if settings.action == "rollback":
+            self.weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}

@@ -1,0 +1,50 @@
+"""How the learning rate moves, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..errors import check
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Shares of the learning rate at some epochs, with straight lines between: cyclic, one-cycle and warm-up schedules.
+
+    ``{epochs: [0, 15, 30], shares: [0, 1, 0]}`` rises to ``optimiser.lr`` by the middle of 30 epochs and falls to 0.
+
+    Args:
+        epochs: rising from 0, whole or not; after the last its share stays.
+        shares: of the optimiser's ``lr``, one for each of ``epochs``.
+        momentum: at each of ``epochs``; empty leaves the optimiser's own. torch's cyclic schedules move it, from 0.9 to
+            0.8 at the peak and back, unless they are told not to, and so do the recipes that were published with them.
+    """
+
+    epochs: tuple[float, ...]
+    shares: tuple[float, ...]
+    momentum: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        rising = self.epochs[:1] == (0,) and all(low < high for low, high in pairwise(self.epochs))
+        check(rising, "epochs", self.epochs, "a rising list that begins with 0")
+        count = len(self.epochs)
+        check(len(self.shares) == count, "shares", self.shares, f"as many numbers as epochs, {count}")
+        check(all(share >= 0 for share in self.shares), "shares", self.shares, "numbers >= 0")
+        check(len(self.momentum) in (0, count), "momentum", self.momentum, f"nothing, or {count} numbers")
+        check(all(0 <= value < 1 for value in self.momentum), "momentum", self.momentum, "numbers in [0, 1)")
+
+    def share(self, epoch: float) -> float:
+        """Of the learning rate, when so many epochs are done."""
+        return interpolate(self.epochs, self.shares, epoch)
+
+    def momentum_at(self, epoch: float) -> float | None:
+        return interpolate(self.epochs, self.momentum, epoch) if self.momentum else None
+
+
+def interpolate(places: tuple[float, ...], values: tuple[float, ...], place: float) -> float:
+    """On the straight lines through (place, value); the last value behind the last place."""
+    for (low, start), (high, end) in pairwise(zip(places, values)):
+        if place < high:
+            return start + (end - start) * (place - low) / (high - low)
+    return values[-1]

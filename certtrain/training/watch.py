@@ -1,0 +1,76 @@
+"""What is looked at after every epoch: the validation split, the candidate for the best weights, measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..bounds import PerturbationSet
+from ..data import Dataset
+from .evaluation import evaluate
+from .guard import LastCheck
+from .selection import SCORE, Best
+from .settings import Training
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen after an epoch.
+
+    Args:
+        figures: for the epoch's line.
+        lines: of their own.
+        alarm: what to tell the user at once, or None.
+        halt: whether training ends here.
+    """
+
+    figures: Mapping[str, Any]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    alarm: str | None = None
+    halt: bool = False
+
+
+class Watch:
+    """Looks at a model after every epoch; what it remembers is part of the checkpoint."""
+
+    def __init__(self, settings: Training, dataset: Dataset, ball: PerturbationSet, seed: int):
+        self.settings, self.dataset, self.ball, self.seed = settings, dataset, ball, seed
+        self.best = Best()
+        self.last_check = LastCheck()
+
+    @property
+    def halted(self) -> bool:
+        """Whether the guard has ended this training."""
+        return self.last_check.halted
+
+    def look(self, model: nn.Module, epoch: int) -> Look:
+        """After so many epochs."""
+        settings, validation = self.settings, self.dataset.validation
+        figures: dict[str, Any] = {}
+        lines, alarm = [], None
+        if settings.guard and epoch % settings.guard.every == 0:
+            checked = self.last_check.check(settings.guard, model, self.dataset, self.ball, self.seed, epoch)
+            figures |= checked.figures  # a rollback comes first: what follows is about the weights that stay
+            alarm = checked.alarm
+        if len(validation):
+            figures |= evaluate(model, validation, self.ball)
+        last = epoch == settings.epochs or self.halted
+        if settings.select and (last or epoch % settings.select.every == 0):
+            figures[SCORE] = self.best.consider(settings.select, model, validation, self.ball, self.seed, epoch)
+        if settings.measure and epoch % settings.measure.every == 0:
+            found = settings.measure(model, self.dataset.train, self.ball, self.seed)
+            lines.append({"kind": "measurement", "epoch": epoch, **found})
+        if settings.diagnose and epoch % settings.diagnose.every == 0:
+            found = settings.diagnose(model, self.dataset.train, self.ball, self.seed)
+            lines.append({"kind": "diagnosis", "epoch": epoch, **found})
+        return Look(figures, lines, alarm, self.halted)
+
+    def state(self) -> dict[str, Any]:
+        return {"best": vars(self.best), "last_check": vars(self.last_check)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.best.restore(state["best"])
+        self.last_check.restore(state["last_check"])

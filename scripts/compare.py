@@ -1,0 +1,8 @@
+"""Train, evaluate and tabulate the recipes of a study with several seeds; called again, go on where it stopped."""
+
+import sys
+
+from certtrain.command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main(["compare", *sys.argv[1:]]))
