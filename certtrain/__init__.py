@@ -7,24 +7,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .bounds import Bounds, Box, Interval, L2Ball, LinfBall, compute_bounds
+    from .comparison import compare
+    from .diagnosis import diagnose
     from .export import export_onnx
     from .importing import import_checkpoint
-    from .pipeline import evaluate, train
+    from .pipeline import train
     from .recipe import Config
+    from .robustness import evaluate
     from .runs import load_model
     from .verification import verify
     from .verifiers import certify
 
 _HOMES = {
     "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds",
-    "compute_bounds": "bounds", "Config": "recipe", "certify": "verifiers", "evaluate": "pipeline",
-    "export_onnx": "export", "import_checkpoint": "importing", "load_model": "runs", "train": "pipeline",
-    "verify": "verification",
+    "compute_bounds": "bounds", "Config": "recipe", "certify": "verifiers", "compare": "comparison",
+    "diagnose": "diagnosis", "evaluate": "robustness", "export_onnx": "export", "import_checkpoint": "importing",
+    "load_model": "runs", "train": "pipeline", "verify": "verification",
 }  # fmt: skip
 
 __all__ = [
-    "Bounds", "Box", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compute_bounds", "evaluate",
-    "export_onnx", "import_checkpoint", "load_model", "train", "verify",
+    "Bounds", "Box", "Config", "Interval", "L2Ball", "LinfBall", "certify", "compare", "compute_bounds", "diagnose",
+    "evaluate", "export_onnx", "import_checkpoint", "load_model", "train", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -1,9 +1,8 @@
-"""Train, certify, export: what one run does from its recipe to its last file."""
+"""Train, certify, evaluate, export: what one run does from its recipe to its last file."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
-from .evaluation import Checkpoint, Evaluate, Evaluation
 from .export import Export, write_files
 from .models import initialise_for_ibp
 from .noise import key_of
 from .precision import full_float32
 from .progress import console
 from .recipe import Config, load_config
-from .run_folder import RunFolder, sha256
+from .robustness import evaluate_run
+from .run_folder import RunFolder
 from .runs import check_data, describe, load_model, question_of, recorded_config, save_weights
-from .surroundings import device_name, surroundings, versions
+from .surroundings import surroundings
 from .training import StopRequest, check_images, fit
 from .verifiers.records import decided, reasons, summarise
 from .verifiers.sweep import images_of, sweep
@@ -34,7 +33,7 @@ from .verifiers.sweep import images_of, sweep
 def train(
     config: Config | str | Path | None = None, out: str | Path | None = None, *, quiet: bool = False
 ) -> RunFolder:
-    """Run a recipe from start to end: train, certify the test split, export the network and properties of it.
+    """Run a recipe from start to end: train, certify the test split, attack it, export the network.
 
     Args:
         config: a ``Config``, a YAML file, or None for the embedded default (digits, CC-IBP).
@@ -73,7 +72,8 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     if "imported" in description:
         raise InputError(f"{path}: found an imported network; accepted: verify and export, or a run of train")
     config = recorded_config(folder, description)
-    if folder.final() and (description.get("export") or not config.export.enabled):
+    evaluated = folder.evaluation.exists() or not config.evaluate.enabled
+    if folder.final() and evaluated and (description.get("export") or not config.export.enabled):
         return folder
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
@@ -103,6 +103,10 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     config.loss.check_model(model)
     config.loss.check_ball(config.perturbation)
     config.training.update.check_loss(config.loss)
+    if config.evaluate.enabled:
+        config.evaluate.check_ball(config.perturbation)
+        if "best" in config.evaluate.checkpoints and not config.training.select:
+            raise InputError("evaluate.checkpoints: found best; accepted: last, or a training.select that keeps one")
     check_images(model, dataset, config.training)
     return dataset, model
 
@@ -112,6 +116,8 @@ def _go_on(
 ) -> RunFolder:
     if not folder.final():
         _train_and_certify(folder, config, dataset, model, device, quiet)
+    if config.evaluate.enabled:
+        evaluate_run(folder, dataset, config, None, device, quiet)
     if config.export.enabled:
         _export(folder, dataset, config.perturbation, None, config.export, quiet)
     return folder
@@ -195,75 +201,6 @@ def _export(
             f"{network['magnitude']:.1f}), {found['properties']} properties at epsilon {found['epsilon']:.6g}"
         )
     return found
-
-
-def evaluate(
-    path: str | Path,
-    *,
-    attacks: Sequence[str] | None = None,
-    epsilons: Sequence[float] | None = None,
-    images: str | range | int | None = None,
-    checkpoints: Sequence[str] | None = None,
-    settings: Evaluate | None = None,
-    device: str | None = None,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """How many test images of a run whose training is finished stay right: clean, attacked, and certified by IBP.
-
-    Every image's line is written to ``evaluation/`` the moment its batch is known, and kept; the table is
-    ``evaluation.json``. What an argument leaves open is as ``settings`` say, or the recipe's ``evaluate`` section.
-
-    Args:
-        path: the run's folder.
-        attacks: such as ``pgd-50-10`` and ``autoattack``; epsilons: radii in pixel units; checkpoints: of ``last`` and
-            ``best``: see ``Evaluate``.
-        images: ``"start:stop"``, a range, or how many of the first; None for the settings'.
-        device: instead of the recipe's.
-    Returns:
-        the table, with what earlier calls found for the same weights.
-    Raises:
-        InputError: something given cannot be used; nothing on disk was changed.
-        Interrupted: SIGINT or SIGTERM; the same call goes on.
-        RuntimeError: an attack broke an image that IBP certified.
-    """
-    folder, description = RunFolder.open(Path(path))
-    config = recorded_config(folder, description)
-    asked = {"attacks": attacks, "epsilons": epsilons, "checkpoints": checkpoints}
-    section = {**unstructure(settings or config.evaluate), **{k: v for k, v in asked.items() if v is not None}}
-    changed = {"evaluate": section, "device": device or config.device}
-    config = structure(Config, {**unstructure(config), **changed})
-    where = config.resolved_device()
-    with surroundings(config.threads, where):
-        dataset = config.data.load()
-        check_data(dataset, description)
-        return _evaluate(folder, dataset, config, images, where, quiet)
-
-
-def _evaluate(
-    folder: RunFolder,
-    dataset: Dataset,
-    config: Config,
-    images: str | range | int | None,
-    device: torch.device,
-    quiet: bool,
-) -> dict[str, Any]:
-    """By the recipe's ``evaluate`` section; the networks are those in the folder."""
-    settings, test = config.evaluate, dataset.test
-    if images is None:
-        chosen = range(min(settings.images or len(test), len(test)))
-    else:
-        chosen = images_of(f":{images}" if isinstance(images, int) else images, len(test))
-    names = settings.checkpoints or (("last", "best") if folder.best.exists() else ("last",))
-    checkpoints = [
-        Checkpoint(name, load_model(folder.path, name)[0].to(device), sha256(folder.weights_of(name)))
-        for name in dict.fromkeys(names)
-    ]
-    made_by = {**versions(), "device": device_name(device)}
-    evaluation = Evaluation(
-        folder, test.to(device), config.perturbation, settings, config.seed, dataset.checksum, made_by
-    )
-    with StopRequest(at_once=True):
-        return evaluation.run(checkpoints, chosen, quiet=quiet)
 
 
 def new_folder(config: Config, out: str | Path | None) -> Path:

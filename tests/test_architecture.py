@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "errors", "precision", "config", "noise", "run_folder", "progress", "kernels", "bounds", "step", "data", "models",
     "attacks", "losses", "diagnostics", "training", "verifiers", "export", "evaluation", "recipe", "surroundings",
-    "runs", "pipeline", "comparison", "importing", "verification", "diagnosis", "second_opinion", "command_line",
+    "runs", "robustness", "pipeline", "comparison", "importing", "verification", "diagnosis", "second_opinion",
+    "command_line",
 ]  # fmt: skip
 FILES = [path for folder in ("certtrain", "kernels", "verifiers") for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
+from .tables import accuracies
 from .words import one_word_and_pairs
 
 
@@ -35,9 +33,8 @@ def add(commands) -> None:
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from ..config import override, structure, unstructure
     from ..errors import InputError
-    from ..pipeline import evaluate
-    from ..progress import console
     from ..recipe import Config
+    from ..robustness import evaluate
     from ..run_folder import RunFolder
     from ..runs import recorded_config
 
@@ -54,33 +51,6 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     images = options.images
     if images is not None and images.isascii() and images.isdigit():
         images = int(images)
-    found = evaluate(path, settings=config.evaluate, images=images, device=options.device)
-    console.print(table_of(found, path))
-    for row in found["skipped"]:
-        console.print(f"{row['checkpoint']}, {row['attack']}, epsilon {row['epsilon']:.6g}: none ({row['reason']})")
-    for row in found["rows"]:
-        if row["unconfirmed"]:
-            images = f"{row['unconfirmed']} images"
-            console.print(f"{row['checkpoint']}, {row['attack']}: what it claimed of {images} was not borne out")
-    folder = RunFolder(path)
-    console.print(f"the table: {folder.evaluation}; what became of every image: {folder.evaluation.with_suffix('')}/")
+    evaluate(path, settings=config.evaluate, images=images, device=options.device)
+    accuracies(RunFolder(path))
     return 0
-
-
-def table_of(found: Mapping[str, Any], path: Path):
-    from rich.table import Table
-
-    table = Table(title=f"{path}: test images that stay right, {found['perturbation']}")
-    for name in ("checkpoint", "attack"):
-        table.add_column(name, no_wrap=True)
-    for name in ("epsilon", "images", "%", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("lost to")
-    for row in found["rows"]:
-        names = {name: count for name, count in row["lost_to"].items() if name != "clean"}
-        lost = ", ".join(f"{name} {count}" for name, count in names.items()) if "auto" in row["attack"] else ""
-        table.add_row(
-            row["checkpoint"], row["attack"], "" if row["attack"] == "clean" else f"{row['epsilon']:.4g}",
-            str(row["images"]), f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", lost,
-        )  # fmt: skip
-    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 
@@ -68,3 +69,33 @@ def agreement(found, first: str, second: str) -> None:
         table.add_row(one, two, str(count), "" if one == two else "differ")
     console.print(table)
     console.print(f"contradictions: {len(found.contradictions)}")
+
+
+def accuracies(folder) -> None:
+    """The table of ``evaluation.json``, and what it could not measure."""
+    from rich.table import Table
+
+    from ..progress import console
+
+    found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+    table = Table(title=f"{folder.path}: test images that stay right, {found['perturbation']}")
+    for name in ("checkpoint", "attack"):
+        table.add_column(name, no_wrap=True)
+    for name in ("epsilon", "images", "%", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("lost to")
+    for row in found["rows"]:
+        names = {name: count for name, count in row["lost_to"].items() if name != "clean"}
+        lost = ", ".join(f"{name} {count}" for name, count in names.items()) if "auto" in row["attack"] else ""
+        table.add_row(
+            row["checkpoint"], row["attack"], "" if row["attack"] == "clean" else f"{row['epsilon']:.4g}",
+            str(row["images"]), f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", lost,
+        )  # fmt: skip
+    console.print(table)
+    for row in found["skipped"]:
+        console.print(f"{row['checkpoint']}, {row['attack']}, epsilon {row['epsilon']:.6g}: none ({row['reason']})")
+    for row in found["rows"]:
+        if row["unconfirmed"]:
+            images = f"{row['unconfirmed']} images"
+            console.print(f"{row['checkpoint']}, {row['attack']}: what it claimed of {images} was not borne out")
+    console.print(f"the table: {folder.evaluation}; what became of every image: {folder.evaluation.with_suffix('')}/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .tables import summary
+from .tables import accuracies, summary
 from .words import pairs
 
 
@@ -39,7 +39,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         return _help(options, config)
     folder = new_folder(config, options.out)
     options.go_on = f"--resume {folder}"
-    summary(train(config, folder))
+    _show(train(config, folder))
     return 0
 
 
@@ -51,8 +51,14 @@ def _resume(options: argparse.Namespace, overrides: dict[str, str], resume) -> i
     if refused:
         raise InputError(f"{refused[0]}: cannot be changed on --resume; accepted: --device, --debug")
     options.go_on = f"--resume {options.resume}"
-    summary(resume(options.resume, device=overrides.get("device")))
+    _show(resume(options.resume, device=overrides.get("device")))
     return 0
+
+
+def _show(folder) -> None:
+    summary(folder)
+    if folder.evaluation.exists():
+        accuracies(folder)
 
 
 def _help(options: argparse.Namespace, config) -> int:

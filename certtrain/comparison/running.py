@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
-from ..pipeline import evaluate, resume, train
+from ..pipeline import resume, train
 from ..progress import console
+from ..robustness import evaluate
 from ..run_folder import JsonLines, LineFile
 from ..training import TrainingStopped
 from .processes import in_processes

@@ -1,0 +1,88 @@
+"""A run's test images, attacked: what stays right, beside what IBP certifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import structure, unstructure
+from .data import Dataset
+from .evaluation import Checkpoint, Evaluate, Evaluation
+from .recipe import Config
+from .run_folder import RunFolder, sha256
+from .runs import check_data, load_model, recorded_config
+from .surroundings import device_name, surroundings, versions
+from .training import StopRequest
+from .verifiers.sweep import images_of
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    attacks: Sequence[str] | None = None,
+    epsilons: Sequence[float] | None = None,
+    images: str | range | int | None = None,
+    checkpoints: Sequence[str] | None = None,
+    settings: Evaluate | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """How many test images of a run whose training is finished stay right: clean, attacked, and certified by IBP.
+
+    Every image's line is written to ``evaluation/`` the moment its batch is known, and kept; the table is
+    ``evaluation.json``. What an argument leaves open is as ``settings`` say, or the recipe's ``evaluate`` section.
+
+    Args:
+        path: the run's folder.
+        attacks: such as ``pgd-50-10`` and ``autoattack``; epsilons: radii in pixel units; checkpoints: of ``last`` and
+            ``best``: see ``Evaluate``.
+        images: ``"start:stop"``, a range, or how many of the first; None for the settings'.
+        device: instead of the recipe's.
+    Returns:
+        the table, with what earlier calls found for the same weights.
+    Raises:
+        InputError: something given cannot be used; nothing on disk was changed.
+        Interrupted: SIGINT or SIGTERM; the same call goes on.
+        RuntimeError: an attack broke an image that IBP certified.
+    """
+    folder, description = RunFolder.open(Path(path))
+    config = recorded_config(folder, description)
+    asked = {"attacks": attacks, "epsilons": epsilons, "checkpoints": checkpoints}
+    section = {**unstructure(settings or config.evaluate), **{k: v for k, v in asked.items() if v is not None}}
+    changed = {"evaluate": section, "device": device or config.device}
+    config = structure(Config, {**unstructure(config), **changed})
+    where = config.resolved_device()
+    with surroundings(config.threads, where):
+        dataset = config.data.load()
+        check_data(dataset, description)
+        return evaluate_run(folder, dataset, config, images, where, quiet)
+
+
+def evaluate_run(
+    folder: RunFolder,
+    dataset: Dataset,
+    config: Config,
+    images: str | range | int | None,
+    device: torch.device,
+    quiet: bool,
+) -> dict[str, Any]:
+    """``evaluate`` by the recipe's own section, for data that are there; the networks are those in the folder."""
+    settings, test = config.evaluate, dataset.test
+    if images is None:
+        chosen = range(min(settings.images or len(test), len(test)))
+    else:
+        chosen = images_of(f":{images}" if isinstance(images, int) else images, len(test))
+    names = settings.checkpoints or (("last", "best") if folder.best.exists() else ("last",))
+    checkpoints = [
+        Checkpoint(name, load_model(folder.path, name)[0].to(device), sha256(folder.weights_of(name)))
+        for name in dict.fromkeys(names)
+    ]
+    made_by = {**versions(), "device": device_name(device)}
+    evaluation = Evaluation(
+        folder, test.to(device), config.perturbation, settings, config.seed, dataset.checksum, made_by
+    )
+    with StopRequest(at_once=True):
+        return evaluation.run(checkpoints, chosen, quiet=quiet)
