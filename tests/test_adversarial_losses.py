@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from loss_cases import gradient, make_batch, make_model, make_step
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from certtrain.attacks import Ascent, CrossEntropy, KullbackLeibler, Linearisation, SquaredEuclidean, gradient_of
 from certtrain.bounds import L2Ball, LinfBall
@@ -17,6 +18,7 @@ from certtrain.losses import (
     Fait,
     FastBat,
     Fgsm,
+    FgsmGa,
     FgsmRs,
     Loss,
     Mer,
@@ -28,7 +30,7 @@ from certtrain.losses import (
     Trades,
 )  # fmt: skip
 from certtrain.losses.adversarial import AdversarialLoss, quadratic_upper_bound
-from certtrain.step import Batch
+from certtrain.step import Batch, State
 
 KL, SQUARED = KullbackLeibler(), SquaredEuclidean()
 both_divergences = pytest.mark.parametrize("divergence", [KL, SQUARED], ids=["KL", "S"])
@@ -64,6 +66,13 @@ class TestQub:
     def test_float32_rounding_is_all_that_may_break_it(self):
         z, a = logits().float(), logits(seed=1).float()
         assert (quadratic_upper_bound(z, a, labels()) - cross_entropy(a, labels())).min() >= -1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_half_precision_logits_keep_the_bound(self, dtype):
+        z, a = logits(scale=60.0).to(dtype), logits(scale=60.0, seed=1).to(dtype)
+        found = quadratic_upper_bound(z, a, labels())
+        assert found.dtype == torch.float32
+        assert torch.allclose(found.double(), quadratic_upper_bound(z.double(), a.double(), labels()), rtol=1e-5)
 
     def test_centred_ignores_a_constant_as_the_cross_entropy_does(self):
         z, a, shift = logits(), logits(seed=1), logits(classes=1, seed=2)
@@ -233,6 +242,19 @@ class TestBregmanFamily:
             split = KL.between(passes.needed, passes.others["middle"]).mean()
             split = split + KL.between(passes.others["middle"], passes.adversarial).mean()
             assert split <= whole
+
+    @pytest.mark.parametrize("name", ["Trades", "Fait", "Score"])
+    @pytest.mark.parametrize(
+        "attack",
+        [{"start": "zero"}, {"start_scale": 0},
+         {"type": "Transferred", "steps": 3, "start_scale": 0, "objective": None}],
+    )  # fmt: skip
+    def test_an_attack_that_could_not_leave_the_image(self, name, attack):
+        """There the divergence's gradient is 0, and the loss would be clean training."""
+        with pytest.raises(InputError, match=r"^loss.attack.start: found '.*'; accepted: one beside the image"):
+            structure(Loss, {"type": name, "attack": attack}, "loss")
+        climbing = {**attack, "objective": {"type": "CrossEntropy"}}
+        assert structure(Loss, {"type": name, "attack": climbing}, "loss")
 
     @pytest.mark.parametrize("index", [0, 10, -1, 11])
     def test_an_index_outside(self, index):
@@ -517,3 +539,26 @@ def test_all_losses_take_a_batch_of_one_and_report_what_they_see(method):
     assert terms.total.isfinite() and terms.total.ndim == 0
     assert {"adversarial_loss", "attacked_accuracy"} <= set(terms.parts)
     assert not any(part.requires_grad for part in terms.parts.values())
+
+
+WAITING = {"NuAt": "every other batch has a singular value decomposition, which waits too"}
+HOST_FREE = [cls for name, cls in AdversarialLoss.members().items() if name not in WAITING]
+
+
+@both_balls
+@pytest.mark.parametrize("method", HOST_FREE, ids=lambda cls: cls.__name__)
+def test_no_step_waits_for_the_device(method, ball):
+    """Tensors without values: a branch, a number or a shape that depended on one would raise."""
+    if "teacher" in method.__dataclass_fields__:
+        pytest.skip("its network is read from a file; its formula is TRADES' own")
+    if ball is L2Ball and method in (FastBat, FgsmGa):
+        pytest.skip("knows l_inf balls alone, or needs a weight")
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        batch = Batch(torch.rand(12, 1, 8, 8), torch.arange(12) % 5, torch.arange(12))
+        loss = method()
+        specs = loss.declare_state((1, 8, 8))
+        tensors = {name: spec.allocate(12, 12, torch.device("cpu")) for name, spec in specs.items()}
+        for epoch in range(2):
+            step = replace(make_step(ball=ball), epoch=epoch, epochs=3, state=State(tensors, specs))
+            loss(model, batch, step).total.backward()

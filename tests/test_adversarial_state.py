@@ -9,7 +9,7 @@ from loss_cases import gradient, make_batch, make_model, make_step
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from certtrain.attacks import KullbackLeibler, PriorGuided, SmoothedCrossEntropy, Transferred
+from certtrain.attacks import KullbackLeibler, PriorGuided, SmoothedCrossEntropy, SquaredEuclidean, Transferred
 from certtrain.bounds import L2Ball, LinfBall
 from certtrain.config import structure
 from certtrain.data import Digits
@@ -448,6 +448,32 @@ class TestTransferred:
     def test_refuses(self, field, value):
         with pytest.raises(InputError, match=f"^loss.attack.{field}: found .*accepted"):
             structure(Loss, {"type": "Atta", "attack": {field: value}}, "loss")
+
+
+@every_ball
+@pytest.mark.parametrize("divergence", [KullbackLeibler(), SquaredEuclidean()], ids=lambda found: type(found).__name__)
+@pytest.mark.parametrize("attack", [PriorGuided(), Transferred(objective=None)], ids=lambda found: type(found).__name__)
+def test_a_divergence_climbs_though_the_first_epoch_had_no_radius(attack, divergence, ball):
+    """What is stored while epsilon is 0 is 0, where a divergence is flat: no later epoch would leave the images."""
+    loss, model, batch = Trades(attack=attack, divergence=divergence), smooth_model(), make_batch()
+    batch = replace(batch, augmentation=Augmentation(batch.index % 3, batch.index % 2, batch.index % 2 == 0, 1))
+    state, carried = state_of(loss, 12, pad=1), None
+    for epoch in range(4):
+        step = step_of(ball.with_epsilon(0.0 if epoch == 0 else ball.epsilon), batch, state, epoch, epoch)
+        found = loss.attacked(model, batch, step)
+        moved = (found.images - batch.images).flatten(1).abs().amax(1)
+        assert (moved == 0).all() if epoch == 0 else (moved > 1e-3).all()
+        if epoch == 1:
+            assert torch.equal(found.trace["start"], fresh_start(attack, batch, step))
+        if epoch >= 2:  # what an epoch with a radius left is where the next one starts
+            torch.testing.assert_close(found.trace["start"], carried, rtol=0, atol=1e-12)
+        carried = found.images if isinstance(attack, Transferred) else batch.images + state.tensors["prior"]
+
+
+def fresh_start(attack, batch, step):
+    noise = step.noise.normal((1, 8, 8), "start", torch.float64)
+    size = 1e-3 * noise if isinstance(attack, Transferred) else step.ball.epsilon * step.ball.direction(noise)
+    return step.ball.project(batch.images, (batch.images + size).clamp(0, 1))
 
 
 METHODS = [FgsmPgi(), FreeAt(), Atta()]

@@ -77,6 +77,30 @@ WORDS = {
                                     ["leaves 4 activations", "accepted: 0, 1"]),
     "no teacher": (["--loss.type", "CcDist"], ["loss.teacher: found none", "safetensors"]),
     "a teacher that is not there": (["--loss.type", "CcDist", "--loss.teacher", "nobody"], ["nobody: cannot be read"]),
+    "QUB over a method whose accuracy term is none": (["--loss.type", "Qub", "--loss.base.type", "Mart"],
+                                                       ["loss.base: found 'Mart'", "cross-entropy of one example"]),
+    "QUB over bounds alone": (["--loss.type", "Qub", "--loss.base.type", "Ibp"],
+                              ["loss.base.type: found 'Ibp'", "NFgsm, NuAt, Pgd2At, PgdAt"]),
+    "QUB deeper down": (["--loss.type", "MtlIbp", "--loss.adversarial", "{type: Qub, base: {type: Score}}"],
+                        ["loss.adversarial.base: found 'Score'"]),
+    "an unknown divergence": (["--loss.type", "Trades", "--loss.divergence.type", "JensenShannon"],
+                              ["loss.divergence.type: found 'JensenShannon'", "KullbackLeibler, SquaredEuclidean"]),
+    "FAIT at the start": (["--loss.type", "Fait", "--loss.index", "0"], ["loss.index: found 0", "1 to", "= 9"]),
+    "FAIT at the end": (["--loss.type", "Fait", "--loss.index", "10"], ["loss.index: found 10", "1 to", "= 9"]),
+    "FAIT beyond a shorter attack": (["--loss.type", "Fait", "--loss.attack.steps", "4", "--loss.index", "4"],
+                                     ["loss.index: found 4", "= 3"]),
+    "TRADES at a flat point": (["--loss.type", "Trades", "--loss.attack.start", "zero"],
+                               ["loss.attack.start: found 'zero'", "flat"]),
+    "Fast-BAT in another ball": (["--loss.type", "Qub", "--loss.base.type", "FastBat", "--perturbation.type", "L2Ball"],
+                                 ["FastBat: found L2Ball", "LinfBall"]),
+    "GradAlign's weight in another ball": (["--loss.type", "FgsmGa", "--perturbation.type", "L2Ball"],
+                                           ["loss.weight: found null for L2Ball"]),
+    "HAT without its network": (["--loss.type", "Hat"], ["loss.teacher: found none", "safetensors"]),
+    "AWP of a certified loss": (["--training.update.type", "Awp"], ["training.update: found Awp for CcIbp"]),
+    "LAP without a start": (["--loss.type", "FgsmPgi", "--training.update.type", "Lap"],
+                            ["training.update: found Lap for FgsmPgi", "Ascent"]),
+    "a geometric mean below 0": (["--loss.type", "ExpIbp", "--loss.adversarial.type", "Mart"],
+                                 ["loss.adversarial: found 'Mart'", "never negative"]),
     "a ramp without its end": (["--loss.alpha", "{start: 0.1}"], ["loss.alpha.end: must be given"]),
     "measurements that never come": (["--training.measure", "{every: 900}"], ["training.measure", "900", "200"]),
     "averaging after the end": (["--training.averaging", "{start: 900}"], ["training.averaging", "900"]),
@@ -396,6 +420,30 @@ def test_no_flipped_byte_of_a_checkpoint_goes_unnoticed(finished, tmp_path):
             refused += 1
             assert str(error).startswith(str(path)) and "accepted" in str(error) and "\n" not in str(error)
     assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "rows"),
+    [("FgsmPgi", "prior", 1438), ("Atta", "transferred", 1438), ("FreeAt", "carried", 500)],
+)
+def test_buffers_of_another_length(loss, name, rows, tmp_path, monkeypatch, capsys):
+    """A row too few: of another data set, or of another batch size."""
+    from certtrain.training import checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *TINY, "--loss.type", loss, "--out", "run"]) == 0
+    capsys.readouterr()
+    metrics = tmp_path / "run" / "metrics.jsonl"  # cut short before its last line, as ``here``
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    path = tmp_path / "run" / "resume.pt"
+    content = checkpoint.load(path, torch.device("cpu"))
+    whole = content["state"][name]
+    assert len(whole) == rows and whole.any()
+    for state in ({**content["state"], name: whole[:-1]}, {}):
+        checkpoint.save(path, {**content, "state": state})
+        found = "nothing" if not state else f"({rows - 1}, 1, 8, 8)"
+        mentions = [f"resume.pt: {name}: found {found}; accepted: ({rows}, 1, 8, 8)"]
+        assert_refused(tmp_path, capsys, ["--resume", "run"], mentions)
 
 
 def test_the_damaged_run_would_have_gone_on(here, capsys):

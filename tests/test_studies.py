@@ -14,6 +14,7 @@ from certtrain.comparison import read_study
 from certtrain.config import structure, unstructure
 from certtrain.losses import Loss
 from certtrain.losses.adversarial import AdversarialLoss, Qub
+from certtrain.losses.expressive import ExpressiveLoss
 from certtrain.models import SmallCnn, WideResNet
 from certtrain.noise import Noise
 from certtrain.recipe import Config, load_config
@@ -220,12 +221,12 @@ def test_recipes_take_steps(name, tmp_path):
 def test_studies_are_read(name, tmp_path):
     study = read_study(CONFIGS / "studies" / f"{name}.yaml")
     assert study.name == name and study.seeds == (0, 1, 2)
-    trials = list(study.trials(tmp_path))
+    trials, certified = list(study.trials(tmp_path)), name == "certified_digits"
     assert len({trial.path for trial in trials}) == len(trials) == 3 * len(study.rows)
     for row in study.rows:
         assert structure(Config, unstructure(row.config)) == row.config
-        assert isinstance(row.config.loss, AdversarialLoss) and "," not in row.label
-        assert not row.config.certify.enabled and row.config.evaluate.attacks
+        assert isinstance(row.config.loss, ExpressiveLoss if certified else AdversarialLoss) and "," not in row.label
+        assert row.config.certify.enabled == certified and row.config.evaluate.attacks
     shared = {(row.config.data, row.config.training.batch_size, row.config.certify) for row in study.rows}
     assert len(shared) == 1  # rows differ in what they compare, not in their data
     assert all(

@@ -58,7 +58,7 @@ def _joins(batch: Batch, step: Step) -> bool:
     if step.state.offset == 0:
         count = count + 1
         step.state.write(COUNT, batch, count)
-    return int(count) % 2 == 0
+    return int(count) % 2 == 0  # waits for the device, as the decomposition that it saves would
 
 
 def nuclear_norm(matrix: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,3 +84,12 @@ class SquaredEuclidean(Divergence):
 
     def potential(self, logits: Tensor) -> Tensor:
         return F.softmax(logits, 1).square().sum(1)
+
+
+def begun(objective: Objective, kept: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+    """The change (B, *shape) that each sample starts from: what it kept, or a fresh one where it kept 0 and the
+    objective is a divergence. That is flat at the image itself, which no step would ever leave."""
+    if not isinstance(objective, Divergence):
+        return kept
+    nothing = (kept == 0).flatten(1).all(1).reshape(-1, *[1] * (kept.ndim - 1))
+    return torch.where(nothing, fresh(), kept)

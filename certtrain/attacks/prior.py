@@ -13,7 +13,7 @@ from ..bounds import PerturbationSet
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .base import Attack, AttackResult, gradient_of
-from .objective import CrossEntropy, Objective
+from .objective import CrossEntropy, Objective, begun
 
 PRIOR, MOMENTUM = "prior", "prior_momentum"
 
@@ -27,7 +27,9 @@ class PriorGuided(Attack):
     ball's sphere) and m = 0. Where nothing is declared for it, in an evaluation, every visit is a first one.
 
     The stored d is a change of the augmented image, which crops and flips do not move. It is brought into the set
-    before use, as the start of every attack here; the authors' code passes it unclipped.
+    before use, as the start of every attack here; the authors' code passes it unclipped. A visit at epsilon 0, where a
+    ramp begins, leaves 0: the next one starts at the image, or at a fresh d if a divergence is climbed, which is flat
+    there.
 
     Its trace holds ``start`` (B, *shape), x + d.
 
@@ -36,7 +38,8 @@ class PriorGuided(Attack):
         momentum: mu, which m keeps of itself.
         reset: epochs between two fresh starts.
         norm: of which gradient the l1 norm is: the whole ``batch``'s, as published, so that a sample's momentum mixes
-            the scales of the batches that it was in; or each ``sample``'s own.
+            the scales of the batches that it was in (with ``training.accumulate`` of the parts); or each ``sample``'s
+            own.
         objective: what is climbed; null for what the loss asks for.
     """
 
@@ -63,10 +66,15 @@ class PriorGuided(Attack):
         objective = self.objective or CrossEntropy()
         reference = objective.reference(model, batch)
         kept, momentum = PRIOR in step.state.tensors, 0.0
+
+        def fresh() -> Tensor:
+            return ball.epsilon * ball.direction(step.noise.normal(images.shape[1:], "start", images.dtype))
+
         if kept and step.epoch % self.reset:
             change, momentum = (step.state.read(name, batch).to(images.dtype) for name in (PRIOR, MOMENTUM))
+            change = begun(objective, change, fresh)
         else:
-            change = ball.epsilon * ball.direction(step.noise.normal(images.shape[1:], "start", images.dtype))
+            change = fresh()
         start = ball.project(images, (images + change).clamp(0, 1))
         _, gradient = gradient_of(model, start, lambda logits: objective(logits, reference))
 

@@ -13,7 +13,7 @@ from ..errors import check
 from ..step import Augmentation, Batch, StateSpec, Step
 from .ascent import Ascent, Start
 from .base import AttackResult
-from .objective import CrossEntropy, Objective
+from .objective import CrossEntropy, Objective, begun
 
 KEPT = "transferred"
 
@@ -24,8 +24,9 @@ class Transferred(Ascent):
 
     The perturbation lies in the frame of the padded image: each visit reads the window that this visit's crop and flip
     show, and writes it back after the last step; pixels outside the window stay. In every ``reset``-th epoch, the first
-    one included, all of it is ``start_scale`` · normal noise. Where nothing is declared for it, in an evaluation, every
-    visit is a first one.
+    one included, all of it is ``start_scale`` · normal noise. A visit at epsilon 0, where a ramp begins, leaves 0: the
+    next one starts at the image, or at such noise if a divergence is climbed, which is flat there. Where nothing is
+    declared for it, in an evaluation, every visit is a first one.
 
     ATTA-1 is one step of 0.015 in a radius of 0.031, the default; ATTA-3 three of 0.01, ATTA-10 ten of 0.007.
 
@@ -53,11 +54,19 @@ class Transferred(Ascent):
     def begin(self, batch: Batch, ball: PerturbationSet, step: Step) -> Tensor:
         if KEPT not in step.state.tensors:
             return super().begin(batch, ball, step)
-        kept = step.state.read(KEPT, batch).to(batch.images.dtype)
+        images = batch.images
+        kept = step.state.read(KEPT, batch).to(images.dtype)
+
+        def fresh(shape: tuple[int, ...]) -> Tensor:
+            return self.start_scale * step.noise.normal(shape, "start", images.dtype)
+
         if step.epoch % self.reset == 0:
-            kept = self.start_scale * step.noise.normal(kept.shape[1:], "start", kept.dtype)
+            kept = fresh(kept.shape[1:])
             step.state.write(KEPT, batch, kept)
-        return self.bounded(batch.images, batch.images + window(kept, batch), ball)
+        change = window(kept, batch)
+        if self.objective is not None:
+            change = begun(self.objective, change, lambda: fresh(images.shape[1:]))
+        return self.bounded(images, images + change, ball)
 
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
         found = super().propose(model, batch, ball, step)

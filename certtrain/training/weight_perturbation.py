@@ -26,7 +26,8 @@ class WeightPerturbation(UpdateRule):
     batch norms and biases have none) to weights + nu; step there with the same adversarial images; take nu off again.
 
     Nothing else but the loss' own passes moves batch norms' running statistics. Of a batch in several parts all are
-    attacked first. Weight decay acts on weights + nu, as in the published code.
+    attacked first. Weight decay acts on weights + nu, as in the published code. What the attack recorded (the constant
+    gradient of FgsmGa, the constant logits of NAaer) is that of the weights themselves.
     """
 
     def check_loss(self, loss: Loss) -> None:

@@ -23,7 +23,7 @@ class NAaer(AdversarialTraining):
     With s the attack's start, A = {CE(f(s), y) > CE(f(x'), y)}, N the other samples, and V the mean over a set of
     |f(s) - f(x')|², f(s) a constant: mean CE(f(x'), y) + weight · |A| / B · (loss_weight · mean over A of
     (CE(f(s), y) - CE(f(x'), y)) + logit_weight · max(V_A - V_N, 0)), V_N a constant too. Where A or N is empty the
-    penalty is 0.
+    penalty is 0. With ``training.accumulate`` both are sets of a part's samples.
 
     RS-AAER is this with ``attack: {step_size: 1.25, start_scale: 1, projected: true}`` and weights of its own.
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +20,9 @@ class Qub(Wrapper):
     CE(a, y) <= CE(z, y) + (a - z)·(softmax(z) - y) + |a - z|² / 4, for clean logits z and adversarial logits a. The
     attack stays the base's own, and so do its regularisers. A base whose accuracy term is the clean cross-entropy
     (TRADES, FAIT, HAT, NuAT) has it replaced by the bound, and keeps its divergence: nobody has published that.
+
+    The clean pass comes after the attack, in the authors' code before it: an attack in evaluation mode sees running
+    statistics that are younger by one update there.
 
     Args:
         base: any method whose accuracy term is a cross-entropy.
@@ -59,10 +63,13 @@ class Qub(Wrapper):
 def quadratic_upper_bound(
     clean: Tensor, adversarial: Tensor, labels: Tensor, *, centred: bool = False, detached: bool = False
 ) -> Tensor:
-    """(B,) upper bounds of CE(adversarial, labels), both logits (B, K); equal to it where they agree.
+    """(B,) upper bounds of CE(adversarial, labels), both logits (B, K), at least in float32; equal to it where they
+    agree.
 
     The cross-entropy's Hessian in the logits is at most 1/2 everywhere, and at most (1 - 11ᵀ / K) / 2 (``centred``).
     """
+    if clean.dtype in (torch.float16, torch.bfloat16):  # the squares of whose differences overflow, or lose the bound
+        clean, adversarial = clean.float(), adversarial.float()
     residual = F.softmax(clean, 1) - F.one_hot(labels, clean.shape[1])
     change = adversarial - clean
     square = change.square().sum(1)
