@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
+from .evaluation import unanswered
 from .export import Export, write_files
 from .models import initialise_for_ibp
 from .noise import key_of
@@ -72,8 +74,11 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     if "imported" in description:
         raise InputError(f"{path}: found an imported network; accepted: verify and export, or a run of train")
     config = recorded_config(folder, description)
-    evaluated = folder.evaluation.exists() or not config.evaluate.enabled
-    if folder.final() and evaluated and (description.get("export") or not config.export.enabled):
+    if (
+        folder.final()
+        and not _unevaluated(folder, config, description)
+        and (description.get("export") or not config.export.enabled)
+    ):
         return folder
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
@@ -82,6 +87,13 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
         dataset, model = _prepare(config)
         check_data(dataset, description)
         return _go_on(folder, config, dataset, model, found, quiet)
+
+
+def _unevaluated(folder: RunFolder, config: Config, description: Mapping[str, Any]) -> bool:
+    """Whether the recipe asks for rows that ``evaluation.json`` does not have: another call's rows are not its own."""
+    asked, count = config.evaluate, description["dataset"].get("test", 0)
+    images = count if asked.images is None else min(asked.images, count)
+    return asked.enabled and any(unanswered(folder, asked, config.perturbation, config.seed, images))
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:
@@ -104,7 +116,7 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     config.loss.check_ball(config.perturbation)
     config.training.update.check_loss(config.loss)
     if config.evaluate.enabled:
-        config.evaluate.check_ball(config.perturbation)
+        config.evaluate.check_ball(config.perturbation, dataset.test.pixels(torch.tensor([0])))
         if "best" in config.evaluate.checkpoints and not config.training.select:
             raise InputError("evaluate.checkpoints: found best; accepted: last, or a training.select that keeps one")
     check_images(model, dataset, config.training)

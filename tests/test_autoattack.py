@@ -237,32 +237,55 @@ def lied_to(monkeypatch, ball, model, images, claims) -> list[Lost]:
 @pytest.mark.parametrize("kind", BALLS)
 @pytest.mark.parametrize("claim", ["outside", "nan", "not an image", "infinite"])
 def test_a_success_that_does_not_hold_is_reported_and_does_not_count(kind, claim, monkeypatch):
-    model, ball, images = Linear(4), BALLS[kind], torch.full((1, *SHAPE), 0.5) + 0.05 * torch.rand(1, *SHAPE)
+    model, ball = Linear(4), BALLS[kind]
     with torch.no_grad():
-        label = model(images).argmax(1)
+        images = model.images(400)
+        labels = model(images).argmax(1)
+        safe = model.slack(images, labels, ball) > 0.1  # no point of the ball is wrong
+        images, label = images[safe][:1], labels[safe][:1]
     points = {
-        "outside": 1 - images * 0 - 0.9, "nan": torch.full_like(images, torch.nan),
-        "not an image": images - 50 * model[1].weight.detach()[label].reshape(images.shape),
+        "outside": 1 - images, "nan": torch.full_like(images, torch.nan),
+        "not an image": images - 500 * model[1].weight.detach()[label].reshape(images.shape),
         "infinite": torch.full_like(images, torch.inf),
     }[claim]  # fmt: skip
-    if claim == "outside":
-        points = images - 0.4 * model[1].weight.detach()[label].sign().reshape(images.shape)
     with torch.no_grad():
         assert not (lead(model(points), label) > 0).any()
     assert lied_to(monkeypatch, ball, model, images, points) == [Lost(None, ("apgd-ce",))]
 
 
-def test_rounding_out_of_the_ball_is_forgiven_only_if_the_nearest_point_of_it_does():
+def test_what_counts_is_the_point_of_the_ball():
     model, ball = Linear(2), LinfBall(0.05)
     model[1].weight.data = torch.stack([torch.ones(25), -torch.ones(25)])
     labels = torch.zeros(1, dtype=torch.int64)
     # margin 2 * sum(x) + bias; the ball takes 2 * 25 * 0.05 = 2.5 of it
     model[1].bias.data = torch.tensor([-25.0 + 2.4, 0.0])  # margin 2.4 at 0.5: broken by the ball's corner
     images = torch.full((1, *SHAPE), 0.5)
-    assert [bool(flag) for flag in replay(model, batch_of(images, labels), ball, images - 0.05 - 5e-7)] == [True, True]
-    assert [bool(flag) for flag in replay(model, batch_of(images, labels), ball, images - 0.0501)] == [True, False]
+
+    def verdict(found: Tensor) -> list[bool]:
+        return [bool(flag) for flag in replay(model, batch_of(images, labels), ball, found)]
+
+    for beyond in (5e-7, 1e-4, 0.3, 2.0):  # wrong there, and at the corner that stands for it
+        assert verdict(images - 0.05 - beyond) == [True, True]
+    assert verdict(images - 0.04) == [False, False]
     model[1].bias.data = torch.tensor([-25.0 + 2.5 + 1e-5, 0.0])  # held by the corner, lost 5e-7 beyond it
-    assert [bool(flag) for flag in replay(model, batch_of(images, labels), ball, images - 0.05 - 5e-7)] == [True, False]
+    assert verdict(images - 0.05 - 5e-7) == [True, False]
+    half = images - 0.05
+    half[..., 0] = torch.nan
+    assert verdict(half) == [True, False]
+
+
+def test_a_point_that_is_wrong_only_inside_the_ball_counts():
+    """Right far away and wrong nearby: what was projected is what is asked."""
+
+    class Ring(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            far = (x.flatten(1).mean(1) - 0.5).abs()
+            right = (far < 0.02) | (far > 0.2)
+            return torch.stack([right.float(), 1 - right.float()], 1)
+
+    batch = batch_of(torch.full((1, *SHAPE), 0.5), torch.zeros(1, dtype=torch.int64))
+    claimed, broken = replay(Ring(), batch, LinfBall(0.05), torch.zeros(1, *SHAPE))
+    assert (bool(claimed), bool(broken)) == (False, True)
 
 
 def test_a_lie_does_not_keep_later_attacks_away(monkeypatch):

@@ -159,6 +159,14 @@ BAD = {
     "an unknown reference": ({"reference": "X"}, ["reference: found 'X'", "TRADES weight=3"]),
     "an unknown robustness": ({"robustness": "pgd-9"}, ["robustness: found 'pgd-9'", "pgd-2"]),
     "a curve without a metric": ({"curves": [{"kind": "epoch"}]}, ["curves[0].metric"]),
+    "a curve twice": ({"curves": [{"metric": "loss"}, {"metric": "loss", "kind": "measurement"}]},
+                      ["curves: found", "loss twice"]),
+    "a best checkpoint that nothing keeps": (
+        {"evaluate": {"attacks": ["pgd-2"], "checkpoints": ["last", "best"]}},
+        ["row FGSM-RS: evaluate.checkpoints: found 'best'", "training.select"]),
+    "rows on different data": (
+        {"rows": [{"name": "a"}, {"name": "b", "changes": {"data": {"validation": 0.2}}}]},
+        ["row b: data.validation: found 0.2; accepted: 0.1"]),
     "curves of text": ({"curves": "loss"}, ["curves: found 'loss'"]),
 }  # fmt: skip
 
@@ -327,6 +335,17 @@ def test_goes_on_with_what_was_interrupted(done, checkpoint, tmp_path, monkeypat
         ).read_bytes()
 
 
+def test_goes_on_from_files_that_were_half_written(tmp_path):
+    path, out = written(tmp_path, rows=ROWS[:1], seeds=[0]), tmp_path / "out"
+    (out / "fgsm-rs-seed0").mkdir(parents=True)
+    (out / "fgsm-rs-seed0" / ".run.json.1.tmp").write_text('{"config')
+    (out / "calls.jsonl").write_text('{"command": "one"}\n{"comm')
+    found = compare(path, out=out, command="two", quiet=True)
+    assert found.stages() == {"FGSM-RS": {0: "evaluated"}}
+    assert [call["command"] for call in JsonLines(out / "calls.jsonl")] == ["one", "two"]
+    assert not list(out.glob("*/.run.json*"))
+
+
 def test_only_seeds_list_and_report_only(tmp_path, capsys):
     path, out = written(tmp_path), tmp_path / "out"
     assert main(["compare", str(path), "--out", str(out), "--list"]) == 0
@@ -420,11 +439,13 @@ def test_what_a_process_is_refused_is_told(tmp_path):
 # --- counting, with planted runs
 
 
-def plant(trial, clean=None, pgd=None, *, seconds=(1.0, 2.0, 9.0), device="cpu", best=None) -> None:
+def plant(
+    trial, clean=None, pgd=None, *, seconds=(1.0, 2.0, 9.0), device="cpu", best=None, data="0", changed_row=None
+) -> None:
     description = {
         "config": unstructure(trial.config), "device": "cpu", "device_name": device, "threads": 1,
         "versions": {"torch": "9.9"},
-        "dataset": {"sha256": "0", "shape": [1, 8, 8], "classes": 10, "test": 50},
+        "dataset": {"sha256": data, "shape": [1, 8, 8], "classes": 10, "test": 50},
     }  # fmt: skip
     folder = RunFolder.create(trial.path, description)
     folder.model.write_bytes(b"weights")
@@ -433,9 +454,16 @@ def plant(trial, clean=None, pgd=None, *, seconds=(1.0, 2.0, 9.0), device="cpu",
         {"kind": "diagnosis", "epoch": 3, "split": [0.5, float(trial.seed)]}, {"kind": "final", "seconds": 9.0},
     )  # fmt: skip
     cells = [("last", "clean", 0.0, clean), ("last", "pgd-2", 0.05, pgd), ("best", "pgd-2", 0.05, best)]
-    fields, same = ("checkpoint", "attack", "epsilon", "accuracy"), {"images": 50, "weights_sha256": "0"}
-    rows = [{**dict(zip(fields, cell, strict=True)), **same} for cell in cells if cell[3] is not None]
-    folder.evaluation.write_text(json.dumps({"rows": rows, "versions": {"torch": "9.9", "device": "elsewhere"}}))
+    folder.best.write_bytes(b"others")
+    fields = ("checkpoint", "attack", "epsilon", "accuracy")
+    same = {"images": 50, "first_image": 0, "versions": [{"torch": "9.8", "device": "elsewhere"}]}
+    weights = {name: sha256(folder.weights_of(name)) for name in ("last", "best")}
+    rows = [
+        {**dict(zip(fields, cell, strict=True)), **same, "weights_sha256": weights[cell[0]], **(changed_row or {})}
+        for cell in cells
+        if cell[3] is not None
+    ]
+    folder.evaluation.write_text(json.dumps({"rows": rows}))
 
 
 def test_hand_computed_numbers(tmp_path):
@@ -460,7 +488,7 @@ def test_hand_computed_numbers(tmp_path):
     assert list(found["C"].values()) == ["C", "1", "100.00", "0.00", "", "1.00", ""]  # another machine's seconds
     assert list(found["D"].values()) == ["D", "0", "", "", "", "", ""]
     text = (out / "table.md").read_text()
-    assert "6 of 12 runs" in text and "device another, cpu" in text and "torch 9.9." not in text
+    assert "6 of 12 runs" in text and "torch 9.8, 9.9;" in text and "device another, cpu, elsewhere;" in text
     (row, *_) = csv.DictReader((out / "table.csv").open())
     assert float(row["clean, last"]) == pytest.approx(0.6) and float(row["clean, last sd"]) == pytest.approx(0.1)
     assert row["clean, last n"] == "3" and row["pgd-2, 0.05, best"] == "" and row["pgd-2, 0.05, best n"] == "0"
@@ -468,6 +496,60 @@ def test_hand_computed_numbers(tmp_path):
     assert [(line["row"], float(line["mean"]), line["sd"], line["n"]) for line in lines] == [
         ("A", 1.0, "1.0", "3"), ("B", 0.5, str(statistics.stdev([0, 1])), "2"), ("C", 2.0, "", "1"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"first_image": 50}, {"images": 49}, {"weights_sha256": "0"}])
+def test_other_images_and_other_weights_are_not_averaged_in(change, tmp_path):
+    path, out = written(tmp_path, rows=ROWS[:1]), tmp_path / "out"
+    for trial in read_study(path).trials(out):
+        plant(trial, 0.5 + trial.seed / 10, 0.2 + trial.seed / 10, changed_row=change if trial.seed else None)
+    compare(path, out=out, report_only=True)
+    found = table_of(out)["FGSM-RS"]
+    assert (found["n"], found["clean"], found["pgd-2, 0.05"]) == ("2", "50.00 (n = 1)", "20.00 (n = 1)")
+    assert "of 50 test images" in (out / "table.md").read_text()
+
+
+def test_runs_on_other_data_are_not_averaged_in(tmp_path, capsys):
+    path, out = written(tmp_path, rows=ROWS[:1]), tmp_path / "out"
+    for trial in read_study(path).trials(out):
+        plant(trial, 0.5, 0.2, data=f"{trial.seed}" * 64)
+    assert main(["compare", str(path), "--out", str(out), "--report-only"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "fgsm-rs-seed1: found a run on images" in said and "accepted" in said
+
+
+def test_what_is_not_trained_yet_does_not_count(tmp_path):
+    path, out = written(tmp_path, rows=ROWS[:1]), tmp_path / "out"
+    for trial in read_study(path).trials(out):
+        plant(trial, 0.5, 0.2)
+        if trial.seed == 1:
+            metrics = RunFolder(trial.path).metrics
+            metrics.rewrite([line for line in metrics if line["kind"] != "final"])
+    compare(path, out=out, report_only=True)
+    assert table_of(out)["FGSM-RS"]["n"] == "1" and "1 of 2 runs are trained" in (out / "table.md").read_text()
+
+
+def test_certified_accuracy_says_of_how_many(tmp_path):
+    path, out = written(tmp_path, rows=ROWS[:1], seeds=[0]), tmp_path / "out"
+    (trial,) = read_study(path).trials(out)
+    plant(trial, 0.5, 0.2)
+    RunFolder(trial.path).metrics.append(
+        {"kind": "final", "seconds": 9.0, "epsilon": 0.05, "certified_accuracy": 0.25, "images": 8}
+    )
+    compare(path, out=out, report_only=True)
+    assert table_of(out)["FGSM-RS"]["certified, 0.05"] == "25.00"
+    assert "of 50 (certified: 8) test images" in (out / "table.md").read_text()
+
+
+def test_another_step_size_is_evaluated_again(done, tmp_path):
+    path = tmp_path / "study"
+    subprocess.run(["cp", "-rp", str(done), str(path)], check=True)
+    written(path, evaluate={"attacks": ["pgd-2"], "images": 50, "step_size": 0.125}, curves=None)
+    trial = next(read_study(path / "study.yaml").trials(path / "out"))
+    assert list(unanswered(trial)) == [("last", "pgd-2", 0.05)]
+    compare(path / "study.yaml", out=path / "out", quiet=True)
+    rows = json.loads((trial.path / "evaluation.json").read_text())["rows"]
+    assert [row["settings"]["step_size"] for row in rows if row["attack"] == "pgd-2"] == [0.125]
 
 
 def test_a_broken_evaluation_is_named(tmp_path, capsys):

@@ -3,9 +3,10 @@
 import json
 import shutil
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ from certtrain.evaluation import (
     Question,
     RestartedPgd,
     measure,
+    unanswered,
 )
 from certtrain.evaluation.adversary import at_rest, is_right, lead
 from certtrain.noise import Noise
+from certtrain.pipeline import resume
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines, RunFolder, sha256
 from certtrain.runs import load_model
@@ -348,6 +351,103 @@ def test_a_second_call_adds_to_the_table_and_computes_nothing_twice(run, monkeyp
     assert [numbers for _, numbers in calls[1:]] == [tuple(range(20, 25))] * 3
 
 
+def test_rows_say_how_and_by_what_they_were_computed(run, monkeypatch):
+    first = certtrain.evaluate("run", attacks=["pgd-3-2", "autoattack-cheap"], images=10, quiet=True)
+    table = rows(first)
+    assert table["last", "clean", 0.0]["settings"] == table["last", "ibp", 0.05]["settings"] == {"seed": 0}
+    pgd = {"seed": 0, "steps": 3, "restarts": 2, "step_size": 0.25}
+    assert table["last", "pgd-3-2", 0.05]["settings"] == pgd
+    (versions,) = table["last", "autoattack-cheap", 0.05]["versions"]
+    assert versions["pyautoattack"] and versions["torch"] == torch.__version__ and versions["device"]
+    assert "pyautoattack" not in table["last", "pgd-3-2", 0.05]["versions"][0]
+    assert first["versions"]["pyautoattack"] == [versions["pyautoattack"]]
+
+    monkeypatch.setattr("certtrain.robustness.device_name", lambda device: "another")
+    settings = Evaluate(attacks=("pgd-3-2",), step_size=0.5)
+    second = certtrain.evaluate("run", settings=settings, images=15, quiet=True)
+    table = rows(second)
+    assert table["last", "pgd-3-2", 0.05]["settings"] == {**pgd, "step_size": 0.5}
+    assert [some["device"] for some in table["last", "pgd-3-2", 0.05]["versions"]] == ["another"]
+    assert [some["device"] for some in table["last", "clean", 0.0]["versions"]] == [versions["device"], "another"]
+    assert table["last", "autoattack-cheap", 0.05]["images"] == 10  # kept
+    assert second["versions"]["device"] == sorted([versions["device"], "another"])
+
+
+def test_two_calls_at_once_lose_no_row(run, monkeypatch):
+    """While one attacks, another one writes the table."""
+    call = RestartedPgd.__call__
+
+    def meanwhile(self, *rest):
+        if self.name == "pgd-3":
+            monkeypatch.setattr(RestartedPgd, "__call__", call)
+            certtrain.evaluate("run", attacks=["pgd-5"], images=10, quiet=True)
+        return call(self, *rest)
+
+    monkeypatch.setattr(RestartedPgd, "__call__", meanwhile)
+    found = certtrain.evaluate("run", attacks=["pgd-3"], images=10, quiet=True)
+    assert {row["attack"] for row in found["rows"]} == {"clean", "ibp", "pgd-3", "pgd-5"}
+
+
+ASKED = Evaluate(enabled=True, attacks=("pgd-2",), epsilons=(0.02,), images=10)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"images": "10:20"}, {"images": 9}, {"settings": replace(ASKED, step_size=0.5)}, {"epsilons": [0.03]},
+        {"attacks": ["pgd-3"]}, {"checkpoints": ["best"]},
+    ],
+)  # fmt: skip
+def test_a_run_is_evaluated_when_its_own_rows_are_there(other, run):
+    """Rows of other images, settings, epsilons, attacks or weights are not those that were asked for."""
+    shutil.copy(run.model, run.best)
+    wanted = [
+        (name, attack, epsilon) for name in ("last", "best") for attack, epsilon in (("clean", 0.0), ("pgd-2", 0.02))
+    ]
+
+    def missing() -> list[tuple[str, str, float]]:
+        return list(unanswered(run, ASKED, LinfBall(0.05), 0, 10))
+
+    assert missing() == wanted
+    certtrain.evaluate("run", settings=ASKED, quiet=True)
+    assert not missing()
+    assert list(unanswered(run, ASKED, LinfBall(0.05), 1, 10)) == wanted
+    run.evaluation.unlink()
+    certtrain.evaluate("run", **({"settings": ASKED} | other), quiet=True)  # type: ignore[arg-type]
+    assert missing() and set(missing()) <= set(wanted)
+
+
+def test_resume_does_the_recipes_own_evaluation_whatever_another_call_asked(tmp_path):
+    config = load_config(ROOT / "configs" / "smoke.yaml", {**TINY, "evaluate.enabled": "true", "evaluate.images": "10",
+                                                           "evaluate.attacks": "[pgd-2]"})  # fmt: skip
+    folder = certtrain.train(config, tmp_path / "run", quiet=True)
+    whole = rows(json.loads(folder.evaluation.read_text()))
+    written = folder.evaluation.stat().st_mtime_ns
+    resume(folder.path, quiet=True)
+    assert folder.evaluation.stat().st_mtime_ns == written
+    folder.evaluation.unlink()
+    certtrain.evaluate(folder.path, attacks=["pgd-1"], images=4, quiet=True)
+    resume(folder.path, quiet=True)
+    assert rows(json.loads(folder.evaluation.read_text())).items() >= whole.items()
+
+
+def test_small_images_are_refused_in_l2_before_training(tmp_path):
+    archive = tmp_path / "small.npz"
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part in ("train", "test"):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (40, 1, 4, 4), dtype=np.uint8)
+        arrays[f"{part}_labels"] = rng.integers(0, 3, 40)
+    np.savez(archive, **arrays)
+    fields = {"data": f"{{type: Arrays, path: {archive}}}", "perturbation": "{type: L2Ball, epsilon: 0.1}",
+              "certify.enabled": "false", "evaluate.enabled": "true", "evaluate.attacks": "[autoattack]",
+              "loss": "{type: FgsmRs}"}  # fmt: skip
+    config = load_config(ROOT / "configs" / "smoke.yaml", TINY | fields)
+    with pytest.raises(InputError, match=r"autoattack: found images of 4×4; accepted: 5×5"):
+        certtrain.train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_rows_on_other_weights_leave_the_table(run):
     shutil.copy(run.model, run.best)
     both = certtrain.evaluate("run", attacks=["pgd-3"], images=10, quiet=True)
@@ -435,6 +535,7 @@ WORDS = {
     "infinite radius": (["run", "--epsilons", ".inf"], ["evaluate.epsilons"]),
     "no images": (["run", "--images", "0"], ["images", ":0"]),
     "too many images": (["run", "--images", "100000"], ["images", "100000"]),
+    "images of text": (["run", "--images", "1e2"], ["--images: found '1e2'", "N or START:STOP"]),
     "images backwards": (["run", "--images", "9:3"], ["images", "9:3"]),
     "unknown checkpoint": (["run", "--checkpoints", "first"], ["evaluate.checkpoints", "first", "last, best"]),
     "no best checkpoint": (["run", "--checkpoints", "last,best"], ["best.safetensors", "training.select"]),

@@ -49,7 +49,9 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     recorded = recorded_config(*RunFolder.open(path))
     config = structure(Config, override(unstructure(recorded), overrides))
     images = options.images
-    if images is not None and images.isascii() and images.isdigit():
+    if images is not None and ":" not in images:
+        if not (images.isascii() and images.isdigit()):
+            raise InputError(f"--images: found {images!r}; accepted: N or START:STOP, such as 1000 or 0:1000")
         images = int(images)
     evaluate(path, settings=config.evaluate, images=images, device=options.device)
     accuracies(RunFolder(path))

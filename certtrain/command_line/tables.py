@@ -87,9 +87,11 @@ def accuracies(folder) -> None:
     for row in found["rows"]:
         names = {name: count for name, count in row["lost_to"].items() if name != "clean"}
         lost = ", ".join(f"{name} {count}" for name, count in names.items()) if "auto" in row["attack"] else ""
+        first, count = row["first_image"], row["images"]
         table.add_row(
             row["checkpoint"], row["attack"], "" if row["attack"] == "clean" else f"{row['epsilon']:.4g}",
-            str(row["images"]), f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", lost,
+            f"{first}:{first + count}" if first else str(count),
+            f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", lost,
         )  # fmt: skip
     console.print(table)
     for row in found["skipped"]:
@@ -97,5 +99,9 @@ def accuracies(folder) -> None:
     for row in found["rows"]:
         if row["unconfirmed"]:
             images = f"{row['unconfirmed']} images"
-            console.print(f"{row['checkpoint']}, {row['attack']}: what it claimed of {images} was not borne out")
+            where = f"{row['checkpoint']}, {row['attack']}, epsilon {row['epsilon']:.6g}"
+            console.print(f"{where}: what it claimed of {images} was not borne out")
+    for name, values in found["versions"].items():
+        if len(values) > 1:
+            console.print(f"rows of different {name}: {', '.join(values)}; each row of the file says its own")
     console.print(f"the table: {folder.evaluation}; what became of every image: {folder.evaluation.with_suffix('')}/")

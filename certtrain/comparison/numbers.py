@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ..evaluation import united
 from .results import Key, Result, epsilons_of
 from .study import Row, Study
 
@@ -70,11 +71,7 @@ def of_row(row: Row, results: Iterable[Result]) -> list[Result]:
 
 def made_by(results: Iterable[Result]) -> Mapping[str, list[str]]:
     """Every version, device and number of threads that had a part in the numbers."""
-    found: dict[str, set[str]] = {}
-    for result in results:
-        for name, value in result.made_by.items():
-            found.setdefault(name, set()).add(value)
-    return {name: sorted(values) for name, values in found.items()}
+    return united(versions for result in results for versions in (result.made_by, *result.evaluated_by))
 
 
 def heading(key: Key, checkpoints: bool) -> str:

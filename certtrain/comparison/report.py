@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..errors import InputError
 from ..run_folder import JsonLines, write_atomically
 from .curves import curve_csv, curve_figure, curve_of
 from .figure import trade_off
@@ -16,8 +17,19 @@ from .study import Study
 
 
 def results_of(study: Study, folder: Path) -> list[Result]:
-    found = (result_of(trial) for trial in study.trials(folder))
-    return [result for result in found if result is not None]
+    """Of the trials that are trained.
+
+    Raises:
+        InputError: they were trained on different data.
+    """
+    found = [result for trial in study.trials(folder) if (result := result_of(trial)) is not None]
+    for result in found:
+        if result.data != found[0].data:
+            raise InputError(
+                f"{result.trial.path}: found a run on images with sha256 {result.data[:12]}…; accepted: those of "
+                f"{found[0].trial.path}, {found[0].data[:12]}…, or another --out"
+            )
+    return found
 
 
 def write_table(study: Study, folder: Path, failures: Mapping[str, str]) -> None:
@@ -59,14 +71,17 @@ def markdown(study: Study, results: Sequence[Result], calls: Sequence[str], fail
 
 
 def _notes(study: Study, results: Sequence[Result], keys: Sequence) -> list[str]:
-    counts = sorted({result.images[key] for result in results for key in keys if key in result.images})
-    images = " or ".join(map(str, counts)) or "no"
+    attacked = [key for key in keys if key[1] != "certified"]
+    counts = {count for result in results for key, count in result.images.items() if key in attacked}
+    images = " or ".join(map(str, sorted(counts))) or "no"
+    certified = {count for result in results for key, count in result.images.items() if key[1] == "certified"}
+    images += f" (certified: {' or '.join(map(str, sorted(certified)))})" if certified - counts else ""
     runs = len(study.rows) * len(study.seeds)
     notes = [
         f"Accuracy in % of {images} test images: mean ± sample standard deviation over n seeds "
         f"({', '.join(map(str, study.seeds))}); no ± for one seed. An empty cell: not there.",
-        "s/epoch: the median epoch of training; compared on one device and number of threads alone.",
-        f"{len(results)} of {runs} runs are there.",
+        "s/epoch: the median epoch of training, with what it measures; compared on one device and thread count alone.",
+        f"{len(results)} of {runs} runs are trained.",
     ]  # fmt: skip
     surroundings = made_by(results)
     if surroundings:

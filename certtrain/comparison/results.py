@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..config import flatten, unstructure
 from ..errors import InputError
+from ..evaluation import read_rows
+from ..evaluation import unanswered as unanswered_by
 from ..recipe import Config
 from ..run_folder import RunFolder, sha256
 from ..runs import recorded_config
@@ -20,7 +23,10 @@ Stage = Literal["missing", "interrupted", "trained", "evaluated"]
 Key = tuple[str, str, float | None]
 """Checkpoint, attack (``clean``, ``ibp`` and ``certified`` among them), epsilon; None for ``clean``."""
 
-ASKED = {f"evaluate.{name}" for name in ("enabled", "attacks", "epsilons", "images", "checkpoints")}
+ASKED = {
+    f"evaluate.{name}"
+    for name in ("enabled", "attacks", "epsilons", "images", "step_size", "batch_size", "checkpoints")
+}
 """What may be asked anew of a network that was trained already."""
 
 
@@ -31,8 +37,10 @@ class Result:
     Args:
         accuracies: shares of the test images.
         images: how many they were, of each accuracy.
-        seconds: the median epoch of training. None before the first one.
-        made_by: versions, device, threads: what times and, in the last digits, accuracies depend on.
+        seconds: the median epoch of training.
+        made_by: versions, device, threads of the training: what times and, in the last digits, accuracies depend on.
+        evaluated_by: versions and devices of the evaluations.
+        data: the checksum of the data.
     """
 
     trial: Trial
@@ -40,29 +48,54 @@ class Result:
     images: Mapping[Key, int]
     seconds: float | None
     made_by: Mapping[str, str]
+    evaluated_by: Sequence[Mapping[str, str]]
+    data: str
 
 
 def result_of(trial: Trial) -> Result | None:
-    """What is there; None where there is no run yet.
+    """What is there; None where nothing is trained yet. Evaluations of other images than the study's, or of other
+    weights than those that are there, are left out.
 
     Raises:
         InputError: the folder is of another recipe, or a file in it is not as written.
     """
-    if not RunFolder(trial.path).run.exists():
+    if not RunFolder(trial.path).run.exists() or not (final := RunFolder(trial.path).final()):
         return None
     folder, description = RunFolder.open(trial.path)
-    accuracies, images = {}, {}
-    for row in evaluated(folder):
-        accuracies[key_of_row(row)], images[key_of_row(row)] = row["accuracy"], row["images"]
-    final = folder.final() or {}
+    wanted = {"first_image": 0, "images": asked_images(trial, description)}
+    rows = [
+        row
+        for row in read_rows(folder.evaluation)
+        if {**row, **wanted} == row and row.get("weights_sha256") == _weights(folder, row["checkpoint"])
+    ]
+    accuracies = {key_of_row(row): row["accuracy"] for row in rows}
+    images = {key_of_row(row): row["images"] for row in rows}
     if final.get("certified_accuracy") is not None:
         key = "last", "certified", final["epsilon"]
         accuracies[key], images[key] = final["certified_accuracy"], final["images"]
     made_by = {
-        **_summary(folder).get("versions", {}), **description.get("versions", {}),
-        "device": description.get("device_name") or description["device"], "threads": description["threads"],
+        **description.get("versions", {}), "device": description.get("device_name") or description["device"],
+        "threads": description["threads"],
     }  # fmt: skip
-    return Result(trial, accuracies, images, _seconds(folder), {name: str(value) for name, value in made_by.items()})
+    return Result(
+        trial, accuracies, images, _seconds(folder), {name: str(value) for name, value in made_by.items()},
+        [versions for row in rows for versions in row.get("versions", [])], description["dataset"]["sha256"],
+    )  # fmt: skip
+
+
+def _weights(folder: RunFolder, checkpoint: str) -> str:
+    """Their checksum, empty where there are none."""
+    file = folder.weights_of(checkpoint)
+    if not file.exists():
+        return ""
+    found = file.stat()
+    return _sha256(file, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(file: Path, size: int, changed: int) -> str:
+    """Once for each file, while it is as it is: the table is written after every run."""
+    return sha256(file)
 
 
 def stage_of(trial: Trial) -> Stage:
@@ -76,22 +109,19 @@ def stage_of(trial: Trial) -> Stage:
     return "trained" if any(unanswered(trial)) else "evaluated"
 
 
-def unanswered(trial: Trial) -> Iterator[Key]:
+def unanswered(trial: Trial) -> Iterator[tuple[str, str, float]]:
     """What the study asks of these weights and is not in ``evaluation.json``."""
     folder, description = RunFolder.open(trial.path)
-    asked, count = trial.config.evaluate, description["dataset"].get("test", 0)
-    images = count if asked.images is None else min(asked.images, count)
-    checkpoints = asked.checkpoints or (("last", "best") if folder.best.exists() else ("last",))
-    weights = {name: sha256(file) for name in checkpoints if (file := folder.weights_of(name)).exists()}
-    there = {
-        key_of_row(row)
-        for row in evaluated(folder)
-        if row["images"] == images and row["weights_sha256"] == weights.get(row["checkpoint"])
-    }
-    for checkpoint in checkpoints:
-        keys = [(checkpoint, "clean", None)]
-        keys += [(checkpoint, attack, epsilon) for epsilon in epsilons_of(trial.config) for attack in asked.attacks]
-        yield from (key for key in keys if key not in there)
+    config = trial.config
+    yield from unanswered_by(
+        folder, config.evaluate, config.perturbation, config.seed, asked_images(trial, description)
+    )
+
+
+def asked_images(trial: Trial, description: Mapping[str, Any]) -> int:
+    """How many of the first test images the study asks for."""
+    count, asked = description["dataset"].get("test", 0), trial.config.evaluate.images
+    return count if asked is None else min(asked, count)
 
 
 def epsilons_of(config: Config) -> tuple[float, ...]:
@@ -116,20 +146,6 @@ def check_recipe(trial: Trial) -> None:
                 f"{trial.path}: {field}: found a run with {found.get(field)!r}; accepted: {wanted.get(field)!r}, as "
                 "the study says, or another --out"
             )
-
-
-def evaluated(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows of ``evaluation.json``; none where there is none."""
-    return _summary(folder).get("rows", [])
-
-
-def _summary(folder: RunFolder) -> dict[str, Any]:
-    try:
-        return json.loads(folder.evaluation.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder.evaluation}: cannot be read ({error}); accepted: the file as written") from error
 
 
 def _seconds(folder: RunFolder) -> float | None:

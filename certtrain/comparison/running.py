@@ -127,6 +127,8 @@ def finish(trial: Trial, quiet: bool) -> None:
             if stage_of(trial) == "interrupted":
                 resume(trial.path, quiet=quiet)
         else:
+            for half in trial.path.glob(".run.json.*.tmp"):  # of a process that was killed before it had begun
+                half.unlink()
             train(trial.config, trial.path, quiet=quiet)
         if any(unanswered(trial)):
             evaluate(trial.path, settings=trial.config.evaluate, quiet=quiet)
@@ -150,5 +152,6 @@ def _remember(folder: Path, command: str) -> None:
     """Which calls made the numbers, for the table."""
     folder.mkdir(parents=True, exist_ok=True)
     calls = JsonLines(folder / "calls.jsonl")
+    calls.drop_half_line()
     if command and command not in [call["command"] for call in calls]:
         calls.append({"command": command})

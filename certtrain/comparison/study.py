@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import read_yaml, structure
+from ..config import flatten, read_yaml, structure, unstructure
 from ..errors import InputError, check
 from ..recipe import Config
 
@@ -137,8 +137,12 @@ def _study(path: Path, mapping: Mapping[str, Any]) -> Study:
     twice = next((name for name in names if names.count(name) > 1), None)
     check(twice is None, "rows", f"{twice} twice", "different names")
     _refuse_twins(rows)
+    _refuse_other_data(rows)
     curves = _list(mapping.get("curves", []), "curves")
     curves = tuple(structure(Curve, entry, f"curves[{number}]") for number, entry in enumerate(curves))
+    stems = [curve.stem for curve in curves]
+    twin = next((curve.metric for curve in curves if stems.count(curve.stem) > 1), None)
+    check(twin is None, "curves", f"{twin} twice", "different metrics, for each has files of its own")
     labels = [row.label for row in rows]
     reference = mapping.get("reference", labels[0])
     check(reference in labels, "reference", reference, f"a row: {'; '.join(labels)}")
@@ -178,6 +182,8 @@ def _rows(entry: Any, base: Mapping[str, Any], place: str) -> Iterator[Row]:
             config = structure(Config, swept)
             config.loss.check_ball(config.perturbation)
             config.training.update.check_loss(config.loss)
+            best = "best" in config.evaluate.checkpoints and not config.training.select
+            check(not best, "evaluate.checkpoints", "best", "last, or a training.select that keeps one")
         except InputError as error:
             raise InputError(f"row {' '.join(words)}: {error}") from error
         yield Row(" ".join(words), str(name), config, values)
@@ -223,6 +229,19 @@ def _refuse_others(mapping: Mapping[str, Any], fields: tuple[str, ...], where: s
     for key in mapping:
         if key not in fields:
             raise InputError(f"{where}{key}: no such field; accepted: {', '.join(fields)}")
+
+
+def _refuse_other_data(rows: list[Row]) -> None:
+    """Accuracies on different images would stand in one column."""
+    first = flatten(unstructure(rows[0].config.data))
+    for row in rows:
+        found = flatten(unstructure(row.config.data))
+        for name in [*found, *first]:
+            if found.get(name) != first.get(name):
+                raise InputError(
+                    f"row {row.label}: data.{name}: found {found.get(name)!r}; accepted: {first.get(name)!r}, as in "
+                    "the first row, for all rows share their data"
+                )
 
 
 def _refuse_twins(rows: list[Row]) -> None:

@@ -17,8 +17,6 @@ from ..step import Batch, Step
 from .adversary import Adversary, Lost, is_right, rows_of
 
 NORMS: dict[type, str] = {LinfBall: "Linf", L2Ball: "L2"}
-SLACK = 1e-6
-"""By which a point may leave the ball in float32 before it is projected and tried again."""
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.CRITICAL)  # what the package says of gradients that vanish, in the middle of a progress bar
 
@@ -32,8 +30,8 @@ class AutoAttack(Adversary):
     are fewer targets; with three the targeted DLR loss is not defined, with two no DLR loss is.
 
     The package's ``run_standard_evaluation`` is not called: it indexes targets that are not there, cannot resume,
-    leaves the model's mode alone and takes away whatever ``sys.settrace`` held. What an attack returns counts only if
-    it lies in the ball, give or take 1e-6, and if, projected onto it, our own forward pass gets it wrong.
+    leaves the model's mode alone and takes away whatever ``sys.settrace`` held. What an attack returns is projected
+    onto the ball, and counts if, and only if, our own forward pass gets that point wrong.
 
     Args:
         label: the row's name.
@@ -125,8 +123,12 @@ class AutoAttack(Adversary):
 
 
 def replay(model: nn.Module, batch: Batch, ball: PerturbationSet, found: Tensor) -> tuple[Tensor, Tensor]:
-    """(claimed, broken), both (B,) bool: is the network wrong on ``found``? And is that so inside the ball?"""
+    """(claimed, broken), both (B,) bool: is the network wrong on ``found``? And on the point of the ball for it?
+
+    That point may be wrong where ``found`` is outside, and even where it is right: an image of which we hold a
+    counterexample is not robust. NaN has no such point.
+    """
     claimed = ~is_right(model, found, batch.labels)
-    inside = ball.contains(batch.images, found, SLACK)
-    projected = ball.project(batch.images, found.clamp(0, 1))
-    return claimed, claimed & inside & ~is_right(model, projected, batch.labels)
+    points = found.isfinite().flatten(1).all(1)
+    projected = ball.project(batch.images, torch.where(found.isfinite(), found, batch.images).clamp(0, 1))
+    return claimed, points & ~is_right(model, projected, batch.labels)

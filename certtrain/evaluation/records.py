@@ -54,8 +54,8 @@ class Question:
     @property
     def basis(self) -> dict[str, Any]:
         """All that the answers are a function of: those of another basis are no answers to this question."""
-        content = {"attack": self.adversary.name, "perturbation": unstructure(self.ball), "seed": self.seed,
-                   **self.adversary.basis(self.batch_size), **self.rests_on}  # fmt: skip
+        content = {"attack": self.adversary.name, "perturbation": unstructure(self.ball),
+                   **asked_of(self.adversary, self.seed, self.batch_size), **self.rests_on}  # fmt: skip
         return json.loads(json.dumps(content))
 
     @property
@@ -87,6 +87,20 @@ class Question:
              "lost_to": lost[row].to, "unconfirmed": list(lost[row].unconfirmed), "seconds": seconds, "settings": name}
             for row, (number, label, prediction) in enumerate(zip(numbers, batch.labels.tolist(), predictions))
         ]  # fmt: skip
+
+
+def asked_of(adversary: Adversary, seed: int, batch_size: int) -> dict[str, Any]:
+    """What a row of the table says of how its attack was run."""
+    return {"seed": seed, **adversary.basis(batch_size)}
+
+
+def versions_behind(file: JsonLines, lines: Sequence[Record]) -> list[dict[str, str]]:
+    """What computed these lines of the file; more than one where versions or devices changed on the way."""
+    used, found = {line["settings"] for line in lines}, []
+    for described in _settings(file):
+        if described["settings"] in used and described["versions"] not in found:
+            found.append(described["versions"])
+    return found
 
 
 def measure(question: Question, file: JsonLines, images: range, title: str, *, quiet: bool = False) -> list[Record]:

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from ..bounds import PerturbationSet
 from ..errors import InputError, check
 from .adversary import Adversary, RestartedPgd
@@ -58,13 +60,13 @@ class Evaluate:
         found = [adversary_of(name, self.step_size) for name in self.attacks]
         return list({adversary.name: adversary for adversary in found if adversary is not None}.values())
 
-    def check_ball(self, ball: PerturbationSet) -> None:
+    def check_ball(self, ball: PerturbationSet, images: Tensor | None = None) -> None:
         """
         Raises:
-            InputError: an attack does not know such a set, or misses a package.
+            InputError: an attack does not know such a set or, where they are given, such images, or misses a package.
         """
         for adversary in self.adversaries():
-            if reason := adversary.refuses(None, None, ball):
+            if reason := adversary.refuses(None, images, ball):
                 raise InputError(f"{adversary.name}: {reason}")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..data import Split
 from ..errors import InputError
 from ..run_folder import RunFolder, sha256, write_atomically
 from .adversary import Adversary, Clean, Intervals, at_rest
-from .records import Question, Record, measure
+from .records import Question, Record, asked_of, measure, versions_behind
 from .settings import CHECKPOINTS, Evaluate
 
 PLACE = ("checkpoint", "attack", "epsilon")
@@ -59,15 +60,15 @@ class Evaluation:
             RuntimeError: an attack broke an image that IBP certified: one of them is wrong.
         """
         self.settings.check_ball(self.ball)
-        before = self._before()
+        self._before()
         for checkpoint in checkpoints:
             for adversary in self.settings.adversaries():
                 if reason := self._refusal(checkpoint, adversary, self.ball, images):
                     raise InputError(f"{adversary.name}: {reason}")
         rows, skipped = [], []
         for checkpoint in checkpoints:
-            clean = self._measure(checkpoint, Clean(), 0.0, images, None, quiet)
-            rows.append(row_of(checkpoint, "clean", 0.0, clean))
+            row, clean = self._measure(checkpoint, Clean(), 0.0, images, None, quiet)
+            rows.append(row)
             right = {line["index"]: line for line in clean}
             for epsilon in dict.fromkeys(self.settings.epsilons or (float(self.ball.epsilon),)):
                 certified: list[Record] = []
@@ -77,23 +78,24 @@ class Evaluation:
                         "weights_sha256": checkpoint.sha256,
                     })  # fmt: skip
                 else:
-                    certified = self._measure(checkpoint, Intervals(), epsilon, images, right, quiet)
-                    rows.append(row_of(checkpoint, "ibp", epsilon, certified))
+                    row, certified = self._measure(checkpoint, Intervals(), epsilon, images, right, quiet)
+                    rows.append(row)
                 for adversary in self.settings.adversaries():
-                    lines = self._measure(checkpoint, adversary, epsilon, images, right, quiet)
+                    row, lines = self._measure(checkpoint, adversary, epsilon, images, right, quiet)
                     refuse_contradictions(certified, lines, f"{checkpoint.name}, {adversary.name}, epsilon {epsilon!r}")
-                    rows.append(row_of(checkpoint, adversary.name, epsilon, lines))
+                    rows.append(row)
+        before = self._before()  # now, for another process may have written meanwhile
         known = {_place(row) for row in (*rows, *skipped)}
         rows, skipped = (
             [*(row for row in before[name] if _place(row) not in known), *now]
             for name, now in (("rows", rows), ("skipped", skipped))
         )
-        return self._write(sorted(rows, key=_order), skipped, before["versions"])
+        return self._write(sorted(rows, key=_order), skipped)
 
     def _measure(
         self, checkpoint: Checkpoint, adversary: Adversary, epsilon: float, images: range,
         right: Mapping[int, Record] | None, quiet: bool,
-    ) -> list[Record]:  # fmt: skip
+    ) -> tuple[dict[str, Any], list[Record]]:  # fmt: skip
         question = Question(
             checkpoint.model, self.split, self.ball.with_epsilon(epsilon), adversary, self.seed,
             self.settings.batch_size, {"weights": checkpoint.sha256, "data": self.data}, self.versions, right,
@@ -101,7 +103,12 @@ class Evaluation:
         radius = "" if adversary.name == "clean" else f", epsilon {epsilon:.4g}"
         title = f"{checkpoint.name} {adversary.name}{radius}"
         file = self.folder.evaluated(checkpoint.name, adversary.name, epsilon)
-        return measure(question, file, images, title, quiet=quiet)
+        lines = measure(question, file, images, title, quiet=quiet)
+        behind = {
+            "settings": asked_of(adversary, self.seed, self.settings.batch_size),
+            "versions": versions_behind(file, lines),
+        }
+        return row_of(checkpoint, adversary.name, epsilon, lines) | behind, lines
 
     def _refusal(self, checkpoint: Checkpoint, adversary: Adversary, ball: PerturbationSet, images: range) -> str:
         """Why it cannot be tried here; empty where it can."""
@@ -113,7 +120,7 @@ class Evaluation:
         """What the summary says of weights that are still there."""
         path = self.folder.evaluation
         if not path.exists():
-            return {"rows": [], "skipped": [], "versions": {}}
+            return {"rows": [], "skipped": []}
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             there = {name: self.folder.weights_of(name) for name in CHECKPOINTS}
@@ -123,19 +130,15 @@ class Evaluation:
                 for row in found[name]:
                     same = current.get(row["checkpoint"]) == row["weights_sha256"] and found["data"] == self.data
                     rows.extend([row] if same and all(map(row.__contains__, PLACE)) else [])
-            return {**kept, "versions": {**found["versions"]}}
+            return kept
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({error}); accepted: the file as written, or none") from error
 
-    def _write(
-        self, rows: list[dict[str, Any]], skipped: list[dict[str, Any]], before: Mapping[str, str]
-    ) -> dict[str, Any]:
-        made_by = {**before, **self.versions}
-        for adversary in self.settings.adversaries():
-            made_by |= adversary.versions()
+    def _write(self, rows: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> dict[str, Any]:
         found = {
             "rows": rows, "skipped": skipped, "perturbation": type(self.ball).__name__, "data": self.data,
-            "versions": made_by, "written": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "versions": united(versions for row in rows for versions in row.get("versions", [])),
+            "written": datetime.now().astimezone().isoformat(timespec="seconds"),
         }  # fmt: skip
         text = json.dumps(found, indent=2) + "\n"
         write_atomically(self.folder.evaluation, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -155,6 +158,51 @@ def row_of(checkpoint: Checkpoint, attack: str, epsilon: float, lines: Sequence[
         "unconfirmed": sum(bool(line["unconfirmed"]) for line in lines),
         "seconds": round(sum(line["seconds"] for line in lines), 3), "weights_sha256": checkpoint.sha256,
     }  # fmt: skip
+
+
+def united(versions: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Every value that each name has."""
+    found: dict[str, set[str]] = {}
+    for name, value in (item for some in versions for item in some.items()):
+        found.setdefault(name, set()).add(value)
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def unanswered(
+    folder: RunFolder, settings: Evaluate, ball: PerturbationSet, seed: int, images: int | None
+) -> Iterator[tuple[str, str, float]]:
+    """Checkpoint, attack and epsilon of each row that these settings ask for, of the first ``images`` test images,
+    and that ``evaluation.json`` does not have for the weights in the folder."""
+    rows = {_place(row): row for row in read_rows(folder.evaluation)}
+    for checkpoint in settings.checkpoints or (("last", "best") if folder.best.exists() else ("last",)):
+        file = folder.weights_of(checkpoint)
+        weights = sha256(file) if file.exists() else ""
+        asked = [("clean", 0.0, Clean())]
+        for epsilon in settings.epsilons or (float(ball.epsilon),):
+            asked += [(adversary.name, epsilon, adversary) for adversary in settings.adversaries()]
+        for attack, epsilon, adversary in asked:
+            wanted = {
+                "settings": asked_of(adversary, seed, settings.batch_size), "weights_sha256": weights,
+                "first_image": 0, "images": images,
+            }  # fmt: skip
+            row = rows.get((checkpoint, attack, epsilon), {})
+            if any(row.get(name) != value for name, value in wanted.items()):
+                yield checkpoint, attack, epsilon
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``evaluation.json``; none where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return [row for row in rows if all(map(row.__contains__, PLACE))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); accepted: the file as written, or none") from error
 
 
 def refuse_contradictions(certified: Sequence[Record], attacked: Sequence[Record], where: str) -> None:

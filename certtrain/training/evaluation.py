@@ -35,8 +35,9 @@ def evaluate(model: nn.Module, split: Split, ball: PerturbationSet) -> dict[str,
 def attacked_accuracy(
     model: nn.Module, split: Split, ball: PerturbationSet, attack: Attack, seed: int, images: int | None = None
 ) -> float:
-    """Share of a split's first ``images`` that the model, in evaluation mode, gets right under attack; logits that
-    are not finite are wrong. The attack's noise is keyed by image, the same at every call; the model's mode and buffers are restored."""
+    """Share of a split's first ``images`` that the model, in evaluation mode, gets right under attack; logits that are
+    not finite are wrong. The attack's noise is keyed by image, the same at every call; the model's mode and buffers are
+    restored."""
     training = model.training
     model.eval()
     count = min(images or len(split), len(split))
