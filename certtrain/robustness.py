@@ -46,7 +46,7 @@ def evaluate(
     Raises:
         InputError: something given cannot be used; nothing on disk was changed.
         Interrupted: SIGINT or SIGTERM; the same call goes on.
-        RuntimeError: an attack broke an image that IBP certified.
+        Contradiction: an attack broke an image that IBP certified.
     """
     folder, description = RunFolder.open(Path(path))
     config = recorded_config(folder, description)

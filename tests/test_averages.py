@@ -206,7 +206,7 @@ def test_resume_is_exact_with_all_of_them(killed_at, tmp_path, monkeypatch):
     recipe = config(averaging=Averaging(1, 2), precise_bn=True, measure=Measure(every=1, images=20))
 
     def results(folder):
-        lines = [{k: v for k, v in line.items() if k != "seconds"} for line in folder.metrics]
+        lines = [{k: v for k, v in line.items() if k not in ("seconds", "spent")} for line in folder.metrics]
         return folder.model.read_bytes(), lines
 
     expected = results(train(recipe, tmp_path / "whole", quiet=True))

@@ -21,8 +21,9 @@ import certtrain.training.loop as loop_module
 from certtrain.command_line import main
 from certtrain.comparison import Curve, compare, read_study
 from certtrain.comparison.curves import value_at
+from certtrain.comparison.figure import against_epsilon, trained_at
 from certtrain.comparison.numbers import Statistic, radius
-from certtrain.comparison.results import unanswered
+from certtrain.comparison.results import Result, unanswered
 from certtrain.comparison.study import changed, slug_of
 from certtrain.config import unstructure
 from certtrain.errors import InputError
@@ -580,3 +581,30 @@ def test_metrics_inside_metrics():
         None
     }
     assert Curve("split.1", "diagnosis").stem == "curves-split.1"
+
+
+# --- accuracy over epsilon
+
+
+def test_networks_are_shown_at_the_epsilon_that_they_were_trained_with(tmp_path):
+    rows = [{"name": "A", "sweep": {"perturbation.epsilon": ["4/255", "8/255"]}}, {"name": "B"}]
+    study = read_study(written(tmp_path, rows=rows))
+    planted = {"A epsilon=4/255": (0.5, 0.7), "A epsilon=8/255": (0.2, 0.2), "B": (0.9, 0.9)}
+    results = []
+    for trial in study.trials(tmp_path / "out"):
+        own = float(trial.config.perturbation.epsilon)
+        found = {("last", "pgd-2", own): planted[trial.row.label][trial.seed], ("last", "pgd-2", 0.5): 0.0}
+        results.append(Result(trial, found, {}, None, {}, {}, ""))
+    found = trained_at(study, results)
+    assert set(found) == {"A"}
+    (first, mean, deviation), (second, other, none) = found["A"]
+    assert (first, second) == (4 / 255, 8 / 255) and none == 0
+    assert (mean, other) == (pytest.approx(60), pytest.approx(20)) and deviation == pytest.approx(100 * 0.02**0.5)
+    image = against_epsilon(study, results)
+    assert image is not None and image.startswith(b"\x89PNG") and against_epsilon(study, results[2:3]) is None
+
+
+def test_certified_accuracy_may_be_what_the_figure_shows(tmp_path):
+    assert read_study(written(tmp_path, robustness="certified", base=BASE | {"certify": {"images": 5}})).rows
+    with pytest.raises(InputError, match=r"robustness: found 'certified'; accepted: one of evaluate.attacks: pgd-2"):
+        read_study(written(tmp_path, robustness="certified"))

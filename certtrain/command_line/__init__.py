@@ -14,8 +14,8 @@ from .words import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 bad input, 1 training stopped or verifiers contradict
-    each other, 128 + n signal n."""
+    """Run the command line and return its exit code: 0 done, 2 bad input, 1 training stopped, or verifiers or attacks
+    contradict each other, 128 + n signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(prog="certtrain", description="Certified training, and the proof.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -28,17 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Errors that a user can cause become one line on stderr."""
     from ..errors import InputError
+    from ..evaluation import Contradiction
     from ..training import Interrupted, TrainingStopped
 
     options = argparse.Namespace()
     try:
         options, rest = parser.parse_known_args(words)
         return options.run(options, rest)
-    except (InputError, TrainingStopped, OSError) as error:
+    except (InputError, TrainingStopped, Contradiction, OSError) as error:
         if "--debug" in words:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingStopped) else 2
+        return 1 if isinstance(error, (TrainingStopped, Contradiction)) else 2
     except Interrupted as stopped:
         print(f"stopped by {stopped}; go on with: {options.go_on}", file=sys.stderr)
         return 128 + stopped.signal

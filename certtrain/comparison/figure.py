@@ -11,6 +11,7 @@ from .results import Result
 from .study import Study
 
 MARKERS = "osD^vPX*<>hp"
+EPSILON = "perturbation.epsilon"
 
 
 def trade_off(study: Study, results: Sequence[Result]) -> bytes | None:
@@ -35,10 +36,44 @@ def trade_off(study: Study, results: Sequence[Result]) -> bytes | None:
                 marker=MARKERS[number % len(MARKERS)], linestyle="none" if group in words else "-",
             )  # fmt: skip
         place.set_xlabel("clean accuracy, %")
-        place.set_ylabel(f"accuracy under {study.robustness}, epsilon {radius(epsilon or 0.0)}, %")
+        place.set_ylabel(f"{_named(study)}, epsilon {radius(epsilon or 0.0)}, %")
         place.grid(alpha=0.3)
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
     return png(figure)
+
+
+def against_epsilon(study: Study, results: Sequence[Result]) -> bytes | None:
+    """A PNG: accuracy under the study's ``robustness`` attack, each network attacked at the epsilon that it was trained
+    with, over that epsilon. None where no row's epsilon is swept."""
+    points = trained_at(study, results)
+    if not points:
+        return None
+    figure = canvas(8.0, 4.8)
+    place = figure.subplots()
+    for number, (group, found) in enumerate(points.items()):
+        x, y, dy = zip(*sorted(found))
+        marker = MARKERS[number % len(MARKERS)]
+        place.errorbar(x, y, yerr=dy, label=group, color=colour(number), capsize=2, linewidth=1, marker=marker)
+    place.set_xlabel("epsilon of training and of the attack")
+    place.set_ylabel(f"{_named(study)}, %")
+    place.grid(alpha=0.3)
+    place.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
+    return png(figure)
+
+
+def trained_at(study: Study, results: Sequence[Result]) -> dict[str, list[tuple[float, ...]]]:
+    """By group: epsilon, accuracy and its deviation in %, of the rows whose epsilon is swept."""
+    points: dict[str, list[tuple[float, ...]]] = {}
+    for row in study.rows:
+        epsilon = float(row.config.perturbation.epsilon)
+        found = accuracies(row, ("last", study.robustness, epsilon), results)
+        if found and EPSILON in row.fields:
+            points.setdefault(row.group, []).append((epsilon, 100 * found.mean, 100 * (found.deviation or 0.0)))
+    return points
+
+
+def _named(study: Study) -> str:
+    return "certified accuracy" if study.robustness == "certified" else f"accuracy under {study.robustness}"
 
 
 def _points(study: Study, results: Sequence[Result], epsilon: float | None):

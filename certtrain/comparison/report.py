@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..run_folder import JsonLines, write_atomically
 from .curves import curve_csv, curve_figure, curve_of
-from .figure import trade_off
+from .figure import against_epsilon, trade_off
 from .numbers import Statistic, accuracies, columns, heading, made_by, of_row, ratio, seconds
 from .results import Result, result_of
 from .study import Study
@@ -41,10 +41,12 @@ def write_table(study: Study, folder: Path, failures: Mapping[str, str]) -> None
 
 
 def write_figures(study: Study, folder: Path) -> None:
-    """``figure.png``, and for each curve that has a point a figure and its numbers."""
+    """``figure.png``, ``figure-epsilon.png`` where that is swept; for each curve with a point a figure, its numbers."""
     results = results_of(study, folder)
     if (image := trade_off(study, results)) is not None:
         put(folder / "figure.png", image)
+    if (image := against_epsilon(study, results)) is not None:
+        put(folder / "figure-epsilon.png", image)
     for curve in study.curves:
         lines = curve_of(curve, study, results)
         if lines:

@@ -149,6 +149,8 @@ def check_recipe(trial: Trial) -> None:
 
 
 def _seconds(folder: RunFolder) -> float | None:
-    """The median over epochs: what a process does once, and measurements that not every epoch has, do not count."""
-    ends = [line["seconds"] for line in folder.metrics if line["kind"] == "epoch"]
-    return statistics.median(end - start for start, end in itertools.pairwise([0.0, *ends])) if ends else None
+    """The median over epochs, without what looking at the network took: what a process does once does not count."""
+    lines = [line for line in folder.metrics if line["kind"] == "epoch"]
+    pairs = itertools.pairwise([0.0, *(line["seconds"] for line in lines)])
+    spent = [line.get("spent", {}).get("looking", 0.0) for line in lines]
+    return statistics.median(end - start - looking for (start, end), looking in zip(pairs, spent)) if lines else None

@@ -46,12 +46,13 @@ class Row:
         label: its name there; that of a sweep ends with the values, as in ``FAIT weight=12``.
         group: the name in the study's file, which all values of a sweep share.
         config: the recipe, but for seed and name.
-        swept: the sweep's values in this row.
+        fields, swept: of the sweep, and their values in this row.
     """
 
     label: str
     group: str
     config: Config
+    fields: tuple[str, ...] = ()
     swept: tuple[float | str, ...] = ()
 
     @property
@@ -81,7 +82,7 @@ class Study:
         name: of its folder.
         rows, seeds: each row is run with each seed.
         reference: the label of the row whose training time others are divided by.
-        robustness: the attack whose accuracy the figure shows.
+        robustness: the attack whose accuracy the figures show; or ``certified``.
         curves: figures along the epochs.
     """
 
@@ -148,7 +149,8 @@ def _study(path: Path, mapping: Mapping[str, Any]) -> Study:
     check(reference in labels, "reference", reference, f"a row: {'; '.join(labels)}")
     attacks = rows[0].config.evaluate.attacks or ("",)
     robustness = mapping.get("robustness", attacks[0])
-    check(robustness in attacks, "robustness", robustness, f"one of evaluate.attacks: {', '.join(attacks)}")
+    shown = [*attacks, *(["certified"] if rows[0].config.certify.enabled else [])]
+    check(robustness in shown, "robustness", robustness, f"one of evaluate.attacks: {', '.join(shown)}")
     return Study(path, str(name), tuple(rows), tuple(seeds), reference, robustness, curves)
 
 
@@ -186,7 +188,7 @@ def _rows(entry: Any, base: Mapping[str, Any], place: str) -> Iterator[Row]:
             check(not best, "evaluate.checkpoints", "best", "last, or a training.select that keeps one")
         except InputError as error:
             raise InputError(f"row {' '.join(words)}: {error}") from error
-        yield Row(" ".join(words), str(name), config, values)
+        yield Row(" ".join(words), str(name), config, tuple(sweep), values)
 
 
 def changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

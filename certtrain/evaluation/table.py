@@ -57,7 +57,7 @@ class Evaluation:
 
         Raises:
             InputError: see ``Evaluate.check_ball``; files of the folder that are not ours.
-            RuntimeError: an attack broke an image that IBP certified: one of them is wrong.
+            Contradiction: an attack broke an image that IBP certified: one of them is wrong.
         """
         self.settings.check_ball(self.ball)
         self._before()
@@ -205,15 +205,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({error}); accepted: the file as written, or none") from error
 
 
+class Contradiction(RuntimeError):
+    """A bound and an attack that cannot both be right."""
+
+
 def refuse_contradictions(certified: Sequence[Record], attacked: Sequence[Record], where: str) -> None:
     """
     Raises:
-        RuntimeError: names the images.
+        Contradiction: names the images.
     """
     proved = {line["index"] for line in certified if line["robust"]}
     broken = [line["index"] for line in attacked if not line["robust"] and line["index"] in proved]
     if broken:
-        raise RuntimeError(f"{where}: IBP certifies the test images {broken}, which the attack breaks: one is wrong")
+        raise Contradiction(f"{where}: IBP certifies the test images {broken}, which the attack breaks: one is wrong")
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:

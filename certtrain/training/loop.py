@@ -116,10 +116,12 @@ def fit(
                     if averaged or settings.precise_bn:
                         recompute_statistics(model, loader.epoch(epoch))
                     rate = optimizer.param_groups[0]["lr"]
+                    looked = time.monotonic()
                     seen = watch.look(model, epoch + 1)
+                    looking = round(time.monotonic() - looked, 3)
                     line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "learning_rate": rate}
                     line |= {**sums.means(), "epsilon": epsilon, **seen.figures}
-                    line["seconds"] = round(before + time.monotonic() - started, 3)
+                    line |= {"seconds": round(before + time.monotonic() - started, 3), "spent": {"looking": looking}}
                     folder.metrics.append(line, *({**more, "seconds": line["seconds"]} for more in seen.lines))
                     progress.line(_said(line, settings.epochs))
                     if seen.alarm:
