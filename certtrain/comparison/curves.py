@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..run_folder import RunFolder
-from .figure import canvas, colour, png
+from .figure import canvas, colour, height, png
 from .numbers import Statistic, of_row
 from .results import Result
 from .study import Curve, Study
@@ -61,7 +61,7 @@ def curve_csv(lines: Lines) -> str:
 
 def curve_figure(curve: Curve, lines: Lines) -> bytes:
     """A PNG: means over seeds, and a band of one standard deviation around them."""
-    figure = canvas(8.5, 4.8)
+    figure = canvas(8.5, height(len(lines)))
     place = figure.subplots()
     labels, metrics = list(dict.fromkeys(label for label, _ in lines)), (curve.metric, *curve.beside)
     for (label, metric), points in lines.items():

@@ -23,8 +23,8 @@ def trade_off(study: Study, results: Sequence[Result]) -> bytes | None:
     panels = [panel for panel in (_points(study, results, epsilon) for epsilon in epsilons) if panel[1]]
     if not panels:
         return None
-    figure = canvas(5.5 * len(panels) + 2.5, 4.8)
     groups = list(dict.fromkeys(row.group for row in study.rows))
+    figure = canvas(5.5 * len(panels) + 2.5, height(len(groups)))
     words = {row.group for row in study.rows if not row.swept or any(isinstance(v, str) for v in row.swept)}
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for place, (epsilon, points) in zip(axes, panels):
@@ -48,7 +48,7 @@ def against_epsilon(study: Study, results: Sequence[Result]) -> bytes | None:
     points = trained_at(study, results)
     if not points:
         return None
-    figure = canvas(8.0, 4.8)
+    figure = canvas(8.0, height(len(points)))
     place = figure.subplots()
     for number, (group, found) in enumerate(points.items()):
         x, y, dy = zip(*sorted(found))
@@ -96,6 +96,11 @@ def canvas(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def height(entries: int) -> float:
+    """Inches of a figure whose legend has so many."""
+    return max(4.8, 0.8 + 0.2 * entries)
 
 
 def colour(number: int) -> Any:

@@ -82,7 +82,7 @@ def _notes(study: Study, results: Sequence[Result], keys: Sequence) -> list[str]
     notes = [
         f"Accuracy in % of {images} test images: mean ± sample standard deviation over n seeds "
         f"({', '.join(map(str, study.seeds))}); no ± for one seed. An empty cell: not there.",
-        "s/epoch: the median epoch of training, with what it measures; compared on one device and thread count alone.",
+        "s/epoch: the median epoch, without what is measured after it; compared on one device and thread count alone.",
         f"{len(results)} of {runs} runs are trained.",
     ]  # fmt: skip
     surroundings = made_by(results)

@@ -91,15 +91,11 @@ class AdversarialLoss(Loss):
     def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
         """The loss, 0-d, of the passes' logits; with another accuracy term where one is given."""
 
-    def complete(self, model: nn.Module, passes: Passes, total: Tensor) -> Tensor:
-        """The loss with what only its gradient knows; its value stays."""
-        return total
-
     def given(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult) -> LossTerms:
         """The loss where the attack's result is known."""
         clean = model(batch.images) if self.needs_clean else None
         passes = self.passes(model, batch, step, found, clean)
-        total = self.complete(model, passes, self.criterion(passes, step))
+        total = self.criterion(passes, step)
         return LossTerms(total, {name: part.detach() for name, part in shown(passes).items()})
 
     def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
@@ -192,9 +188,6 @@ class Wrapper(AdversarialLoss):
 
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
         return self.base.passes(model, batch, step, found, clean)
-
-    def complete(self, model: nn.Module, passes: Passes, total: Tensor) -> Tensor:
-        return self.base.complete(model, passes, total)
 
 
 @torch.no_grad()

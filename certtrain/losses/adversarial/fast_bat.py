@@ -19,8 +19,8 @@ class FastBat(AdversarialTraining):
 
     The attack minimises a linearised loss with a quadratic term over the box: δ* = Π(z + step_size · ∇_δ CE(z)). Its
     derivative with respect to the weights is that of the step where it ends inside the box and 0 elsewhere, so the
-    loss' gradient is ∂CE(δ*) + implicit · ∇_weights <∇_δ CE(z), inside · ∇_δ CE(δ*)>: one backward pass more, and no
-    Hessian. In l_inf balls alone.
+    loss' gradient is ∂CE(δ*) + implicit · ∇_weights <∇_δ CE(z), inside · ∇_δ CE(δ*)>: one backward pass through the
+    gradient at z, and no Hessian. In l_inf balls alone.
 
     Args:
         attack: finds the point of linearisation z.
@@ -61,14 +61,7 @@ class FastBat(AdversarialTraining):
             target = found.images + change
             images = step.ball.project(batch.images, target)
             inside = images == target
-        images = images.requires_grad_(implicit)
-        others = {"gradient": gradient, "inside": inside} if implicit else {}
-        return replace(super().passes(model, batch, step, replace(found, images=images), clean), others=others)
-
-    def complete(self, model: nn.Module, passes: Passes, total: Tensor) -> Tensor:
-        if not passes.others:
-            return total
-        (outer,) = torch.autograd.grad(total, passes.images, retain_graph=True)
-        product = (passes.others["gradient"] * (outer * passes.others["inside"])).sum()
-        size = self.step_size if self.implicit is None else self.implicit
-        return total + size * (product - product.detach())
+        if implicit:  # images as they are, with the derivative of the step where it ends inside the box
+            size = self.step_size if self.implicit is None else self.implicit
+            images = images + size * inside * (gradient - gradient.detach())
+        return super().passes(model, batch, step, replace(found, images=images), clean)
