@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from certtrain.attacks import in_mode
 from certtrain.bounds import L2Ball, LinfBall
 from certtrain.evaluation import AutoAttack, Lost
-from certtrain.evaluation.adversary import at_rest, lead
+from certtrain.evaluation.adversary import lead
 from certtrain.evaluation.autoattack import replay
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
@@ -29,7 +30,7 @@ def step_of(batch: Batch, ball, seed: int = 0) -> Step:
 
 
 def attacked(attack: AutoAttack, model: nn.Module, batch: Batch, ball) -> list[Lost]:
-    with at_rest(model):
+    with in_mode(model, training=False):
         return attack(model, batch, ball, step_of(batch, ball))
 
 
@@ -152,7 +153,7 @@ def test_it_leaves_everything_as_it_was():
     model.layers[0].weight.requires_grad_(False)
     model.layers[5].eval()
     images = torch.rand(1, *SHAPE)  # a batch of one, which batch norm could not normalise in training mode
-    with at_rest(model), torch.no_grad():
+    with in_mode(model, training=False), torch.no_grad():
         batch = batch_of(images, model(images).argmax(1))
     model.modes.clear()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

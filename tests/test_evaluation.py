@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import certtrain
+from certtrain.attacks import in_mode
 from certtrain.bounds import L2Ball, LinfBall
 from certtrain.command_line import main
 from certtrain.data import Split
@@ -29,7 +30,7 @@ from certtrain.evaluation import (
     measure,
     unanswered,
 )
-from certtrain.evaluation.adversary import at_rest, is_right, lead
+from certtrain.evaluation.adversary import is_right, lead
 from certtrain.noise import Noise
 from certtrain.pipeline import resume
 from certtrain.recipe import load_config
@@ -61,7 +62,7 @@ def batch_of(images: Tensor, labels: Tensor, first: int = 0) -> Batch:
 
 def lost_to(adversary: Adversary, model: nn.Module, batch: Batch, ball, seed: int = 0) -> list[str | None]:
     step = Step.evaluation(ball, Noise(seed, batch.index))
-    with at_rest(model):
+    with in_mode(model, training=False):
         return [lost.to for lost in adversary(model, batch, ball, step)]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..bounds import PerturbationSet, forward
 from ..config import Component
 from ..step import Batch, StateSpec, Step
+from .modes import buffers_kept, in_mode
 from .objective import Objective
 
 AttackMode = Literal["train", "eval", "batch", "clean"]
@@ -71,7 +72,8 @@ class Attack(Component):
         wide = self.allowed(ball)
         if len(batch) == 0:
             return AttackResult(batch.images)
-        with _prepared(model, self.attack_mode), torch.enable_grad():
+        kept = nullcontext() if self.attack_mode == "train" else buffers_kept(model)
+        with in_mode(model, self.attack_mode != "eval"), kept, torch.enable_grad():
             attacked = _Frozen(model, batch.images) if self.attack_mode == "clean" else model
             proposed = self.propose(attacked, batch, ball, step)
         proposal = proposed.images.detach()
@@ -102,22 +104,3 @@ class _Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return forward(self.model, x, self.statistics).logits
-
-
-@contextmanager
-def _prepared(model: nn.Module, mode: AttackMode) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode != "train" else []
-    try:
-        model.train(mode != "eval")
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-        for buffer, value in kept:
-            buffer.copy_(value)

@@ -4,11 +4,11 @@ from .alignment import boundary_distortion, fgsm_pgd_cosine, gradient_alignment
 from .hessian import Spectrum, hessian_spectrum
 from .landscape import Landscape, landscape
 from .logits import DivergenceSplit, QubGap, divergence_split, qub_gap
-from .looking import each, in_evaluation, spread
+from .looking import each, spread
 from .table import DIAGNOSTICS, Subject, check_names
 
 __all__ = [
     "DIAGNOSTICS", "DivergenceSplit", "Landscape", "QubGap", "Spectrum", "Subject", "boundary_distortion",
     "check_names", "divergence_split", "each", "fgsm_pgd_cosine", "gradient_alignment", "hessian_spectrum",
-    "in_evaluation", "landscape", "qub_gap", "spread",
+    "landscape", "qub_gap", "spread",
 ]  # fmt: skip

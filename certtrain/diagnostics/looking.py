@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..attacks import in_mode
 from ..bounds import PerturbationSet
 from ..data import Split
 from ..errors import check
@@ -30,21 +30,6 @@ def spread(split: Split, count: int) -> Batch:
     return Batch(split.pixels(index), split.labels[index], index)
 
 
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients of weights; the modes and flags of all modules and weights come back."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-
-
 def each(
     model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, found: Callable[[Batch, Step], Tensor]
 ) -> Tensor:
@@ -55,7 +40,7 @@ def each(
     """
     check(len(batch), "batch", len(batch), "one image or more")
     parts = []
-    with in_evaluation(model):
+    with in_mode(model, training=False):
         for first in range(0, len(batch), BATCH):
             rows = slice(first, first + BATCH)
             step = Step.evaluation(ball, replace(noise, positions=noise.positions[rows]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +28,8 @@ class Lost:
 
 
 class Adversary(ABC):
-    """What is tried on images that the network has right. Networks are given ``at_rest``."""
+    """What is tried on images that the network has right. Networks are given in evaluation mode, their
+    weights without gradients."""
 
     @property
     @abstractmethod
@@ -151,18 +150,3 @@ def lead(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) of logits (B, K): the label's logit minus the largest other one."""
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     return logits.gather(1, labels[:, None])[:, 0] - others
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and its parameters without gradients; its modes and flags come back."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)

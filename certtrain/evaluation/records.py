@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attacks import in_mode
 from ..bounds import PerturbationSet
 from ..config import unstructure
 from ..data import Split
@@ -21,7 +22,7 @@ from ..progress import Progress, console
 from ..run_folder import JsonLines
 from ..step import Batch, Step
 from ..verifiers.sweep import named
-from .adversary import Adversary, Lost, at_rest, lead, rows_of
+from .adversary import Adversary, Lost, lead, rows_of
 
 Record = Mapping[str, Any]
 FIELDS = {"index": int, "label": int, "prediction": int, "robust": bool, "seconds": float, "settings": str}
@@ -67,7 +68,7 @@ class Question:
         started = time.perf_counter()
         index = torch.tensor(numbers, device=self.split.labels.device)
         batch = Batch(self.split.pixels(index), self.split.labels[index], index)
-        with at_rest(self.model):
+        with in_mode(self.model, training=False):
             if self.clean is None:
                 with torch.no_grad():
                     logits = self.model(batch.images)

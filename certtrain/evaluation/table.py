@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attacks import in_mode
 from ..bounds import PerturbationSet
 from ..data import Split
 from ..errors import InputError
 from ..run_folder import RunFolder, sha256, write_atomically
-from .adversary import Adversary, Clean, Intervals, at_rest
+from .adversary import Adversary, Clean, Intervals
 from .records import Question, Record, asked_of, measure, versions_behind
 from .settings import CHECKPOINTS, Evaluate
 
@@ -113,7 +114,7 @@ class Evaluation:
     def _refusal(self, checkpoint: Checkpoint, adversary: Adversary, ball: PerturbationSet, images: range) -> str:
         """Why it cannot be tried here; empty where it can."""
         index = torch.tensor([images.start], device=self.split.labels.device)
-        with at_rest(checkpoint.model):
+        with in_mode(checkpoint.model, training=False):
             return adversary.refuses(checkpoint.model, self.split.pixels(index), ball)
 
     def _before(self) -> dict[str, Any]:

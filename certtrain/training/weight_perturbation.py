@@ -6,14 +6,13 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks import Ascent, AttackResult
+from ..attacks import Ascent, AttackResult, buffers_kept
 from ..errors import InputError, check
 from ..losses import AdversarialLoss, AdversarialTraining, Loss, LossTerms, Wrapper
 from ..step import Batch, Step
@@ -109,7 +108,7 @@ class Awp(WeightPerturbation):
         return step.epoch >= self.start_epoch
 
     def perturbations(self, model, optimizer, loss, parts, found, clip):
-        with _buffers_kept(model):
+        with buffers_kept(model):
             _backward(model, optimizer, loss, parts, found)
         return [
             (weight, _along(weight.grad, self.gamma * weight.detach().norm()))
@@ -161,7 +160,7 @@ class Lap(WeightPerturbation):
             for (batch, _), result in zip(parts, found, strict=True):
                 yield LossTerms(F.cross_entropy(model(result.trace["start"]), batch.labels))
 
-        with _buffers_kept(model):
+        with buffers_kept(model):
             accumulate(optimizer, [len(batch) for batch, _ in parts], terms())
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -219,13 +218,3 @@ def _along(direction: Tensor, length: Tensor) -> Tensor:
 def _add(moves: list[tuple[nn.Parameter, Tensor]], sign: int) -> None:
     for weight, change in moves:
         weight.add_(change, alpha=sign)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
