@@ -2,14 +2,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import check
 from .base import ACTIVATIONS
-from .residual_stages import BLOCKS, ResidualStages
+from .residual_stages import BLOCKS, FourStages
 from .resnet import Residual
 
 
 @dataclass(frozen=True)
-class CifarResNet(ResidualStages):
+class CifarResNet(FourStages):
     """ResNet-18, -34 and -50 with the stem for small images, 3×3 with stride 1 and no pool (arXiv 1512.03385).
 
     For CIFAR-10 11 173 962, 21 282 122 and 23 520 842 parameters. Takes images of any size; with FLC pooling sides that
@@ -21,14 +20,6 @@ class CifarResNet(ResidualStages):
         width: features of the first stage; 64 is published.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.depth in BLOCKS, "depth", self.depth, ", ".join(map(str, BLOCKS)))
-
-    @property
-    def expansion(self) -> int:
-        return 4 if self.depth >= 50 else 1
-
     def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
         self.check_sides(shape, 3)
         stem = [self.convolution(shape[0], self.width, 3), *self.activated(self.width)]
@@ -36,8 +27,8 @@ class CifarResNet(ResidualStages):
         return [*stem, *blocks, *self.head(channels, classes)]
 
     def block(self, channels: int, features: int, stride: int) -> nn.Module:
-        kind, after = self.bottleneck if self.depth >= 50 else self.basic, self.expansion * features
-        branch = nn.Sequential(*kind(channels, features, stride), nn.BatchNorm2d(after))
+        after = self.expansion * features
+        branch = nn.Sequential(*self.branch(channels, features, stride), nn.BatchNorm2d(after))
         shortcut = nn.Identity()
         if channels != after or stride != 1:
             shortcut = nn.Sequential(self.convolution(channels, after, 1, stride), nn.BatchNorm2d(after))

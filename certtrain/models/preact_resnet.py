@@ -2,12 +2,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import check
-from .residual_stages import BLOCKS, ResidualStages
+from .residual_stages import BLOCKS, FourStages
 
 
 @dataclass(frozen=True)
-class PreActResNet(ResidualStages):
+class PreActResNet(FourStages):
     """PreAct-ResNet-18, -34 and -50 for small images: norm and activation before each convolution (arXiv 1603.05027).
 
     The net of Fast-AT, N-FGSM and Fast-BAT, with a last batch norm and activation before the average: for CIFAR-10
@@ -19,14 +18,6 @@ class PreActResNet(ResidualStages):
         width: features of the first stage; 64 is published.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.depth in BLOCKS, "depth", self.depth, ", ".join(map(str, BLOCKS)))
-
-    @property
-    def expansion(self) -> int:
-        return 4 if self.depth >= 50 else 1
-
     def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
         self.check_sides(shape, 3)
         stem = self.convolution(shape[0], self.width, 3)
@@ -34,5 +25,4 @@ class PreActResNet(ResidualStages):
         return [stem, *blocks, *self.activated(channels), *self.head(channels, classes)]
 
     def block(self, channels: int, features: int, stride: int) -> nn.Module:
-        kind = self.bottleneck if self.depth >= 50 else self.basic
-        return self.pre_activated(channels, features, stride, kind(channels, features, stride))
+        return self.pre_activated(channels, features, stride, self.branch(channels, features, stride))

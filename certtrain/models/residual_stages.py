@@ -66,6 +66,23 @@ class ResidualStages(Strided):
         return PreActivated(nn.Sequential(*self.activated(channels)), nn.Sequential(*branch), shortcut)
 
 
+@dataclass(frozen=True)
+class FourStages(ResidualStages):
+    """Four stages with as many blocks as ``BLOCKS`` says: of two convolutions, or of three at depth 50."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.depth in BLOCKS, "depth", self.depth, ", ".join(map(str, BLOCKS)))
+
+    @property
+    def expansion(self) -> int:
+        return 4 if self.depth >= 50 else 1
+
+    def branch(self, channels: int, features: int, stride: int) -> list[nn.Module]:
+        """The convolutions of a block."""
+        return (self.bottleneck if self.depth >= 50 else self.basic)(channels, features, stride)
+
+
 class PreActivated(nn.Module):
     """branch(y) + shortcut(y), where y = entry(x); branch(y) + x without a shortcut (arXiv 1603.05027)."""
 
