@@ -109,11 +109,14 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
 def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     """Data and model; what cannot work is refused here, before anything is written."""
     dataset = config.data.load()
+    config.perturbation.check_shape(dataset.shape)
     model = build_model(config, dataset)
     if config.certify.enabled or config.export.enabled:
         fold(model, torch.Size(dataset.shape))
     config.loss.check_model(model)
     config.loss.check_ball(config.perturbation)
+    config.training.check_ball(config.perturbation)
+    config.certify.check_ball(config.perturbation)
     config.training.update.check_loss(config.loss)
     if config.evaluate.enabled:
         config.evaluate.check_ball(config.perturbation, dataset.test.pixels(torch.tensor([0])))
@@ -126,6 +129,8 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
 def _go_on(
     folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool
 ) -> RunFolder:
+    if not quiet and (remark := config.perturbation.remark(dataset.shape)):
+        console.print(remark)
     if not folder.final():
         _train_and_certify(folder, config, dataset, model, device, quiet)
     if config.evaluate.enabled:

@@ -45,12 +45,15 @@ class Batch:
         labels: (B,) int64.
         index: (B,) int64, each sample's number in its split.
         augmentation: what was drawn, or None where images are as stored.
+        targets: (B, K) soft labels, rows that sum to 1, which cross-entropies take instead of ``labels`` where a loss
+            has set them; else None.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
     augmentation: Augmentation | None = None
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +62,8 @@ class Batch:
         drawn = self.augmentation
         if drawn is not None:
             drawn = Augmentation(drawn.top[rows], drawn.left[rows], drawn.flip[rows], drawn.pad)
-        return Batch(self.images[rows], self.labels[rows], self.index[rows], drawn)
+        targets = None if self.targets is None else self.targets[rows]
+        return Batch(self.images[rows], self.labels[rows], self.index[rows], drawn, targets)
 
 
 @dataclass(frozen=True)

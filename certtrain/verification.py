@@ -16,8 +16,8 @@ from .runs import check_data, load_model, question_of
 from .surroundings import surroundings
 from .training import StopRequest
 from .verifiers import Certify
-from .verifiers.cascade import Arithmetic
 from .verifiers.records import Record
+from .verifiers.settings import Arithmetic
 from .verifiers.sweep import VERIFIER, images_of, sweep
 
 

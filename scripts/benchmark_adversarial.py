@@ -97,7 +97,7 @@ def stepper(loss: Loss, options: argparse.Namespace):
     index = torch.arange(options.batch, device=device)
     batch = Batch(torch.rand(options.batch, 3, 32, 32, device=device), index % 10, index)
     epsilon = torch.tensor(8 / 255, device=device)
-    specs = loss.declare_state((3, 32, 32))
+    specs = loss.declare_state((3, 32, 32), 10)
     tensors = {name: spec.allocate(options.batch, options.batch, device) for name, spec in specs.items()}
     step = Step(LinfBall(8 / 255).with_epsilon(epsilon), epsilon, epsilon, 0.5, Noise(0, index), State(tensors, specs))
     optimizer = Sgd(lr=0.01, weight_decay=5e-4).build(model)

@@ -533,7 +533,7 @@ def test_all_losses_take_a_batch_of_one_and_report_what_they_see(method):
     batch = make_batch(1)
     step = make_step()
     step = replace(step, noise=replace(step.noise, positions=torch.arange(1)))
-    specs = loss.declare_state((1, 8, 8))
+    specs = loss.declare_state((1, 8, 8), 10)
     tensors = {name: spec.allocate(12, 1, torch.device("cpu")).double() for name, spec in specs.items()}
     terms = loss(model, batch, replace(step, state=State(tensors, specs)))
     assert terms.total.isfinite() and terms.total.ndim == 0
@@ -557,7 +557,7 @@ def test_no_step_waits_for_the_device(method, ball):
         model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
         batch = Batch(torch.rand(12, 1, 8, 8), torch.arange(12) % 5, torch.arange(12))
         loss = method()
-        specs = loss.declare_state((1, 8, 8))
+        specs = loss.declare_state((1, 8, 8), 10)
         tensors = {name: spec.allocate(12, 12, torch.device("cpu")) for name, spec in specs.items()}
         for epoch in range(2):
             step = replace(make_step(ball=ball), epoch=epoch, epochs=3, state=State(tensors, specs))

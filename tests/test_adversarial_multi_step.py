@@ -202,7 +202,7 @@ class TestNuAt:
         model, batch, weight = make_model().eval(), make_batch(), 30.0  # heavy, so that many signs differ
         set_ = ball(0.05)
         attack = Nuclear(weight=weight)
-        state = State({"nuclear_iterations": torch.zeros(1, dtype=torch.int64)}, attack.declare_state((1, 8, 8)))
+        state = State({"nuclear_iterations": torch.zeros(1, dtype=torch.int64)}, attack.declare_state((1, 8, 8), 10))
         step = replace(make_step(ball=ball), state=state)
         noise = step.noise.normal((1, 8, 8), "start", torch.float64)
         start = set_.project(batch.images, (batch.images + 0.025 * set_.direction(noise)).clamp(0, 1))
@@ -229,7 +229,7 @@ class TestNuAt:
 
     def test_parts_of_a_batch_are_one_iteration(self):
         model, batch, attack = make_model().eval(), make_batch(), Nuclear(weight=30.0)
-        state = State({"nuclear_iterations": torch.zeros(1, dtype=torch.int64)}, attack.declare_state((1, 8, 8)))
+        state = State({"nuclear_iterations": torch.zeros(1, dtype=torch.int64)}, attack.declare_state((1, 8, 8), 10))
         step = replace(make_step(), state=state)
         plain = Nuclear()(model, batch, step.ball, make_step()).images
         for iteration in (1, 2, 3):

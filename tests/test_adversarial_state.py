@@ -33,7 +33,7 @@ SAMPLES = 12
 
 def state_of(owner, batch_size=5, pad=0, shape=(1, 8, 8), samples=SAMPLES) -> State:
     """Allocated as the training loop does, but in float64."""
-    specs = {name: replace(spec, dtype=torch.float64) for name, spec in owner.declare_state(shape).items()}
+    specs = {name: replace(spec, dtype=torch.float64) for name, spec in owner.declare_state(shape, 10).items()}
     tensors = {n: spec.allocate(samples, batch_size, torch.device("cpu"), pad) for n, spec in specs.items()}
     return State(tensors, specs)
 
@@ -488,8 +488,8 @@ def test_any_ball_any_batch(loss, ball, around, count):
     """Three epochs of one batch: inside the set, finite, and other than without a memory."""
     model, batch, whole = smooth_model(), make_batch(count), around(loss)
     state = state_of(whole, 7, pad=1)
-    specs = whole.declare_state((1, 8, 8))
-    assert specs == loss.declare_state((1, 8, 8)) and all(spec.dtype == torch.float32 for spec in specs.values())
+    specs = whole.declare_state((1, 8, 8), 10)
+    assert specs == loss.declare_state((1, 8, 8), 10) and all(spec.dtype == torch.float32 for spec in specs.values())
     for epoch in range(3):
         step = step_of(ball, batch, state, epoch, epoch)
         images = whole.attacked(model, batch, replace(step, state=state_of(whole, 7, pad=1))).images
@@ -523,7 +523,7 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(loss):
     """Weights, buffers and augmented batches, from a copy of the weights and the state taken after any step."""
     data = Digits().load().train
     loader = Loader(data, 500, Augment(pad=1, flip=True), seed=3)
-    specs = loss.declare_state((1, 8, 8))
+    specs = loss.declare_state((1, 8, 8), 10)
 
     def run(first, model, tensors):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

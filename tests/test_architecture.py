@@ -45,7 +45,7 @@ def test_imports_run_one_way(path):
 
 def test_the_walk_sees_imports():
     assert {"bounds", "config", "step"} <= imported_rooms(ROOT / "certtrain" / "attacks" / "base.py")
-    assert {"attacks", "bounds"} <= imported_rooms(ROOT / "verifiers" / "cascade.py")
+    assert {"attacks", "bounds"} <= imported_rooms(ROOT / "verifiers" / "stages.py")
 
 
 def test_kernels_import_torch_and_one_compiler_alone():

@@ -9,18 +9,34 @@ import torch.nn.functional as F
 from torch import nn
 
 from certtrain.attacks import Attack, AttackResult, Pgd
-from certtrain.bounds import L2Ball, LinfBall, PerturbationSet
+from certtrain.bounds import L2Ball, LinfBall, NormBall, PerturbationSet, SparseBall
 from certtrain.errors import InputError
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
 
 ATTACKS = [cls for cls in Attack.members().values() if cls.__module__.startswith("certtrain.")]
-BALLS = [cls for cls in PerturbationSet.members().values() if cls.__module__.startswith("certtrain.")]
+BALLS = [cls(0.15) for cls in NormBall.members().values() if cls.__module__.startswith("certtrain.")]
+BALLS += [SparseBall(4), SparseBall(7, unit="feature"), SparseBall(1, unit="row"), SparseBall(2, unit="patch", side=3)]
+PAIRS = [(kind, ball) for kind in ATTACKS for ball in BALLS if isinstance(ball, kind.balls)]
+SIZES = {NormBall: (0.0, 1e-3, 8 / 255, 0.15, 2.0), SparseBall: (0, 1, 3, 30, 1000)}
 MODES = ("eval", "train", "batch")
 
 every_attack = pytest.mark.parametrize("kind", ATTACKS, ids=lambda kind: kind.__name__)
-every_ball = pytest.mark.parametrize("ball", [kind(0.15) for kind in BALLS], ids=lambda ball: type(ball).__name__)
+every_pair = pytest.mark.parametrize(
+    ("kind", "ball"), PAIRS, ids=lambda part: part.__name__ if isinstance(part, type) else name_of(part)
+)
+every_ball = pytest.mark.parametrize("ball", BALLS, ids=lambda ball: name_of(ball))
+every_norm = pytest.mark.parametrize("ball", BALLS[:2], ids=lambda ball: name_of(ball))
 every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def name_of(ball: PerturbationSet) -> str:
+    return f"{type(ball).__name__}-{ball.unit}" if isinstance(ball, SparseBall) else type(ball).__name__
+
+
+def home_of(kind) -> PerturbationSet:
+    """A set that the attack knows."""
+    return LinfBall(0.1) if issubclass(LinfBall, kind.balls) else SparseBall(4)
 
 
 def make_model(dtype=torch.float64) -> nn.Module:
@@ -85,6 +101,7 @@ def assert_inside(ball, images, found):
 class Rogue(Attack):
     """Proposes garbage, and handles the model badly."""
 
+    balls = (PerturbationSet,)
     value: float = 9.0
 
     def propose(self, model, batch, ball, step):
@@ -117,12 +134,11 @@ class Wide(Attack):
 
 
 class TestFrame:
-    @every_attack
-    @every_ball
+    @every_pair
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_the_result_lies_in_the_ball(self, kind, ball, dtype):
         batch = make_batch(dtype=dtype)
-        for epsilon in (0.0, 1e-3, 8 / 255, 0.15, 2.0):
+        for epsilon in SIZES[NormBall if isinstance(ball, NormBall) else SparseBall]:
             around = ball.with_epsilon(epsilon)
             found = attack_with(kind(), around, model=make_model(dtype), batch=batch)
             assert_inside(around, batch.images, found)
@@ -134,13 +150,13 @@ class TestFrame:
     def test_the_model_is_left_as_it_was(self, kind, mode):
         model = make_model()
         before = snapshot(model, buffers=mode != "train")
-        attack_with(kind(attack_mode=mode), LinfBall(0.1), model=model)
+        attack_with(kind(attack_mode=mode), home_of(kind), model=model)
         assert_untouched(model, before, buffers=mode != "train")
 
     @every_attack
     def test_train_mode_moves_the_running_statistics(self, kind):
         model = make_model()
-        attack_with(kind(attack_mode="train"), LinfBall(0.1), model=model)
+        attack_with(kind(attack_mode="train"), home_of(kind), model=model)
         assert model[5].num_batches_tracked > 0
 
     @pytest.mark.parametrize("mode", [*MODES, "clean"])
@@ -157,35 +173,34 @@ class TestFrame:
             seen = []
             model = make_model()
             hooks = [m.register_forward_hook(lambda module, *_: seen.append(module.training)) for m in model]  # noqa: B023
-            attack_with(kind(attack_mode=mode), LinfBall(0.1), model=model)
+            attack_with(kind(attack_mode=mode), home_of(kind), model=model)
             assert len(seen) >= len(hooks) and set(seen) == {mode != "eval"}
 
     @every_attack
     def test_an_empty_batch(self, kind):
         model = make_model()
         before = snapshot(model)
-        found = attack_with(kind(), LinfBall(0.1), model=model, batch=make_batch().part(slice(0, 0)))
+        found = attack_with(kind(), home_of(kind), model=model, batch=make_batch().part(slice(0, 0)))
         assert found.shape == (0, 1, 6, 6)
         assert_untouched(model, before)
 
     @every_attack
     def test_under_no_grad(self, kind):
-        expected = attack_with(kind(), LinfBall(0.1))
+        expected = attack_with(kind(), home_of(kind))
         with torch.no_grad():
-            assert torch.equal(attack_with(kind(), LinfBall(0.1)), expected)
+            assert torch.equal(attack_with(kind(), home_of(kind)), expected)
             assert not torch.is_grad_enabled()
 
     @every_attack
     def test_images_that_take_gradients_yield_none(self, kind):
         batch = make_batch()
         watched = replace(batch, images=batch.images.clone().requires_grad_())
-        found = attack_with(kind(), LinfBall(0.1), batch=watched)
+        found = attack_with(kind(), home_of(kind), batch=watched)
         assert not found.requires_grad and watched.images.grad is None
-        assert torch.equal(found, attack_with(kind(), LinfBall(0.1), batch=batch))
-        assert not attack_with(kind(), LinfBall(0.1), batch=watched.part(slice(0, 0))).requires_grad
+        assert torch.equal(found, attack_with(kind(), home_of(kind), batch=batch))
+        assert not attack_with(kind(), home_of(kind), batch=watched.part(slice(0, 0))).requires_grad
 
-    @every_attack
-    @every_ball
+    @every_pair
     def test_keyed_whatever_the_batch(self, kind, ball):
         attack, batch = kind(), make_batch()
         whole = attack_with(attack, ball)
@@ -207,7 +222,7 @@ class TestFrame:
         assert_untouched(model, before, buffers=False)
 
     @pytest.mark.parametrize("epsilon", [1e-3, 8 / 255, 0.5])
-    @every_ball
+    @every_norm
     def test_no_rounding_leads_out_of_the_ball(self, ball, epsilon):
         """Many images: one in a hundred is enough."""
         batch = make_batch(300, dtype=torch.float32)
@@ -306,7 +321,7 @@ class TestPgd:
         moved = [float((b - a).abs()[inside].max()) for a, b in pairwise(spy.points)]
         assert moved == pytest.approx([0.01, 0.005, 0.005, 0.00125, 0.00125])
 
-    @every_ball
+    @every_norm
     @every_mode
     @pytest.mark.parametrize("name", ["cross_entropy", "margin"])
     @pytest.mark.parametrize(("steps", "restarts", "size"), [(7, 1, 0.4), (1, 3, 10.0), (4, 2, 2.0)])
@@ -324,7 +339,7 @@ class TestPgd:
         rows = torch.arange(len(batch))
         torch.testing.assert_close(found, torch.stack(spy.points)[choice, rows])
 
-    @every_ball
+    @every_norm
     def test_the_margin_objective_never_drops_a_success(self, ball):
         batch, spy = make_batch(40), Spy(make_model().eval())
         spy.eval()

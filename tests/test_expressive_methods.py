@@ -80,7 +80,7 @@ def test_every_method_supplies_the_term(kind, method):
         return
     loss = kind(adversarial=method(), alpha=0.3)
     model, batch, step = make_model(), make_batch(), make_step()
-    specs = loss.declare_state((1, 8, 8))
+    specs = loss.declare_state((1, 8, 8), 10)
     from dataclasses import replace
 
     from certtrain.step import State

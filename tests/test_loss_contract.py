@@ -45,7 +45,7 @@ def overfitted(loss: Loss, digits: Batch) -> torch.nn.Module:
     model = SmallCnn().build((1, 8, 8), 10)
     initialise_for_ibp(model)
     ball = LinfBall(0.02)
-    specs = loss.declare_state((1, 8, 8))
+    specs = loss.declare_state((1, 8, 8), 10)
     tensors = {name: spec.allocate(64, 64, torch.device("cpu")) for name, spec in specs.items()}
     optimizer = Adam(lr=2e-3).build(model)
     epsilon = torch.tensor(0.02)

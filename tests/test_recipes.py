@@ -62,7 +62,7 @@ def test_takes_two_steps(name):
     config.loss.check_model(model)
     training, ball = config.training, config.perturbation
     optimizer = training.optimiser.build(model)
-    specs = config.loss.declare_state(data.shape)  # type: ignore[attr-defined]
+    specs = config.loss.declare_state(data.shape, data.classes)  # type: ignore[attr-defined]
     state = State({key: spec.allocate(SAMPLES, SAMPLES, torch.device("cpu")) for key, spec in specs.items()}, specs)
     largest = ball.epsilon * training.epsilon_multiplier
     per_epoch = -(-DATA[type(config.data).__name__][2] // training.batch_size)

@@ -105,7 +105,7 @@ def step_of(config: Config, radius: float, samples: int, shape: tuple[int, ...],
     generator = torch.Generator().manual_seed(0)
     images, index = torch.rand(samples, *shape, generator=generator), torch.arange(samples)
     images, drawn = config.training.augment(images, Noise(0, index))
-    specs = config.loss.declare_state(shape)
+    specs = config.loss.declare_state(shape, 10)
     pad = config.training.augment.pad
     state = State({k: spec.allocate(samples, samples, torch.device("cpu"), pad) for k, spec in specs.items()}, specs)
     epsilon = torch.tensor(radius)

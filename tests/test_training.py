@@ -57,7 +57,7 @@ def results(folder):
 class Stateful(Loss):
     """Keeps one state of each kind, and lets all three reach the weights."""
 
-    def declare_state(self, shape) -> Mapping[str, StateSpec]:
+    def declare_state(self, shape, classes) -> Mapping[str, StateSpec]:
         return {
             "soft": StateSpec("sample", (10,), fill=0.1),
             "shift": StateSpec("position", shape),

@@ -5,99 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import Attack, Pgd
 from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, forward, trace
 from ..bounds.folded import Folded
 from ..bounds.folding import fold
 from ..bounds.program import Input, ProgramModule, Whole
-from ..bounds.rounding import FLOAT32, REAL, Rounding
 from ..bounds.rounding import check as check_rounding
-from ..errors import InputError, check
+from ..errors import InputError
 from ..precision import full_float32
 from .known import Known
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
-from .lirpa import LirpaStage, Method
+from .lirpa import LirpaStage
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
-from .search import Search
-from .stages import (
-    AlphaStage,
-    AttackStage,
-    BabStage,
-    CleanStage,
-    CrownStage,
-    Finding,
-    IbpStage,
-    InputSplitStage,
-    Judge,
-    Replay,
-    Stage,
-)  # fmt: skip
-
-Arithmetic = Literal["nearest", "real", "float32"]
-ROUNDINGS: dict[Arithmetic, Rounding] = {"real": REAL, "float32": FLOAT32}
-
-
-@dataclass(frozen=True)
-class Certify:
-    """The recipe's ``certify`` section: what is proved of the test split, and how.
-
-    Args:
-        enabled: whether a run ends with it; a network that is not to be certified need not be traceable.
-        stages: after the clean prediction, in this order: by default the cheapest first (an attack on every image takes
-            40 times as long as IBP, and cannot refute what IBP proves).
-            With ``lirpa`` and ``attack`` alone, networks are taken that cannot be traced.
-        attack: of the attack stage.
-        images: the first so many test images; null for all.
-        batch_size: images that share a batch.
-        timeout: seconds for an image, over all stages: its share of the time of the batches that it is in. A stage
-            that has begun is finished; branch and bound stops within a round.
-        alpha_steps: of the ascent on slopes.
-        lirpa: whose bounds the stage of that name takes from auto_LiRPA, which has to be installed.
-        search: how branch and bound goes about it.
-        arithmetic: in which ``verified`` holds. ``nearest``: as bounds come out, rounded to nearest; ``real``: in exact
-            arithmetic; ``float32``: for every order in which the folded network can be evaluated in float32.
-    """
-
-    enabled: bool = True
-    stages: tuple[Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "lirpa", "input_split", "bab"], ...] = (
-        "ibp", "crown_ibp", "attack", "crown", "alpha", "bab",
-    )  # fmt: skip
-    attack: Attack = Pgd(steps=40, step_size=0.1, restarts=5, diversified=2, objective="margin")
-    images: int | None = None
-    batch_size: int = 256
-    timeout: float = 60.0
-    alpha_steps: int = 20
-    lirpa: Method = "crown"
-    search: Search = Search()
-    arithmetic: Arithmetic = "nearest"
-
-    def __post_init__(self) -> None:
-        check(len(set(self.stages)) == len(self.stages), "stages", self.stages, "each stage once")
-        check(self.images is None or self.images >= 1, "images", self.images, "a whole number >= 1, or null")
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
-        check(0 < self.timeout < float("inf"), "timeout", self.timeout, "seconds > 0")
-        check(self.alpha_steps >= 0, "alpha_steps", self.alpha_steps, "a whole number >= 0")
-
-    def build(self, seed: int, replay: Replay | None = None) -> list[Stage]:
-        judge = Judge(replay)
-        later: dict[str, Stage] = {
-            "attack": AttackStage(self.attack, seed, judge),
-            "ibp": IbpStage(),
-            "crown_ibp": CrownStage("crown_ibp", refine=False),
-            "crown": CrownStage(),
-            "alpha": AlphaStage(self.alpha_steps, judge=judge),
-            "lirpa": LirpaStage(self.lirpa, self.alpha_steps),
-            "input_split": InputSplitStage(self.timeout, judge),
-            "bab": BabStage(self.search, self.timeout, judge),
-        }
-        return [CleanStage(), *(later[name] for name in self.stages)]
+from .settings import ROUNDINGS, Arithmetic, Certify
+from .stages import AttackStage, BabStage, CleanStage, Finding, InputSplitStage, Stage
 
 
 @torch.no_grad()

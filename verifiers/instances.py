@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from ..errors import InputError, check
 from ..run_folder import LineFile
-from .cascade import Arithmetic
 from .limits import out_of_memory
 from .onnx_network import OnnxNetwork, read_onnx
+from .settings import Arithmetic
 from .vnncomp import RESULTS, Answer, check_property, present
 from .vnnlib import read_property
 

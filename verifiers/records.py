@@ -9,8 +9,8 @@ from typing import Any, get_args
 from ..config import structure
 from ..errors import InputError
 from ..run_folder import JsonLines
-from .cascade import Certify
 from .problem import UNDECIDED, Status
+from .settings import Certify
 
 Record = Mapping[str, Any]
 FIELDS = {"index": int, "label": int, "status": str, "stage": str, "seconds": float, "spent": dict, "settings": str}

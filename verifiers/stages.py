@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..attacks import Attack
+from ..attacks import Attack, Pgd, customary
 from ..bounds import compute_rows, forward
 from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.folding import fold
@@ -23,6 +23,7 @@ from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offs
 from .problem import Problem, Specification, Status
 from .search import Outcome, Search
 
+PGD = Pgd(steps=40, step_size=0.1, restarts=5, diversified=2, objective="margin")
 Replay = Callable[[Tensor], Tensor]
 """Logits (K,) of one image, in the arithmetic that a counterexample has to stand in."""
 
@@ -103,7 +104,7 @@ class CleanStage:
 class AttackStage:
     """Falsifies by attack. A candidate counts only when it is replayed, one image at a time."""
 
-    attack: Attack
+    attack: Attack = PGD
     seed: int = 0
     judge: Judge = field(default_factory=Judge)
     name: str = "attack"
@@ -115,7 +116,8 @@ class AttackStage:
         noise = Noise(self.seed, problem.index)
         batch = Batch(problem.region.images, labels, problem.index)
         ball = problem.region.ball
-        candidates = self.attack(problem.network, batch, ball, Step.evaluation(ball, noise)).images
+        attack = customary(self.attack, PGD, ball, 300)
+        candidates = attack(problem.network, batch, ball, Step.evaluation(ball, noise)).images
         wrong = ~holds(problem.specification, forward(problem.network, candidates).logits)
         for number in wrong.nonzero().flatten().tolist():
             wrong[number] = self.judge(problem, number, candidates[number])

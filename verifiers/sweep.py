@@ -19,10 +19,11 @@ from ..data import Split
 from ..errors import InputError, check
 from ..progress import Progress, console
 from ..run_folder import JsonLines
-from .cascade import Certify, robustness, run_cascade
+from .cascade import robustness, run_cascade
 from .limits import TOTAL_TIMEOUT, Limits
 from .lirpa import require
 from .records import Record, best_of, read_verdicts, so_far, undecided, worth_another_try
+from .settings import Certify
 from .stages import Replay
 
 VERIFIER = "embedded"

@@ -16,13 +16,14 @@ from ..bounds import Box
 from ..bounds.folding import fold
 from ..errors import InputError, check
 from ..run_folder import write_atomically
-from .cascade import Arithmetic, run_cascade
+from .cascade import run_cascade
 from .falsify import FalsifyStage
 from .input_split import few_inputs
 from .limits import Limits
 from .onnx_network import OnnxNetwork, read_onnx, replay_session
 from .problem import Problem, Specification, Verdict
 from .search import Search
+from .settings import Arithmetic
 from .stages import AlphaStage, BabStage, CrownStage, IbpStage, InputSplitStage, Judge, Replay, Stage, holds
 from .vnnlib import Case, Property, read_property
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet
+from ..bounds import NormBall, PerturbationSet
 from ..errors import check
 from ..step import Batch, Step
 from .base import Attack, AttackResult, gradient_of
@@ -94,6 +94,7 @@ class Ascent(Attack):
 
     def begin(self, batch: Batch, ball: PerturbationSet, step: Step) -> Tensor:
         """The first point, an image in [0, 1]."""
+        assert isinstance(ball, NormBall)
         images = batch.images
         match self.start:
             case "zero":
@@ -110,6 +111,7 @@ class Ascent(Attack):
 
     def move(self, images: Tensor, points: Tensor, gradient: Tensor, ball: PerturbationSet) -> Tensor:
         """One step from ``points`` along the gradient there."""
+        assert isinstance(ball, NormBall)
         return self.bounded(images, points + self.step_size * ball.epsilon * ball.direction(gradient), ball)
 
     def bounded(self, images: Tensor, points: Tensor, ball: PerturbationSet) -> Tensor:

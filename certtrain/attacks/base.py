@@ -6,13 +6,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet, forward
+from ..bounds import NormBall, PerturbationSet, forward
 from ..config import Component
+from ..errors import InputError
 from ..step import Batch, StateSpec, Step
 from .modes import buffers_kept, in_mode
 from .objective import Objective
@@ -42,14 +43,32 @@ class Attack(Component):
             the images before the attack, running ones untouched (one forward pass more).
     """
 
+    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (NormBall,)
+    """The kinds of sets that it knows."""
+
+    takes_gradients: ClassVar[bool] = True
+    """Of the network; else it is black-box: it sees logits alone, and counts them as ``queries`` (B,) in its trace."""
+
     attack_mode: AttackMode = "eval"
+
+    def check_ball(self, ball: PerturbationSet, where: str = "attack") -> None:
+        """
+        Raises:
+            InputError: a set of a kind that the attack does not know; names attacks that do.
+        """
+        if not isinstance(ball, self.balls):
+            kinds: list[type[Attack]] = list(Attack.members().values())
+            known = [kind.__name__ for kind in kinds if isinstance(ball, kind.balls)]
+            raise InputError(
+                f"{where}.type: found {type(self).__name__} for a {type(ball).__name__}; accepted: {', '.join(known)}"
+            )
 
     def allowed(self, ball: PerturbationSet) -> PerturbationSet:
         """The set that the result lies in: the ball, unless an attack declares a wider one."""
         return ball
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
-        """State across batches, by name, for images of ``shape``; none by default."""
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
+        """State across batches, by name, for images of ``shape`` and so many classes; none by default."""
         return {}
 
     def toward(self, objective: Objective) -> Attack:
@@ -67,13 +86,16 @@ class Attack(Component):
         Args:
             model: maps (B, *shape) in [0, 1] to logits (B, K).
             ball: the set around ``batch.images``; ``step.noise`` supplies random numbers.
+        Raises:
+            InputError: see ``check_ball``; or the attack takes gradients and the model has none.
         """
+        self.check_ball(ball)
         batch = replace(batch, images=batch.images.detach())
         wide = self.allowed(ball)
         if len(batch) == 0:
             return AttackResult(batch.images)
         kept = nullcontext() if self.attack_mode == "train" else buffers_kept(model)
-        with in_mode(model, self.attack_mode != "eval"), kept, torch.enable_grad():
+        with in_mode(model, self.attack_mode != "eval"), kept, torch.set_grad_enabled(self.takes_gradients):
             attacked = _Frozen(model, batch.images) if self.attack_mode == "clean" else model
             proposed = self.propose(attacked, batch, ball, step)
         proposal = proposed.images.detach()
@@ -88,6 +110,11 @@ def gradient_of(model: nn.Module, points: Tensor, objective: Callable[[Tensor], 
     points = points.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(points)
+        if not logits.requires_grad:
+            raise InputError(
+                "model: found logits without gradients in the images; accepted: a network that is differentiable, or "
+                "an attack that takes none (SparseRs, CornerSearch)"
+            )
         total = objective(logits).sum()
     (gradient,) = torch.autograd.grad(total, points)
     return logits.detach(), gradient

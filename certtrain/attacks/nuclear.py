@@ -38,7 +38,7 @@ class Nuclear(Ascent):
         super().__post_init__()
         check(self.weight is None or self.weight >= 0, "weight", self.weight, "a number >= 0, or null")
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
         return {COUNT: StateSpec("run", dtype=torch.int64)}
 
     def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:

@@ -29,13 +29,38 @@ class Objective(Component):
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """CE(f(x'), y)."""
+    """CE(f(x'), y), or with the soft labels that a loss has set."""
+
+    def reference(self, model: nn.Module, batch: Batch) -> Tensor:
+        return batch.labels if batch.targets is None else batch.targets
+
+    def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
+        return F.cross_entropy(logits, reference, reduction="none")
+
+
+@dataclass(frozen=True)
+class SwitchedMargin(Objective):
+    """The cross-entropy where the label leads by ``switch`` or more, else the margin max over j of z_j - z_y.
+
+    A surer network's cross-entropy has a gradient of almost 0 (the later code of sPGD, arXiv 2405.05075).
+    """
+
+    switch: float = 0.5
 
     def reference(self, model: nn.Module, batch: Batch) -> Tensor:
         return batch.labels
 
     def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
-        return F.cross_entropy(logits, reference, reduction="none")
+        ahead = lead(logits, reference)
+        cross_entropy = F.cross_entropy(logits, reference, reduction="none")
+        return torch.where(ahead.detach() >= self.switch, cross_entropy, -ahead)
+
+
+def lead(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) of logits (B, K): the label's logit minus the largest other one. The prediction is right where it is above
+    0: a tie is wrong, and so is NaN."""
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return logits.gather(1, labels[:, None])[:, 0] - others
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet
+from ..bounds import NormBall, PerturbationSet
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .base import Attack, AttackResult, gradient_of
@@ -55,13 +55,14 @@ class PriorGuided(Attack):
         check(self.reset >= 1, "reset", self.reset, "a number of epochs >= 1")
         check(self.norm in ("batch", "sample"), "norm", self.norm, "batch, sample")
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
         return {PRIOR: StateSpec("sample", shape), MOMENTUM: StateSpec("sample", shape)}
 
     def toward(self, objective: Objective) -> PriorGuided:
         return self if self.objective is not None else replace(self, objective=objective)
 
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+        assert isinstance(ball, NormBall)
         images = batch.images
         objective = self.objective or CrossEntropy()
         reference = objective.reference(model, batch)

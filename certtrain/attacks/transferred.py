@@ -48,7 +48,7 @@ class Transferred(Ascent):
         check(self.reset >= 1, "reset", self.reset, "a number of epochs >= 1")
         super().__post_init__()
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
         return {KEPT: StateSpec("sample", shape, padded=True)}
 
     def begin(self, batch: Batch, ball: PerturbationSet, step: Step) -> Tensor:

@@ -4,13 +4,14 @@ from .forward import BatchStatistics, Forward, Statistics, forward
 from .ibp import Activity, compute_activity, compute_bounds, compute_margins, compute_rows
 from .interval import Bounds, Interval
 from .parts import Halves, split
-from .perturbation import L2Ball, LinfBall, PerturbationSet
+from .perturbation import L2Ball, LinfBall, NormBall, PerturbationSet
 from .program import Program, UnsupportedNode
 from .region import Box, Region
+from .sparse import SparseBall
 from .tracing import trace
 
 __all__ = [
     "Activity", "BatchStatistics", "Bounds", "Box", "Forward", "Halves", "Interval", "L2Ball", "LinfBall",
-    "PerturbationSet", "Program", "Region", "Statistics", "UnsupportedNode", "compute_activity", "compute_bounds",
-    "compute_margins", "compute_rows", "forward", "split", "trace",
+    "NormBall", "PerturbationSet", "Program", "Region", "SparseBall", "Statistics", "UnsupportedNode",
+    "compute_activity", "compute_bounds", "compute_margins", "compute_rows", "forward", "split", "trace",
 ]  # fmt: skip

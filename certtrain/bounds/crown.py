@@ -206,7 +206,7 @@ class _Bounding:
     def _refined(self, position: int, found: Bounds, wanted: Tensor) -> Bounds:
         """``found`` of an operation's output, tightened at the entries ``wanted`` (B, *shape)."""
         shape = wanted.shape
-        if (windows := Windows.behind(self.network, position)) is not None:
+        if self.region.is_local and (windows := Windows.behind(self.network, position)) is not None:
             return self._refined_in_windows(windows, found, wanted)
         wanted = wanted.flatten(1)
         most = int(wanted.sum(1).max()) if wanted.numel() else 0

@@ -12,6 +12,7 @@ from . import program as p
 from .convolution import convolve
 from .forward import RULES, _Run
 from .interval import Interval
+from .perturbation import PerturbationSet
 
 
 def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
@@ -33,18 +34,22 @@ def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
                 f"{type(layer).__name__} at {node.path!r} as the first layer over {run.region.kind}: "
                 "accepted: groups=1 and zero padding given in numbers"
             )
+        if not run.region.is_local:
+            raise p.UnsupportedNode(
+                f"{type(layer).__name__} at {node.path!r} as the first layer over {run.region.kind} of patches: "
+                "accepted: a Linear, or pixels, features, rows and columns"
+            )
         constant = convolve(shift, weight, bias, layer.stride, layer.padding, layer.dilation, 1)
         if isinstance(layer, nn.Conv1d):  # a row of an image
             weight, scale, images, constant = (x.unsqueeze(2) for x in (weight, scale, images, constant))
-            found = _bounds(run, *_patches(layer, weight, scale, images), constant)
-            return found.map(lambda x: x.squeeze(2))
-        return _bounds(run, *_patches(layer, weight, scale, images), constant)
+            return _windows(run, layer, weight, scale, images, constant).map(lambda x: x.squeeze(2))
+        return _windows(run, layer, weight, scale, images, constant)
     if hull.center.ndim != 2:
         raise p.UnsupportedNode(
             f"Linear at {node.path!r}: found {hull.center.ndim} dimensions; accepted: (B, features)"
         )
     forms = (weight * scale).reshape(1, len(weight), *images.shape[1:])
-    return _bounds(run, forms.expand(len(images), *forms.shape[1:]), images, F.linear(shift, weight, bias))
+    return _bounds(run.region.ball, forms.expand(len(images), *forms.shape[1:]), images, F.linear(shift, weight, bias))
 
 
 def _input_map(node: p.Affine, run, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +83,14 @@ def _patches(layer: p.Convolution, weight: Tensor, scale: Tensor, images: Tensor
     return forms.expand(len(images), -1, -1, -1).reshape(-1, len(weight), *shape), patches
 
 
-def _bounds(run, forms: Tensor, images: Tensor, constant: Tensor) -> Interval:
+def _windows(run, layer: p.Convolution, weight: Tensor, scale: Tensor, images: Tensor, constant: Tensor) -> Interval:
     ball = run.region.ball
+    forms, patches = _patches(layer, weight, scale, images)
+    each = torch.arange(len(images), device=images.device).repeat_interleave(constant.shape[2:].numel())
+    return _bounds(ball.take(each), forms, patches, constant)
+
+
+def _bounds(ball: PerturbationSet, forms: Tensor, images: Tensor, constant: Tensor) -> Interval:
     lower, upper = ball.concretise(forms, images), -ball.concretise(-forms, images)
     if constant.ndim == 4:  # (B·L, K) → (B, K, H', W')
         height, width = constant.shape[2:]

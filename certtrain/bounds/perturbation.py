@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,32 +25,51 @@ from .region import Around, least
 class PerturbationSet(Component):
     """A set around each image x. Attacks, interval bounds and linear relaxations all go through it.
 
-    ``epsilon`` is in pixel units of [0, 1]; inside a training step it is a 0-d tensor.
+    ``epsilon`` is its size: the radius of a norm's ball in pixel units of [0, 1], the number k of pixels of a sparse
+    one. Inside a training step it is a 0-d tensor.
     """
 
-    epsilon: float = 0.1
+    @property
+    @abstractmethod
+    def epsilon(self) -> Any:
+        """The size."""
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.epsilon, Tensor):  # looking into a device's tensor would wait for the device
-            number = isinstance(self.epsilon, (int, float)) and 0 <= self.epsilon < float("inf")
-            check(number, "epsilon", self.epsilon, "a number >= 0, in pixel units of [0, 1]")
-
+    @abstractmethod
     def with_epsilon(self, epsilon: float | Tensor) -> Self:
-        """The same kind of set with another radius."""
-        radius: Any = epsilon  # a 0-d tensor does a float's arithmetic
-        return dataclasses.replace(self, epsilon=radius)
+        """The same kind of set with another size."""
 
+    @abstractmethod
     def scaled(self, factor: float) -> Self:
-        return self.with_epsilon(self.epsilon * factor)
+        """The same kind of set, so many times as large."""
+
+    def take(self, index: Tensor) -> Self:
+        """The sets of some images of a batch, by their numbers: differs where each image has a size of its own."""
+        return self
 
     def region(self, images: Tensor) -> Around:
         """This set around each of ``images`` (B, *shape): what bounds are computed over."""
+        self.check_shape(images.shape[1:])
         return Around(self, images)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """
+        Raises:
+            InputError: images of this shape have no such set.
+        """
+
+    def remark(self, shape: Sequence[int]) -> str:
+        """What is worth saying, once, of this set around images of ``shape``; empty for nothing."""
+        return ""
 
     @property
     def is_box(self) -> bool:
         """Whether the set equals its ``hull``; bounds of any other set take their first layer from ``concretise``."""
         return False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what the set leaves of a window of the image is a set of the same kind and size around the window."""
+        return True
 
     @abstractmethod
     def hull(self, images: Tensor) -> Interval:
@@ -75,18 +95,37 @@ class PerturbationSet(Component):
         """
 
     @abstractmethod
+    def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
+        """A random change for each of ``images`` (B, *shape), uniform in the norm's ball. The sum is in the set only
+        once it is projected to [0, 1]."""
+
+
+@dataclass(frozen=True)
+class NormBall(PerturbationSet):
+    """The ball of a norm, cut to valid images; ``epsilon`` is its radius in pixel units of [0, 1]."""
+
+    epsilon: float = 0.1  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epsilon, Tensor):  # looking into a device's tensor would wait for the device
+            number = isinstance(self.epsilon, (int, float)) and 0 <= self.epsilon < float("inf")
+            check(number, "epsilon", self.epsilon, "a number >= 0, in pixel units of [0, 1]")
+
+    def with_epsilon(self, epsilon: float | Tensor) -> Self:
+        radius: Any = epsilon  # a 0-d tensor does a float's arithmetic
+        return dataclasses.replace(self, epsilon=radius)
+
+    def scaled(self, factor: float) -> Self:
+        return self.with_epsilon(self.epsilon * factor)
+
+    @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
         """The change of size 1 (in the set's norm) along which a linear function of this gradient grows fastest,
         for each of a batch, as ``gradient``; 0 where the gradient is 0."""
 
-    @abstractmethod
-    def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
-        """A change, uniform in the norm's ball of radius epsilon, for each of ``images`` (B, *shape). The sum is in the
-        set only once it is projected to [0, 1]."""
-
 
 @dataclass(frozen=True)
-class LinfBall(PerturbationSet):
+class LinfBall(NormBall):
     """|x' - x|_inf <= epsilon and 0 <= x' <= 1."""
 
     @property
@@ -117,7 +156,7 @@ class LinfBall(PerturbationSet):
 
 
 @dataclass(frozen=True)
-class L2Ball(PerturbationSet):
+class L2Ball(NormBall):
     """|x' - x|_2 <= epsilon and 0 <= x' <= 1."""
 
     def hull(self, images: Tensor) -> Interval:

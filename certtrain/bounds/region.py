@@ -37,7 +37,17 @@ class Region(ABC):
 
     @abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """With a conversion, or a rearrangement of inputs, applied to the tensors that describe the sets."""
+        """With a conversion applied to the tensors that describe the sets."""
+
+    @abstractmethod
+    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Self:
+        """The sets around windows that ``function`` cuts out of the images, where ``of`` numbers each window's image;
+        of sets that are ``is_local`` alone."""
+
+    @property
+    @abstractmethod
+    def is_local(self) -> bool:
+        """Whether what a set leaves of a window of the image is a set of the same kind around the window."""
 
     @abstractmethod
     def contains(self, points: Tensor) -> Tensor:
@@ -82,8 +92,15 @@ class Around(Region):
     def kind(self) -> str:
         return type(self.ball).__name__
 
+    @property
+    def is_local(self) -> bool:
+        return self.ball.is_local
+
     def take(self, index: Tensor) -> Around:
-        return Around(self.ball, self.images[index])
+        return Around(self.ball.take(index), self.images[index])
+
+    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Around:
+        return Around(self.ball.take(of), function(self.images))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Around:
         return Around(self.ball, function(self.images))
@@ -116,6 +133,13 @@ class Box(Region):
     @property
     def is_box(self) -> bool:
         return True
+
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Box:
+        return self.map(function)
 
     def take(self, index: Tensor) -> Box:
         return Box(self.lower[index], self.upper[index])

@@ -151,7 +151,7 @@ class View:
         return within[0][:, None, :, None] & within[1][:, None, None, :]
 
     def region(self, region: Region) -> Region:
-        return region.map(lambda values: self.see(0, values))
+        return region.windows(self.image, lambda values: self.see(0, values))
 
 
 def _is_local(operation: Operation, shapes: list[torch.Size]) -> bool:

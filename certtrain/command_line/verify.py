@@ -90,7 +90,7 @@ def _refuse_more(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _arithmetic(options: argparse.Namespace) -> Any:
     from ..errors import InputError
-    from ..verifiers.cascade import ROUNDINGS
+    from ..verifiers.settings import ROUNDINGS
 
     if options.arithmetic not in (None, "nearest", *ROUNDINGS):
         raise InputError(f"--arithmetic: found {options.arithmetic!r}; accepted: nearest, real, float32")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import CrossEntropy, gradient_of
-from ..bounds import PerturbationSet
+from ..bounds import NormBall, PerturbationSet
 from ..errors import check
 from ..noise import Noise
 from ..step import Batch, Step
@@ -50,6 +50,8 @@ def landscape(
     Raises:
         InputError: the batch is empty, or half or reach are out of range.
     """
+    check(isinstance(ball, NormBall), "perturbation", type(ball).__name__, "the ball of a norm")
+    assert isinstance(ball, NormBall)
     check(half >= 1, "half", half, "a whole number >= 1")
     check(0 < reach < float("inf"), "reach", reach, "a number > 0, in epsilons")
     steps = torch.arange(-half, half + 1, dtype=torch.float64, device=batch.labels.device) / half * reach

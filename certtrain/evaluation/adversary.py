@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks import Ascent
+from ..attacks import Ascent, lead
 from ..bounds import PerturbationSet, UnsupportedNode, compute_margins
 from ..step import Batch, Step
 
@@ -144,9 +144,3 @@ def rows_of(batch: Batch, rows: Tensor) -> Batch:
 def is_right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """(B,) bool: is the label's logit above all others? A tie is wrong, and so is NaN."""
     return lead(model(images), labels) > 0
-
-
-def lead(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) of logits (B, K): the label's logit minus the largest other one."""
-    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return logits.gather(1, labels[:, None])[:, 0] - others

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attacks import in_mode
+from ..attacks import in_mode, lead
 from ..bounds import PerturbationSet
 from ..config import unstructure
 from ..data import Split
@@ -22,7 +22,7 @@ from ..progress import Progress, console
 from ..run_folder import JsonLines
 from ..step import Batch, Step
 from ..verifiers.sweep import named
-from .adversary import Adversary, Lost, lead, rows_of
+from .adversary import Adversary, Lost, rows_of
 
 Record = Mapping[str, Any]
 FIELDS = {"index": int, "label": int, "prediction": int, "robust": bool, "seconds": float, "settings": str}

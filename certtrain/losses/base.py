@@ -71,8 +71,8 @@ def check_share(name: str, parameter: float | Ramp) -> None:
 class Loss(Component):
     """One training method. Subclasses are one file each."""
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
-        """State kept across batches, by name, for images of ``shape``; none by default."""
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
+        """State kept across batches, by name, for images of ``shape`` and so many classes; none by default."""
         return {}
 
     def files(self) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd
-from ..bounds import Activity, Forward, Interval, Statistics, compute_margins, forward, trace
+from ..bounds import Activity, Forward, Interval, PerturbationSet, Statistics, compute_margins, forward, trace
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .base import Loss, LossTerms, Ramp, check_share, value_at
@@ -143,8 +143,11 @@ class AttackedLoss(CertifiedLoss):
         super().__post_init__()
         check(self.attack_epsilon_factor > 0, "attack_epsilon_factor", self.attack_epsilon_factor, "a number > 0")
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
-        return self.attack.declare_state(shape)
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
+        return self.attack.declare_state(shape, classes)
+
+    def check_ball(self, ball: PerturbationSet) -> None:
+        self.attack.check_ball(ball, "loss.attack")
 
     def clean_gradient(self, step: Step) -> bool:
         return self.bn_mode == "clean" or super().clean_gradient(step)

@@ -48,8 +48,8 @@ class ExpressiveLoss(AttackedLoss):
     def replays(self) -> int:
         return 1 if self.adversarial is None else self.adversarial.replays
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
-        return (self.adversarial or self.attack).declare_state(shape)
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
+        return (self.adversarial or self.attack).declare_state(shape, classes)
 
     def files(self) -> Mapping[str, str]:
         return {} if self.adversarial is None else self.adversarial.files()
@@ -60,7 +60,9 @@ class ExpressiveLoss(AttackedLoss):
             self.adversarial.check_model(model)
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        if self.adversarial is not None:
+        if self.adversarial is None:
+            super().check_ball(ball)
+        else:
             self.adversarial.check_ball(ball)
 
     def clean_gradient(self, step: Step) -> bool:

@@ -26,8 +26,8 @@ class Staps(Taps):
         super().__post_init__()
         check_share("tau", self.tau)
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
-        return self.attack.declare_state(shape)
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
+        return self.attack.declare_state(shape, classes)
 
     def box(self, model: nn.Module, batch: Batch, step: Step) -> Interval | Region:
         images = self.attack(model, batch, step.ball, step).images

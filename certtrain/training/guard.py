@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..attacks import Attack
+from ..attacks import Attack, customary
 from ..bounds import PerturbationSet
 from ..data import Dataset
 from ..diagnostics import each, spread
@@ -32,7 +32,8 @@ class Guard:
         every: epochs between two checks.
         images: how many, spread evenly over the split; of a smaller one all.
         split: of which the images are, as stored: the training images, or those held out by ``data.validation``.
-        attack: at the recipe's own epsilon, its noise the same at each check.
+        attack: PGD-10 by default, over a sparse set sPGD-20; at the recipe's own epsilon, its noise the same at each
+            check.
         fall: what accuracy may lose, as a share of the images: more is a fall.
         since: the accuracy that counts: that of the ``previous`` check, or the ``best`` so far.
         action: on a fall ``warn``; or ``stop`` the training with the weights that it has; or stop after a ``rollback``
@@ -78,8 +79,10 @@ class Guard:
         self.check_data(dataset)
         batch = spread(dataset.train if self.split == "train" else dataset.validation, self.images)
 
+        attack = customary(self.attack, PGD, ball, 20)
+
         def found(part: Batch, step: Step) -> Tensor:
-            images = self.attack(model, part, ball, step).images
+            images = attack(model, part, ball, step).images
             with torch.no_grad():
                 logits = model(images)
             return (logits.argmax(1) == part.labels) & logits.isfinite().all(1)

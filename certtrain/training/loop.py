@@ -74,7 +74,7 @@ def fit(
     device = dataset.train.labels.device
     loader = Loader(dataset.train, settings.batch_size, settings.augment, seed)
     optimizer = settings.optimiser.build(model)
-    specs = loss.declare_state(dataset.shape)
+    specs = loss.declare_state(dataset.shape, dataset.classes)
     tensors = {
         name: spec.allocate(len(dataset.train), settings.batch_size, device, settings.augment.pad)
         for name, spec in sorted(specs.items())

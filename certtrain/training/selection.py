@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attacks import Ascent, Attack
+from ..attacks import Attack, customary
 from ..bounds import PerturbationSet
 from ..data import Split
+from ..diagnostics.alignment import PGD
 from ..errors import check
 from .evaluation import attacked_accuracy
 
@@ -23,12 +24,12 @@ class Select:
 
     Args:
         every: epochs between two candidates; the last epoch is one in any case.
-        attack: PGD-10 by default, at the recipe's own epsilon.
+        attack: PGD-10 by default, over a sparse set sPGD-20; at the recipe's own epsilon.
         images: the first so many validation images; null for all.
     """
 
     every: int = 1
-    attack: Attack = Ascent(steps=10, step_size=0.25, start="uniform")
+    attack: Attack = PGD
     images: int | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +51,8 @@ class Best:
         self, settings: Select, model: nn.Module, split: Split, ball: PerturbationSet, seed: int, epoch: int
     ) -> float:
         """Measure the weights after so many epochs, and keep a copy if they are the best. Returns their score."""
-        score = attacked_accuracy(model, split, ball, settings.attack, seed, settings.images)
+        attack = customary(settings.attack, PGD, ball, 20)
+        score = attacked_accuracy(model, split, ball, attack, seed, settings.images)
         if score > self.score:
             self.score, self.epoch = score, epoch
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}

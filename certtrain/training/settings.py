@@ -9,8 +9,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..attacks import customary
+from ..bounds import PerturbationSet
 from ..config import Component
 from ..data import Augment
+from ..diagnostics.alignment import PGD
 from ..errors import check
 from .averages import Averaging
 from .diagnosing import Diagnose
@@ -161,6 +164,15 @@ class Training:
             check(every <= self.epochs, name, f"one every {every} epochs", f"at most every {self.epochs}, the last")
         begins = 0 if self.averaging is None else self.averaging.start
         check(begins < self.epochs, "averaging", f"a start after epoch {begins}", f"one before the last, {self.epochs}")
+
+    def check_ball(self, ball: PerturbationSet) -> None:
+        """
+        Raises:
+            InputError: an attack that is to measure does not know such a set; names its section.
+        """
+        for name in ("measure", "diagnose", "guard", "select"):
+            if (section := getattr(self, name)) is not None:
+                customary(section.attack, PGD, ball, 20).check_ball(ball, f"training.{name}.attack")
 
     def learning_rate(self, epoch: float) -> float:
         """The learning rate when so many epochs are done."""

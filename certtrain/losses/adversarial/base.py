@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attacks import Ascent, Attack, AttackResult, CrossEntropy, Objective
+from ...bounds import PerturbationSet
 from ...step import Batch, StateSpec, Step
 from ..base import Loss, LossTerms
 
@@ -119,8 +120,11 @@ class AdversarialTraining(AdversarialLoss):
         """What the attack climbs, unless it has an objective of its own."""
         return CrossEntropy()
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
-        return self.attack.declare_state(shape)
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
+        return self.attack.declare_state(shape, classes)
+
+    def check_ball(self, ball: PerturbationSet) -> None:
+        self.attack.check_ball(ball, "loss.attack")
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
         return self.attack.toward(self.objective)(model, batch, step.ball, step)
@@ -171,8 +175,8 @@ class Wrapper(AdversarialLoss):
     def replays(self) -> int:
         return self.base.replays
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
-        return self.base.declare_state(shape)
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
+        return self.base.declare_state(shape, classes)
 
     def files(self) -> Mapping[str, str]:
         return self.base.files()
@@ -180,7 +184,7 @@ class Wrapper(AdversarialLoss):
     def check_model(self, model: nn.Module) -> None:
         self.base.check_model(model)
 
-    def check_ball(self, ball) -> None:
+    def check_ball(self, ball: PerturbationSet) -> None:
         self.base.check_ball(ball)
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:

@@ -44,6 +44,7 @@ class FgsmGa(AdversarialTraining):
         return True
 
     def check_ball(self, ball: PerturbationSet) -> None:
+        super().check_ball(ball)
         if self.weight is None and not isinstance(ball, LinfBall):
             raise InputError(
                 f"loss.weight: found null for {type(ball).__name__}; accepted: a number: the published formula knows "

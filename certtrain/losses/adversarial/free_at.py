@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attacks import AttackResult
-from ...errors import check
+from ...bounds import NormBall, PerturbationSet
+from ...errors import InputError, check
 from ...step import Batch, StateSpec, Step
 from .base import Accuracy, AdversarialLoss, Passes
 
@@ -38,7 +39,11 @@ class FreeAt(AdversarialLoss):
         check(self.replays >= 1, "replays", self.replays, "a whole number >= 1")
         check(self.step_size > 0, "step_size", self.step_size, "a number > 0, in epsilons")
 
-    def declare_state(self, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+    def check_ball(self, ball: PerturbationSet) -> None:
+        if not isinstance(ball, NormBall):
+            raise InputError(f"loss.type FreeAt: found a {type(ball).__name__}; accepted: the ball of a norm")
+
+    def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
         return {CARRIED: StateSpec("position", shape)}
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
@@ -61,6 +66,7 @@ class FreeAt(AdversarialLoss):
 
     def _carry(self, batch: Batch, step: Step, points: Tensor, gradient: Tensor) -> None:
         """Write what the next update starts from; called by the backward pass."""
+        assert isinstance(step.ball, NormBall)
         images = batch.images.detach()
         moved = points + self.step_size * step.ball.epsilon * step.ball.direction(gradient)
         change = step.ball.project(images, moved.clamp(0, 1)) - images

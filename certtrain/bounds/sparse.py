@@ -1,0 +1,191 @@
+"""The l0 set: few pixels change, each as far as it likes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..errors import InputError, check
+from ..noise import Noise
+from .interval import Interval
+from .perturbation import PerturbationSet
+
+Unit = Literal["pixel", "feature", "row", "column", "patch"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+
+@dataclass(frozen=True)
+class SparseBall(PerturbationSet):
+    """At most k units of x' differ from x, and 0 <= x' <= 1: an l0 ball. It is not convex.
+
+    Units partition the image. Methods see it as *grouped*: (B, M, N), N units of M numbers each.
+
+    Args:
+        k: how many units; or, where every image has its own, int64 (B,). A k above N means all of them.
+        unit: ``pixel``, all channels of a place together (any shape (C, …); of a vector each number); ``feature``, each
+            number; of images (C, H, W) also a whole ``row`` or ``column``, or a ``patch``.
+        side: of a patch, in pixels, which has to divide height and width: patches lie on a grid.
+    """
+
+    k: int | Tensor = 20  # type: ignore[assignment]
+    unit: Unit = "pixel"
+    side: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, Tensor):
+            whole = isinstance(self.k, int) and not isinstance(self.k, bool)
+            check(whole and self.k >= 0, "k", self.k, f"a whole number of {self.unit}s >= 0")
+        check(self.unit in UNITS, "unit", self.unit, ", ".join(UNITS))
+        check(self.side >= 1, "side", self.side, "a whole number of pixels >= 1")
+        check(self.side == 1 or self.unit == "patch", "side", self.side, f"1 where the unit is a {self.unit}")
+
+    @property
+    def epsilon(self) -> int | Tensor:
+        return self.k
+
+    def with_epsilon(self, epsilon: float | Tensor) -> Self:
+        """With another k: of a tensor, which a schedule makes, the nearest whole number.
+
+        Raises:
+            FieldError: a number that is not whole.
+        """
+        if isinstance(epsilon, Tensor):
+            return dataclasses.replace(self, k=epsilon.round().long() if epsilon.is_floating_point() else epsilon)
+        check(0 <= epsilon < math.inf and epsilon == int(epsilon), "k", epsilon, f"a whole number of {self.unit}s >= 0")
+        return dataclasses.replace(self, k=int(epsilon))
+
+    def scaled(self, factor: float) -> Self:
+        """With k times so much, rounded up."""
+        if isinstance(self.k, Tensor):
+            return dataclasses.replace(self, k=torch.ceil(self.k.double() * factor).long())
+        return dataclasses.replace(self, k=math.ceil(self.k * factor))
+
+    def take(self, index: Tensor) -> Self:
+        own = isinstance(self.k, Tensor) and self.k.ndim == 1
+        return dataclasses.replace(self, k=self.k[index]) if own else self  # type: ignore[index]
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        images = len(shape) == 3
+        if self.unit in ("row", "column", "patch") and not images:
+            raise InputError(f"unit: found {self.unit}s of inputs {tuple(shape)}; accepted: images (C, H, W)")
+        if self.unit == "patch" and any(size % self.side for size in shape[1:]):
+            raise InputError(
+                f"side: found patches of {self.side}×{self.side} for images of {shape[1]}×{shape[2]}; "
+                "accepted: a side that divides both"
+            )
+
+    def remark(self, shape: Sequence[int]) -> str:
+        units = self.units(shape)
+        if isinstance(self.k, Tensor) or self.k <= units:
+            return ""
+        return f"k: found {self.k}, of images with {units} {self.unit}s: it means all of them"
+
+    @property
+    def is_local(self) -> bool:
+        return self.unit != "patch"  # a window cuts through the grid
+
+    def units(self, shape: Sequence[int]) -> int:
+        """N, for images of ``shape`` (C, …)."""
+        self.check_shape(shape)
+        match self.unit:
+            case "pixel":
+                return math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+            case "feature":
+                return math.prod(shape)
+            case "row":
+                return shape[1]
+            case "column":
+                return shape[2]
+            case _:
+                return (shape[1] // self.side) * (shape[2] // self.side)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """(B, *shape) → (B, M, N)."""
+        self.check_shape(x.shape[1:])
+        units = self.units(x.shape[1:])
+        members = math.prod(x.shape[1:]) // max(units, 1)
+        match self.unit:
+            case "row":
+                return x.transpose(2, 3).reshape(len(x), members, units)
+            case "patch":
+                batch, channels, height, width = x.shape
+                tiles = x.reshape(batch, channels, height // self.side, self.side, width // self.side, self.side)
+                return tiles.permute(0, 1, 3, 5, 2, 4).reshape(batch, members, units)
+            case _:
+                return x.reshape(len(x), members, units)
+
+    def ungrouped(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """(B, M, N) → (B, *shape), the inverse of ``grouped``."""
+        match self.unit:
+            case "row":
+                channels, height, width = shape
+                return x.reshape(len(x), channels, width, height).transpose(2, 3)
+            case "patch":
+                channels, height, width = shape
+                down, across = height // self.side, width // self.side
+                tiles = x.reshape(len(x), channels, self.side, self.side, down, across)
+                return tiles.permute(0, 1, 4, 2, 5, 3).reshape(len(x), *shape)
+            case _:
+                return x.reshape(len(x), *shape)
+
+    def counts(self, like: Tensor) -> int | Tensor:
+        """k for ``kernels``: an int, or int64 (B,) of the batch ``like``."""
+        if not isinstance(self.k, Tensor):
+            return self.k
+        k = self.k.to(device=like.device, dtype=torch.int64)
+        return k.expand(len(like)).contiguous() if k.ndim == 0 else k
+
+    def changed(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
+        """(B,) int64: in how many units do candidates differ, by more than ``slack``? NaN differs."""
+        same = self.grouped((candidates.double() - images.double()).abs() <= slack)
+        return (~same).any(1).sum(1)
+
+    def hull(self, images: Tensor) -> Interval:
+        k = self.counts(images)
+        free = k > 0 if isinstance(k, Tensor) else torch.full((len(images),), k > 0, device=images.device)
+        free = free.reshape(-1, *[1] * (images.ndim - 1))
+        return Interval.from_bounds(torch.where(free, 0, images), torch.where(free, 1, images))
+
+    def project(self, images: Tensor, candidates: Tensor) -> Tensor:
+        """The nearest point of the set (one of them), in the Euclidean norm: the k units that gain most keep their
+        change, cut to [0, 1]. A unit gains |d|² - |what the cut takes away|²."""
+        valid = candidates.clamp(0, 1)
+        change, cut = candidates.double() - images.double(), candidates.double() - valid.double()
+        gains = self.grouped(change.square() - cut.square()).sum(1)
+        moved = self.grouped(valid != images).any(1)
+        gains = torch.where(moved, gains.clamp(min=torch.finfo(gains.dtype).tiny), 0)  # squares may vanish
+        mask = kernels.topk_mask(gains, self.counts(images))
+        chosen = self.ungrouped(mask.bool().unsqueeze(1).expand_as(self.grouped(images)), images.shape[1:])
+        return torch.where(chosen, valid, images)
+
+    def contains(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
+        valid = ((candidates >= -slack) & (candidates <= 1 + slack)).flatten(1).all(1)
+        return valid & (self.changed(images, candidates, slack) <= self.counts(images))
+
+    def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
+        """Exact up to rounding: the k units that can lower the form most go to their best corners."""
+        forms, center = coefficients.flatten(0, 1), images.unsqueeze(1).expand_as(coefficients).flatten(0, 1)
+        effects = -(forms.clamp(min=0) * center + forms.clamp(max=0).neg() * (1 - center))
+        gains = self.grouped(effects).sum(1)  # (B·S, N), <= 0
+        k = self.counts(images)
+        if isinstance(k, Tensor):
+            k = k.repeat_interleave(coefficients.shape[1])
+        mask = kernels.topk_mask(gains.detach().neg(), k)
+        least = (forms * center).flatten(1).sum(1) + torch.where(mask.bool(), gains, 0).sum(1)
+        return least.reshape(coefficients.shape[:2])
+
+    def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
+        """k random units, and in them changes uniform in [-1, 1], cut to valid images."""
+        center = self.grouped(images)
+        change = 2 * noise.uniform(center.shape[1:], f"{stream}/size", images.dtype) - 1
+        change = torch.minimum(torch.maximum(change, -center), 1 - center)
+        scores = noise.uniform(center.shape[2:], f"{stream}/place", images.dtype)
+        mask = kernels.topk_mask(scores, self.counts(images))
+        return self.ungrouped(torch.where(mask.bool().unsqueeze(1), change, 0), images.shape[1:])
