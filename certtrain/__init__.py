@@ -6,7 +6,7 @@ Importing this package costs nothing; each name below is imported when it is fir
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .bounds import Bounds, Box, Interval, L2Ball, LinfBall, SparseBall, compute_bounds
+    from .bounds import Bounds, Box, Interval, L1Ball, L2Ball, LinfBall, SparseBall, compute_bounds
     from .comparison import compare
     from .diagnosis import diagnose
     from .export import export_onnx
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from .verifiers import certify
 
 _HOMES = {
-    "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L2Ball": "bounds", "LinfBall": "bounds",
-    "SparseBall": "bounds", "compute_bounds": "bounds", "Config": "recipe", "certify": "verifiers",
-    "compare": "comparison", "diagnose": "diagnosis", "evaluate": "robustness", "export_onnx": "export",
-    "import_checkpoint": "importing",
-    "load_model": "runs", "train": "pipeline", "verify": "verification",
+    "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L1Ball": "bounds", "L2Ball": "bounds",
+    "LinfBall": "bounds", "SparseBall": "bounds", "compute_bounds": "bounds", "Config": "recipe",
+    "certify": "verifiers", "compare": "comparison", "diagnose": "diagnosis", "evaluate": "robustness",
+    "export_onnx": "export", "import_checkpoint": "importing", "load_model": "runs", "train": "pipeline",
+    "verify": "verification",
 }  # fmt: skip
 
 __all__ = [
-    "Bounds", "Box", "Config", "Interval", "L2Ball", "LinfBall", "SparseBall", "certify", "compare", "compute_bounds",
-    "diagnose", "evaluate", "export_onnx", "import_checkpoint", "load_model", "train", "verify",
+    "Bounds", "Box", "Config", "Interval", "L1Ball", "L2Ball", "LinfBall", "SparseBall", "certify", "compare",
+    "compute_bounds", "diagnose", "evaluate", "export_onnx", "import_checkpoint", "load_model", "train", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

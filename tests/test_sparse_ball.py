@@ -9,6 +9,7 @@ from torch import nn
 from certtrain.bounds import Interval, SparseBall, compute_bounds
 from certtrain.bounds.crown import crown_bounds, interval_bounds
 from certtrain.bounds.folding import fold
+from certtrain.bounds.sparse import SparsePart
 from certtrain.errors import FieldError, InputError
 from certtrain.noise import Noise
 from certtrain.verifiers import certify
@@ -241,3 +242,34 @@ def test_certificates_stand_against_every_corner():
         fooled = (model(torch.cat(list(corners(ball, image.double()))).float()).argmax(1) != label).any()
         assert verdict.status != "verified" or not fooled
         assert verdict.status != "falsified" or ball.contains(image[None], verdict.counterexample[None])
+
+
+class TestPart:
+    @pytest.mark.parametrize("name", BALLS)
+    def test_by_enumeration(self, name):
+        """Least value, its point, and membership, of one unit that is free and two of some others."""
+        ball, images = BALLS[name], make_images(4)
+        units = members_of(ball)
+        count = len(units)
+        free, possible = torch.zeros(4, count, dtype=torch.bool), torch.ones(4, count, dtype=torch.bool)
+        free[:, 1], possible[:, 1], possible[:, 0] = True, False, False
+        budget = torch.tensor([2, 1, 0, 2])
+        part = SparsePart.of(ball, images, free, possible, budget)
+        forms = random(4, 3, *SHAPE)
+        found, least = part.concretise(forms), torch.full((4, 3), torch.inf, dtype=torch.float64)
+        for number in range(4):
+            for chosen in itertools.combinations(units[2:], int(budget[number])):
+                wide = torch.stack((units[1], *chosen)).any(0)
+                point = torch.where(wide, (forms[number] < 0).double(), images[number])
+                assert part.take(torch.full((3,), number)).contains(point).all()
+                least[number] = torch.minimum(least[number], (forms[number] * point).flatten(1).sum(1))
+        torch.testing.assert_close(found, least, rtol=0, atol=1e-12)
+        point = part.minimiser(forms[:, 0])
+        torch.testing.assert_close((forms[:, 0] * point).flatten(1).sum(1), least[:, 0], rtol=0, atol=1e-12)
+        assert part.contains(point).all() and part.hull.contains(point).all()
+        strange = images.clone()
+        strange[:, units[0]] = 0.5
+        assert not part.contains(strange).any() and not part.contains(torch.full_like(images, torch.nan)).any()
+        nearest = part.nearest(images + random(4, *SHAPE))
+        assert part.contains(nearest).all() and part.hull.contains(nearest).all()
+        assert part.to(torch.float32).concretise(forms.float()).dtype == torch.float32

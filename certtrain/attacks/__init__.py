@@ -5,18 +5,21 @@ from .base import Attack, AttackResult, gradient_of
 from .checkpoints import Checkpoints
 from .customary import customary
 from .early_stopped import EarlyStopped
+from .frank_wolfe import FrankWolfe
 from .linearisation import Linearisation
 from .modes import buffers_kept, in_mode
-from .nuclear import Nuclear, nuclear_norm
+from .nuclear import ClimbsNuclear, Nuclear, nuclear_norm
 from .objective import CrossEntropy, Divergence, KullbackLeibler, Objective, SquaredEuclidean, SwitchedMargin, lead
 from .pgd import Pgd
 from .prior import PriorGuided, SmoothedCrossEntropy
-from .sparse import SparsePgd
+from .recorded import RECORDING, records_start
+from .sparse import CornerSearch, Pgd0, Saif, SigmaZero, SparseNuclear, SparsePgd, SparseRs, SparseTransferred
 from .transferred import Transferred
 
 __all__ = [
-    "Ascent", "Attack", "AttackResult", "Checkpoints", "CrossEntropy", "Divergence", "EarlyStopped",
-    "KullbackLeibler", "Linearisation", "Nuclear", "Objective", "Pgd", "PriorGuided", "SmoothedCrossEntropy",
-    "SparsePgd", "SquaredEuclidean", "SwitchedMargin", "Transferred", "buffers_kept", "customary", "gradient_of",
-    "in_mode", "lead", "nuclear_norm",
+    "RECORDING", "Ascent", "Attack", "AttackResult", "Checkpoints", "ClimbsNuclear", "CornerSearch", "CrossEntropy",
+    "Divergence", "EarlyStopped", "FrankWolfe", "KullbackLeibler", "Linearisation", "Nuclear", "Objective", "Pgd",
+    "Pgd0", "PriorGuided", "Saif", "SigmaZero", "SmoothedCrossEntropy", "SparseNuclear", "SparsePgd", "SparseRs",
+    "SparseTransferred", "SquaredEuclidean", "SwitchedMargin", "Transferred", "buffers_kept", "customary",
+    "gradient_of", "in_mode", "lead", "nuclear_norm", "records_start",
 ]  # fmt: skip

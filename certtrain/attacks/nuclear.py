@@ -9,45 +9,52 @@ from torch import Tensor, nn
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .ascent import Ascent, Start
-from .base import AttackMode
+from .base import Attack, AttackMode
 
 COUNT = "nuclear_iterations"
 
 
 @dataclass(frozen=True)
-class Nuclear(Ascent):
-    """NuAT's attack: at every other iteration it also climbs the nuclear norm of how far the batch's logits moved.
+class ClimbsNuclear(Attack):
+    """What attacks that climb the nuclear norm share: at every other iteration it joins what they climb otherwise.
 
-    One step of size epsilon from a random corner of half the ball, along the gradient of
-    sum CE(f(x'), y) + weight · |f(x') - f(x)|_* (its norm joins at the 2nd, 4th, … global batch of a training, whose
-    number is state of the run; at every batch where that is not kept). The published code takes f(x) in training mode
-    and f(x') in evaluation mode, so that they differ where x' = x; here ``attack_mode`` is that of both.
+    Climbed is sum CE(f(x'), y) + weight · |f(x') - f(x)|_*; the norm joins at the 2nd, 4th, … global batch of a
+    training, whose number is state of the run, and at every batch where that is not kept. The published code takes
+    f(x) in training mode and f(x') in evaluation mode, so that they differ where x' = x; here ``attack_mode`` is that
+    of both.
 
     Args:
         weight: of the nuclear norm; null for the loss' own, or 0 without a loss that has one.
     """
 
-    attack_mode: AttackMode = "eval"
-    steps: int = 1
-    step_size: float = 1.0
-    start: Start = "corners"
-    start_scale: float = 0.5
     weight: float | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]  # of the attack that this is mixed into
         check(self.weight is None or self.weight >= 0, "weight", self.weight, "a number >= 0, or null")
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
         return {COUNT: StateSpec("run", dtype=torch.int64)}
 
     def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
-        objective, joins, weight = super().climbed(model, batch, step), _joins(batch, step), self.weight
+        objective: Callable[[Tensor], Tensor] = super().climbed(model, batch, step)  # type: ignore[misc]
+        joins, weight = _joins(batch, step), self.weight
         if not joins or weight is None or weight == 0:
             return objective
         with torch.no_grad():
             clean = model(batch.images)
         return lambda logits: objective(logits).sum() + weight * nuclear_norm(logits - clean)
+
+
+@dataclass(frozen=True)
+class Nuclear(ClimbsNuclear, Ascent):
+    """NuAT's attack: one step of size epsilon from a random corner of half the ball."""
+
+    attack_mode: AttackMode = "eval"
+    steps: int = 1
+    step_size: float = 1.0
+    start: Start = "corners"
+    start_scale: float = 0.5
 
 
 def _joins(batch: Batch, step: Step) -> bool:

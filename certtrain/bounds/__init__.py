@@ -3,6 +3,7 @@
 from .forward import BatchStatistics, Forward, Statistics, forward
 from .ibp import Activity, compute_activity, compute_bounds, compute_margins, compute_rows
 from .interval import Bounds, Interval
+from .l1 import L1Ball
 from .parts import Halves, split
 from .perturbation import L2Ball, LinfBall, NormBall, PerturbationSet
 from .program import Program, UnsupportedNode
@@ -11,7 +12,7 @@ from .sparse import SparseBall
 from .tracing import trace
 
 __all__ = [
-    "Activity", "BatchStatistics", "Bounds", "Box", "Forward", "Halves", "Interval", "L2Ball", "LinfBall",
+    "Activity", "BatchStatistics", "Bounds", "Box", "Forward", "Halves", "Interval", "L1Ball", "L2Ball", "LinfBall",
     "NormBall", "PerturbationSet", "Program", "Region", "SparseBall", "Statistics", "UnsupportedNode",
     "compute_activity", "compute_bounds", "compute_margins", "compute_rows", "forward", "split", "trace",
 ]  # fmt: skip

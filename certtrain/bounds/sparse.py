@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -16,6 +16,7 @@ from ..errors import InputError, check
 from ..noise import Noise
 from .interval import Interval
 from .perturbation import PerturbationSet
+from .region import Region
 
 Unit = Literal["pixel", "feature", "row", "column", "patch"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -171,15 +172,20 @@ class SparseBall(PerturbationSet):
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
         """Exact up to rounding: the k units that can lower the form most go to their best corners."""
-        forms, center = coefficients.flatten(0, 1), images.unsqueeze(1).expand_as(coefficients).flatten(0, 1)
-        effects = -(forms.clamp(min=0) * center + forms.clamp(max=0).neg() * (1 - center))
-        gains = self.grouped(effects).sum(1)  # (B·S, N), <= 0
+        values, gains = self.effects(coefficients, images)
         k = self.counts(images)
         if isinstance(k, Tensor):
             k = k.repeat_interleave(coefficients.shape[1])
-        mask = kernels.topk_mask(gains.detach().neg(), k)
-        least = (forms * center).flatten(1).sum(1) + torch.where(mask.bool(), gains, 0).sum(1)
-        return least.reshape(coefficients.shape[:2])
+        mask = kernels.topk_mask(gains.detach().flatten(0, 1).neg(), k).reshape(gains.shape)
+        return values + torch.where(mask.bool(), gains, 0).sum(2)
+
+    def effects(self, coefficients: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of linear forms (B, S, *shape): their values at the images (B, S), and what each unit can add (B, S, N), at
+        its best corner: <= 0."""
+        products = coefficients * images.unsqueeze(1)
+        effects = coefficients.clamp(max=0) - products  # c x' - c x is smallest at x' = 0 or 1
+        gains = self.grouped(effects.flatten(0, 1)).sum(1)
+        return products.flatten(2).sum(2), gains.reshape(*coefficients.shape[:2], gains.shape[1])
 
     def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
         """k random units, and in them changes uniform in [-1, 1], cut to valid images."""
@@ -189,3 +195,84 @@ class SparseBall(PerturbationSet):
         scores = noise.uniform(center.shape[2:], f"{stream}/place", images.dtype)
         mask = kernels.topk_mask(scores, self.counts(images))
         return self.ungrouped(torch.where(mask.bool().unsqueeze(1), change, 0), images.shape[1:])
+
+
+@dataclass(frozen=True)
+class SparsePart(Region):
+    """Part of a sparse set around each of ``images``: some units are free, and few of some others may change.
+
+    Args:
+        ball: which says what a unit is; its k is not looked at.
+        images: (B, *shape).
+        free, possible: as ``images``, bool, alike within a unit, never both: the units that may change whatever the
+            others do, and those of which at most ``budget`` do.
+        budget: (B,) int64.
+    """
+
+    ball: SparseBall
+    images: Tensor
+    free: Tensor
+    possible: Tensor
+    budget: Tensor
+
+    @classmethod
+    def of(cls, ball: SparseBall, images: Tensor, free: Tensor, possible: Tensor, budget: Tensor) -> SparsePart:
+        """With the masks given by units, (B, N)."""
+        like = ball.grouped(images)
+        wide, some = (ball.ungrouped(mask.unsqueeze(1).expand_as(like), images.shape[1:]) for mask in (free, possible))
+        return cls(ball, images, wide, some, budget)
+
+    @property
+    def hull(self) -> Interval:
+        wide = self.free | (self.possible & (self.budget > 0).reshape(-1, *[1] * (self.images.ndim - 1)))
+        return Interval.from_bounds(torch.where(wide, 0, self.images), torch.where(wide, 1, self.images))
+
+    @property
+    def is_box(self) -> bool:
+        return False
+
+    @property
+    def is_local(self) -> bool:
+        return self.ball.is_local
+
+    def take(self, index: Tensor) -> SparsePart:
+        return SparsePart(self.ball, self.images[index], self.free[index], self.possible[index], self.budget[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SparsePart:
+        free, possible = (function(mask.to(self.images.dtype)) > 0.5 for mask in (self.free, self.possible))
+        return SparsePart(self.ball, function(self.images), free, possible, self.budget)
+
+    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> SparsePart:
+        return dataclasses.replace(self.map(function), budget=self.budget[of])
+
+    def contains(self, points: Tensor) -> Tensor:
+        valid = ((points >= 0) & (points <= 1)).flatten(1).all(1)
+        moved = ~(points == self.images)  # NaN is no point
+        strange = (moved & ~self.free & ~self.possible).flatten(1).any(1)
+        count = self.ball.grouped(moved & self.possible).any(1).sum(1)
+        return valid & ~strange & (count <= self.budget)
+
+    def nearest(self, points: Tensor) -> Tensor:
+        points = points.to(self.images.dtype)
+        some = self.ball.with_epsilon(self.budget).project(self.images, torch.where(self.possible, points, self.images))
+        return torch.where(self.free, points.clamp(0, 1), some)
+
+    def concretise(self, forms: Tensor) -> Tensor:
+        values, gains = self.ball.effects(forms, self.images)
+        return values + torch.where(self._chosen(gains), gains, 0).sum(2)
+
+    def minimiser(self, forms: Tensor) -> Tensor:
+        """(B, *shape): a point of each set at which its linear form, as ``images``, is smallest."""
+        chosen = self._chosen(self.ball.effects(forms.unsqueeze(1), self.images)[1]).transpose(1, 2).contiguous()
+        like = self.ball.grouped(self.images)
+        chosen = self.ball.ungrouped(chosen.squeeze(2).unsqueeze(1).expand_as(like), self.images.shape[1:])
+        corners = torch.where(forms > 0, 0, torch.where(forms < 0, 1, self.images))
+        return torch.where(chosen, corners, self.images)
+
+    def _chosen(self, gains: Tensor) -> Tensor:
+        """(B, R, N) bool: the units that change where forms with these effects are smallest."""
+        free, possible = (self.ball.grouped(mask).any(1).unsqueeze(1) for mask in (self.free, self.possible))
+        counts = self.budget.repeat_interleave(gains.shape[1])
+        effects = torch.where(possible, gains.detach().neg(), 0)
+        mask = kernels.topk_mask(effects.flatten(0, 1), counts).reshape(gains.shape).bool()
+        return free | (mask & possible)

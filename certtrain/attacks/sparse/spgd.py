@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,14 @@ class SparsePgd(Attack):
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
         assert isinstance(ball, SparseBall)
         walk = self.begin(batch, ball, step)
-        projected = self.variant == "projected"
-        if self.variant == "coin":
-            projected = bool(key_of(step.noise.key, "variant") & 1)
         found = self._last if self.keep == "last" else self._best
-        return found(model, batch, ball, step, walk, projected)
+        return found(model, batch, ball, step, walk, self.is_projected(step))
+
+    def is_projected(self, step: Step) -> bool:
+        """Whether this batch's steps move the selected pixels alone."""
+        if self.variant == "coin":
+            return bool(key_of(step.noise.key, "variant") & 1)
+        return self.variant == "projected"
 
     def begin(self, batch: Batch, ball: SparseBall, step: Step) -> Walk:
         """Where the walk starts."""
@@ -83,11 +87,10 @@ class SparsePgd(Attack):
     def _last(
         self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step, walk: Walk, projected: bool
     ) -> AttackResult:
-        shape, climbed, trace = batch.images.shape[1:], self.objective or CrossEntropy(), {}
-        reference = climbed.reference(model, batch)
+        shape, climbed, trace = batch.images.shape[1:], self.climbed(model, batch, step), {}
         for number in range(self.steps):
             points = ball.ungrouped(walk.points, shape)
-            logits, gradient = gradient_of(model, points, lambda z: climbed(z, reference))
+            logits, gradient = gradient_of(model, points, climbed)
             if not number:
                 trace = {"start": points, "logits": logits, "gradient": gradient}
             walk = self.moved(walk, ball.grouped(gradient), projected, number)
@@ -101,37 +104,41 @@ class SparsePgd(Attack):
         reference = climbed.reference(model, batch)
         with torch.no_grad():
             logits = model(batch.images)
-        best, values = walk.center.clone(), climbed(logits, reference)
-        found_at = torch.where(lead(logits, batch.labels) > 0, -1, 0)
+        best = Best.starting(walk.center, batch.labels, reference, logits, climbed(logits, reference))
+        images, found_at = torch.empty_like(walk.center), best.found_at.clone()
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
-        stretch = 1 if values.device.type == "cpu" else STRETCH
+        stretch = STRETCH if waits(images) else 1
         for number in range(self.steps + 1):
             if alone and number % stretch == 0:
-                left = found_at[walk.rows] < 0
+                left = best.found_at < 0
                 if not bool(left.all()):
-                    walk, values = walk.take(left), values[left]
+                    gone = walk.rows[~left]
+                    images[gone], found_at[gone] = best.points[~left], best.found_at[~left]
+                    walk, best = walk.take(left), best.take(left)
                 if not len(walk.rows):
                     break
-            points, rows = ball.ungrouped(walk.points, shape), walk.rows
+            points, held = ball.ungrouped(walk.points, shape), best.reference
             gradient = points
             if number < self.steps:
-                logits, gradient = gradient_of(model, points, lambda z, rows=rows: climbed(z, reference[rows]))
+                logits, gradient = gradient_of(model, points, lambda z, held=held: climbed(z, held))
             else:
                 with torch.no_grad():
                     logits = model(points)
-            reached = climbed(logits, reference[rows])
-            wrong = ~(lead(logits, batch.labels[rows]) > 0)
-            open_ = found_at[rows] < 0
-            better = open_ & (wrong | (reached >= values))
-            best[rows] = torch.where(better[:, None, None], walk.points, best[rows])
-            values = torch.where(better, reached, values)
-            found_at[rows] = torch.where(open_ & wrong, number, found_at[rows])
+            best = best.after(number, walk.points, logits, climbed(logits, held))
             if number < self.steps:
                 walk = self.moved(walk, ball.grouped(gradient), projected, number)
-        return AttackResult(ball.ungrouped(best, shape), {"found_at": found_at})
+        images[walk.rows], found_at[walk.rows] = best.points, best.found_at
+        return AttackResult(ball.ungrouped(images, shape), {"found_at": found_at})
+
+    def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
+        """What is climbed where the last point is kept: a function of the logits (B, K), whose sum counts."""
+        objective = self.objective or CrossEntropy()
+        reference = objective.reference(model, batch)
+        return lambda logits: objective(logits, reference)
 
     def moved(self, walk: Walk, gradient: Tensor, projected: bool, number: int) -> Walk:
-        """One step further; with new logits for images whose mask has stood still for too long."""
+        """One step further, after ``number`` others; with new logits for images whose mask has stood still for too
+        long."""
         p, m, mask, points, changed = kernels.spgd_step(
             gradient, walk.p, walk.m, walk.center, walk.mask, walk.k,
             alpha=self.alpha, beta=self.beta, projected=projected,
@@ -141,12 +148,20 @@ class SparsePgd(Attack):
             return walk
         still = torch.where(changed, 0, walk.still + 1)
         stuck = still >= self.patience
-        if stuck.device.type != "cpu" or bool(stuck.any()):  # on a GPU to look is dearer than to draw
+        walk = replace(walk, still=torch.where(stuck, 0, still))
+        if number + 1 < self.patience:
+            return walk
+        if waits(stuck):  # to draw for all is cheaper than to ask for whom
             fresh = walk.noise.normal(m.shape[1:], f"logits/{number}", m.dtype)
             m = torch.where(stuck[:, None], fresh, m)
             points, mask = kernels.sparse_apply(walk.center, p, m, walk.k)
-            walk = replace(walk, m=m, mask=mask, points=points)
-        return replace(walk, still=torch.where(stuck, 0, still))
+            return replace(walk, m=m, mask=mask, points=points)
+        index = stuck.nonzero().flatten()
+        if len(index):  # what the step returned belongs to this walk alone
+            noise, k = _of(walk.noise, index), walk.k[index] if isinstance(walk.k, Tensor) else walk.k
+            m[index] = fresh = noise.normal(m.shape[1:], f"logits/{number}", m.dtype)
+            points[index], mask[index] = kernels.sparse_apply(walk.center[index], p[index], fresh, k)
+        return walk
 
     def ended(self, walk: Walk, batch: Batch, step: Step) -> None:
         """Called with where the walk of a whole batch ended."""
@@ -183,6 +198,56 @@ class Walk:
     def take(self, chosen: Tensor) -> Walk:
         """Of some of them alone: (B,) bool."""
         index = chosen.nonzero().flatten()
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        kept = {name: value[index] for name, value in held.items() if isinstance(value, Tensor)}
-        return replace(self, **kept, noise=replace(self.noise, positions=self.noise.positions[index]))
+        return replace(self, **_picked(self, index), noise=_of(self.noise, index))
+
+
+@dataclass(frozen=True)
+class Best:
+    """What a walk has found so far; images in the walk's order.
+
+    Args:
+        points: (B, M, N), the best. values: (B,), the objective there. found_at: (B,), as in the trace.
+        labels, reference: of the images, to judge logits by.
+    """
+
+    points: Tensor
+    values: Tensor
+    found_at: Tensor
+    labels: Tensor
+    reference: Tensor
+
+    @classmethod
+    def starting(cls, center: Tensor, labels: Tensor, reference: Tensor, logits: Tensor, values: Tensor) -> Best:
+        return cls(center.clone(), values, torch.where(lead(logits, labels) > 0, -1, 0), labels, reference)
+
+    def after(self, number: int, points: Tensor, logits: Tensor, values: Tensor) -> Best:
+        """With the points that ``number`` steps led to. It takes over this object's points."""
+        wrong = ~(lead(logits, self.labels) > 0)
+        left = self.found_at < 0
+        better = left & (wrong | (values >= self.values))
+        if waits(better):
+            best = torch.where(better[:, None, None], points, self.points)
+        else:  # whole rows: a few of them are copied faster than all are compared
+            index = better.nonzero().flatten()
+            best = self.points.index_copy_(0, index, points[index])
+        values = torch.where(better, values, self.values)
+        return replace(self, points=best, values=values, found_at=torch.where(left & wrong, number, self.found_at))
+
+    def take(self, chosen: Tensor) -> Best:
+        """Of some images alone: (B,) bool."""
+        return replace(self, **_picked(self, chosen.nonzero().flatten()))
+
+
+def waits(values: Tensor) -> bool:
+    """Whether a look at them has to wait for their device."""
+    return values.device.type != "cpu"
+
+
+def _of(noise: Noise, index: Tensor) -> Noise:
+    return replace(noise, positions=noise.positions[index])
+
+
+def _picked(held: Walk | Best, index: Tensor) -> dict[str, Any]:
+    """Their tensors, of the images ``index`` (B',) alone."""
+    found = {field.name: getattr(held, field.name) for field in fields(held)}
+    return {name: value[index] for name, value in found.items() if isinstance(value, Tensor)}

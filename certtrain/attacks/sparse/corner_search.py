@@ -1,0 +1,170 @@
+"""CornerSearch: few pixels, combined from the best single ones (Croce and Hein, arXiv 1909.05040)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...bounds import PerturbationSet, SparseBall
+from ...errors import InputError, check
+from ...noise import Noise
+from ...step import Batch, Step
+from ..base import Attack, AttackResult
+from ..objective import lead
+
+CHUNK = 1000
+"""Points of one image that pass through the network at once."""
+
+MEMBERS = 4
+"""Numbers of a unit, at most: it has two to their power corners, each of which is tried."""
+
+
+@dataclass(frozen=True)
+class CornerSearch(Attack):
+    """All corners of every single pixel (or feature), then random combinations of the best ones: black-box.
+
+    The single changes are put into one order for each class: by how far that class is ahead of the label, for the label
+    itself by the margin over all others. Then for sizes 2, 3, … k and each class so many combinations are
+    tried, drawn among the best of its order with replacement, rank r of n from 0 on with probability
+    (2(n - r) - 1) / n². Of two changes of one pixel the one drawn later counts.
+
+    Each image's search ends with the chunk of ``CHUNK`` points that holds its first success. Returns that point, else
+    the one where the label leads least, the image included; clean errors stay as they are. Its trace holds ``queries``
+    (B,) int64, how often an image was passed to the network, and ``found_at`` (B,) int64, the number of the first pass
+    that was misclassified: 0 for the image itself, -1 for never. At most
+    1 + 2^M N + (k - 1) K per_size queries, for N units of M numbers and K classes.
+
+    Args:
+        per_size: combinations for each size and class.
+        best: single changes of each order that are combined.
+    """
+
+    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+    takes_gradients: ClassVar[bool] = False
+
+    per_size: int = 1000
+    best: int = 100
+
+    def __post_init__(self) -> None:
+        check(self.per_size >= 1, "per_size", self.per_size, "a whole number >= 1")
+        check(self.best >= 1, "best", self.best, "a whole number >= 1")
+
+    def check_ball(self, ball: PerturbationSet, where: str = "attack") -> None:
+        super().check_ball(ball, where)
+        if isinstance(ball, SparseBall) and ball.unit not in ("pixel", "feature"):
+            raise InputError(
+                f"{where}.type: found CornerSearch for a SparseBall of {ball.unit}s; accepted: pixels or features, or "
+                "SparseRs"
+            )
+
+    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+        assert isinstance(ball, SparseBall)
+        members = ball.grouped(batch.images).shape[1]
+        check(members <= MEMBERS, "unit", ball.unit, f"feature, or images of {MEMBERS} channels at most, not {members}")
+        quest = Quest.starting(model, batch, ball)
+        rows = torch.arange(len(batch), device=batch.images.device)
+        if self.attack_mode in ("eval", "clean"):
+            for row in rows.split(1):
+                self._search(quest, row, step.noise, CHUNK)
+        else:  # batch norm has to see one point of each image of the whole batch
+            self._search(quest, rows, step.noise, 1)
+        trace = {"queries": quest.queries, "found_at": quest.found_at}
+        return AttackResult(ball.ungrouped(quest.best, batch.images.shape[1:]), trace)
+
+    def _search(self, quest: Quest, rows: Tensor, noise: Noise, width: int) -> None:
+        """Around the images ``rows`` (A,), with ``width`` points of each in one pass."""
+        noise, seen = replace(noise, positions=noise.positions[rows]), []
+        singles = torch.arange(len(quest.corners) * quest.center.shape[2], device=rows.device)
+        for part in singles.split(width):
+            if not quest.goes_on(rows, 1):
+                return
+            seen.append(quest.ask(rows, part.expand(len(rows), -1).unsqueeze(2)))
+        if not quest.goes_on(rows, 2):
+            return
+        orders = best_singles(torch.cat(seen, 1), quest.batch.labels[rows], self.best)
+        for size in range(2, int(quest.k[rows].max()) + 1):
+            for number, order in enumerate(orders.unbind(1)):
+                draws = noise.uniform((self.per_size, size), f"{size}/{number}", torch.float64)
+                ranks = (order.shape[1] * (1 - (1 - draws).sqrt())).long()  # the inverse of the distribution
+                changes = order.gather(1, ranks.flatten(1)).reshape(ranks.shape)
+                for part in changes.split(width, 1):
+                    if not quest.goes_on(rows, size):
+                        return
+                    quest.ask(rows, part)
+
+
+@dataclass(frozen=True)
+class Quest:
+    """What is known of a batch's images, grouped (B, M, N); written in place as points pass.
+
+    Args:
+        corners: (2^M, M). The change number j of a single unit takes unit j // 2^M to corner j % 2^M.
+        k: (B,) int64. best: (B, M, N). leads: (B,) the label's, there. queries, found_at: (B,) int64.
+    """
+
+    model: nn.Module
+    batch: Batch
+    ball: SparseBall
+    center: Tensor
+    corners: Tensor
+    k: Tensor
+    best: Tensor
+    leads: Tensor
+    queries: Tensor
+    found_at: Tensor
+
+    @classmethod
+    def starting(cls, model: nn.Module, batch: Batch, ball: SparseBall) -> Quest:
+        center = ball.grouped(batch.images)
+        members = torch.arange(center.shape[1], device=center.device)
+        numbers = torch.arange(2 ** len(members), device=center.device)
+        corners = ((numbers[:, None] >> members) & 1).to(center.dtype)
+        k = torch.as_tensor(ball.counts(center), device=center.device)
+        k = k.clamp(0, center.shape[2]).expand(len(batch))
+        leads = lead(model(batch.images), batch.labels)
+        found_at = torch.where(leads > 0, -1, 0)
+        return cls(
+            model, batch, ball, center, corners, k, center.clone(), leads, torch.ones_like(found_at), found_at
+        )  # fmt: skip
+
+    def searched(self, rows: Tensor, size: int) -> Tensor:
+        """(A,) bool: still right, and allowed to change ``size`` units."""
+        return (self.found_at[rows] < 0) & (self.k[rows] >= size)
+
+    def goes_on(self, rows: Tensor, size: int) -> bool:
+        return bool(self.searched(rows, size).any())
+
+    def ask(self, rows: Tensor, changes: Tensor) -> Tensor:
+        """Logits (A, c, K) of the images ``rows`` (A,) after each of their ``changes`` (A, c, size), single ones by
+        number. Images that are not searched any more pass as they are."""
+        count, searched = changes.shape[1], self.searched(rows, changes.shape[2])
+        units, corners = changes // len(self.corners), changes % len(self.corners)
+        points = self.center[rows].repeat_interleave(count, 0)
+        each = torch.arange(len(points), device=rows.device)[searched.repeat_interleave(count)]
+        for unit, corner in zip(units.flatten(0, 1).unbind(1), corners.flatten(0, 1).unbind(1), strict=True):
+            points[each, :, unit[each]] = self.corners[corner[each]]
+        logits = self.model(self.ball.ungrouped(points, self.batch.images.shape[1:]))
+        leads = lead(logits, self.batch.labels[rows].repeat_interleave(count)).reshape(-1, count)
+        wrong = ~(leads > 0)
+        first = torch.where(wrong.any(1), wrong.int().argmax(1), leads.argmin(1))
+        least = leads.gather(1, first[:, None])[:, 0]
+        hit = searched & wrong.any(1)
+        better = hit | (searched & (least < self.leads[rows]))
+        chosen = points.unflatten(0, (len(rows), count))[torch.arange(len(rows), device=rows.device), first]
+        self.best[rows] = torch.where(better[:, None, None], chosen, self.best[rows])
+        self.leads[rows] = torch.where(better, least, self.leads[rows])
+        self.found_at[rows] = torch.where(hit, self.queries[rows] + first, self.found_at[rows])
+        self.queries[rows] += count
+        return logits.unflatten(0, (len(rows), count))
+
+
+def best_singles(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """(A, K, n) the numbers of the best of T single changes, for each class by how far it is ahead of the label, for
+    the label itself by the margin over all others; of their logits (A, T, K)."""
+    own = labels[:, None, None].expand(-1, logits.shape[1], 1)
+    margins = -lead(logits.flatten(0, 1), own.flatten()).reshape(own.shape)
+    scores = (logits - logits.gather(2, own)).scatter(2, own, margins)
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count].transpose(1, 2)

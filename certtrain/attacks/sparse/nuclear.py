@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import check
+from ..nuclear import ClimbsNuclear
+from .spgd import SparsePgd
+
+
+@dataclass(frozen=True)
+class SparseNuclear(ClimbsNuclear, SparsePgd):
+    """NuAT's attack on few pixels: one update of sPGD that climbs the nuclear norm too, at every other iteration.
+
+    The transfer from l_inf is ours: the source names NuAT over its l0 attack, and no more (Zhong et al., NeurIPS 2025).
+
+    Args:
+        keep: ``last``: the norm is the batch's, of which no image has a best point of its own.
+    """
+
+    steps: int = 1
+    alpha: float = 1.0
+    beta: float = 1.0
+    patience: int | None = None
+    keep: Literal["best", "last"] = "last"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.keep == "last", "keep", self.keep, "last: the nuclear norm is no number of an image")

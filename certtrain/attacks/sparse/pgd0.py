@@ -1,0 +1,126 @@
+"""PGD on the l0 set: gradient steps and exact projection (Croce and Hein, arXiv 1909.05040)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...bounds import PerturbationSet, SparseBall
+from ...errors import check
+from ...step import Batch, Step
+from ..base import Attack, AttackResult, gradient_of
+from ..objective import CrossEntropy, Objective, lead
+from .spgd import STRETCH
+
+
+@dataclass(frozen=True)
+class Pgd0(Attack):
+    """x' moves by ``step_size`` along the gradient, which is divided by its l1 norm, and back to the nearest point of
+    the ball: a weak baseline beside sPGD.
+
+    The result is the first point that is misclassified, else that with the largest objective, the image included;
+    clean errors stay as they are. Its trace holds ``found_at`` (B,) int64: after how many steps an image was first
+    misclassified, those of earlier restarts included; 0 for the first start or a clean error, -1 for never.
+
+    Args:
+        steps: of each restart.
+        step_size: the l1 length of a step in pixel units of [0, 1]. The published one fits 3 x 32 x 32 numbers; on
+            few numbers it throws all that the gradient moves to the faces of the box.
+        restarts: random points of the ball to start from, one after the other.
+        objective: what is climbed; null for what the loss asks for, which is the cross-entropy for most.
+    """
+
+    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+
+    steps: int = 100
+    step_size: float = 120000 / 255
+    restarts: int = 5
+    objective: Objective | None = None
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 1, "steps", self.steps, "a whole number >= 1")
+        check(0 < self.step_size < float("inf"), "step_size", self.step_size, "a number > 0, in pixel units of [0, 1]")
+        check(self.restarts >= 1, "restarts", self.restarts, "a whole number >= 1")
+
+    def toward(self, objective: Objective) -> Pgd0:
+        return self if self.objective is not None else replace(self, objective=objective)
+
+    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+        climbed = self.objective or CrossEntropy()
+        reference = climbed.reference(model, batch)
+        found = Found.clean(model, batch, climbed, reference)
+        for restart in range(self.restarts):
+            rows, done = torch.arange(len(batch), device=batch.images.device), restart * self.steps
+            change = ball.sample(batch.images, step.noise, f"start/{restart}")
+            points = ball.project(batch.images, batch.images + change)
+            for number in range(self.steps + 1):
+                left = found.open(rows, number, self.attack_mode)
+                if left is not None:
+                    rows, points = rows[left], points[left]
+                if not len(rows):
+                    break
+                logits, gradient = gradient_of(model, points, lambda z, rows=rows: climbed(z, reference[rows]))
+                found = found.after(rows, points, logits, batch.labels, climbed(logits, reference[rows]), done + number)
+                if number < self.steps:
+                    moved = points + self.step_size * _direction(gradient)
+                    points = ball.take(rows).project(batch.images[rows], moved)
+        return AttackResult(found.images, {"found_at": found.found_at})
+
+
+def _direction(gradient: Tensor) -> Tensor:
+    """Each image's gradient over its l1 norm; 0 where it is 0, infinite or NaN."""
+    flat = torch.where(gradient.isfinite(), gradient, 0).flatten(1)
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)  # so that no sum overflows
+    return (flat / flat.abs().sum(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)).reshape(gradient.shape)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has met so far of each image of a batch: its first misclassified point, else the one with the
+    largest objective.
+
+    Args:
+        images: (B, *shape).
+        values: (B,) the objective there.
+        found_at: (B,) int64, the number of the first misclassified point; -1 for none yet.
+    """
+
+    images: Tensor
+    values: Tensor
+    found_at: Tensor
+
+    @classmethod
+    def clean(cls, model: nn.Module, batch: Batch, objective: Objective, reference: Tensor) -> Found:
+        """The images themselves; a clean error was found at 0."""
+        with torch.no_grad():
+            logits = model(batch.images)
+        values = objective(logits, reference)
+        found_at = torch.where(lead(logits, batch.labels) > 0, -1, 0)
+        return cls(batch.images, torch.where(values.isnan(), -torch.inf, values), found_at)
+
+    def open(self, rows: Tensor, number: int, mode: str) -> Tensor | None:
+        """Which of ``rows`` (R,) are worth going on with, (R,) bool; None for all of them.
+
+        Batch norm that takes the batch's statistics has to see the whole batch; and a GPU is asked in some steps only,
+        since each look waits for it.
+        """
+        if mode not in ("eval", "clean") or (rows.device.type != "cpu" and number % STRETCH):
+            return None
+        left = self.found_at[rows] < 0
+        return None if bool(left.all()) else left
+
+    def after(self, rows: Tensor, points: Tensor, logits: Tensor, labels: Tensor, values: Tensor, number: int) -> Found:
+        """With ``points`` (R, *shape) of some ``rows``, where the model has ``logits`` (R, K) and the objective
+        ``values`` (R,); ``labels`` are those of the whole batch."""
+        wrong = ~(lead(logits, labels[rows]) > 0)
+        still = self.found_at[rows] < 0
+        better = still & (wrong | (values >= self.values[rows]))
+        chosen = better.reshape(-1, *[1] * (points.ndim - 1))
+        return Found(
+            self.images.index_copy(0, rows, torch.where(chosen, points, self.images[rows])),
+            self.values.index_copy(0, rows, torch.where(better, values, self.values[rows])),
+            self.found_at.index_copy(0, rows, torch.where(still & wrong, number, self.found_at[rows])),
+        )
