@@ -119,10 +119,12 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     config.certify.check_ball(config.perturbation)
     config.training.update.check_loss(config.loss)
     if config.evaluate.enabled:
-        config.evaluate.check_ball(config.perturbation, dataset.test.pixels(torch.tensor([0])))
+        config.evaluate.check_ball(config.perturbation, dataset.test.pixels(torch.tensor([0])), model)
         if "best" in config.evaluate.checkpoints and not config.training.select:
             raise InputError("evaluate.checkpoints: found best; accepted: last, or a training.select that keeps one")
     check_images(model, dataset, config.training)
+    config.training.augment.check_shape(dataset.shape)
+    config.training.augment.check_state(config.loss.declare_state(dataset.shape, dataset.classes))
     return dataset, model
 
 

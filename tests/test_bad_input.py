@@ -105,7 +105,7 @@ WORDS = {
     "measurements that never come": (["--training.measure", "{every: 900}"], ["training.measure", "900", "200"]),
     "averaging after the end": (["--training.averaging", "{start: 900}"], ["training.averaging", "900"]),
     "ramp longer than training": (["--training.epochs", "50"], ["training.schedule", "100", "50 epochs"]),
-    "negative milestone": (["--training.milestones", "[-1, 5]"], ["training.milestones: found (-1, 5)"]),
+    "negative milestone": (["--training.milestones", "[-1, 5]"], ["training.milestones: found (-1.0, 5.0)"]),
     "milestones are no list": (["--training.milestones", "5"], ["training.milestones: found 5", "list"]),
     "negative momentum": (["--training.optimiser.type", "Sgd", "--training.optimiser.momentum", "-1"],
                           ["training.optimiser.momentum: found -1"]),

@@ -241,7 +241,7 @@ def test_a_typo_names_its_path_and_the_accepted_fields():
         ({"training": {"optimiser": {"lr": 0}}}, "training.optimiser.lr: found 0"),
         ({"training": {"optimiser": {"type": "Sgd", "momentum": -1}}}, "training.optimiser.momentum: found -1"),
         ({"training": {"optimiser": {"type": "Sgd", "momentum": 0, "nesterov": True}}}, "training.optimiser.nesterov"),
-        ({"training": {"milestones": [-1]}}, "training.milestones: found (-1,)"),
+        ({"training": {"milestones": [-1]}}, "training.milestones: found (-1.0,)"),
         ({"training": {"schedule": {"length": 201}}}, "training.schedule: found "),
         ({"certify": {"stages": ["ibp", "ibp"]}}, "certify.stages: found "),
         ({"certify": {"stages": ["crow"]}}, "certify.stages: found ['crow']; accepted: a list (attack, ibp, "),

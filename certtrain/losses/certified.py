@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd
-from ..bounds import Activity, Forward, Interval, PerturbationSet, Statistics, compute_margins, forward, trace
+from ..bounds import (
+    Activity,
+    Forward,
+    Interval,
+    LinfBall,
+    NormBall,
+    PerturbationSet,
+    Statistics,
+    compute_margins,
+    forward,
+    trace,
+)
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .base import Loss, LossTerms, Ramp, check_share, value_at
@@ -119,7 +130,9 @@ class CertifiedLoss(Loss):
     def _activity(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> Activity:
         if not self._regularised(step):
             return Activity(None, {})
-        region = step.ball.with_epsilon(CLEAN_RADIUS).region(batch.images)
+        # a sparse set of no pixels has no width, and no fraction of a pixel exists: the smallest box stands in
+        ball = step.ball if isinstance(step.ball, NormBall) else LinfBall()
+        region = ball.with_epsilon(CLEAN_RADIUS).region(batch.images)
         return compute_margins(model, region, batch.labels, clean.statistics, keep=True)[1]
 
 

@@ -99,6 +99,8 @@ def fit(
                 torch.manual_seed(key_of(seed, "torch", position.step))  # for layers such as dropout
                 epsilon = settings.epsilon(ball.epsilon, position.step, len(loader))
                 step = _step(ball, epsilon, settings, seed, position.step, len(loader), batch, State(tensors, specs))
+                if settings.noise is not None:
+                    batch = settings.noise(batch, step)
                 figures: dict[str, float] = {}
                 try:
                     for replay in range(loss.replays):

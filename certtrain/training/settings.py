@@ -19,6 +19,7 @@ from .averages import Averaging
 from .diagnosing import Diagnose
 from .guard import Guard
 from .measuring import Measure
+from .noising import InputNoise
 from .rates import Cycle
 from .schedules import EpsilonSchedule, Smoothed
 from .selection import Select
@@ -99,7 +100,8 @@ class Training:
         epochs, batch_size: the last batch of an epoch may be smaller.
         accumulate: a batch is worked through in this many parts (gradients are summed, batch norm sees each part).
         optimiser, update: what a step does with the gradient.
-        milestones, decay: the learning rate is multiplied by ``decay`` after each of these numbers of epochs.
+        milestones, decay: the learning rate is multiplied by ``decay`` after each of these numbers of epochs, which
+            need not be whole.
         milestones_from: whether these count from the ``start`` of training or from the end of the ramp, ``ramp_end``.
         cycle: the learning rate between knots, step by step, instead of milestones; null for these.
         clip: largest global gradient norm, after all terms; null for none.
@@ -107,7 +109,7 @@ class Training:
         epsilon_multiplier: the ramp ends at this multiple of the recipe's epsilon, for bounds and attack alike;
             evaluation always uses the recipe's own.
         initialisation: ``shi`` (for interval bounds) or torch's ``default``.
-        augment: crops and flips.
+        augment: crops and flips. noise: on top of these, beneath the attack; null for none.
         precise_bn: after each epoch batch norms' running statistics become their mean over its clean images.
         averaging: end with averaged weights, and statistics that are computed for them; null for none.
         measure: what to measure along training; null for nothing.
@@ -122,7 +124,7 @@ class Training:
     accumulate: int = 1
     optimiser: Optimiser = Adam(lr=2e-3)
     update: UpdateRule = Descend()
-    milestones: tuple[int, ...] = (150, 180)
+    milestones: tuple[float, ...] = (150, 180)
     milestones_from: Literal["start", "ramp_end"] = "start"
     decay: float = 0.2
     cycle: Cycle | None = None
@@ -131,6 +133,7 @@ class Training:
     epsilon_multiplier: float = 1.5
     initialisation: Literal["shi", "default"] = "shi"
     augment: Augment = Augment()
+    noise: InputNoise | None = None
     precise_bn: bool = False
     averaging: Averaging | None = None
     measure: Measure | None = None
@@ -168,11 +171,15 @@ class Training:
     def check_ball(self, ball: PerturbationSet) -> None:
         """
         Raises:
-            InputError: an attack that is to measure does not know such a set; names its section.
+            InputError: the noise, or an attack that is to measure, does not know such a set; names its section.
         """
+        if self.noise is not None:
+            self.noise.check_ball(ball)
         for name in ("measure", "diagnose", "guard", "select"):
             if (section := getattr(self, name)) is not None:
                 customary(section.attack, PGD, ball, 20).check_ball(ball, f"training.{name}.attack")
+        if self.diagnose is not None:
+            self.diagnose.asked(ball)
 
     def learning_rate(self, epoch: float) -> float:
         """The learning rate when so many epochs are done."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks import Ascent, AttackResult, buffers_kept
+from ..attacks import RECORDING, AttackResult, buffers_kept, records_start
 from ..errors import InputError, check
 from ..losses import AdversarialLoss, AdversarialTraining, Loss, LossTerms, Wrapper
 from ..step import Batch, Step
@@ -121,6 +121,7 @@ class Awp(WeightPerturbation):
 class Lap(WeightPerturbation):
     """LAP: early layers move most, along what the optimiser would do for the attack's start (Lin et al., ICML 2024,
     arXiv 2405.16262). With the loss NFgsm it is N-LAP, with FgsmRs R-LAP, with Fgsm V-LAP.
+    Over a sparse set the start is sPGD's random one.
 
     nu_l = beta · w_l · |theta_l| · D_l / |D_l|, where D is the change of the weights by one step of the optimiser, on
     copies of weights and optimiser, for the cross-entropy at the attack's start; and w_l = 1 - (ln l / ln L)^gamma for
@@ -148,8 +149,8 @@ class Lap(WeightPerturbation):
         inner = loss
         while isinstance(inner, Wrapper):
             inner = inner.base
-        if not (isinstance(inner, AdversarialTraining) and isinstance(inner.attack, Ascent)):
-            raise self.refusal(loss, "a method whose attack is an Ascent, such as NFgsm, FgsmRs, Fgsm")
+        if not (isinstance(inner, AdversarialTraining) and records_start(inner.attack)):
+            raise self.refusal(loss, f"a method whose attack is {RECORDING}, such as NFgsm, FgsmRs, Fgsm")
 
     @property
     def taken_off(self) -> bool:

@@ -22,10 +22,12 @@ from .pgd2_at import Pgd2At
 from .pgd_at import PgdAt
 from .qub import Qub, quadratic_upper_bound
 from .score import Score
+from .self_adaptive import SelfAdaptive
+from .trade_off import TradeOff
 from .trades import Trades
 
 __all__ = [
     "AdversarialLoss", "AdversarialTraining", "Atta", "Fait", "FastBat", "Fgsm", "FgsmCkpt", "FgsmGa", "FgsmPgi",
     "FgsmRs", "FreeAt", "FriendlyTrades", "Gairat", "Hat", "Mart", "Mer", "NAaer", "NFgsm", "NuAt", "Passes",
-    "Pgd2At", "PgdAt", "Qub", "Score", "Trades", "Wrapper", "quadratic_upper_bound",
+    "Pgd2At", "PgdAt", "Qub", "Score", "SelfAdaptive", "TradeOff", "Trades", "Wrapper", "quadratic_upper_bound",
 ]  # fmt: skip

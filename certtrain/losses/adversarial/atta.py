@@ -10,6 +10,8 @@ class Atta(AdversarialTraining):
 
     The attack serves other losses too: ``{type: Trades, attack: {type: Transferred}}`` is ATTA with TRADES, its weight
     6 as published. The authors' code divides the mean of this loss by the batch size once more; here it does not.
+
+    Over a sparse set the attack is ``{type: SparseTransferred}``.
     """
 
     attack: Attack = Transferred(attack_mode="eval")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attacks import Attack, AttackResult, Linearisation
-from ...bounds import LinfBall, PerturbationSet
+from ...bounds import LinfBall, PerturbationSet, SparseBall
 from ...errors import InputError, check
 from ...step import Batch, Step
 from .base import AdversarialTraining, Passes
@@ -20,14 +20,20 @@ class FastBat(AdversarialTraining):
     The attack minimises a linearised loss with a quadratic term over the box: δ* = Π(z + step_size · ∇_δ CE(z)). Its
     derivative with respect to the weights is that of the step where it ends inside the box and 0 elsewhere, so the
     loss' gradient is ∂CE(δ*) + implicit · ∇_weights <∇_δ CE(z), inside · ∇_δ CE(δ*)>: one backward pass through the
-    gradient at z, and no Hessian. In l_inf balls alone.
+    gradient at z, and no Hessian.
+
+    In l_inf balls and, our own reading, in sparse sets: the source names Fast-BAT over its l0 attack, and no more
+    (Zhong et al., NeurIPS 2025). There too the quadratic's minimiser is the nearest point of the set, which selects k
+    pixels; the derivative passes where a pixel is selected and the entry ends inside [0, 1], the selection held fixed.
 
     Args:
-        attack: finds the point of linearisation z.
+        attack: finds the point of linearisation z; in a sparse set ``{type: SparsePgd, steps: 1, alpha: 1, beta: 1,
+            patience: null, keep: last}``.
         step_size: of the last step, in pixel units: 5000/255 as released up to epsilon 8/255, 2000/255 above.
         implicit: of the implicit gradient, 1 / lambda: 0.1 as released, 0 for none, null for ``step_size``, which makes
             it the derivative of what was computed.
-        sign: take the sign of the gradient in the last step, whose derivative is 0, and ``sign_size`` for its size.
+        sign: take the sign of the gradient in the last step, whose derivative is 0, and ``sign_size`` for its size; in
+            l_inf balls alone.
         sign_size: in epsilons.
     """
 
@@ -47,8 +53,12 @@ class FastBat(AdversarialTraining):
         return True
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        if not isinstance(ball, LinfBall):
-            raise InputError(f"loss.type FastBat: found {type(ball).__name__} for perturbation; accepted: LinfBall")
+        kind = type(ball).__name__
+        if not isinstance(ball, (LinfBall, SparseBall)):
+            raise InputError(f"loss.type FastBat: found {kind} for perturbation; accepted: LinfBall, SparseBall")
+        super().check_ball(ball)
+        if self.sign and isinstance(ball, SparseBall):
+            raise InputError(f"loss.sign: found true for a {kind}, whose epsilon is no size; accepted: false")
 
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
         point = found.images.detach().requires_grad_()
@@ -60,8 +70,17 @@ class FastBat(AdversarialTraining):
             change = self.sign_size * step.ball.epsilon * gradient.sign() if self.sign else self.step_size * gradient
             target = found.images + change
             images = step.ball.project(batch.images, target)
-            inside = images == target
+            inside = _inside(step.ball, batch.images, images, target)
         if implicit:  # images as they are, with the derivative of the step where it ends inside the box
             size = self.step_size if self.implicit is None else self.implicit
             images = images + size * inside * (gradient - gradient.detach())
         return super().passes(model, batch, step, replace(found, images=images), clean)
+
+
+def _inside(ball: PerturbationSet, images: Tensor, reached: Tensor, target: Tensor) -> Tensor:
+    """Which entries of ``reached``, the projection of ``target`` around ``images``, move as the target moves: bool."""
+    inside = reached == target
+    if not isinstance(ball, SparseBall):
+        return inside
+    selected = ball.grouped(reached != images).any(1, keepdim=True)  # else the target may lie at the image by chance
+    return inside & ball.ungrouped(selected.expand_as(ball.grouped(images)), images.shape[1:])

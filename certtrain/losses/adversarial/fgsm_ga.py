@@ -19,7 +19,8 @@ class FgsmGa(AdversarialTraining):
     """GradAlign: FGSM, and gradients kept parallel around the image (Andriushchenko and Flammarion, arXiv 2007.02617).
 
     mean CE(f(x'), y) + weight · mean(1 - cos(g1, g2)), g1 the input's gradient at x and g2 at x + a uniform change.
-    Samples of which one gradient is 0 (or so small that its square is) have no part in that mean.
+    Samples of which one gradient is 0 (or so small that its square is) have no part in that mean. Over a sparse set the
+    change is random in k random pixels, and weight and attack have to be said.
 
     Args:
         attack: FGSM. Where it starts at the image and sees the network in the mode of the training passes, a detached

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attacks import AttackResult
-from ...bounds import NormBall, PerturbationSet
+from ...attacks import AttackResult, SparsePgd
+from ...attacks.sparse.spgd import Walk
+from ...bounds import NormBall, PerturbationSet, SparseBall
 from ...errors import InputError, check
 from ...step import Batch, StateSpec, Step
 from .base import Accuracy, AdversarialLoss, Passes
 
 CARRIED = "carried"
+LOGITS = "carried_logits"
+SPARSE = "{type: SparsePgd, steps: 1, alpha: 1, beta: 1, patience: null, keep: last}"
 
 
 @dataclass(frozen=True)
@@ -27,26 +30,48 @@ class FreeAt(AdversarialLoss):
     position in the batch, which is never reset: what a batch leaves is where the next one starts, and a smaller last
     batch uses the first rows. x + d is brought into the set before it is passed.
 
+    Over a sparse set d is sPGD's x + p ⊙ M, and its update that of p and the logits of M along the loss' gradient; both
+    are kept by position, cut to what the new image allows. A position's first start is random: without magnitudes no
+    logit would move. The transfer is ours: the source names Free-AT over its l0 attack, and no more (Zhong et al.,
+    NeurIPS 2025).
+
     Args:
         replays: m, updates with each batch; an epoch has that many times the steps, so recipes have fewer epochs.
         step_size: in epsilons.
+        attack: null for the ball of a norm; over a sparse set the update that each replay takes, ``{type: SparsePgd,
+            steps: 1, alpha: 1, beta: 1, patience: null, keep: last}``.
     """
 
     replays: int = 8  # type: ignore[override]
     step_size: float = 1.0
+    attack: SparsePgd | None = None
 
     def __post_init__(self) -> None:
         check(self.replays >= 1, "replays", self.replays, "a whole number >= 1")
         check(self.step_size > 0, "step_size", self.step_size, "a number > 0, in epsilons")
+        if (attack := self.attack) is not None:
+            check(type(attack) is SparsePgd, "attack.type", type(attack).__name__, "SparsePgd")
+            check(attack.steps == 1, "attack.steps", attack.steps, "1: a replay is a step")
+            check(attack.patience is None, "attack.patience", attack.patience, "null: replays are counted nowhere")
+            check(attack.keep == "last", "attack.keep", attack.keep, "last: there is no other point")
+            check(attack.objective is None, "attack.objective", attack.objective, "null: the loss itself is climbed")
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        if not isinstance(ball, NormBall):
-            raise InputError(f"loss.type FreeAt: found a {type(ball).__name__}; accepted: the ball of a norm")
+        wanted = "null" if isinstance(ball, NormBall) else SPARSE if isinstance(ball, SparseBall) else None
+        if wanted is None:
+            kind = type(ball).__name__
+            raise InputError(f"loss.type FreeAt: found {kind} for perturbation; accepted: a norm's ball, SparseBall")
+        if (self.attack is None) != (wanted == "null"):
+            found = "null" if self.attack is None else type(self.attack).__name__
+            raise InputError(f"loss.attack: found {found} for a {type(ball).__name__}; accepted: {wanted}")
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
-        return {CARRIED: StateSpec("position", shape)}
+        carried = StateSpec("position", shape)
+        return {CARRIED: carried} if self.attack is None else {CARRIED: carried, LOGITS: carried}
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
+        if self.attack is not None:
+            return self._started(self.attack, batch, step)
         images = batch.images.detach()
         if CARRIED not in step.state.tensors:
             return AttackResult(images)
@@ -56,7 +81,10 @@ class FreeAt(AdversarialLoss):
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
         points = found.images.detach().requires_grad_(torch.is_grad_enabled())
         if points.requires_grad and CARRIED in step.state.tensors:
-            points.register_hook(partial(self._carry, batch, step, points.detach()))
+            if self.attack is None:
+                points.register_hook(partial(self._carry, batch, step, points.detach()))
+            else:
+                points.register_hook(partial(self._carry_sparse, self.attack, batch, step, found.trace))
         return Passes(batch.labels, model(points), clean, points)
 
     def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
@@ -71,3 +99,29 @@ class FreeAt(AdversarialLoss):
         moved = points + self.step_size * step.ball.epsilon * step.ball.direction(gradient)
         change = step.ball.project(images, moved.clamp(0, 1)) - images
         step.state.write(CARRIED, batch, change.nan_to_num(0, 0, 0))
+
+    def _started(self, attack: SparsePgd, batch: Batch, step: Step) -> AttackResult:
+        """Where sPGD stands at these positions, with its ``magnitudes`` and ``mask_logits`` in the trace."""
+        assert isinstance(step.ball, SparseBall)
+        ball, shape = step.ball, batch.images.shape[1:]
+        walk = attack.begin(replace(batch, images=batch.images.detach()), ball, step)
+        if CARRIED in step.state.tensors:
+            p, m = (ball.grouped(step.state.read(name, batch).to(walk.p.dtype)) for name in (CARRIED, LOGITS))
+            known = ((p != 0) | (m != 0)).flatten(1).any(1)
+            p = torch.minimum(torch.maximum(p, -walk.center), 1 - walk.center)
+            p, m = torch.where(known[:, None, None], p, walk.p), torch.where(known[:, None], m[:, 0], walk.m)
+            walk = Walk.starting(walk.center, p, m, walk.k, walk.noise)
+        trace = {"magnitudes": walk.p, "mask_logits": walk.m}
+        return AttackResult(ball.ungrouped(walk.points, shape), trace)
+
+    def _carry_sparse(
+        self, attack: SparsePgd, batch: Batch, step: Step, start: Mapping[str, Tensor], gradient: Tensor
+    ) -> None:
+        """As ``_carry``, of what sPGD keeps; a unit's logit stands at each of its numbers."""
+        assert isinstance(step.ball, SparseBall)
+        ball, shape = step.ball, batch.images.shape[1:]
+        center = ball.grouped(batch.images.detach())
+        walk = Walk.starting(center, start["magnitudes"], start["mask_logits"], ball.counts(center), step.noise)
+        walk = attack.moved(walk, ball.grouped(gradient), attack.is_projected(step), 0)
+        step.state.write(CARRIED, batch, ball.ungrouped(walk.p, shape))
+        step.state.write(LOGITS, batch, ball.ungrouped(walk.m.unsqueeze(1).expand_as(walk.p), shape))

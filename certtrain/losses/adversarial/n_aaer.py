@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attacks import Ascent, AttackResult
+from ...attacks import RECORDING, Ascent, Attack, AttackResult, records_start
+from ...errors import check
 from ...step import Batch, Step
 from ..base import Ramp, check_least, value_at
 from .base import AdversarialTraining, Passes
@@ -27,7 +28,11 @@ class NAaer(AdversarialTraining):
 
     RS-AAER is this with ``attack: {step_size: 1.25, start_scale: 1, projected: true}`` and weights of its own.
 
+    Over a sparse set the attack is ``{type: SparsePgd, steps: 1, alpha: 1, beta: 1, patience: null, keep: last}``, and
+    its random start is s.
+
     Args:
+        attack: one that records its start.
         weight, loss_weight, logit_weight: lambda 1 to 3. Published for CIFAR-10 at epsilon 8, 12, 16, 32 / 255:
             (1, 1.5, 0.15), (1, 5, 0.55), (1, 8.5, 1.5), (1, 2.75, 0.75); of RS-AAER at 8 and 16: (1, 2.5, 1.5),
             (1, 7, 3.25).
@@ -35,13 +40,14 @@ class NAaer(AdversarialTraining):
             loss' value and no gradient. Else f(s) is passed once more.
     """
 
-    attack: Ascent = _N_FGSM
+    attack: Attack = _N_FGSM
     weight: float | Ramp = 1.0
     loss_weight: float = 1.5
     logit_weight: float = 0.15
     detached: bool = True
 
     def __post_init__(self) -> None:
+        check(records_start(self.attack), "attack.type", type(self.attack).__name__, RECORDING)
         check_least("weight", self.weight)
         check_least("loss_weight", self.loss_weight)
         check_least("logit_weight", self.logit_weight)

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ...attacks import AttackResult, Nuclear, nuclear_norm
+from ...attacks import AttackResult, ClimbsNuclear, Nuclear, nuclear_norm
+from ...bounds import PerturbationSet
+from ...errors import InputError
 from ...step import Batch, Step
 from ..base import Ramp, check_least, value_at
 from .base import AdversarialTraining, Passes, Term
@@ -20,11 +22,13 @@ class NuAt(AdversarialTraining):
     belongs to a batch size (64 as published), and with ``training.accumulate`` to that of a part. NuAT2 takes two steps
     and averaged weights; here every step climbs the same objective (``attack: {steps: 2}``, ``training.averaging``).
 
+    Over a sparse set the attack is ``{type: SparseNuclear}``.
+
     Args:
         weight: lambda; the attack's too, unless it has its own.
     """
 
-    attack: Nuclear = Nuclear()
+    attack: ClimbsNuclear = Nuclear()
     weight: float | Ramp = Ramp(0.0, 4.5, along="training", over=0.9)
 
     @property
@@ -33,6 +37,14 @@ class NuAt(AdversarialTraining):
 
     def __post_init__(self) -> None:
         check_least("weight", self.weight)
+
+    def check_ball(self, ball: PerturbationSet) -> None:
+        if not isinstance(ball, self.attack.balls):
+            kinds: list[type[ClimbsNuclear]] = list(ClimbsNuclear.members().values())
+            known = ", ".join(kind.__name__ for kind in kinds if isinstance(ball, kind.balls))
+            raise InputError(
+                f"loss.attack.type: found {type(self.attack).__name__} for a {type(ball).__name__}; accepted: {known}"
+            )
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
         attack = self.attack
