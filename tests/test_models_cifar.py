@@ -1,4 +1,4 @@
-"""Nets for small images: sizes as published, their definitions, FLC pooling, tracing, and second derivatives."""
+"""Nets for small and large images: sizes as published, definitions, FLC pooling, tracing, and second derivatives."""
 
 import copy
 
@@ -20,6 +20,7 @@ from certtrain.models import (
     Architecture,
     CifarResNet,
     FrequencyLowCut,
+    ImageNetResNet,
     Normalise,
     PreActResNet,
     SeNet,
@@ -32,6 +33,7 @@ CIFAR = (3, 32, 32)
 NARROW = {
     "ResNet-18": CifarResNet(width=2),
     "ResNet-50": CifarResNet(width=1, depth=50),
+    "ResNet-34 for large images": ImageNetResNet(width=2),
     "PreActResNet-18": PreActResNet(width=2),
     "PreActResNet-50": PreActResNet(width=1, depth=50),
     "WideResNet": WideResNet(depth=10, width=2, widen=2, dropout=0.1),
@@ -40,6 +42,7 @@ NARROW = {
     "ShuffleNetV2": ShuffleNetV2(width=4, last=8),
 }
 REFUSED = {
+    "Softplus": (PreActResNet(width=2, activation="softplus"), "Softplus at '1.entry.1' has no bound rule"),
     "SeNet": (SeNet(width=2), "mul at 'mul' in SqueezeExcitation at '3.branch.4' has no bound rule"),
     "FLC": (PreActResNet(width=2, downsampling="flc"), "frequency_low_cut at .* in FrequencyLowCut at '3.branch.0.0'"),
 }
@@ -161,6 +164,17 @@ def test_resnets_are_torchvisions_but_for_the_stem(depth, make):
     assert_same_net(CifarResNet(depth=depth).build(CIFAR, 7), other, 3, 10, 8)
 
 
+@pytest.mark.parametrize(("depth", "make"), [(18, zoo.resnet18), (34, zoo.resnet34), (50, zoo.resnet50)])
+def test_resnets_for_large_images_are_torchvisions(depth, make):
+    """As functions, at an odd size and a square one; and their sizes for a hundred classes."""
+    architecture = structure(Architecture, {"type": "ImageNetResNet"} | ({} if depth == 34 else {"depth": depth}))
+    with torch.device("meta"):
+        found = size(architecture.build((3, 224, 224), 100))
+        assert found == size(make(num_classes=100)) == {18: 11_227_812, 34: 21_335_972, 50: 23_712_932}[depth]
+    torch.manual_seed(0)
+    assert_same_net(architecture.build((3, 70, 49), 7), make(num_classes=7), 3, 70, 49)
+
+
 @pytest.mark.parametrize(("depth", "make"), [(34, zoo.resnet34), (50, zoo.resnet50)])
 def test_layers_of_deeper_resnets_are_torchvisions(depth, make):
     """Shapes and strides, but for the stem."""
@@ -209,7 +223,8 @@ def test_the_factors_of_shufflenet(make, width, last):
 class Definition:
     """A net's layers in the order of their definition, each applied to what it is handed."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, activation=torch.relu):
+        self.activation = activation
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
         self.layers = [layer for layer in model.modules() if isinstance(layer, kinds)]
 
@@ -229,12 +244,12 @@ class Definition:
 
     def pre_activated(self, x, stride, bottleneck=False, excite=False):
         """The shortcut is a convolution in the first block of a stage, but for one that changes nothing."""
-        y = before = self.norm(x).relu()
+        y = before = self.activation(self.norm(x))
         first_stride = 1 if bottleneck else stride
-        y = self.norm(self.conv(y, first_stride)).relu()
+        y = self.activation(self.norm(self.conv(y, first_stride)))
         y = self.conv(y, stride if bottleneck else 1)
         if bottleneck:
-            y = self.conv(self.norm(y).relu())
+            y = self.conv(self.activation(self.norm(y)))
         if excite:
             weights = self.conv(self.conv(y.mean((2, 3), keepdim=True)).relu())
             y = y / (1 + (-weights).exp())
@@ -256,13 +271,16 @@ class Definition:
         (WideResNet(depth=16, width=2, widen=3, dropout=0.3), (2, 2, 2)),
         (WideResNet(depth=10, width=2, widen=1), (1, 1, 1)),
         (SeNet(width=2, reduction=2), (2, 2, 2, 2)),
+        (PreActResNet(width=2, activation="softplus"), (2, 2, 2, 2)),
+        (PreActResNet(width=1, depth=50, activation="softplus"), (3, 4, 6, 3)),
     ],
     ids=repr,
 )
 def test_pre_activation_nets_by_definition(architecture, counts):
     torch.manual_seed(0)
     model = trained(architecture.build((2, 19, 16), 5), (2, 19, 16))
-    layers, excite = Definition(model), isinstance(architecture, SeNet)
+    activation = (lambda x: (1 + x.exp()).log()) if architecture.activation == "softplus" else torch.relu
+    layers, excite = Definition(model, activation), isinstance(architecture, SeNet)
     x = pixels = images(2, 19, 16)
     x = layers.conv(x)
     x = layers.norm(x).relu() if excite else x
@@ -369,6 +387,7 @@ class TestFrequencyLowCut:
 
 FAMILIES = {
     "ResNet": (CifarResNet, {"width": 2}, 16),
+    "ResNet for large images": (ImageNetResNet, {"width": 2}, 64),
     "PreActResNet-18": (PreActResNet, {"width": 2}, 16),
     "PreActResNet-50": (PreActResNet, {"width": 1, "depth": 50}, 16),
     "WideResNet": (WideResNet, {"depth": 10, "width": 2, "widen": 2}, 8),
@@ -382,9 +401,10 @@ def test_flc_pooling_replaces_every_stride(name):
     """Layer by layer: the same weights, and a pool before each convolution that had stride 2."""
     kind, fields, multiple = FAMILIES[name]
     torch.manual_seed(0)
-    strided = kind(**fields).build(CIFAR, 4).double().eval()
+    shape = (3, 2 * multiple, multiple)
+    strided = kind(**fields).build(shape, 4).double().eval()
     torch.manual_seed(0)
-    model = kind(**fields, downsampling="flc").build(CIFAR, 4).double().eval()
+    model = kind(**fields, downsampling="flc").build(shape, 4).double().eval()
     convolutions = [[m for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (strided, model)]
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(*convolutions, strict=True))
     halving = [a.stride == (2, 2) for a in convolutions[0]]
@@ -395,7 +415,7 @@ def test_flc_pooling_replaces_every_stride(name):
         for place, layer in enumerate(module) if isinstance(module, nn.Sequential) else ():
             if isinstance(layer, FrequencyLowCut):
                 assert isinstance(module[place + 1], nn.Conv2d) and len(module) == 2
-    x = images(3, 2 * multiple, multiple, count=2)
+    x = images(*shape, count=2)
     assert model(x).shape == (2, 4) and not torch.allclose(model(x), strided(x))
 
     kind(**fields, downsampling="flc").build((3, multiple, 3 * multiple), 4)
@@ -534,8 +554,9 @@ def test_images_are_not_shuffled_or_sliced_before_the_first_layer_over_a_ball():
 @every_net
 def test_second_derivatives_in_train_mode(name):
     """GradAlign's and Fast-BAT's: every weight gets a finite gradient of the images' gradient, and some a non-zero."""
-    model = build(name, (3, 16, 16)).train()
-    x, labels = images(3, 16, 16, count=4).requires_grad_(), torch.arange(4)
+    side = 64 if "large" in name else 16  # at a last image of one pixel most weights of its 3×3 layers do nothing
+    model = build(name, (3, side, side)).train()
+    x, labels = images(3, side, side, count=4).requires_grad_(), torch.arange(4)
     (slope,) = torch.autograd.grad(F.cross_entropy(model(x), labels), x, create_graph=True)
     assert (slope != 0).any()
     slope.square().sum().backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,25 +25,45 @@ class Split:
             file, which stays where it is.
         labels: (N,) int64.
         full_scale: the stored value that means 1.0 (255; 16 for scikit-learn's digits; 1 for floats).
+        shown: side of the centre square that is the image, where more is stored than that for crops in training; None
+            where images are as stored.
     """
 
     images: Tensor | MappedImages
     labels: Tensor
     full_scale: int = 255
+    shown: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, H, W) of what ``pixels`` gives of all."""
+        shape = tuple(self.images.shape)
+        return shape if self.shown is None else (*shape[:2], self.shown, self.shown)
+
     def pixels(self, index: Tensor) -> Tensor:
         """(B, C, H, W) float32 in [0, 1], on the labels' device."""
-        return self.images[index].to(self.labels.device).float() / self.full_scale
+        stored = self.images[index]
+        if self.shown is not None:
+            top, left = ((side - self.shown) // 2 for side in stored.shape[2:])
+            stored = stored[:, :, top : top + self.shown, left : left + self.shown]
+        return self._scaled(stored)
+
+    def stored_pixels(self, index: Tensor) -> Tensor:
+        """``pixels`` with all that is stored around them."""
+        return self._scaled(self.images[index])
+
+    def _scaled(self, stored: Tensor) -> Tensor:
+        return stored.to(self.labels.device).float() / self.full_scale
 
     def to(self, device: torch.device) -> Split:
-        return Split(self.images.to(device), self.labels.to(device), self.full_scale)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def subset(self, index: Tensor) -> Split:
         images = self.images.subset(index) if isinstance(self.images, MappedImages) else self.images[index]
-        return Split(images, self.labels[index], self.full_scale)
+        return replace(self, images=images, labels=self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,7 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image."""
-        return tuple(self.train.images.shape[1:])
+        return self.train.shape[1:]
 
 
 @dataclass(frozen=True)
@@ -110,10 +130,10 @@ class Source(Component):
             _check(split, classes, f"{self.place} {name}")
         if classes < 2:  # every margin of one class is bounded, and nothing is said
             raise InputError(f"{self.place}: found {classes} class; accepted: two or more, labels from 0 on")
-        if train.images.shape[1:] != test.images.shape[1:]:
+        if train.shape[1:] != test.shape[1:]:
             raise InputError(
-                f"{self.place}: found test images of shape {tuple(test.images.shape[1:])}; "
-                f"accepted: that of the training images, {tuple(train.images.shape[1:])}"
+                f"{self.place}: found test images of shape {test.shape[1:]}; "
+                f"accepted: that of the training images, {train.shape[1:]}"
             )
         kept, held_out = split_by_class(train.labels, self.validation)
         check(len(kept), "data.validation", self.validation, "a share that leaves images to train on")
@@ -160,6 +180,8 @@ def _check(split: Split, classes: int, where: str) -> None:
 def _checksum(*splits: Split) -> str:
     digest = hashlib.sha256()
     for split in splits:
+        if split.shown is not None:
+            digest.update(f"shown {split.shown}".encode())
         for part in (split.images, split.labels):
             if isinstance(part, MappedImages):
                 digest.update(part.sha256.encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import check
+from ..errors import InputError, check
 from ..noise import Noise, key_of, permutation
-from ..step import Augmentation, Batch
+from ..step import Augmentation, Batch, StateSpec
 from .dataset import Split
+from .resized_crop import draw, resize
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crops of the padded image, and mirror images; drawn for each (seed, epoch, sample).
+    """Random crops, and mirror images; drawn for each (seed, epoch, sample).
 
     The perturbation set is built around the augmented image.
 
@@ -28,18 +29,52 @@ class Augment:
         padding: what they are filled with: the value of the nearest pixel of the image's edge, or zero, which is
             black: the value 0 of [0, 1], before the model normalises. Recipes that pad with zeros after they
             normalised fill with the mean colour instead.
+        resized_crop: side of the images that crops of 8 to 100 % of the stored image's area, 3/4 to 4/3 times as wide
+            as high, are resized to (as ``RandomResizedCrop`` does it, antialiased); null for crops of the padded image.
     """
 
     pad: int = 0
     flip: bool = False
     padding: Literal["edge", "zero"] = "edge"
+    resized_crop: int | None = None
 
     def __post_init__(self) -> None:
         check(self.pad >= 0, "pad", self.pad, "a whole number >= 0")
         check(self.padding in ("edge", "zero"), "padding", self.padding, "edge, zero")
+        if self.resized_crop is not None:
+            check(self.resized_crop >= 1, "resized_crop", self.resized_crop, "a whole number >= 1, or null")
+            check(self.pad == 0, "pad", self.pad, "0 beside resized_crop")
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse images (C, H, W) that are not of the size that crops are resized to.
+
+        Raises:
+            InputError: they are not.
+        """
+        if self.resized_crop is not None and tuple(shape[-2:]) != (self.resized_crop, self.resized_crop):
+            raise InputError(
+                f"training.augment.resized_crop: found {self.resized_crop} for images of {shape[-2]}×{shape[-1]}; "
+                "accepted: their side, if they are square, or null"
+            )
+
+    def check_state(self, specs: Mapping[str, StateSpec]) -> None:
+        """Refuse perturbations that are kept in the frame of the padded image, where crops are resized.
+
+        Raises:
+            InputError: the loss or its attack declares some.
+        """
+        kept = [name for name, spec in specs.items() if spec.padded]
+        if self.resized_crop is not None and kept:
+            raise InputError(
+                f"training.augment.resized_crop: found {self.resized_crop}, and a method that keeps a perturbation for "
+                f"each sample ({kept[0]}); accepted: null, because pixels of a resized crop are not pixels of the image"
+            )
 
     def __call__(self, images: Tensor, noise: Noise) -> tuple[Tensor, Augmentation | None]:
-        """Augment (B, C, H, W) images."""
+        """Augment (B, C, H, W) images; for resized crops all that is stored of them."""
+        if self.resized_crop is not None:
+            crop = draw(images.shape[2], images.shape[3], self.flip, noise)
+            return resize(images, crop, self.resized_crop), crop
         if not self.pad and not self.flip:
             return images, None
         top, left = (noise.integers(2 * self.pad + 1, stream=side) for side in ("top", "left"))
@@ -71,6 +106,9 @@ class Loader:
     augment: Augment
     seed: int
 
+    def __post_init__(self) -> None:
+        self.augment.check_shape(self.split.shape[1:])
+
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
@@ -79,7 +117,8 @@ class Loader:
         order = permutation(len(self.split), self.seed, "order", epoch).to(self.split.labels.device)
         for number in range(start, len(self)):
             index = order[number * self.batch_size : (number + 1) * self.batch_size]
-            images = self.split.pixels(index)
+            cropped = self.augment.resized_crop is not None
+            images = self.split.stored_pixels(index) if cropped else self.split.pixels(index)
             images, drawn = self.augment(images, Noise(key_of(self.seed, "augment", epoch), index))
             yield Batch(images, self.split.labels[index], index, drawn)
 

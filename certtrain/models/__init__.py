@@ -8,6 +8,7 @@ from .cnn7 import Cnn7
 from .feed_forward import FeedForward
 from .flc import FrequencyLowCut
 from .gowal import Gowal
+from .imagenet_resnet import ImageNetResNet
 from .initialisation import initialise_for_ibp
 from .mlp import Mlp
 from .preact_resnet import PreActResNet
@@ -19,7 +20,7 @@ from .vgg import Vgg
 from .wide_resnet import WideResNet
 
 __all__ = [
-    "Architecture", "CifarResNet", "Cnn3", "Cnn5", "Cnn7", "FeedForward", "FrequencyLowCut", "Gowal", "Mlp",
-    "Normalise", "PreActResNet", "ResNet", "SeNet", "ShuffleNetV2", "SmallCnn", "Vgg", "WideResNet",
-    "initialise_for_ibp",
+    "Architecture", "CifarResNet", "Cnn3", "Cnn5", "Cnn7", "FeedForward", "FrequencyLowCut", "Gowal",
+    "ImageNetResNet", "Mlp", "Normalise", "PreActResNet", "ResNet", "SeNet", "ShuffleNetV2", "SmallCnn", "Vgg",
+    "WideResNet", "initialise_for_ibp",
 ]  # fmt: skip

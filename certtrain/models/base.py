@@ -34,9 +34,9 @@ class Normalise(nn.Module):
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "gelu": nn.GELU,
-    "silu": nn.SiLU,
+    "silu": nn.SiLU, "softplus": nn.Softplus,
 }  # fmt: skip
-"""As torch makes them: a slope of 0.01 for leaky_relu, GELU by the error function."""
+"""As torch makes them: a slope of 0.01 for leaky_relu, GELU by the error function, softplus log(1 + exp(x))."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ class Architecture(Component):
 
     Args:
         mean, std: per channel, of the normalisation that is the first layer; empty for none.
-        activation: after every hidden layer.
+        activation: after every hidden layer. Bounds do not know softplus: such a net trains and is attacked, not
+            certified, and starts from ``training.initialisation: default``.
     """
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    activation: Literal["relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu"] = "relu"
+    activation: Literal["relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu", "softplus"] = "relu"
 
     def __post_init__(self) -> None:
         check(len(self.mean) == len(self.std), "mean", self.mean, f"as many numbers as std, {len(self.std)}")

@@ -2,13 +2,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .base import ACTIVATIONS
-from .residual_stages import BLOCKS, FourStages
-from .resnet import Residual
+from .residual_stages import PostActivated
 
 
 @dataclass(frozen=True)
-class CifarResNet(FourStages):
+class CifarResNet(PostActivated):
     """ResNet-18, -34 and -50 with the stem for small images, 3×3 with stride 1 and no pool (arXiv 1512.03385).
 
     For CIFAR-10 11 173 962, 21 282 122 and 23 520 842 parameters. Takes images of any size; with FLC pooling sides that
@@ -22,14 +20,7 @@ class CifarResNet(FourStages):
 
     def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
         self.check_sides(shape, 3)
-        stem = [self.convolution(shape[0], self.width, 3), *self.activated(self.width)]
-        blocks, channels = self.stages(self.width, self.width, BLOCKS[self.depth])
-        return [*stem, *blocks, *self.head(channels, classes)]
+        return super().layers(shape, classes)
 
-    def block(self, channels: int, features: int, stride: int) -> nn.Module:
-        after = self.expansion * features
-        branch = nn.Sequential(*self.branch(channels, features, stride), nn.BatchNorm2d(after))
-        shortcut = nn.Identity()
-        if channels != after or stride != 1:
-            shortcut = nn.Sequential(self.convolution(channels, after, 1, stride), nn.BatchNorm2d(after))
-        return Residual(branch, shortcut, ACTIVATIONS[self.activation]())
+    def stem(self, channels: int) -> list[nn.Module]:
+        return [self.convolution(channels, self.width, 3), *self.activated(self.width)]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..errors import check
+from .base import ACTIVATIONS
+from .resnet import Residual
 from .strided import Strided
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -81,6 +83,28 @@ class FourStages(ResidualStages):
     def branch(self, channels: int, features: int, stride: int) -> list[nn.Module]:
         """The convolutions of a block."""
         return (self.bottleneck if self.depth >= 50 else self.basic)(channels, features, stride)
+
+
+@dataclass(frozen=True)
+class PostActivated(FourStages):
+    """Residual blocks with batch norm and activation behind each convolution (arXiv 1512.03385)."""
+
+    @abstractmethod
+    def stem(self, channels: int) -> list[nn.Module]:
+        """What stands before the stages: from ``channels`` to ``width``."""
+
+    def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
+        stem = self.stem(shape[0])
+        blocks, channels = self.stages(self.width, self.width, BLOCKS[self.depth])
+        return [*stem, *blocks, *self.head(channels, classes)]
+
+    def block(self, channels: int, features: int, stride: int) -> nn.Module:
+        after = self.expansion * features
+        branch = nn.Sequential(*self.branch(channels, features, stride), nn.BatchNorm2d(after))
+        shortcut = nn.Identity()
+        if channels != after or stride != 1:
+            shortcut = nn.Sequential(self.convolution(channels, after, 1, stride), nn.BatchNorm2d(after))
+        return Residual(branch, shortcut, ACTIVATIONS[self.activation]())
 
 
 class PreActivated(nn.Module):

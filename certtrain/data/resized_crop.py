@@ -1,0 +1,105 @@
+"""Random crops of any size and shape, brought to one size by antialiased bilinear resampling, in batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..noise import Noise
+from ..step import Augmentation
+
+SCALE = (0.08, 1.0)
+"""Share of the image's area, drawn uniformly."""
+
+RATIO = (3 / 4, 4 / 3)
+"""Width over height, its logarithm drawn uniformly."""
+
+ATTEMPTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedCrop(Augmentation):
+    """The rectangle of the stored image that became the augmented one, and whether it was mirrored after that.
+
+    Args:
+        height, width: (B,) int64 of the rectangle, before it was resized.
+    """
+
+    height: Tensor
+    width: Tensor
+
+    def rows_and_columns(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        raise InputError(
+            "training.augment.resized_crop: found crops that are resized, of whose pixels none is one of the stored "
+            "image, and a method that keeps a perturbation for each sample; accepted: null (pad and flip alone)"
+        )
+
+
+def draw(height: int, width: int, flip: bool, noise: Noise) -> ResizedCrop:
+    """As torchvision's RandomResizedCrop draws: of ten rectangles the first that fits, else the largest in the middle
+    whose ratio is allowed."""
+    share, place = (noise.uniform((ATTEMPTS,), f"crop/{name}", torch.float64) for name in ("area", "ratio"))
+    area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * share)
+    low, high = map(math.log, RATIO)
+    ratio = torch.exp(low + (high - low) * place)
+    tall, wide = (torch.round(torch.sqrt(product)).long() for product in (area / ratio, area * ratio))
+    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
+    first, found = fits.byte().argmax(1, keepdim=True), fits.any(1)
+    largest = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
+    tall, wide = (
+        torch.where(found, drawn.gather(1, first).squeeze(1), side)
+        for drawn, side in zip((tall, wide), largest, strict=True)
+    )
+
+    def offset(spare: Tensor, stream: str) -> Tensor:
+        drawn = (noise.uniform((), stream, torch.float64) * (spare + 1)).long()
+        return torch.where(found, drawn, spare // 2)
+
+    top, left = offset(height - tall, "top"), offset(width - wide, "left")
+    return ResizedCrop(top, left, noise.integers(2, stream="flip").bool() & flip, height=tall, width=wide)
+
+
+def resize(images: Tensor, crop: ResizedCrop, size: int) -> Tensor:
+    """(B, C, H, W) → (B, C, size, size) in [0, 1]: each image's crop, resized as torch's antialiased bilinear
+    interpolation does it (a triangle of at least one pixel's width to each side, cut off at the crop's edges).
+
+    An image's pixels do not depend on the other images of the batch, in the last bit: sums of a fixed order.
+    """
+    rows = _weights(crop.top, crop.height, images.shape[2], size, torch.zeros_like(crop.flip))
+    columns = _weights(crop.left, crop.width, images.shape[3], size, crop.flip)
+    resized = _sums(images.transpose(1, 2), *rows)  # (B, size, C, W)
+    resized = _sums(resized.permute(0, 3, 2, 1), *columns)  # (B, size, C, size): column, channel, row
+    return resized.permute(0, 2, 3, 1).clamp(0, 1).contiguous()  # rounding may leave [0, 1]
+
+
+def _weights(start: Tensor, length: Tensor, side: int, size: int, flip: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, size, T) pixels of the image that each new pixel is made of, and their weights, float64.
+
+    T depends on ``side`` and ``size`` alone.
+    """
+    device = start.device
+    new = torch.arange(size, device=device).expand(len(start), -1)
+    new = torch.where(flip[:, None], size - 1 - new, new)
+    step = length.double()[:, None] / size
+    support = step.clamp(min=1)
+    center = start[:, None] + (new + 0.5) * step
+    first = torch.floor(center - support + 0.5).long()
+    pixels = first[:, :, None] + torch.arange(math.ceil(2 * max(1.0, side / size)), device=device)
+    weights = (1 - (pixels + 0.5 - center[:, :, None]).abs() / support[:, :, None]).clamp(min=0)
+    stop = (start + length)[:, None, None]
+    weights = torch.where((pixels >= start[:, None, None]) & (pixels < stop), weights, 0.0)
+    return pixels.clamp(0, side - 1), weights / weights.sum(2, keepdim=True)
+
+
+def _sums(images: Tensor, pixels: Tensor, weights: Tensor) -> Tensor:
+    """(B, L, …) → (B, size, …): weighted sums along the second side."""
+    sample = torch.arange(len(images), device=images.device)[:, None]
+    weights = weights.to(images.dtype)[..., None, None]
+    total = weights[:, :, 0] * images[sample, pixels[:, :, 0]]
+    for tap in range(1, pixels.shape[2]):
+        total += weights[:, :, tap] * images[sample, pixels[:, :, tap]]
+    return total
