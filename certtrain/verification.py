@@ -10,6 +10,7 @@ from typing import get_args
 
 from .config import structure, unstructure
 from .errors import check
+from .progress import console
 from .recipe import Config
 from .run_folder import JsonLines, RunFolder
 from .runs import check_data, load_model, question_of
@@ -86,6 +87,8 @@ def verify(
     with surroundings(config.threads, where), StopRequest(at_once=True):
         dataset = config.data.load()
         check_data(dataset, description)
+        if not quiet and (remark := ball.remark(dataset.shape)):
+            console.print(remark)
         chosen = images_of(images, len(dataset.test))
         question = question_of(folder, config, dataset.to(where), model.to(where), where)
         records = sweep(question, file, folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)

@@ -20,6 +20,7 @@ else:
         IbpStage,
         InputSplitStage,
         Judge,
+        LocationStage,
         Stage,
     )
     from .sweep import Question, sweep
@@ -27,6 +28,6 @@ else:
     __all__ = [
         "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "Finding", "IbpStage",
         "InputSplitStage", "Judge",
-        "Limits", "Problem", "Question", "Search", "Specification", "Stage", "Verdict", "certify",
+        "Limits", "LocationStage", "Problem", "Question", "Search", "Specification", "Stage", "Verdict", "certify",
         "run_cascade", "sweep",
     ]  # fmt: skip

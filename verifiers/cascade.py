@@ -23,7 +23,8 @@ from .limits import TOTAL_TIMEOUT, Limits, within_memory
 from .lirpa import LirpaStage
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
 from .settings import ROUNDINGS, Arithmetic, Certify
-from .stages import AttackStage, BabStage, CleanStage, Finding, InputSplitStage, Stage
+from .sparse_split import sparse_ball
+from .stages import AttackStage, BabStage, CleanStage, Finding, InputSplitStage, LocationStage, Stage
 
 
 @torch.no_grad()
@@ -55,9 +56,20 @@ def run_cascade(
         network, dtype = _folded(problem, arithmetic)
         rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
         everything = torch.arange(len(problem), device=problem.index.device)
-        run.go(everything, Known(network, rows, {}), stages)
+        run.go(everything, Known(network, rows, {}), _fitting(stages, problem))
     precision = str(images.dtype).removeprefix("torch.")
     return run.verdicts(f"nearest {precision}" if arithmetic == "nearest" else arithmetic)
+
+
+def _fitting(stages: Sequence[Stage], problem: Problem) -> Sequence[Stage]:
+    """Over a sparse set branch and bound goes over locations."""
+    if sparse_ball(problem) is None or any(isinstance(stage, LocationStage) for stage in stages):
+        return stages
+    fitting = list(stages)
+    for place, stage in enumerate(stages):
+        if isinstance(stage, BabStage):
+            fitting[place] = LocationStage(stage.search, stage.timeout, stage.judge)
+    return fitting
 
 
 def _runnable(network: nn.Module) -> nn.Module:
@@ -108,7 +120,7 @@ class _Run:
                 return
             spent = max(sum(self.spent[number].values()) for number in numbers)
             limit, late = self.limits.share(spent, len(numbers))
-            if isinstance(stage, (BabStage, InputSplitStage)) and limit < stage.timeout:
+            if isinstance(stage, (BabStage, InputSplitStage, LocationStage)) and limit < stage.timeout:
                 stage = replace(stage, timeout=limit)
             else:
                 late = "timeout"

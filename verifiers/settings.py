@@ -21,6 +21,7 @@ from .stages import (
     IbpStage,
     InputSplitStage,
     Judge,
+    LocationStage,
     Replay,
     Stage,
 )  # fmt: skip
@@ -36,7 +37,8 @@ class Certify:
     Args:
         enabled: whether a run ends with it; a network that is not to be certified need not be traceable.
         stages: after the clean prediction, in this order: by default the cheapest first (an attack on every image takes
-            40 times as long as IBP, and cannot refute what IBP proves).
+            40 times as long as IBP, and cannot refute what IBP proves). ``location`` is for sparse sets, where it
+            also stands in for ``bab``.
             With ``lirpa`` and ``attack`` alone, networks are taken that cannot be traced.
         attack: of the attack stage; over a sparse set sPGD-300, unless another one is given.
         images: the first so many test images; null for all.
@@ -51,7 +53,9 @@ class Certify:
     """
 
     enabled: bool = True
-    stages: tuple[Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "lirpa", "input_split", "bab"], ...] = (
+    stages: tuple[
+        Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "lirpa", "input_split", "location", "bab"], ...
+    ] = (
         "ibp", "crown_ibp", "attack", "crown", "alpha", "bab",
     )  # fmt: skip
     attack: Attack = PGD
@@ -87,6 +91,7 @@ class Certify:
             "alpha": AlphaStage(self.alpha_steps, judge=judge),
             "lirpa": LirpaStage(self.lirpa, self.alpha_steps),
             "input_split": InputSplitStage(self.timeout, judge),
+            "location": LocationStage(self.search, self.timeout, judge),
             "bab": BabStage(self.search, self.timeout, judge),
         }
         return [CleanStage(), *(later[name] for name in self.stages)]

@@ -22,6 +22,7 @@ from .known import Known
 from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
 from .problem import Problem, Specification, Status
 from .search import Outcome, Search
+from .sparse_split import sparse_ball, split_locations
 
 PGD = Pgd(steps=40, step_size=0.1, restarts=5, diversified=2, objective="margin")
 Replay = Callable[[Tensor], Tensor]
@@ -234,6 +235,25 @@ class InputSplitStage:
             why = f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most"
             return Finding([None] * len(problem), known, reasons=[why] * len(problem))
         found = split_inputs(problem, known, self.timeout, lambda number, image: self.judge(problem, number, image))
+        return _searched(known, found)
+
+
+@dataclass(frozen=True)
+class LocationStage:
+    """Verifies or falsifies over a sparse set by branch and bound on which units change."""
+
+    search: Search = field(default_factory=Search)
+    timeout: float = 60.0
+    judge: Judge = field(default_factory=Judge)
+    name: str = "location"
+
+    def __call__(self, problem: Problem, known: Known) -> Finding:
+        if sparse_ball(problem) is None or known.network.rounding is not None:
+            why = "splitting locations takes sparse sets (SparseBall), in nearest arithmetic"
+            return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+        found = split_locations(
+            problem, known, self.search, self.timeout, lambda number, image: self.judge(problem, number, image)
+        )
         return _searched(known, found)
 
 

@@ -30,11 +30,12 @@ def add(commands) -> None:
         allow_abbrev=False,
     )
     verify.add_argument("--images", metavar="START:STOP", help="some of the test images (default: all)")
-    verify.add_argument("--epsilon", metavar="E", help="another radius, in pixel units of [0, 1], such as 2/255")
+    verify.add_argument("--epsilon", metavar="E", help="another radius, in pixel units of [0, 1], such as 2/255; of "
+                        "a sparse set another k")  # fmt: skip
     verify.add_argument("--timeout", metavar="SECONDS", help="of an image: its share of its batches' time")
     verify.add_argument("--total-timeout", metavar="SECONDS", help="stop after so long, whatever is left")
     verify.add_argument("--stages", metavar="A,B,…", help="some of ibp, crown_ibp, attack, crown, alpha, lirpa, "
-                        "input_split, bab")  # fmt: skip
+                        "input_split, location, bab")  # fmt: skip
     verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
     verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
     verify.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -149,6 +150,7 @@ def _check(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from ..config import override, structure, unstructure
     from ..errors import InputError
+    from ..evaluation import size_name
     from ..recipe import Config
     from ..run_folder import RunFolder
     from ..runs import recorded_config
@@ -163,14 +165,16 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.verifier == "abcrown" and ours:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
+    recorded = recorded_config(*RunFolder.open(path))
+    size = size_name(type(recorded.perturbation).__name__)
     given = {
-        "perturbation.epsilon": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
+        f"perturbation.{size}": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
         "certify.arithmetic": options.arithmetic,
     }  # fmt: skip
     overrides |= {name: value for name, value in given.items() if value is not None}
     if options.stages is not None:
         overrides["certify.stages"] = f"[{options.stages}]"
-    config = structure(Config, override(unstructure(recorded_config(*RunFolder.open(path))), overrides))
+    config = structure(Config, override(unstructure(recorded), overrides))
     seconds = options.total_timeout
     limits = {
         "images": options.images, "epsilon": config.perturbation.epsilon, "device": config.device,
@@ -186,11 +190,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _embedded(path: Path, config, limits: dict[str, Any]):
+    from ..evaluation import sized
     from ..progress import console
     from ..verification import verify
 
     found = verify(path, certify=config.certify, **limits)
-    stages(found.records, f"{path}: {len(found.records)} test images, epsilon {found.epsilon:.6g}")
+    size = sized(type(config.perturbation).__name__, found.epsilon)
+    stages(found.records, f"{path}: {len(found.records)} test images, {size}")
     if len(found.certificates) > 1:
         counts = (f"{arithmetic} {proved} of {asked}" for arithmetic, (proved, asked) in found.certificates.items())
         console.print(f"certificates by arithmetic: {', '.join(counts)}")
