@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .bounds import PerturbationSet
 from .config import structure, unstructure
-from .diagnostics import DIAGNOSTICS, Subject, check_names, spread
+from .diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread, those_for
 from .diagnostics.figures import FIGURES, draw_epochs, save
 from .errors import check
 from .noise import Noise, key_of
@@ -48,6 +49,7 @@ def diagnose(
     images: int = 1000,
     what: Sequence[str] | None = None,
     top: int = 10,
+    perturbation: PerturbationSet | None = None,
     device: str | None = None,
     quiet: bool = False,
 ) -> Diagnosis:
@@ -60,31 +62,38 @@ def diagnose(
         path: the run's folder.
         checkpoint: the ``last`` weights or the ``best``.
         images: how many; of a smaller split all.
-        what: some of ``certtrain.diagnostics.DIAGNOSTICS``; None for all.
-        top: eigenvalues of the weights' Hessian.
+        what: some of ``certtrain.diagnostics.DIAGNOSTICS``; None for all that know the perturbation set.
+        top: eigenvalues of the weights' Hessians.
+        perturbation: instead of the recipe's, so that one network can be seen under several sets.
         device: instead of the recipe's.
     Raises:
         InputError: something given cannot be used; nothing on disk was changed.
         Interrupted: SIGINT or SIGTERM; nothing on disk was changed.
     """
-    chosen = list(DIAGNOSTICS) if what is None else list(dict.fromkeys(what))
-    check_names("what", chosen)
+    if what is not None:
+        check_names("what", what)
     check(checkpoint in CHECKPOINTS, "checkpoint", checkpoint, ", ".join(CHECKPOINTS))
     check(images >= 1, "images", images, "a whole number >= 1")
     check(top >= 1, "top", top, "a whole number >= 1")
     folder, description = RunFolder.open(Path(path))
     model, config = load_model(path, checkpoint)
     config = structure(Config, {**unstructure(config), "device": device or config.device})
+    ball = config.perturbation if perturbation is None else perturbation
+    chosen = those_for(ball) if what is None else list(dict.fromkeys(what))
+    check_balls("what", chosen, ball)
     where = config.resolved_device()
     with surroundings(config.threads, where), StopRequest(at_once=True):
         dataset = config.data.load()
         check_data(dataset, description)
+        ball.check_shape(dataset.shape)
         batch = spread(dataset.train.to(where), images)
         noise = Noise(key_of(config.seed, "diagnose"), batch.index)
-        subject = Subject(model.to(where), batch, config.perturbation, noise, top=top)
+        subject = Subject(model.to(where), batch, ball, noise, top=top)
         found: dict[str, Any] = {
             "checkpoint": checkpoint, "weights": sha256(folder.weights_of(checkpoint)), "split": "train",
-            "images": len(batch), "epsilon": float(config.perturbation.epsilon), "attack": unstructure(subject.attack),
+            "images": len(batch), "seed": config.seed,
+            "perturbation": unstructure(ball), "epsilon": float(ball.epsilon),
+            "one_step": unstructure(subject.one), "attack": unstructure(subject.many),
             "versions": versions(), "device": device_name(where),
         }  # fmt: skip
         with Progress("diagnosing", len(chosen), quiet=quiet) as progress:
@@ -96,7 +105,7 @@ def diagnose(
 
 
 def _written(folder: RunFolder, chosen: list[str], found: dict[str, Any]) -> Diagnosis:
-    title = f"{folder.path.resolve().name}, {found['checkpoint']} weights"
+    title = f"{folder.path.resolve().name}, {found['checkpoint']} weights\n{_words(found['perturbation'])}"
     drawn = {name: draw(found, title) for name, draw in FIGURES.items() if name in chosen}
     if lines := [line for line in folder.metrics if line.get("kind") == "diagnosis"]:
         drawn[EPOCHS] = draw_epochs(lines, folder.path.resolve().name)
@@ -111,3 +120,10 @@ def _written(folder: RunFolder, chosen: list[str], found: dict[str, Any]) -> Dia
     text = json.dumps(found, indent=2) + "\n"
     write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return Diagnosis(file, [figures / f"{name}.png" for name in drawn], found)
+
+
+def _words(perturbation: Mapping[str, Any]) -> str:
+    """Such as ``SparseBall k 20 unit pixel side 1``."""
+    fields = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+              for name, value in perturbation.items() if name != "type")  # fmt: skip
+    return " ".join((perturbation["type"], *fields))

@@ -10,7 +10,9 @@ SHOWN = {
     "gradient_alignment": "gradient alignment", "fgsm_pgd_cosine": "cosine of FGSM and PGD-10",
     "boundary_distortion": "boundary distortion", "qub_gap": "QUB - CE", "qub_centred_gap": "centred QUB - CE",
     "qub_distance": "|a - z|", "qub_curvature": "largest eigenvalue of CE's Hessian in z",
-    "divergence": "R, TRADES' divergence",
+    "divergence": "R, TRADES' divergence", "overlap": "shared pixels of one-step and strong sPGD, of k",
+    "overlap_chance": "the same of random pixels", "overlap_rs": "shared pixels of one-step sPGD and Sparse-RS, of k",
+    "overlap_rs_chance": "the same of random pixels (Sparse-RS)", "gradient_gap": "gradients' gap, one step to many",
 }  # fmt: skip
 
 
@@ -19,6 +21,8 @@ def add(commands) -> None:
         "diagnose",
         help="measure and draw the loss of a finished run's network",
         usage="certtrain diagnose RUN_DIR [options]",
+        epilog="Another perturbation set than the recipe's is given as --perturbation.field value, for example "
+        "--perturbation.type SparseBall --perturbation.k 1.",
         description="Diagnose the network of a run whose training is finished, on training images, and write "
         "RUN_DIR/diagnostics.json and RUN_DIR/figures/*.png in place of what an earlier call left there. "
         "docs/diagnostics.md says what each number means.",
@@ -27,7 +31,8 @@ def add(commands) -> None:
     diagnose.add_argument("--checkpoint", metavar="WHICH", default="last", help="last or best")
     diagnose.add_argument("--images", metavar="N", default="1000", help="so many of the training images")
     diagnose.add_argument("--what", metavar="A,B,…", help="some of alignment, cosine, distortion, qub, split, "
-                          "landscape, hessian (default: all)")  # fmt: skip
+                          "landscape, hessian, interpolation, overlap, adversarial_hessian, weight_landscape, "
+                          "gradient_gap (default: all that know the perturbation set)")  # fmt: skip
     diagnose.add_argument("--top", metavar="N", default="10", help="eigenvalues of the weights' Hessian")
     diagnose.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
     diagnose.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -35,20 +40,31 @@ def add(commands) -> None:
 
 
 def _diagnose(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..config import override, structure, unstructure
     from ..diagnosis import diagnose
     from ..errors import InputError
+    from ..evaluation import sized
     from ..progress import console
+    from ..recipe import Config
+    from ..run_folder import RunFolder
+    from ..runs import recorded_config
 
     options.go_on = "the same call"
-    path, refused = one_word_and_pairs("diagnose", rest)
-    if refused:
-        raise InputError(f"--{next(iter(refused))}: cannot be changed here; accepted: see --help")
+    path, fields = one_word_and_pairs("diagnose", rest)
+    for name in fields:
+        if not name.startswith("perturbation."):
+            raise InputError(f"--{name}: cannot be changed here; accepted: --perturbation.field value, see --help")
+    perturbation = None
+    if fields:
+        recorded = unstructure(recorded_config(*RunFolder.open(path)))
+        perturbation = structure(Config, override(recorded, fields)).perturbation
     what = None if options.what is None else [word.strip() for word in options.what.split(",")]
     found = diagnose(
         path, checkpoint=options.checkpoint, images=_whole("--images", options.images), what=what,
-        top=_whole("--top", options.top), device=options.device,
+        top=_whole("--top", options.top), perturbation=perturbation, device=options.device,
     )  # fmt: skip
-    _show(f"{path}: {found.found['images']} training images, epsilon {found.found['epsilon']:.6g}", found.found)
+    size = sized(found.found["perturbation"]["type"], found.found["epsilon"])
+    _show(f"{path}: {found.found['images']} training images, {size}", found.found)
     console.print(f"all numbers: {found.file}")
     for figure in found.figures:
         console.print(f"figure: {figure}")
@@ -77,6 +93,10 @@ def _show(title: str, found: dict) -> None:
     split, values = found.get("divergence_split", [None, None]), found.get("hessian_values", [])
     rows += [("R', split at I = 2, FAIT's", split[min(1, len(split) - 1)])] if "divergence_split" in found else []
     rows += [("largest eigenvalue of the weights' Hessian", values[0])] if values else []
+    if values := found.get("adversarial_hessian_values", []):
+        rows.append(("largest eigenvalue of the adversarial loss' Hessian", values[0]))
+    shares, accuracies = found.get("interpolation_shares", []), found.get("interpolation_accuracies", [])
+    rows += [(f"accuracy at {share:g} of one step's change", value) for share, value in zip(shares, accuracies)]
     for words, value in rows:
         table.add_row(words, "-" if value is None else f"{value:.4g}")
     if rows:

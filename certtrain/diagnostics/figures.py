@@ -74,6 +74,39 @@ def draw_split(found: Mapping[str, Any], title: str) -> Figure:
     return figure
 
 
+def draw_adversarial_hessian(found: Mapping[str, Any], title: str) -> Figure:
+    """As ``draw_hessian``, of ``adversarial_hessian_values``."""
+    figure = draw_hessian({"hessian_values": found["adversarial_hessian_values"]}, title)
+    figure.axes[0].set(ylabel="eigenvalue of the adversarial loss' Hessian")
+    return figure
+
+
+def draw_interpolation(found: Mapping[str, Any], title: str) -> Figure:
+    """From clean to attacked images: ``interpolation_accuracies`` above, ``interpolation_losses`` below."""
+    figure, (above, below) = _figure(2)
+    for axes, name, words in ((above, "accuracies", "accuracy"), (below, "losses", "cross-entropy")):
+        axes.plot(found["interpolation_shares"], found[f"interpolation_{name}"], marker="o")
+        axes.set(ylabel=words)
+    above.set(title=title, ylim=(0, 1))
+    below.set(xlabel="share of the attack's change")
+    return figure
+
+
+def draw_weight_landscape(found: Mapping[str, Any], title: str) -> Figure:
+    """The mean adversarial loss around the weights: ``weight_landscape_steps`` and ``weight_landscape_losses``."""
+    figure, (axes,) = _figure()
+    steps, losses = found["weight_landscape_steps"], found["weight_landscape_losses"]
+    columns = [list(column) for column in zip(*losses)]
+    filled = axes.contourf(steps, steps, columns, levels=20, cmap="viridis")
+    axes.plot([0], [0], marker="+", color="white")
+    figure.colorbar(filled, ax=axes, label="adversarial cross-entropy")
+    first, second = found["weight_landscape_values"]
+    axes.set(
+        title=title, xlabel=f"eigenvector of {first:.3g}, the largest eigenvalue", ylabel=f"eigenvector of {second:.3g}"
+    )
+    return figure
+
+
 def draw_epochs(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Along training: cosines and shares above, R and R' at I = 2 below, from lines with an ``epoch`` each."""
     figure, (above, below) = _figure(2)
@@ -99,5 +132,8 @@ def _along(axes: Axes, label: str, points: Sequence[tuple[int, float | None]]) -
         axes.plot(*zip(*known), marker=".", label=label)
 
 
-FIGURES = {"landscape": draw_landscape, "hessian": draw_hessian, "split": draw_split}
+FIGURES = {
+    "landscape": draw_landscape, "hessian": draw_hessian, "split": draw_split, "interpolation": draw_interpolation,
+    "adversarial_hessian": draw_adversarial_hessian, "weight_landscape": draw_weight_landscape,
+}  # fmt: skip
 """By diagnostic."""

@@ -55,6 +55,15 @@ def hessian_spectrum(
     Raises:
         InputError: the batch is empty, ``top`` or ``which`` out of range, or the eigenvalues do not settle.
     """
+    return eigenpairs(model, batch, top, which=which, losses=losses)[0]
+
+
+def eigenpairs(
+    model: nn.Module, batch: Batch, top: int, *, which: Literal["LA", "LM"] = "LA", losses: Losses | None = None
+) -> tuple[Spectrum, Tensor]:
+    """``hessian_spectrum``, and for each eigenvalue its unit vector: (top, n) float64, entries as
+    ``hessian_product``'s. The largest entry of each is above 0, so that the sign is not Lanczos' choice.
+    """
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     check(which in ("LA", "LM"), "which", which, "LA, LM")
@@ -76,7 +85,9 @@ def hessian_spectrum(
         ) from error
     order = np.argsort(-(values if which == "LA" else np.abs(values)))
     off = [float(np.linalg.norm(multiply(vectors[:, i]) - values[i] * vectors[:, i])) for i in order]
-    return Spectrum(tuple(float(values[i]) for i in order), tuple(off), size)
+    rows = torch.from_numpy(np.ascontiguousarray(vectors[:, order].T)).to(device)
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return Spectrum(tuple(float(values[i]) for i in order), tuple(off), size), rows * largest.sign()
 
 
 def hessian_product(
@@ -87,9 +98,7 @@ def hessian_product(
     The entries follow ``model.parameters()``, those that are trained. The model itself is left alone.
     """
     check(len(batch), "batch", len(batch), "one image or more")
-    twin = copy.deepcopy(model).double().eval()
-    weights = [weight for weight in twin.parameters() if weight.requires_grad]
-    check(weights, "model", "no weights that are trained", "a network with some")
+    twin, weights = trained_twin(model, torch.float64)
     each = losses or _cross_entropy
 
     def product(vector: Tensor) -> Tensor:
@@ -106,6 +115,19 @@ def hessian_product(
         return total
 
     return product, sum(weight.numel() for weight in weights), weights[0].device
+
+
+def trained_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A copy of the network in evaluation mode, in ``dtype`` if one is given, and its weights that are trained.
+
+    Raises:
+        InputError: there are none.
+    """
+    twin = copy.deepcopy(model).eval()
+    twin = twin if dtype is None else twin.to(dtype)
+    weights = [weight for weight in twin.parameters() if weight.requires_grad]
+    check(weights, "model", "no weights that are trained", "a network with some")
+    return twin, weights
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,17 +9,26 @@ from typing import Any
 from torch import nn
 
 from ..attacks import Attack
-from ..bounds import PerturbationSet
-from ..errors import check
+from ..bounds import NormBall, PerturbationSet, SparseBall
+from ..config import unstructure
+from ..errors import InputError, check
 from ..noise import Noise
 from ..step import Batch
 from .alignment import PGD, boundary_distortion, fgsm_pgd_cosine, gradient_alignment
 from .hessian import hessian_spectrum
+from .interpolation import interpolation
 from .landscape import landscape
 from .logits import divergence_split, qub_gap
+from .one_and_many import RANDOM_SEARCH, many_steps, one_step, searching
+from .overlap import overlap
+from .weights import adversarial_hessian, gradient_gap, weight_landscape
 
 DENSE = 128
 """Images, at most, that a landscape averages over: it passes each through the network hundreds of times."""
+ATTACKED = 64
+"""The same of a landscape in the weights, which attacks each of them at 49 points."""
+SEARCHED = 256
+"""The same of ``overlap``, whose attacks take a thousand passes."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,8 @@ class Subject:
     Args:
         model: in whatever mode; left as it is.
         noise: keyed by each of the batch's images.
-        attack: the strong one, of ``cosine`` and ``qub``.
-        top: eigenvalues of ``hessian``.
+        attack: the strong one; where it is the default, PGD-10 or what takes its place for the set at hand.
+        top: eigenvalues of ``hessian`` and ``adversarial_hessian``.
     """
 
     model: nn.Module
@@ -44,9 +53,55 @@ class Subject:
     def question(self) -> tuple[nn.Module, Batch, PerturbationSet, Noise]:
         return self.model, self.batch, self.ball, self.noise
 
+    @property
+    def one(self) -> Attack:
+        """Of a single step."""
+        return one_step(self.ball)
+
+    @property
+    def many(self) -> Attack:
+        """The strong one, of this set."""
+        return many_steps(self.ball, self.attack)
+
+    def some(self, count: int) -> Subject:
+        """About at most so many of the images, evenly spread."""
+        every = slice(None, None, max(1, -(-len(self.batch) // count)))
+        noise = Noise(self.noise.key, self.noise.positions[every])
+        return Subject(self.model, self.batch.part(every), self.ball, noise, self.attack, self.top)
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One of them; to call it is to ask it.
+
+    Args:
+        ask: what it finds.
+        balls: the kinds of sets that it knows.
+    """
+
+    ask: Callable[[Subject], dict[str, Any]]
+    balls: tuple[type[PerturbationSet], ...] = (PerturbationSet,)
+
+    def __call__(self, subject: Subject) -> dict[str, Any]:
+        kinds = " or ".join(kind.__name__ for kind in self.balls)
+        check(isinstance(subject.ball, self.balls), "perturbation", type(subject.ball).__name__, f"a {kinds}")
+        return self.ask(subject)
+
+
+def _alignment(subject: Subject) -> dict[str, Any]:
+    return {"gradient_alignment": gradient_alignment(*subject.question)}
+
+
+def _cosine(subject: Subject) -> dict[str, Any]:
+    return {"fgsm_pgd_cosine": fgsm_pgd_cosine(*subject.question, attack=subject.many)}
+
+
+def _distortion(subject: Subject) -> dict[str, Any]:
+    return {"boundary_distortion": boundary_distortion(*subject.question)}
+
 
 def _qub(subject: Subject) -> dict[str, Any]:
-    found = qub_gap(*subject.question, attack=subject.attack)
+    found = qub_gap(*subject.question, attack=subject.many)
     return {
         "qub_gap": found.gap, "qub_centred_gap": found.centred_gap, "qub_distance": found.distance,
         "qub_curvature": found.curvature,
@@ -59,9 +114,7 @@ def _split(subject: Subject) -> dict[str, Any]:
 
 
 def _landscape(subject: Subject) -> dict[str, Any]:
-    some = slice(None, None, max(1, -(-len(subject.batch) // DENSE)))
-    noise = Noise(subject.noise.key, subject.noise.positions[some])
-    found = landscape(subject.model, subject.batch.part(some), subject.ball, noise)
+    found = landscape(*subject.some(DENSE).question)
     return {"landscape_steps": found.steps.tolist(), "landscape_losses": found.losses.tolist()}
 
 
@@ -70,15 +123,72 @@ def _hessian(subject: Subject) -> dict[str, Any]:
     return {"hessian_values": list(found.values), "hessian_residuals": list(found.residuals)}
 
 
-DIAGNOSTICS: dict[str, Callable[[Subject], dict[str, Any]]] = {
-    "alignment": lambda subject: {"gradient_alignment": gradient_alignment(*subject.question)},
-    "cosine": lambda subject: {"fgsm_pgd_cosine": fgsm_pgd_cosine(*subject.question, attack=subject.attack)},
-    "distortion": lambda subject: {"boundary_distortion": boundary_distortion(*subject.question)},
-    "qub": _qub,
-    "split": _split,
-    "landscape": _landscape,
-    "hessian": _hessian,
+def _interpolation(subject: Subject) -> dict[str, Any]:
+    found = interpolation(*subject.question, attack=subject.one)
+    return {
+        "interpolation_shares": list(found.shares), "interpolation_accuracies": list(found.accuracies),
+        "interpolation_losses": list(found.losses),
+    }  # fmt: skip
+
+
+def _overlap(subject: Subject) -> dict[str, Any]:
+    subject = subject.some(SEARCHED)
+    found: dict[str, Any] = {"overlap_first": unstructure(subject.one)}
+    for name, second in (("overlap", searching(subject.ball, subject.attack)), ("overlap_rs", RANDOM_SEARCH)):
+        both = overlap(*subject.question, first=subject.one, second=second)
+        found |= {
+            name: both.overlap, f"{name}_jaccard": both.jaccard, f"{name}_chance": both.chance,
+            f"{name}_distance": both.distance, f"{name}_sizes": list(both.sizes), f"{name}_images": both.images,
+            f"{name}_second": unstructure(second),
+        }  # fmt: skip
+    return found
+
+
+def _adversarial_hessian(subject: Subject) -> dict[str, Any]:
+    found = adversarial_hessian(*subject.question, attack=subject.many, top=subject.top)
+    return {
+        "adversarial_hessian_values": list(found.values), "adversarial_hessian_residuals": list(found.residuals),
+    }  # fmt: skip
+
+
+def _weight_landscape(subject: Subject) -> dict[str, Any]:
+    some = subject.some(ATTACKED)
+    found = weight_landscape(*some.question, attack=some.many)
+    return {
+        "weight_landscape_steps": found.steps.tolist(), "weight_landscape_losses": found.losses.tolist(),
+        "weight_landscape_values": list(found.values), "weight_landscape_index": some.batch.index.tolist(),
+    }  # fmt: skip
+
+
+def _gradient_gap(subject: Subject) -> dict[str, Any]:
+    found = gradient_gap(*subject.question, one=subject.one, many=subject.many)
+    return {"gradient_gap": found.gap, "gradient_gap_length": found.length}
+
+
+DIAGNOSTICS: dict[str, Diagnostic] = {
+    "alignment": Diagnostic(_alignment, (NormBall,)),
+    "cosine": Diagnostic(_cosine, (NormBall,)),
+    "distortion": Diagnostic(_distortion, (NormBall,)),
+    "qub": Diagnostic(_qub),
+    "split": Diagnostic(_split, (NormBall,)),
+    "landscape": Diagnostic(_landscape, (NormBall,)),
+    "hessian": Diagnostic(_hessian),
+    "interpolation": Diagnostic(_interpolation),
+    "overlap": Diagnostic(_overlap, (SparseBall,)),
+    "adversarial_hessian": Diagnostic(_adversarial_hessian),
+    "weight_landscape": Diagnostic(_weight_landscape),
+    "gradient_gap": Diagnostic(_gradient_gap),
 }
+
+
+def usual(ball: PerturbationSet) -> list[str]:
+    """What training asks for where nobody says what: the cheap ones."""
+    return ["alignment", "cosine", "qub", "split"] if isinstance(ball, NormBall) else ["qub", "interpolation"]
+
+
+def those_for(ball: PerturbationSet) -> list[str]:
+    """The names of all diagnostics that know such a set."""
+    return [name for name, diagnostic in DIAGNOSTICS.items() if isinstance(ball, diagnostic.balls)]
 
 
 def check_names(field: str, names: Iterable[str]) -> None:
@@ -88,3 +198,14 @@ def check_names(field: str, names: Iterable[str]) -> None:
     """
     known = all(name in DIAGNOSTICS for name in names)
     check(known and names, field, names, f"one or more of {', '.join(DIAGNOSTICS)}")
+
+
+def check_balls(field: str, names: Iterable[str], ball: PerturbationSet) -> None:
+    """
+    Raises:
+        InputError: one of the diagnostics does not know such a set; names those that do.
+    """
+    known = those_for(ball)
+    for name in names:
+        if name not in known:
+            raise InputError(f"{field}: found {name} for a {type(ball).__name__}; accepted: {', '.join(known)}")

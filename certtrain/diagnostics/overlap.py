@@ -1,0 +1,91 @@
+"""Where two attacks change an image: which pixels they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import Attack
+from ..bounds import PerturbationSet, SparseBall
+from ..errors import check
+from ..noise import Noise
+from ..step import Batch, Step
+from .looking import each, share
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Means over the images that both attacks change; A and B are the sets of units that they change, of N.
+
+    Numbers are None where there is no such image.
+
+    Args:
+        overlap: of |A ∩ B| / k, k at most N.
+        jaccard: of |A ∩ B| / |A ∪ B|.
+        chance: of |A| |B| / (N k): what ``overlap`` would be on average if the units of each were drawn at random, the
+            mean of a hypergeometric distribution; k / N where both change all k.
+        distance: of the number of units in which the two results differ, over |A| + |B|, which is its largest value:
+            1 where A and B share nothing, 0 where the results are the same.
+        sizes: of |A| and of |B|.
+        images: how many both change.
+    """
+
+    overlap: float | None
+    jaccard: float | None
+    chance: float | None
+    distance: float | None
+    sizes: tuple[float | None, float | None]
+    images: int
+
+
+def overlap(
+    model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, first: Attack, second: Attack
+) -> Overlap:
+    """How far two attacks of a sparse set agree about where to change an image.
+
+    Each draws random numbers of its own: with the same start even attacks that ignore the network would agree.
+
+    Raises:
+        InputError: the batch is empty, the set is no ``SparseBall``, or an attack does not know it.
+    """
+    check(isinstance(ball, SparseBall), "perturbation", type(ball).__name__, "SparseBall: others change every pixel")
+
+    def found(part: Batch, step: Step) -> Tensor:
+        results = [
+            attack(model, part, ball, step.again(name)).images
+            for name, attack in (("first", first), ("second", second))
+        ]
+        return counts(ball, part.images, *results)
+
+    return summary(ball, batch.images, each(model, batch, ball, noise, found))
+
+
+def between(ball: PerturbationSet, images: Tensor, first: Tensor, second: Tensor) -> Overlap:
+    """The same of given results, all (B, *shape)."""
+    check(isinstance(ball, SparseBall), "perturbation", type(ball).__name__, "SparseBall: others change every pixel")
+    return summary(ball, images, counts(ball, images, first, second))
+
+
+def counts(ball: PerturbationSet, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """(B, 5) float64: |A|, |B|, |A ∩ B|, in how many units the results differ, and k, at most N."""
+    assert isinstance(ball, SparseBall)
+
+    def places(x: Tensor, y: Tensor) -> Tensor:
+        return ball.grouped(x != y).any(1)
+
+    a, b, apart = places(images, first), places(images, second), places(first, second)
+    k = torch.as_tensor(ball.counts(images), device=images.device).clamp(max=a.shape[1]).expand(len(images))
+    return torch.stack([a.sum(1), b.sum(1), (a & b).sum(1), apart.sum(1), k], 1).double()
+
+
+def summary(ball: PerturbationSet, images: Tensor, found: Tensor) -> Overlap:
+    """Of what ``counts`` found, (B, 5)."""
+    assert isinstance(ball, SparseBall)
+    units = ball.units(images.shape[1:])
+    a, b, both, apart, k = found[(found[:, :2] > 0).all(1)].unbind(1)
+    one = torch.ones_like(a)
+    values = (both / k, both / (a + b - both), a * b / (units * k), apart / (a + b), a, b)
+    shared, jaccard, chance, distance, first, second = (share(value, one) for value in values)
+    return Overlap(shared, jaccard, chance, distance, (first, second), len(a))
