@@ -1,4 +1,4 @@
-"""A run's test images, attacked: what stays right, beside what IBP certifies."""
+"""A run's test images, attacked: what stays right, beside what bounds certify."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from .config import structure, unstructure
 from .data import Dataset
 from .evaluation import Checkpoint, Evaluate, Evaluation
+from .progress import console
 from .recipe import Config
 from .run_folder import RunFolder, sha256
 from .runs import check_data, load_model, recorded_config
@@ -37,8 +38,8 @@ def evaluate(
 
     Args:
         path: the run's folder.
-        attacks: such as ``pgd-50-10`` and ``autoattack``; epsilons: radii in pixel units; checkpoints: of ``last`` and
-            ``best``: see ``Evaluate``.
+        attacks: such as ``pgd-50-10`` and ``autoattack``, or ``sparse-autoattack``; epsilons: radii in pixel units, or
+            whole numbers k; checkpoints: of ``last`` and ``best``: see ``Evaluate``.
         images: ``"start:stop"``, a range, or how many of the first; None for the settings'.
         device: instead of the recipe's.
     Returns:
@@ -46,7 +47,7 @@ def evaluate(
     Raises:
         InputError: something given cannot be used; nothing on disk was changed.
         Interrupted: SIGINT or SIGTERM; the same call goes on.
-        Contradiction: an attack broke an image that IBP certified.
+        Contradiction: an attack broke an image that bounds certified.
     """
     folder, description = RunFolder.open(Path(path))
     config = recorded_config(folder, description)
@@ -58,7 +59,7 @@ def evaluate(
     with surroundings(config.threads, where):
         dataset = config.data.load()
         check_data(dataset, description)
-        return evaluate_run(folder, dataset, config, images, where, quiet)
+        return evaluate_run(folder, dataset, config, images, where, quiet, alone=True)
 
 
 def evaluate_run(
@@ -68,8 +69,14 @@ def evaluate_run(
     images: str | range | int | None,
     device: torch.device,
     quiet: bool,
+    *,
+    alone: bool = False,
 ) -> dict[str, Any]:
-    """``evaluate`` by the recipe's own section, for data that are there; the networks are those in the folder."""
+    """``evaluate`` by the recipe's own section, for data that are there; the networks are those in the folder.
+
+    Args:
+        alone: not at the end of a training, which has remarked on the recipe's own perturbation set already.
+    """
     settings, test = config.evaluate, dataset.test
     if images is None:
         chosen = range(min(settings.images or len(test), len(test)))
@@ -84,5 +91,10 @@ def evaluate_run(
     evaluation = Evaluation(
         folder, test.to(device), config.perturbation, settings, config.seed, dataset.checksum, made_by
     )
+    if not quiet:
+        sets = [config.perturbation.with_epsilon(size) for size in settings.sizes(config.perturbation)]
+        remarks = (one.remark(dataset.shape) for one in sets if alone or one != config.perturbation)
+        for remark in dict.fromkeys(filter(None, remarks)):
+            console.print(remark)
     with StopRequest(at_once=True):
         return evaluation.run(checkpoints, chosen, quiet=quiet)

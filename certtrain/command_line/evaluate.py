@@ -13,7 +13,7 @@ def add(commands) -> None:
         "evaluate",
         help="attack the test images of a finished run",
         usage="certtrain evaluate RUN_DIR [options]",
-        description="Clean accuracy, accuracy under attack and IBP-certified accuracy on the test images of a run "
+        description="Clean accuracy, accuracy under attack and certified accuracy on the test images of a run "
         "whose training is finished, in one table: RUN_DIR/evaluation.json. What became of each image is written to "
         "RUN_DIR/evaluation/ the moment its batch is known; killed at any moment, the same call goes on.",
         epilog="Fields of the recipe's evaluate section are given as --evaluate.field value, for example "
@@ -21,8 +21,11 @@ def add(commands) -> None:
         allow_abbrev=False,
     )
     evaluate.add_argument("--attacks", metavar="A,B,…", help="pgd-STEPS, pgd-STEPS-RESTARTS, autoattack, "
-                          "autoattack-cheap, such as pgd-50-10,autoattack")  # fmt: skip
-    evaluate.add_argument("--epsilons", metavar="E,F,…", help="radii in pixel units of [0, 1], such as 8/255,16/255")
+                          "autoattack-cheap, such as pgd-50-10,autoattack; of a SparseBall sparse-autoattack, "
+                          "sparse-autoattack-STEPS-QUERIES, spgd-u-STEPS, sparse-rs-QUERIES, …; of any set crown: what "
+                          "linear relaxations prove (docs/evaluation.md)")  # fmt: skip
+    evaluate.add_argument("--epsilons", metavar="E,F,…", help="radii in pixel units of [0, 1], such as 8/255,16/255; "
+                          "of a SparseBall numbers k of units that may change, such as 10,20")  # fmt: skip
     evaluate.add_argument("--images", metavar="N or START:STOP", help="the first N test images, or some (default: all)")
     evaluate.add_argument("--checkpoints", metavar="A,B", help="last, best (default: those that there are)")
     evaluate.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")

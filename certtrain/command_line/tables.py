@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+SPARSE = ("changed", "queries")
+"""What rows about sparse sets say more."""
 
 
 def summary(folder) -> None:
     from rich.table import Table
 
+    from ..evaluation import sized
     from ..progress import console
 
     final = folder.final()
     if "images" not in final:
         console.print(f"{folder.path}: trained in {final['seconds']:.0f} s; not certified (certify.enabled is false)")
         return
-    table = Table(title=f"{folder.path}: {final['images']} test images, epsilon {final['epsilon']:.6g}")
+    size = sized(folder.open(folder.path)[1]["config"]["perturbation"]["type"], final["epsilon"])
+    table = Table(title=f"{folder.path}: {final['images']} test images, {size}")
     table.add_column("accuracy")
     table.add_column("%", justify="right")
     for name, key in (("clean", "clean"), ("no counterexample found", "attacked"), ("certified", "certified"),
@@ -75,33 +82,52 @@ def accuracies(folder) -> None:
     """The table of ``evaluation.json``, and what it could not measure."""
     from rich.table import Table
 
+    from ..evaluation import size_name, sized
     from ..progress import console
 
     found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
-    table = Table(title=f"{folder.path}: test images that stay right, {found['perturbation']}")
+    kind, more = found["perturbation"], [name for name in SPARSE if any(name in row for row in found["rows"])]
+    table = Table(title=f"{folder.path}: test images that stay right, {kind}")
     for name in ("checkpoint", "attack"):
         table.add_column(name, no_wrap=True)
-    for name in ("epsilon", "images", "%", "seconds"):
+    for name in (size_name(kind), "images", "%", "seconds", *more):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("lost to")
+    table.add_column("right after" if any("stages" in row for row in found["rows"]) else "lost to")
     for row in found["rows"]:
-        names = {name: count for name, count in row["lost_to"].items() if name != "clean"}
-        lost = ", ".join(f"{name} {count}" for name, count in names.items()) if "auto" in row["attack"] else ""
         first, count = row["first_image"], row["images"]
+        size = sized(kind, row["epsilon"], 4).partition(" ")[2]
         table.add_row(
-            row["checkpoint"], row["attack"], "" if row["attack"] == "clean" else f"{row['epsilon']:.4g}",
+            row["checkpoint"], row["attack"], "" if row["attack"] == "clean" else size,
             f"{first}:{first + count}" if first else str(count),
-            f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", lost,
+            f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", *(_mean(row.get(name)) for name in more),
+            _way(row),
         )  # fmt: skip
     console.print(table)
+    if "changed" in more:
+        console.print("changed: units of the images that it broke, in the mean")
     for row in found["skipped"]:
-        console.print(f"{row['checkpoint']}, {row['attack']}, epsilon {row['epsilon']:.6g}: none ({row['reason']})")
+        where = f"{row['checkpoint']}, {row['attack']}, {sized(kind, row['epsilon'])}"
+        console.print(f"{where}: none ({row['reason']})")
     for row in found["rows"]:
         if row["unconfirmed"]:
             images = f"{row['unconfirmed']} images"
-            where = f"{row['checkpoint']}, {row['attack']}, epsilon {row['epsilon']:.6g}"
+            where = f"{row['checkpoint']}, {row['attack']}, {sized(kind, row['epsilon'])}"
             console.print(f"{where}: what it claimed of {images} was not borne out")
     for name, values in found["versions"].items():
         if len(values) > 1:
             console.print(f"rows of different {name}: {', '.join(values)}; each row of the file says its own")
     console.print(f"the table: {folder.evaluation}; what became of every image: {folder.evaluation.with_suffix('')}/")
+
+
+def _mean(found: Mapping[str, float] | float | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['mean'] if isinstance(found, Mapping) else found:.1f}"
+
+
+def _way(row: Mapping[str, Any]) -> str:
+    """What became of the images along the attacks that run one after the other."""
+    if "stages" in row:
+        return ", ".join(f"{name} {100 * share:.2f}" for name, share in row["stages"].items())
+    names = {name: count for name, count in row["lost_to"].items() if name != "clean"}
+    return ", ".join(f"{name} {count}" for name, count in names.items()) if "auto" in row["attack"] else ""

@@ -6,12 +6,13 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from .numbers import accuracies, columns, radius
+from ..evaluation import size_name
+from .numbers import PROOFS, accuracies, columns, kind_of, radius
 from .results import Result
 from .study import Study
 
 MARKERS = "osD^vPX*<>hp"
-EPSILON = "perturbation.epsilon"
+SIZES = {"perturbation.epsilon", "perturbation.k"}
 
 
 def trade_off(study: Study, results: Sequence[Result]) -> bytes | None:
@@ -36,7 +37,7 @@ def trade_off(study: Study, results: Sequence[Result]) -> bytes | None:
                 marker=MARKERS[number % len(MARKERS)], linestyle="none" if group in words else "-",
             )  # fmt: skip
         place.set_xlabel("clean accuracy, %")
-        place.set_ylabel(f"{_named(study)}, epsilon {radius(epsilon or 0.0)}, %")
+        place.set_ylabel(f"{_named(study)}, {size_name(kind_of(study))} {radius(epsilon or 0.0)}, %")
         place.grid(alpha=0.3)
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
     return png(figure)
@@ -54,7 +55,7 @@ def against_epsilon(study: Study, results: Sequence[Result]) -> bytes | None:
         x, y, dy = zip(*sorted(found))
         marker = MARKERS[number % len(MARKERS)]
         place.errorbar(x, y, yerr=dy, label=group, color=colour(number), capsize=2, linewidth=1, marker=marker)
-    place.set_xlabel("epsilon of training and of the attack")
+    place.set_xlabel(f"{size_name(kind_of(study))} of training and of the attack")
     place.set_ylabel(f"{_named(study)}, %")
     place.grid(alpha=0.3)
     place.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
@@ -67,13 +68,15 @@ def trained_at(study: Study, results: Sequence[Result]) -> dict[str, list[tuple[
     for row in study.rows:
         epsilon = float(row.config.perturbation.epsilon)
         found = accuracies(row, ("last", study.robustness, epsilon), results)
-        if found and EPSILON in row.fields:
+        if found and SIZES & set(row.fields):
             points.setdefault(row.group, []).append((epsilon, 100 * found.mean, 100 * (found.deviation or 0.0)))
     return points
 
 
 def _named(study: Study) -> str:
-    return "certified accuracy" if study.robustness == "certified" else f"accuracy under {study.robustness}"
+    if study.robustness in PROOFS:
+        return "certified accuracy" if study.robustness == "certified" else f"accuracy {PROOFS[study.robustness]}"
+    return f"accuracy under {study.robustness}"
 
 
 def _points(study: Study, results: Sequence[Result], epsilon: float | None):

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ..evaluation import united
+from ..evaluation import size_name, sized, united
 from .results import Key, Result, epsilons_of
 from .study import Row, Study
 
 CHECKPOINTS = ("last", "best")
+PROOFS = {"ibp": "certified by IBP", "crown": "certified by CROWN", "certified": "certified"}
+"""What is no attack, and its heading."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ def columns(study: Study, results: Iterable[Result]) -> list[Key]:
     for row in study.rows:
         asked = row.config.evaluate.attacks
         found |= {("last", attack, epsilon) for attack in asked for epsilon in epsilons_of(row.config)}
-    attacks = ["clean", *dict.fromkeys(attack for row in study.rows for attack in row.config.evaluate.attacks)]
-    others = sorted({attack for _, attack, _ in found} - {*attacks, "ibp", "certified"})
-    order = [*attacks, *others, "ibp", "certified"]
+    asked = dict.fromkeys(attack for row in study.rows for attack in row.config.evaluate.attacks)
+    attacks = ["clean", *(attack for attack in asked if attack not in PROOFS)]
+    others = sorted({attack for _, attack, _ in found} - {*attacks, *PROOFS})
+    order = [*attacks, *others, *PROOFS]
     found.add(("last", "clean", None))
     return sorted(found, key=lambda key: (CHECKPOINTS.index(key[0]), order.index(key[1]), key[2] or 0.0))
 
@@ -74,11 +77,18 @@ def made_by(results: Iterable[Result]) -> Mapping[str, list[str]]:
     return united(versions for result in results for versions in (result.made_by, *result.evaluated_by))
 
 
-def heading(key: Key, checkpoints: bool) -> str:
-    """Of a column, such as ``pgd-50-10, 8/255``; with the checkpoint where there are two."""
+def kind_of(study: Study) -> str:
+    """Of the rows' perturbation sets, by its class' name; empty where they differ."""
+    kinds = {type(row.config.perturbation).__name__ for row in study.rows}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def heading(key: Key, checkpoints: bool, kind: str = "") -> str:
+    """Of a column, such as ``pgd-50-10, 8/255`` or, of sparse sets, ``spgd-u-100, k 20``; with the checkpoint where
+    there are two."""
     checkpoint, attack, epsilon = key
-    words = [attack if attack != "ibp" else "certified by IBP", *([] if epsilon is None else [radius(epsilon)])]
-    return ", ".join([*words, *([checkpoint] if checkpoints else [])])
+    size = [] if epsilon is None else [radius(epsilon) if size_name(kind) == "epsilon" else sized(kind, epsilon)]
+    return ", ".join([PROOFS.get(attack, attack), *size, *([checkpoint] if checkpoints else [])])
 
 
 def radius(epsilon: float) -> str:

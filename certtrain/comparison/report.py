@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..run_folder import JsonLines, write_atomically
 from .curves import curve_csv, curve_figure, curve_of
 from .figure import against_epsilon, trade_off
-from .numbers import Statistic, accuracies, columns, heading, made_by, of_row, ratio, seconds
+from .numbers import Statistic, accuracies, columns, heading, kind_of, made_by, of_row, ratio, seconds
 from .results import Result, result_of
 from .study import Study
 
@@ -58,7 +58,8 @@ def markdown(study: Study, results: Sequence[Result], calls: Sequence[str], fail
     """The table, and below it what made it."""
     keys = columns(study, results)
     two = len({key[0] for key in keys}) > 1
-    titles = [study.name, "n", *(heading(key, two) for key in keys), "s/epoch", f"time / {study.reference}"]
+    headings = [heading(key, two, kind_of(study)) for key in keys]
+    titles = [study.name, "n", *headings, "s/epoch", f"time / {study.reference}"]
     lines = [titles, ["---", *["--:"] * (len(titles) - 1)]]
     for row in study.rows:
         own = of_row(row, results)
@@ -112,7 +113,7 @@ def _cell(statistic: Statistic | None, runs: int, scale: float) -> str:
 def table_csv(study: Study, results: Sequence[Result]) -> str:
     """The same, unrounded; accuracies are shares."""
     keys = columns(study, results)
-    titles = [f"{heading(key, True)}{end}" for key in keys for end in ("", " sd", " n")]
+    titles = [f"{heading(key, True, kind_of(study))}{end}" for key in keys for end in ("", " sd", " n")]
     ends = ["seconds per epoch", "seconds per epoch sd", f"time / {study.reference}"]
     rows = [["row", "n", *titles, *ends]]
     for row in study.rows:

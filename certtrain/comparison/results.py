@@ -125,8 +125,8 @@ def asked_images(trial: Trial, description: Mapping[str, Any]) -> int:
 
 
 def epsilons_of(config: Config) -> tuple[float, ...]:
-    """At which radii a recipe is evaluated."""
-    return config.evaluate.epsilons or (float(config.perturbation.epsilon),)
+    """At which sizes of its perturbation set a recipe is evaluated."""
+    return config.evaluate.sizes(config.perturbation)
 
 
 def key_of_row(row: Mapping[str, Any]) -> Key:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,30 @@ class Lost:
     Args:
         to: what made the network wrong on it (of intervals: what left it unproved); None where nothing did.
         unconfirmed: what claimed to, and was not borne out when it was replayed.
+        details: what its line says more, of ``DETAILS``.
     """
 
     to: str | None = None
     unconfirmed: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+DETAILS = {"queries": int, "found_at": int, "changed": int, "change": list}
+"""What lines on sparse sets may say: how many queries black-box attacks made; of what is lost the iteration or query
+that found it, the number of changed units, and their values."""
 
 
 class Adversary(ABC):
     """What is tried on images that the network has right. Networks are given in evaluation mode, their
     weights without gradients."""
+
+    certifies: ClassVar[bool] = False
+    """Whether what it leaves is proved to be right."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Under which names it counts losses, where it is several attacks one after the other; else none."""
+        return ()
 
     @property
     @abstractmethod
@@ -73,6 +89,8 @@ class Clean(Adversary):
 @dataclass(frozen=True)
 class Intervals(Adversary):
     """What interval bounds do not prove is lost: certified accuracy by IBP, in nearest arithmetic."""
+
+    certifies: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -119,6 +137,11 @@ class RestartedPgd(Adversary):
 
     def basis(self, batch_size: int) -> dict[str, Any]:
         return {"steps": self.steps, "restarts": self.restarts, "step_size": self.step_size}
+
+    def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
+        if isinstance(ball, Ascent.balls):
+            return ""
+        return f"found a {type(ball).__name__}; accepted: the ball of a norm, or here spgd-u-STEPS, sparse-autoattack"
 
     def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
         attack = Ascent(steps=self.steps, step_size=self.step_size, start="uniform")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bounds import L2Ball, LinfBall, PerturbationSet
+from ..bounds import L2Ball, LinfBall, PerturbationSet, SparseBall
 from ..noise import key_of
 from ..step import Batch, Step
 from .adversary import Adversary, Lost, is_right, rows_of
@@ -58,7 +58,9 @@ class AutoAttack(Adversary):
 
     def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
         if type(ball) not in NORMS:
-            return f"found a {type(ball).__name__}; accepted: {' or '.join(kind.__name__ for kind in NORMS)}"
+            kinds = " or ".join(kind.__name__ for kind in NORMS)
+            sparse = ", or sparse-autoattack" if isinstance(ball, SparseBall) else ""
+            return f"found a {type(ball).__name__}; accepted: {kinds}{sparse}"
         if importlib.util.find_spec("pyautoattack") is None:
             return "found no package pyautoattack; accepted: pip install 'certtrain[autoattack]', or other attacks"
         if images is not None and isinstance(ball, L2Ball) and min(images.shape[-2:]) < 5:

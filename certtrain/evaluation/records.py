@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,7 +23,7 @@ from ..progress import Progress, console
 from ..run_folder import JsonLines
 from ..step import Batch, Step
 from ..verifiers.sweep import named
-from .adversary import Adversary, Lost, rows_of
+from .adversary import DETAILS, Adversary, Lost, rows_of
 
 Record = Mapping[str, Any]
 FIELDS = {"index": int, "label": int, "prediction": int, "robust": bool, "seconds": float, "settings": str}
@@ -85,7 +86,8 @@ class Question:
         seconds, name = round((time.perf_counter() - started) / len(numbers), 6), self.settings["settings"]
         return [
             {"index": number, "label": label, "prediction": prediction, "robust": lost[row].to is None,
-             "lost_to": lost[row].to, "unconfirmed": list(lost[row].unconfirmed), "seconds": seconds, "settings": name}
+             "lost_to": lost[row].to, "unconfirmed": list(lost[row].unconfirmed), "seconds": seconds, "settings": name,
+             **lost[row].details}
             for row, (number, label, prediction) in enumerate(zip(numbers, batch.labels.tolist(), predictions))
         ]  # fmt: skip
 
@@ -135,12 +137,12 @@ def measure(question: Question, file: JsonLines, images: range, title: str, *, q
                 lines = question.answers(list(group))
                 file.append(*lines)
                 known |= {line["index"]: line for line in lines}
-                text = _share(known, images)
+                text = _share(known, images, question.adversary.parts)
                 progress.advance(len(lines), text)
                 if time.perf_counter() - said > SAID_EVERY:
                     said = time.perf_counter()
                     progress.line(f"{title}: {progress.done}/{len(images)}  {text}  {progress.pace()}")
-            progress.line(f"{title}: {_share(known, images)} of {len(images)} images")
+            progress.line(f"{title}: {_share(known, images, question.adversary.parts)} of {len(images)} images")
         _tidy(file)
     return [known[number] for number in images]
 
@@ -164,6 +166,9 @@ def _known(question: Question, file: JsonLines) -> dict[int, Record] | None:
             value = line.get(field) if isinstance(line, dict) else None
             if type(value) is not kind:
                 raise InputError(f"{where}: found {field} {value!r}; accepted: the file as written")
+        for field, kind in DETAILS.items():
+            if field in line and type(line[field]) is not kind:
+                raise InputError(f"{where}: found {field} {line[field]!r}; accepted: the file as written")
         if not 0 <= line["index"] < len(labels) or line["label"] != labels[line["index"]]:
             found = f"index {line['index']} with label {line['label']}"
             raise InputError(f"{where}: found {found}; accepted: images of the run's test split")
@@ -173,9 +178,21 @@ def _known(question: Question, file: JsonLines) -> dict[int, Record] | None:
     return known
 
 
-def _share(known: Mapping[int, Record], images: range) -> str:
-    among = [known[number]["robust"] for number in images if number in known]
-    return f"{100 * sum(among) / max(1, len(among)):.2f} %"
+def after_each(parts: Sequence[str], lines: Sequence[Record]) -> dict[str, float]:
+    """The share of images that are right after each of several attacks, one after the other."""
+    lost = Counter(line["lost_to"] for line in lines)
+    left, shares = lost[None] + sum(lost[part] for part in parts), {}
+    for part in parts:
+        left -= lost[part]
+        shares[part] = left / max(1, len(lines))
+    return shares
+
+
+def _share(known: Mapping[int, Record], images: range, parts: Sequence[str]) -> str:
+    among = [known[number] for number in images if number in known]
+    after = ", ".join(f"{100 * share:.2f} after {part}" for part, share in after_each(parts, among).items())
+    text = f"{100 * sum(line['robust'] for line in among) / max(1, len(among)):.2f} %"
+    return f"{text} ({after})" if after else text
 
 
 def _tidy(file: JsonLines) -> None:

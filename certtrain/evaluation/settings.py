@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..attacks import in_mode
 from ..bounds import PerturbationSet
-from ..errors import InputError, check
+from ..errors import FieldError, InputError, check
 from .adversary import Adversary, RestartedPgd
 from .autoattack import AutoAttack
+from .relaxations import Relaxations
+from .sparse import SPARSE, searching
 
-ACCEPTED = "pgd-STEPS, pgd-STEPS-RESTARTS (such as pgd-10, pgd-20, pgd-50-10, pgd-100), autoattack, autoattack-cheap"
+ACCEPTED = (
+    "pgd-STEPS, pgd-STEPS-RESTARTS (such as pgd-10, pgd-20, pgd-50-10, pgd-100), autoattack, autoattack-cheap, crown; "
+    f"of a SparseBall {SPARSE}, crown"
+)
 Which = Literal["last", "best"]
 CHECKPOINTS: tuple[Which, ...] = get_args(Which)
 _PGD = re.compile(r"pgd-([1-9][0-9]{0,5})(?:-([1-9][0-9]{0,5}))?")
@@ -27,8 +34,9 @@ class Evaluate:
     Args:
         enabled: whether a run ends with this.
         attacks: ``pgd-STEPS``, ``pgd-STEPS-RESTARTS``, ``autoattack`` (version standard), ``autoattack-cheap`` (APGD
-            with 20 steps, Square with 200 queries, no FAB).
-        epsilons: radii in pixel units; empty for the recipe's own.
+            with 20 steps, Square with 200 queries, no FAB); of a SparseBall those of ``SPARSE``; of every set
+            ``crown``, what linear relaxations prove.
+        epsilons: radii in pixel units, of a SparseBall whole numbers k; empty for the recipe's own.
         images: the first so many test images; null for all.
         step_size: of PGD, in epsilons: 1/4 is 2/255 at 8/255, as published.
         batch_size: images that are attacked at once, and that a stopped evaluation may lose. AutoAttack's random
@@ -48,7 +56,8 @@ class Evaluate:
         for name in self.attacks:
             check(adversary_of(name) is not None, "attacks", name, ACCEPTED)
         for epsilon in self.epsilons:
-            check(0 <= epsilon < math.inf, "epsilons", epsilon, "numbers >= 0, in pixel units of [0, 1]")
+            accepted = "numbers >= 0, in pixel units of [0, 1]; of a SparseBall whole ones"
+            check(0 <= epsilon < math.inf, "epsilons", epsilon, accepted)
         check(self.images is None or self.images >= 1, "images", self.images, "a whole number >= 1, or null")
         check(0 < self.step_size < math.inf, "step_size", self.step_size, "a number > 0, in epsilons")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
@@ -60,19 +69,39 @@ class Evaluate:
         found = [adversary_of(name, self.step_size) for name in self.attacks]
         return list({adversary.name: adversary for adversary in found if adversary is not None}.values())
 
-    def check_ball(self, ball: PerturbationSet, images: Tensor | None = None) -> None:
-        """
+    def sizes(self, ball: PerturbationSet) -> tuple[float, ...]:
+        """``epsilons``, or the ball's own; each once, those of a SparseBall as int.
+
         Raises:
-            InputError: an attack does not know such a set or, where they are given, such images, or misses a package.
+            InputError: the ball has no such size.
         """
-        for adversary in self.adversaries():
-            if reason := adversary.refuses(None, images, ball):
-                raise InputError(f"{adversary.name}: {reason}")
+        found = []
+        for size in self.epsilons or (float(ball.epsilon),):
+            try:
+                found.append(ball.with_epsilon(float(size)).epsilon)
+            except FieldError as error:
+                raise InputError(f"evaluate.epsilons: found {size!r}; accepted: {error.accepted}") from error
+        return tuple(dict.fromkeys(found))
+
+    def check_ball(self, ball: PerturbationSet, images: Tensor | None = None, model: nn.Module | None = None) -> None:
+        """
+        Args:
+            images: (1, *shape). model: on their device.
+        Raises:
+            InputError: an attack does not know such a set or, where they are given, such images or such a network, or
+                misses a package; or the set has no such size.
+        """
+        self.sizes(ball)
+        with nullcontext() if model is None else in_mode(model, training=False):
+            for adversary in self.adversaries():
+                if reason := adversary.refuses(model, images, ball):
+                    raise InputError(f"{adversary.name}: {reason}")
 
 
 def adversary_of(name: str, step_size: float = 0.25) -> Adversary | None:
     """The attack of that name; None where there is none."""
     if found := _PGD.fullmatch(name):
         return RestartedPgd(name, int(found[1]), int(found[2] or 1), step_size)
-    known = {"autoattack": AutoAttack(), "autoattack-cheap": AutoAttack("autoattack-cheap", 20, 200, fab=False)}
-    return known.get(name)
+    known = {"autoattack": AutoAttack(), "autoattack-cheap": AutoAttack("autoattack-cheap", 20, 200, fab=False),
+             "crown": Relaxations()}  # fmt: skip
+    return known.get(name) or searching(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attacks import in_mode
 from ..bounds import PerturbationSet
@@ -19,8 +20,9 @@ from ..data import Split
 from ..errors import InputError
 from ..run_folder import RunFolder, sha256, write_atomically
 from .adversary import Adversary, Clean, Intervals
-from .records import Question, Record, asked_of, measure, versions_behind
+from .records import Question, Record, after_each, asked_of, measure, versions_behind
 from .settings import CHECKPOINTS, Evaluate
+from .words import sized
 
 PLACE = ("checkpoint", "attack", "epsilon")
 """What a row of the table is about."""
@@ -57,34 +59,38 @@ class Evaluation:
         """Every row, and then the summary, which also keeps the rows that earlier calls found for these weights.
 
         Raises:
-            InputError: see ``Evaluate.check_ball``; files of the folder that are not ours.
-            Contradiction: an attack broke an image that IBP certified: one of them is wrong.
+            InputError: see ``Evaluate.check_ball``; images or networks that an attack does not know; files of the
+                folder that are not ours.
+            Contradiction: an attack broke an image that bounds certified: one of them is wrong.
         """
         self.settings.check_ball(self.ball)
+        self.ball.check_shape(self.split.images.shape[1:])
         self._before()
         for checkpoint in checkpoints:
-            for adversary in self.settings.adversaries():
-                if reason := self._refusal(checkpoint, adversary, self.ball, images):
-                    raise InputError(f"{adversary.name}: {reason}")
+            self.settings.check_ball(self.ball, self._first(images), checkpoint.model)
         rows, skipped = [], []
         for checkpoint in checkpoints:
             row, clean = self._measure(checkpoint, Clean(), 0.0, images, None, quiet)
             rows.append(row)
             right = {line["index"]: line for line in clean}
-            for epsilon in dict.fromkeys(self.settings.epsilons or (float(self.ball.epsilon),)):
-                certified: list[Record] = []
+            for epsilon in self.settings.sizes(self.ball):
+                certified: dict[str, list[Record]] = {}
                 if reason := self._refusal(checkpoint, Intervals(), self.ball.with_epsilon(epsilon), images):
                     skipped.append({
                         "checkpoint": checkpoint.name, "attack": "ibp", "epsilon": epsilon, "reason": reason,
                         "weights_sha256": checkpoint.sha256,
                     })  # fmt: skip
                 else:
-                    row, certified = self._measure(checkpoint, Intervals(), epsilon, images, right, quiet)
+                    row, certified["IBP"] = self._measure(checkpoint, Intervals(), epsilon, images, right, quiet)
                     rows.append(row)
-                for adversary in self.settings.adversaries():
+                for adversary in sorted(self.settings.adversaries(), key=lambda adversary: not adversary.certifies):
                     row, lines = self._measure(checkpoint, adversary, epsilon, images, right, quiet)
-                    refuse_contradictions(certified, lines, f"{checkpoint.name}, {adversary.name}, epsilon {epsilon!r}")
                     rows.append(row)
+                    if adversary.certifies:
+                        certified[adversary.name.upper()] = lines
+                        continue
+                    where = f"{checkpoint.name}, {adversary.name}, {sized(self.kind, epsilon)}"
+                    refuse_contradictions(certified, lines, where)
         before = self._before()  # now, for another process may have written meanwhile
         known = {_place(row) for row in (*rows, *skipped)}
         rows, skipped = (
@@ -101,21 +107,27 @@ class Evaluation:
             checkpoint.model, self.split, self.ball.with_epsilon(epsilon), adversary, self.seed,
             self.settings.batch_size, {"weights": checkpoint.sha256, "data": self.data}, self.versions, right,
         )  # fmt: skip
-        radius = "" if adversary.name == "clean" else f", epsilon {epsilon:.4g}"
-        title = f"{checkpoint.name} {adversary.name}{radius}"
+        size = "" if adversary.name == "clean" else f", {sized(self.kind, epsilon, 4)}"
+        title = f"{checkpoint.name} {adversary.name}{size}"
         file = self.folder.evaluated(checkpoint.name, adversary.name, epsilon)
         lines = measure(question, file, images, title, quiet=quiet)
         behind = {
             "settings": asked_of(adversary, self.seed, self.settings.batch_size),
             "versions": versions_behind(file, lines),
         }
-        return row_of(checkpoint, adversary.name, epsilon, lines) | behind, lines
+        return row_of(checkpoint, adversary, epsilon, lines) | behind, lines
+
+    @property
+    def kind(self) -> str:
+        return type(self.ball).__name__
 
     def _refusal(self, checkpoint: Checkpoint, adversary: Adversary, ball: PerturbationSet, images: range) -> str:
         """Why it cannot be tried here; empty where it can."""
-        index = torch.tensor([images.start], device=self.split.labels.device)
         with in_mode(checkpoint.model, training=False):
-            return adversary.refuses(checkpoint.model, self.split.pixels(index), ball)
+            return adversary.refuses(checkpoint.model, self._first(images), ball)
+
+    def _first(self, images: range) -> Tensor:
+        return self.split.pixels(torch.tensor([images.start], device=self.split.labels.device))
 
     def _before(self) -> dict[str, Any]:
         """What the summary says of weights that are still there."""
@@ -137,7 +149,7 @@ class Evaluation:
 
     def _write(self, rows: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> dict[str, Any]:
         found = {
-            "rows": rows, "skipped": skipped, "perturbation": type(self.ball).__name__, "data": self.data,
+            "rows": rows, "skipped": skipped, "perturbation": self.kind, "data": self.data,
             "versions": united(versions for row in rows for versions in row.get("versions", [])),
             "written": datetime.now().astimezone().isoformat(timespec="seconds"),
         }  # fmt: skip
@@ -146,18 +158,26 @@ class Evaluation:
         return found
 
 
-def row_of(checkpoint: Checkpoint, attack: str, epsilon: float, lines: Sequence[Record]) -> dict[str, Any]:
-    """A row of the table: so many of so many images are right, whatever ``attack`` did.
+def row_of(checkpoint: Checkpoint, adversary: Adversary, epsilon: float, lines: Sequence[Record]) -> dict[str, Any]:
+    """A row of the table: so many of so many images are right, whatever ``adversary`` did.
 
-    ``lost_to`` counts what made the others wrong; ``unconfirmed`` those that an attack claimed in vain.
+    ``lost_to`` counts what made the others wrong; ``unconfirmed`` those that an attack claimed in vain. Where they are
+    known: ``stages``, the accuracy after each of its attacks; ``changed``, the mean and largest number of changed units
+    of the images that it broke; ``queries``, the mean of the images that were asked about.
     """
     correct = sum(line["robust"] for line in lines)
+    changed, queries = ([line[name] for line in lines if name in line] for name in ("changed", "queries"))
+    more: dict[str, Any] = {"stages": after_each(adversary.parts, lines)} if adversary.parts else {}
+    if changed:
+        more["changed"] = {"mean": statistics.fmean(changed), "max": max(changed)}
+    if queries:
+        more["queries"] = statistics.fmean(queries)
     return {
-        "checkpoint": checkpoint.name, "attack": attack, "epsilon": epsilon, "first_image": lines[0]["index"],
+        "checkpoint": checkpoint.name, "attack": adversary.name, "epsilon": epsilon, "first_image": lines[0]["index"],
         "images": len(lines), "correct": correct, "accuracy": correct / len(lines),
         "lost_to": dict(Counter(line["lost_to"] for line in lines if not line["robust"]).most_common()),
         "unconfirmed": sum(bool(line["unconfirmed"]) for line in lines),
-        "seconds": round(sum(line["seconds"] for line in lines), 3), "weights_sha256": checkpoint.sha256,
+        "seconds": round(sum(line["seconds"] for line in lines), 3), "weights_sha256": checkpoint.sha256, **more,
     }  # fmt: skip
 
 
@@ -179,7 +199,7 @@ def unanswered(
         file = folder.weights_of(checkpoint)
         weights = sha256(file) if file.exists() else ""
         asked = [("clean", 0.0, Clean())]
-        for epsilon in settings.epsilons or (float(ball.epsilon),):
+        for epsilon in settings.sizes(ball):
             asked += [(adversary.name, epsilon, adversary) for adversary in settings.adversaries()]
         for attack, epsilon, adversary in asked:
             wanted = {
@@ -210,15 +230,19 @@ class Contradiction(RuntimeError):
     """A bound and an attack that cannot both be right."""
 
 
-def refuse_contradictions(certified: Sequence[Record], attacked: Sequence[Record], where: str) -> None:
+def refuse_contradictions(certified: Mapping[str, Sequence[Record]], attacked: Sequence[Record], where: str) -> None:
     """
+    Args:
+        certified: by what certified them.
     Raises:
         Contradiction: names the images.
     """
-    proved = {line["index"] for line in certified if line["robust"]}
-    broken = [line["index"] for line in attacked if not line["robust"] and line["index"] in proved]
-    if broken:
-        raise Contradiction(f"{where}: IBP certifies the test images {broken}, which the attack breaks: one is wrong")
+    for bounds, lines in certified.items():
+        proved = {line["index"] for line in lines if line["robust"]}
+        broken = [line["index"] for line in attacked if not line["robust"] and line["index"] in proved]
+        if broken:
+            said = f"{bounds} certifies the test images {broken}, which the attack breaks: one is wrong"
+            raise Contradiction(f"{where}: {said}")
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -226,5 +250,6 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Checkpoint, epsilon, what is no attack; then as found."""
-    return CHECKPOINTS.index(row["checkpoint"]), row["epsilon"], row["attack"] != "clean", row["attack"] != "ibp"
+    """Checkpoint, size, what is no attack; then as found."""
+    first = (row["attack"] != name for name in ("clean", "ibp", "crown"))
+    return CHECKPOINTS.index(row["checkpoint"]), row["epsilon"], *first

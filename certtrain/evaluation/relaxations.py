@@ -1,0 +1,52 @@
+"""What linear relaxations prove: certified accuracy beside that of intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds import PerturbationSet, UnsupportedNode
+from ..bounds.folding import fold
+from ..errors import InputError
+from ..step import Batch, Step
+from ..verifiers.cascade import run_cascade
+from ..verifiers.problem import Problem, Specification
+from ..verifiers.settings import Certify
+from .adversary import Adversary, Lost
+
+
+@dataclass(frozen=True)
+class Relaxations(Adversary):
+    """What neither intervals nor linear bounds prove is lost: CROWN-IBP (arXiv 1906.06316) where intervals leave an
+    image open, then CROWN (arXiv 1811.00866); in nearest arithmetic.
+
+    Over a ``SparseBall`` intervals know nothing behind a convolution whose window k units can fill, while linear
+    bounds are carried back to the image, of which k units are free.
+    """
+
+    certifies: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "crown"
+
+    def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
+        if model is None or images is None:
+            return ""
+        try:
+            fold(model, images.shape[1:])
+        except (UnsupportedNode, InputError) as error:
+            return str(error)
+        return ""
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+        if not len(batch):
+            return []
+        specification = Specification.robust(batch.labels, model(batch.images[:1]).shape[1])
+        problem = Problem(model, ball.region(batch.images), specification, batch.index)
+        verdicts = run_cascade(problem, Certify(stages=("ibp", "crown_ibp", "crown")).build(seed=0))
+        return [Lost(None if verdict.status == "verified" else "bounds") for verdict in verdicts]
