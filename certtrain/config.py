@@ -17,7 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -221,8 +221,7 @@ def _value(kind: Any, value: object, where: str) -> Any:
                 return _SCALARS.structure(value, option)
             except Exception:  # cattrs raises ValueError, TypeError and families of its own
                 continue
-    accepted = " or ".join(_describe(option) for option in options)
-    raise InputError(f"{where}: found {value!r}; accepted: {accepted}")
+    raise InputError(f"{where}: found {value!r}; accepted: {_described(options)}")
 
 
 def _is_section(kind: type) -> bool:
@@ -233,16 +232,25 @@ def _is_union(kind: Any) -> bool:
     return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
 
 
+def _described(kinds: Iterable[Any]) -> str:
+    """Those of them that YAML can say: in Python a field may hold more, such as tensors."""
+    return " or ".join(words for kind in kinds if (words := _describe(kind)))
+
+
 def _describe(kind: Any) -> str:
+    if _is_union(kind):
+        return _described(typing.get_args(kind))
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return f"a list ({_describe(typing.get_args(kind)[0])})"
+    if isinstance(kind, type) and issubclass(kind, Component):
+        return f"a mapping with type {', '.join(kind.members())}"
     if dataclasses.is_dataclass(kind):
         return f"a mapping of {', '.join(field.name for field in dataclasses.fields(kind))}"
     names = {float: "a finite number or a fraction such as 2/255", int: "a whole number", bool: "true or false",
              str: "text", type(None): "null", Path: "a path"}  # fmt: skip
-    return names.get(kind, str(kind))
+    return names.get(kind, "")
 
 
 def _as_tuple(value: object, kind: Any) -> tuple:

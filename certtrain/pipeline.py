@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bounds import PerturbationSet
+from .bounds import LinfBall, PerturbationSet, UnsupportedNode
 from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
@@ -109,10 +109,17 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
 def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     """Data and model; what cannot work is refused here, before anything is written."""
     dataset = config.data.load()
-    config.perturbation.check_shape(dataset.shape)
-    model = build_model(config, dataset)
-    if config.certify.enabled or config.export.enabled:
-        fold(model, torch.Size(dataset.shape))
+    try:
+        config.perturbation.check_shape(dataset.shape)
+    except InputError as error:
+        raise InputError(f"perturbation.{error}") from error
+    try:
+        model = build_model(config, dataset)
+        if config.certify.enabled or config.export.enabled:
+            fold(model, torch.Size(dataset.shape))
+    except UnsupportedNode as error:
+        without = "training.initialisation default, certify.enabled false, export.enabled false"
+        raise InputError(f"model: {error}; accepted without bounds: {without}") from error
     config.loss.check_model(model)
     config.loss.check_ball(config.perturbation)
     config.training.check_ball(config.perturbation)
@@ -215,9 +222,12 @@ def _export(
         found = write_files(folder, model, dataset.test, dataset.classes, ball, chosen, settings.timeout)
     if not quiet:
         network = found["network"]
+        properties = f"{found['properties']} properties at epsilon {found['epsilon']:.6g}"
+        if not isinstance(ball, LinfBall):
+            properties = f"no properties, which state boxes: found a {type(ball).__name__}"
         console.print(
             f"exported: {folder.onnx} (onnxruntime differs by {network['difference']:.1e} of logits up to "
-            f"{network['magnitude']:.1f}), {found['properties']} properties at epsilon {found['epsilon']:.6g}"
+            f"{network['magnitude']:.1f}), {properties}"
         )
     return found
 

@@ -76,6 +76,7 @@ def verify(
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
     changed = {"perturbation": ball, "certify": certify or config.certify, "device": device or config.device}
     config = structure(Config, unstructure(dataclasses.replace(config, **changed)))
+    config.certify.check_ball(ball)
     where = config.resolved_device()
 
     def file_of(arithmetic: Arithmetic) -> JsonLines:

@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from scipy.optimize import linprog, minimize
 from torch import nn
 
-from certtrain.attacks import Ascent
+from certtrain.attacks import Ascent, FrankWolfe
 from certtrain.bounds import L2Ball, LinfBall, compute_bounds
 from certtrain.bounds.l1 import L1Ball
-from certtrain.diagnostics import FrankWolfe
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
 

@@ -124,6 +124,7 @@ class TestEveryUnit:
         assert torch.equal(all_.project(images, images + 1), torch.ones_like(images))
         torch.testing.assert_close(all_.concretise(forms, images), forms.clamp(max=0).flatten(2).sum(2))
         assert "means all" in all_.remark(SHAPE) and not ball.remark(SHAPE)
+        assert f" {'patches' if ball.unit == 'patch' else ball.unit + 's'}: it" in all_.remark(SHAPE)
 
 
 class TestItsSize:
@@ -146,7 +147,13 @@ class TestItsSize:
             with pytest.raises(FieldError, match="k"):
                 SparseBall(5).with_epsilon(bad)
 
-    @pytest.mark.parametrize("bad", [{"k": -1}, {"k": 1.5}, {"k": True}, {"unit": "disc"}, {"side": 0}, {"side": 2}])
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            {"k": -1}, {"k": 1.5}, {"k": True}, {"k": 10**30}, {"k": torch.tensor([1.5])}, {"unit": "disc"},
+            {"side": 0}, {"side": 2},
+        ],
+    )  # fmt: skip
     def test_bad_fields_are_named(self, bad):
         with pytest.raises(FieldError, match=next(iter(bad))):
             SparseBall(**bad)
@@ -224,11 +231,33 @@ def test_the_first_dense_layer_is_exact():
     assert (found.radius < compute_bounds(model, Interval.box(images, 1.0)).radius).all()
 
 
-def test_patches_are_refused_by_a_convolution_and_taken_by_a_dense_layer():
-    ball, images = BALLS["patch"], make_images(2)
-    assert compute_bounds(tiny("dense"), ball.region(images)).lower.shape == (2, 3)
-    with pytest.raises(Exception, match="of patches"):
-        compute_bounds(tiny("convolution"), ball.region(images))
+def test_bounds_of_a_convolution_over_patches_lie_between_those_of_more_pixels_and_of_fewer():
+    """Of a window no patch of the grid is left whole: as many pixels as its patches have are a set that holds it."""
+    images, model = make_images(2), tiny("convolution")
+    found, wide, narrow = (
+        compute_bounds(model, ball.region(images))
+        for ball in (SparseBall(1, unit="patch", side=2), SparseBall(4), SparseBall(1))
+    )
+    torch.testing.assert_close(found.lower, wide.lower, rtol=0, atol=0)
+    assert (found.lower <= narrow.lower).all() and (found.radius > narrow.radius).any()
+    own = compute_bounds(model, SparseBall(torch.tensor([0, 1]), unit="patch", side=2).region(images))
+    torch.testing.assert_close(own.lower[0], model(images)[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(own.lower[1], wide.lower[1])
+
+
+@pytest.mark.parametrize("first", ["dense", "convolution"])
+def test_bounds_over_a_part_go_by_its_units_and_not_by_the_balls_k(first):
+    images, model = make_images(3), tiny(first)
+    members, generator = members_of(BALLS["pixel"]), torch.Generator().manual_seed(3)
+    free, possible = torch.zeros(3, len(members), dtype=torch.bool), torch.zeros(3, len(members), dtype=torch.bool)
+    free[:, :2], possible[:, 5:8], budget = True, True, torch.tensor([0, 1, 3])
+    part = SparsePart.of(SparseBall(0), images, free, possible, budget)
+    found = compute_bounds(model, part)
+    for number, image in enumerate(images):
+        for some in itertools.combinations(range(5, 8), int(budget[number])):
+            wide = torch.stack([members[unit] for unit in (0, 1, *some)]).any(0)
+            points = torch.where(wide, torch.rand(60, *SHAPE, generator=generator, dtype=images.dtype).round(), image)
+            assert (model(points) >= found.lower[number] - 1e-9).all()
 
 
 def test_certificates_stand_against_every_corner():

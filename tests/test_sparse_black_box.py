@@ -524,9 +524,9 @@ class TestCornerSearch:
         found = attacked(CornerSearch(per_size=4), model, batch, SparseBall(9))
         assert (found.trace["queries"] == 1 + 4 + 4 * 4).all()
 
-    @pytest.mark.parametrize("unit", ["row", "column", "patch"])
-    def test_refuses_other_units(self, unit):
-        with pytest.raises(InputError, match=f"^loss.attack.type: found .* of {unit}s; accepted: pixels or features"):
+    @pytest.mark.parametrize(("unit", "units"), [("row", "rows"), ("column", "columns"), ("patch", "patches")])
+    def test_refuses_other_units(self, unit, units):
+        with pytest.raises(InputError, match=f"^loss.attack.type: found .* of {units}; accepted: pixels or features"):
             CornerSearch().check_ball(SparseBall(1, unit=unit), "loss.attack")
 
     def test_refuses_pixels_of_many_channels(self):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from certtrain.attacks import Ascent, Attack, AttackResult, SparsePgd, SparseRs
+from certtrain.attacks import Ascent, Attack, AttackResult, FrankWolfe, SparsePgd, SparseRs
 from certtrain.bounds import L2Ball, LinfBall, SparseBall
 from certtrain.bounds.l1 import L1Ball
 from certtrain.command_line import main
@@ -19,7 +19,6 @@ from certtrain.data import Split
 from certtrain.diagnosis import diagnose
 from certtrain.diagnostics import (
     DIAGNOSTICS,
-    FrankWolfe,
     Subject,
     adversarial_hessian,
     attacked,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import certtrain
 from certtrain.attacks import Attack, AttackResult, CornerSearch, Pgd0, Saif, SigmaZero, SparsePgd, SparseRs, in_mode
-from certtrain.bounds import L2Ball, LinfBall, PerturbationSet, SparseBall
+from certtrain.bounds import L2Ball, LinfBall, PerturbationSet, SparseBall, size_name, sized
 from certtrain.command_line import main
 from certtrain.comparison import compare
 from certtrain.data import Split
@@ -33,8 +33,6 @@ from certtrain.evaluation import (
     change_of,
     measure,
     rebuilt,
-    size_name,
-    sized,
 )
 from certtrain.noise import Noise
 from certtrain.recipe import load_config
@@ -619,8 +617,9 @@ def test_the_command_says_k_stages_and_pixels(run, capsys, monkeypatch):
     said = capsys.readouterr().out
     row = json.loads(run.evaluation.read_text())["rows"][2]
     assert row["attack"] == CASCADE and row["epsilon"] == 3
-    (line,) = [line for line in said.splitlines() if CASCADE in line and " 3 " in line and "│" in line]
-    assert ", ".join(f"{name} {100 * share:.2f}" for name, share in row["stages"].items()) in line
+    (line,) = [line for line in said.splitlines() if CASCADE in line and " 3 │" in line]
+    way = ", ".join(f"{100 * share:.2f} % after {name}" for name, share in row["stages"].items())
+    assert f"last, {CASCADE}, k 3: {way}\n" in said
     assert f"{row['changed']['mean']:.1f}" in line and " k " in said and "epsilon" not in said
     assert said.count("k: found 1000, of images with 64 pixels: it means all of them") == 1
     assert f"{CASCADE}, k 3: " in said and " after sparse-rs)" in said

@@ -8,7 +8,7 @@ from typing import Literal
 from ..attacks import Attack, customary
 from ..bounds import PerturbationSet
 from ..bounds.rounding import FLOAT32, REAL, Rounding
-from ..errors import check
+from ..errors import InputError, check
 from .lirpa import LirpaStage, Method
 from .search import Search
 from .stages import (
@@ -77,8 +77,11 @@ class Certify:
     def check_ball(self, ball: PerturbationSet) -> None:
         """
         Raises:
-            InputError: the attack does not know such a set.
+            InputError: the attack does not know such a set, or the arithmetic has no bounds over it.
         """
+        if self.arithmetic != "nearest" and not ball.is_box:
+            found = f"{self.arithmetic} for a {type(ball).__name__}"
+            raise InputError(f"certify.arithmetic: found {found}; accepted: nearest, or a box (LinfBall)")
         customary(self.attack, PGD, ball, 300).check_ball(ball, "certify.attack")
 
     def build(self, seed: int, replay: Replay | None = None) -> list[Stage]:

@@ -8,11 +8,13 @@ from .parts import Halves, split
 from .perturbation import L2Ball, LinfBall, NormBall, PerturbationSet
 from .program import Program, UnsupportedNode
 from .region import Box, Region
+from .sizes import size_name, sized
 from .sparse import SparseBall
 from .tracing import trace
 
 __all__ = [
     "Activity", "BatchStatistics", "Bounds", "Box", "Forward", "Halves", "Interval", "L1Ball", "L2Ball", "LinfBall",
     "NormBall", "PerturbationSet", "Program", "Region", "SparseBall", "Statistics", "UnsupportedNode",
-    "compute_activity", "compute_bounds", "compute_margins", "compute_rows", "forward", "split", "trace",
+    "compute_activity", "compute_bounds", "compute_margins", "compute_rows", "forward", "size_name", "sized", "split",
+    "trace",
 ]  # fmt: skip

@@ -71,6 +71,10 @@ class PerturbationSet(Component):
         """Whether what the set leaves of a window of the image is a set of the same kind and size around the window."""
         return True
 
+    def windowed(self) -> PerturbationSet:
+        """A set that is local and holds this one: what is known of windows."""
+        return self
+
     @abstractmethod
     def hull(self, images: Tensor) -> Interval:
         """The smallest box around the set, outward by an ulp at most."""

@@ -42,7 +42,7 @@ class Region(ABC):
     @abstractmethod
     def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Self:
         """The sets around windows that ``function`` cuts out of the images, where ``of`` numbers each window's image;
-        of sets that are ``is_local`` alone."""
+        or, of an ``Around`` that is not ``is_local``, larger ones."""
 
     @property
     @abstractmethod
@@ -100,7 +100,7 @@ class Around(Region):
         return Around(self.ball.take(index), self.images[index])
 
     def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Around:
-        return Around(self.ball.take(of), function(self.images))
+        return Around(self.ball.windowed().take(of), function(self.images))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Around:
         return Around(self.ball, function(self.images))

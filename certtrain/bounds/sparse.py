@@ -20,6 +20,8 @@ from .region import Region
 
 Unit = Literal["pixel", "feature", "row", "column", "patch"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
+MOST = 2**53
+"""The largest k: schedules multiply it, and kernels count in int64."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,20 @@ class SparseBall(PerturbationSet):
     side: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, Tensor):
+        if isinstance(self.k, Tensor):
+            whole = self.k.dtype == torch.int64 and self.k.ndim <= 1
+            check(whole, "k", f"{self.k.dtype} {tuple(self.k.shape)}", "int64 (B,)")
+        else:
             whole = isinstance(self.k, int) and not isinstance(self.k, bool)
-            check(whole and self.k >= 0, "k", self.k, f"a whole number of {self.unit}s >= 0")
+            check(whole and 0 <= self.k <= MOST, "k", self.k, f"a whole number of {self.plural} >= 0, at most {MOST}")
         check(self.unit in UNITS, "unit", self.unit, ", ".join(UNITS))
         check(self.side >= 1, "side", self.side, "a whole number of pixels >= 1")
         check(self.side == 1 or self.unit == "patch", "side", self.side, f"1 where the unit is a {self.unit}")
+
+    @property
+    def plural(self) -> str:
+        """Of the unit, as messages say it."""
+        return f"{self.unit}es" if self.unit == "patch" else f"{self.unit}s"
 
     @property
     def epsilon(self) -> int | Tensor:
@@ -58,8 +68,10 @@ class SparseBall(PerturbationSet):
             FieldError: a number that is not whole.
         """
         if isinstance(epsilon, Tensor):
-            return dataclasses.replace(self, k=epsilon.round().long() if epsilon.is_floating_point() else epsilon)
-        check(0 <= epsilon < math.inf and epsilon == int(epsilon), "k", epsilon, f"a whole number of {self.unit}s >= 0")
+            return dataclasses.replace(self, k=epsilon.round().long())
+        check(
+            0 <= epsilon < math.inf and epsilon == int(epsilon), "k", epsilon, f"a whole number of {self.plural} >= 0"
+        )
         return dataclasses.replace(self, k=int(epsilon))
 
     def scaled(self, factor: float) -> Self:
@@ -75,7 +87,7 @@ class SparseBall(PerturbationSet):
     def check_shape(self, shape: Sequence[int]) -> None:
         images = len(shape) == 3
         if self.unit in ("row", "column", "patch") and not images:
-            raise InputError(f"unit: found {self.unit}s of inputs {tuple(shape)}; accepted: images (C, H, W)")
+            raise InputError(f"unit: found {self.plural} of inputs {tuple(shape)}; accepted: images (C, H, W)")
         if self.unit == "patch" and any(size % self.side for size in shape[1:]):
             raise InputError(
                 f"side: found patches of {self.side}×{self.side} for images of {shape[1]}×{shape[2]}; "
@@ -86,11 +98,17 @@ class SparseBall(PerturbationSet):
         units = self.units(shape)
         if isinstance(self.k, Tensor) or self.k <= units:
             return ""
-        return f"k: found {self.k}, of images with {units} {self.unit}s: it means all of them"
+        return f"k: found {self.k}, of images with {units} {self.plural}: it means all of them"
 
     @property
     def is_local(self) -> bool:
         return self.unit != "patch"  # a window cuts through the grid
+
+    def windowed(self) -> SparseBall:
+        if self.is_local:
+            return self
+        k = self.k * self.side**2  # numbers of the window that its patches may change
+        return SparseBall(k if isinstance(k, Tensor) else min(k, MOST))
 
     def units(self, shape: Sequence[int]) -> int:
         """N, for images of ``shape`` (C, …)."""

@@ -40,10 +40,10 @@ def add(commands) -> None:
 
 
 def _diagnose(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..bounds import sized
     from ..config import override, structure, unstructure
     from ..diagnosis import diagnose
     from ..errors import InputError
-    from ..evaluation import sized
     from ..progress import console
     from ..recipe import Config
     from ..run_folder import RunFolder

@@ -35,8 +35,11 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
         raise InputError(f"--{next(iter(refused))}: cannot be changed here; accepted: see --help")
     epsilon = None if options.epsilon is None else number("--epsilon", options.epsilon, "a radius >= 0")
     timeout = None if options.timeout is None else number("--timeout", options.timeout, "seconds > 0")
-    export(path, images=options.images, epsilon=epsilon, timeout=timeout)
+    found = export(path, images=options.images, epsilon=epsilon, timeout=timeout)
     folder = RunFolder(path)
+    if not found["properties"]:
+        console.print(f"checksums: {folder.sums}")
+        return 0
     console.print(f"properties: {folder.instances}; checksums: {folder.sums}")
     console.print(f"α-β-CROWN: python abcrown.py --config {folder.abcrown.absolute()}, in its complete_verifier")
     return 0

@@ -14,7 +14,7 @@ SPARSE = ("changed", "queries")
 def summary(folder) -> None:
     from rich.table import Table
 
-    from ..evaluation import sized
+    from ..bounds import sized
     from ..progress import console
 
     final = folder.final()
@@ -82,17 +82,17 @@ def accuracies(folder) -> None:
     """The table of ``evaluation.json``, and what it could not measure."""
     from rich.table import Table
 
-    from ..evaluation import size_name, sized
+    from ..bounds import size_name, sized
     from ..progress import console
 
     found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
     kind, more = found["perturbation"], [name for name in SPARSE if any(name in row for row in found["rows"])]
-    table = Table(title=f"{folder.path}: test images that stay right, {kind}")
+    title = f"{folder.path}: test images that stay right, {kind}"
+    table = Table(title=title, collapse_padding=True, pad_edge=False)  # to fit into 80 columns
     for name in ("checkpoint", "attack"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in (size_name(kind), "images", "%", "seconds", *more):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("right after" if any("stages" in row for row in found["rows"]) else "lost to")
     for row in found["rows"]:
         first, count = row["first_image"], row["images"]
         size = sized(kind, row["epsilon"], 4).partition(" ")[2]
@@ -100,9 +100,11 @@ def accuracies(folder) -> None:
             row["checkpoint"], row["attack"], "" if row["attack"] == "clean" else size,
             f"{first}:{first + count}" if first else str(count),
             f"{100 * row['accuracy']:.2f}", f"{row['seconds']:.1f}", *(_mean(row.get(name)) for name in more),
-            _way(row),
         )  # fmt: skip
     console.print(table)
+    for row in found["rows"]:
+        if way := _way(row):
+            console.print(f"{row['checkpoint']}, {row['attack']}, {sized(kind, row['epsilon'], 4)}: {way}")
     if "changed" in more:
         console.print("changed: units of the images that it broke, in the mean")
     for row in found["skipped"]:
@@ -128,6 +130,7 @@ def _mean(found: Mapping[str, float] | float | None) -> str:
 def _way(row: Mapping[str, Any]) -> str:
     """What became of the images along the attacks that run one after the other."""
     if "stages" in row:
-        return ", ".join(f"{name} {100 * share:.2f}" for name, share in row["stages"].items())
+        return ", ".join(f"{100 * share:.2f} % after {name}" for name, share in row["stages"].items())
     names = {name: count for name, count in row["lost_to"].items() if name != "clean"}
-    return ", ".join(f"{name} {count}" for name, count in names.items()) if "auto" in row["attack"] else ""
+    lost = ", ".join(f"{name} {count}" for name, count in names.items())
+    return f"lost to {lost}" if lost and "auto" in row["attack"] else ""

@@ -148,9 +148,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..bounds import size_name
     from ..config import override, structure, unstructure
     from ..errors import InputError
-    from ..evaluation import size_name
     from ..recipe import Config
     from ..run_folder import RunFolder
     from ..runs import recorded_config
@@ -190,7 +190,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _embedded(path: Path, config, limits: dict[str, Any]):
-    from ..evaluation import sized
+    from ..bounds import sized
     from ..progress import console
     from ..verification import verify
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from ..evaluation import size_name
+from ..bounds import size_name
 from .numbers import PROOFS, accuracies, columns, kind_of, radius
 from .results import Result
 from .study import Study

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ..evaluation import size_name, sized, united
+from ..bounds import size_name, sized
+from ..evaluation import united
 from .results import Key, Result, epsilons_of
 from .study import Row, Study
 

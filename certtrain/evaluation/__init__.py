@@ -7,10 +7,9 @@ from .relaxations import Relaxations
 from .settings import Evaluate, adversary_of
 from .sparse import Searching, change_of, rebuilt
 from .table import Checkpoint, Contradiction, Evaluation, read_rows, unanswered, united
-from .words import size_name, sized
 
 __all__ = [
     "Adversary", "AutoAttack", "Checkpoint", "Clean", "Contradiction", "Evaluate", "Evaluation", "Intervals", "Lost",
     "Question", "Relaxations", "RestartedPgd", "Searching", "adversary_of", "change_of", "measure", "read_rows",
-    "rebuilt", "size_name", "sized", "unanswered", "united",
+    "rebuilt", "unanswered", "united",
 ]  # fmt: skip

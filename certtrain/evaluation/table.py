@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import in_mode
-from ..bounds import PerturbationSet
+from ..bounds import PerturbationSet, sized
 from ..data import Split
 from ..errors import InputError
 from ..run_folder import RunFolder, sha256, write_atomically
 from .adversary import Adversary, Clean, Intervals
 from .records import Question, Record, after_each, asked_of, measure, versions_behind
 from .settings import CHECKPOINTS, Evaluate
-from .words import sized
 
 PLACE = ("checkpoint", "attack", "epsilon")
 """What a row of the table is about."""

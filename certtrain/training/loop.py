@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet
+from ..bounds import PerturbationSet, size_name
 from ..config import unstructure
 from ..data import Dataset, Loader
 from ..errors import InputError
@@ -88,7 +88,7 @@ def fit(
         position, sums = _restore(folder, recipe, device, model, optimizer, (average, watch), tensors)
     folder.metrics.truncate(position.metrics_bytes)
 
-    steps = settings.epochs * len(loader)
+    steps, size = settings.epochs * len(loader), size_name(type(ball).__name__)
     started = saved = time.monotonic()
     before = position.seconds
     model.train()
@@ -111,7 +111,7 @@ def fit(
                 sums.add(figures, len(batch))
                 position.batch, position.step = position.batch + 1, position.step + 1
                 average.update(model, position.step)
-                progress.advance(1, {**{name: figures[name] for name in SHOWN if name in figures}, "epsilon": epsilon})
+                progress.advance(1, {**{name: figures[name] for name in SHOWN if name in figures}, size: epsilon})
 
                 if position.batch == len(loader):
                     averaged = position.step == steps and average.put_into(model)
@@ -125,7 +125,7 @@ def fit(
                     line |= {**sums.means(), "epsilon": epsilon, **seen.figures}
                     line |= {"seconds": round(before + time.monotonic() - started, 3), "spent": {"looking": looking}}
                     folder.metrics.append(line, *({**more, "seconds": line["seconds"]} for more in seen.lines))
-                    progress.line(_said(line, settings.epochs))
+                    progress.line(_said(line, settings.epochs, size))
                     if seen.alarm:
                         progress.alarm(seen.alarm)
                     position.epoch, position.batch, position.metrics_bytes = epoch + 1, 0, folder.metrics.size()
@@ -173,9 +173,9 @@ def _split(batch: Batch, step: Step, settings: Training) -> list[tuple[Batch, St
     return parts
 
 
-def _said(line: dict[str, Any], epochs: int) -> str:
+def _said(line: dict[str, Any], epochs: int, size: str) -> str:
     """An epoch's line where the output is not a terminal."""
-    shown = {name: line[name] for name in (*SHOWN, "epsilon") if name in line}
+    shown = {name: line[name] for name in SHOWN if name in line} | {size: line["epsilon"]}
     shown |= {name: value for name, value in line.items() if name.startswith("validation")}
     return f"epoch {line['epoch']}/{epochs}  {describe(shown)}  {line['seconds']:.0f} s"
 

@@ -56,7 +56,7 @@ class CornerSearch(Attack):
         super().check_ball(ball, where)
         if isinstance(ball, SparseBall) and ball.unit not in ("pixel", "feature"):
             raise InputError(
-                f"{where}.type: found CornerSearch for a SparseBall of {ball.unit}s; accepted: pixels or features, or "
+                f"{where}.type: found CornerSearch for a SparseBall of {ball.plural}; accepted: pixels or features, or "
                 "SparseRs"
             )
 

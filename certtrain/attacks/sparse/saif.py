@@ -15,7 +15,7 @@ from ...errors import check
 from ...step import Batch, Step
 from ..base import Attack, AttackResult, gradient_of
 from ..objective import CrossEntropy, Objective
-from .pgd0 import Found
+from .found import Found
 
 FINEST = 40
 """Halvings after which the line search gives an image up."""

@@ -14,7 +14,7 @@ from ...errors import check
 from ...step import Batch, Step
 from ..base import Attack, AttackResult, gradient_of
 from ..objective import lead
-from .spgd import STRETCH
+from .found import STRETCH
 
 
 @dataclass(frozen=True)

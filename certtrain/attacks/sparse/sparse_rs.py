@@ -16,7 +16,7 @@ from ...noise import Noise
 from ...step import Batch, Step
 from ..base import Attack, AttackResult
 from ..objective import CrossEntropy, lead
-from .spgd import STRETCH
+from .found import STRETCH
 
 SCHEDULE = ((50, 2), (200, 4), (500, 5), (1000, 6), (2000, 8), (4000, 10), (6000, 12), (8000, 15), (10000, 20))
 """Up to which of 10000 moves p_init is divided by how much. A longer search begins with p_init itself."""

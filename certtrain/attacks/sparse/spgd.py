@@ -16,10 +16,9 @@ from ...noise import Noise, key_of
 from ...step import Batch, Step
 from ..base import Attack, AttackResult, gradient_of
 from ..objective import CrossEntropy, Objective, lead
+from .found import STRETCH
 
 Variant = Literal["unprojected", "projected", "coin"]
-STRETCH = 10
-"""Iterations between two looks at which images are fooled by now: each look waits for a GPU."""
 
 
 @dataclass(frozen=True)

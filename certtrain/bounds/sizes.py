@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bounds import SparseBall
+from .sparse import SparseBall
 
 
 def size_name(kind: str) -> str:
