@@ -9,10 +9,10 @@ from torch import nn
 from certtrain.bounds import Interval, SparseBall, compute_bounds
 from certtrain.bounds.crown import crown_bounds, interval_bounds
 from certtrain.bounds.folding import fold
-from certtrain.bounds.sparse import SparsePart
+from certtrain.bounds.sparse_part import SparsePart
 from certtrain.errors import FieldError, InputError
 from certtrain.noise import Noise
-from certtrain.verifiers import certify
+from certtrain.verifiers import Certify, certify
 
 SHAPE = (2, 4, 4)
 BALLS = {
@@ -302,3 +302,18 @@ class TestPart:
         nearest = part.nearest(images + random(4, *SHAPE))
         assert part.contains(nearest).all() and part.hull.contains(nearest).all()
         assert part.to(torch.float32).concretise(forms.float()).dtype == torch.float32
+
+
+def test_certify_takes_a_k_for_each_image_in_batches():
+    """Image by image what a single k says, although a batch holds only some of the images."""
+    model, images = tiny("dense").float(), make_images(9, dtype=torch.float32)
+    labels = model(images).argmax(1)
+    own = torch.tensor([0, 1, 2, 0, 1, 2, 32, 32, 0])
+    settings = Certify(stages=("ibp", "crown", "attack", "location"), batch_size=4)
+    found = certify(model, images, labels, SparseBall(own), settings)
+    for number, k in enumerate(own.tolist()):
+        row = slice(number, number + 1)
+        (alone,) = certify(model, images[row], labels[row], SparseBall(k), settings)
+        assert found[number].status == alone.status and found[number].index == number
+    with pytest.raises(InputError, match="9 numbers for 3 images"):
+        certify(model, images[:3], labels[:3], SparseBall(own))

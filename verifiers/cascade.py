@@ -228,12 +228,13 @@ def certify(
     Returns:
         one ``Verdict`` an image. ``verified`` holds in the arithmetic that the verdict names.
     Raises:
-        InputError: pixels outside [0, 1] or NaN; labels outside the logits' range.
+        InputError: pixels outside [0, 1] or NaN; labels outside the logits' range; a set that these images do not have.
         UnsupportedNode: the model holds an operation without a rule.
     """
     if not ((x >= 0) & (x <= 1)).all():
         raise InputError("x: found pixels outside [0, 1] or NaN; accepted: images in [0, 1]")
     ball = epsilon if isinstance(epsilon, PerturbationSet) else LinfBall(epsilon)
+    ball.region(x)  # which says what it cannot be around
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -248,7 +249,7 @@ def certify(
         for first in range(0, len(x), chosen.batch_size):
             rows = slice(first, first + chosen.batch_size)
             index = torch.arange(first, first + len(x[rows]), device=x.device)
-            problem = robustness(model, x[rows], y[rows], index, classes, ball)
+            problem = robustness(model, x[rows], y[rows], index, classes, ball.take(index))
             verdicts += run_cascade(problem, chosen.build(seed), Limits(chosen.timeout), arithmetic=chosen.arithmetic)
         return verdicts
     finally:

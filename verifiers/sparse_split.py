@@ -22,7 +22,8 @@ from ..bounds import Bounds, Box
 from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, rows_at_a_time
 from ..bounds.folding import fold
 from ..bounds.region import Around
-from ..bounds.sparse import SparseBall, SparsePart
+from ..bounds.sparse import SparseBall
+from ..bounds.sparse_part import SparsePart
 from .bab import branch_and_bound
 from .input_split import INPUTS, split_inputs
 from .known import Known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -16,7 +16,7 @@ from ..errors import InputError, check
 from ..noise import Noise
 from .interval import Interval
 from .perturbation import PerturbationSet
-from .region import Region
+from .region import Around
 
 Unit = Literal["pixel", "feature", "row", "column", "patch"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -79,6 +79,16 @@ class SparseBall(PerturbationSet):
         if isinstance(self.k, Tensor):
             return dataclasses.replace(self, k=torch.ceil(self.k.double() * factor).long())
         return dataclasses.replace(self, k=math.ceil(self.k * factor))
+
+    def region(self, images: Tensor) -> Around:
+        """
+        Raises:
+            InputError: there is a k for each image, but of another number of images.
+        """
+        own = isinstance(self.k, Tensor) and self.k.ndim == 1
+        if own and len(self.k) != len(images):  # type: ignore[arg-type]
+            raise InputError(f"k: found {len(self.k)} numbers for {len(images)} images; accepted: one, or one for each")  # type: ignore[arg-type]
+        return super().region(images)
 
     def take(self, index: Tensor) -> Self:
         own = isinstance(self.k, Tensor) and self.k.ndim == 1
@@ -213,84 +223,3 @@ class SparseBall(PerturbationSet):
         scores = noise.uniform(center.shape[2:], f"{stream}/place", images.dtype)
         mask = kernels.topk_mask(scores, self.counts(images))
         return self.ungrouped(torch.where(mask.bool().unsqueeze(1), change, 0), images.shape[1:])
-
-
-@dataclass(frozen=True)
-class SparsePart(Region):
-    """Part of a sparse set around each of ``images``: some units are free, and few of some others may change.
-
-    Args:
-        ball: which says what a unit is; its k is not looked at.
-        images: (B, *shape).
-        free, possible: as ``images``, bool, alike within a unit, never both: the units that may change whatever the
-            others do, and those of which at most ``budget`` do.
-        budget: (B,) int64.
-    """
-
-    ball: SparseBall
-    images: Tensor
-    free: Tensor
-    possible: Tensor
-    budget: Tensor
-
-    @classmethod
-    def of(cls, ball: SparseBall, images: Tensor, free: Tensor, possible: Tensor, budget: Tensor) -> SparsePart:
-        """With the masks given by units, (B, N)."""
-        like = ball.grouped(images)
-        wide, some = (ball.ungrouped(mask.unsqueeze(1).expand_as(like), images.shape[1:]) for mask in (free, possible))
-        return cls(ball, images, wide, some, budget)
-
-    @property
-    def hull(self) -> Interval:
-        wide = self.free | (self.possible & (self.budget > 0).reshape(-1, *[1] * (self.images.ndim - 1)))
-        return Interval.from_bounds(torch.where(wide, 0, self.images), torch.where(wide, 1, self.images))
-
-    @property
-    def is_box(self) -> bool:
-        return False
-
-    @property
-    def is_local(self) -> bool:
-        return self.ball.is_local
-
-    def take(self, index: Tensor) -> SparsePart:
-        return SparsePart(self.ball, self.images[index], self.free[index], self.possible[index], self.budget[index])
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> SparsePart:
-        free, possible = (function(mask.to(self.images.dtype)) > 0.5 for mask in (self.free, self.possible))
-        return SparsePart(self.ball, function(self.images), free, possible, self.budget)
-
-    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> SparsePart:
-        return dataclasses.replace(self.map(function), budget=self.budget[of])
-
-    def contains(self, points: Tensor) -> Tensor:
-        valid = ((points >= 0) & (points <= 1)).flatten(1).all(1)
-        moved = ~(points == self.images)  # NaN is no point
-        strange = (moved & ~self.free & ~self.possible).flatten(1).any(1)
-        count = self.ball.grouped(moved & self.possible).any(1).sum(1)
-        return valid & ~strange & (count <= self.budget)
-
-    def nearest(self, points: Tensor) -> Tensor:
-        points = points.to(self.images.dtype)
-        some = self.ball.with_epsilon(self.budget).project(self.images, torch.where(self.possible, points, self.images))
-        return torch.where(self.free, points.clamp(0, 1), some)
-
-    def concretise(self, forms: Tensor) -> Tensor:
-        values, gains = self.ball.effects(forms, self.images)
-        return values + torch.where(self._chosen(gains), gains, 0).sum(2)
-
-    def minimiser(self, forms: Tensor) -> Tensor:
-        """(B, *shape): a point of each set at which its linear form, as ``images``, is smallest."""
-        chosen = self._chosen(self.ball.effects(forms.unsqueeze(1), self.images)[1]).transpose(1, 2).contiguous()
-        like = self.ball.grouped(self.images)
-        chosen = self.ball.ungrouped(chosen.squeeze(2).unsqueeze(1).expand_as(like), self.images.shape[1:])
-        corners = torch.where(forms > 0, 0, torch.where(forms < 0, 1, self.images))
-        return torch.where(chosen, corners, self.images)
-
-    def _chosen(self, gains: Tensor) -> Tensor:
-        """(B, R, N) bool: the units that change where forms with these effects are smallest."""
-        free, possible = (self.ball.grouped(mask).any(1).unsqueeze(1) for mask in (self.free, self.possible))
-        counts = self.budget.repeat_interleave(gains.shape[1])
-        effects = torch.where(possible, gains.detach().neg(), 0)
-        mask = kernels.topk_mask(effects.flatten(0, 1), counts).reshape(gains.shape).bool()
-        return free | (mask & possible)
