@@ -35,6 +35,7 @@ from certtrain.evaluation import (
     rebuilt,
 )
 from certtrain.noise import Noise
+from certtrain.progress import console
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines, RunFolder
 from certtrain.runs import load_model
@@ -611,7 +612,7 @@ def test_bad_input_is_one_line(name, run, capsys):
 
 
 def test_the_command_says_k_stages_and_pixels(run, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)  # which it has read from its terminal, if any, long ago
     words = ["evaluate", "run", "--attacks", f"{CASCADE},spgd-u-8", "--epsilons", "3,1000", "--images", "20"]
     assert main(words) == 0
     said = capsys.readouterr().out
