@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..bounds import Box
 from ..bounds.crown import rows_at_a_time
 from .box_bounds import BoxBounds
+from .frontier import Frontier
 from .known import Known
 from .problem import Problem
 from .search import Outcome
@@ -40,23 +41,13 @@ def few_inputs(problem: Problem) -> bool:
 
 
 @dataclass(frozen=True)
-class _Boxes:
+class _Boxes(Frontier):
     """Open ones, P of them, of the images numbered ``image`` (P,); ``cut`` (P,) is the input to halve them at."""
 
-    image: Tensor
     lower: Tensor
     upper: Tensor
     bound: Tensor
     cut: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def take(self, index: Tensor) -> _Boxes:
-        return _Boxes(*(getattr(self, field.name)[index] for field in fields(self)))
-
-    def joined(self, other: _Boxes) -> _Boxes:
-        return _Boxes(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
     def halves(self) -> _Boxes:
         lower, upper = self.lower.flatten(1), self.upper.flatten(1)

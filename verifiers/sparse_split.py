@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ..bounds.region import Around
 from ..bounds.sparse import SparseBall
 from ..bounds.sparse_part import SparsePart
 from .bab import branch_and_bound
+from .frontier import Frontier
 from .input_split import INPUTS, split_inputs
 from .known import Known
 from .optimise import finite, with_offsets
@@ -64,29 +65,19 @@ def split_locations(
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _Parts(Frontier):
     """Open subproblems, P of them, of the images numbered ``image`` (P,).
 
     ``free``, ``possible`` (P, N) bool, by units; ``budget`` (P,); ``rows`` (P, R) lower bounds; ``rank`` (P, N) which
     units to split at first, and at how many, ``first`` (P,).
     """
 
-    image: Tensor
     free: Tensor
     possible: Tensor
     budget: Tensor
     rows: Tensor
     rank: Tensor
     first: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def take(self, index: Tensor) -> _Parts:
-        return _Parts(*(getattr(self, field.name)[index] for field in fields(self)))
-
-    def joined(self, other: _Parts) -> _Parts:
-        return _Parts(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
     def children(self) -> _Parts:
         """For each of the ``first`` units that it changes and those before it do not; and that none of them does."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .frontier import Frontier
+
 
 @dataclass(frozen=True)
-class Tree:
+class Tree(Frontier):
     """Open subproblems, P of them. U columns stand for the neurons that an image's own bounds leave open.
 
     ``image``, ``clause``, ``branch`` (P,) int64; ``bound`` (P,); ``signs`` (P, U) int8; ``lower`` and ``upper`` (P, U)
     bound the neurons' inputs; slopes and multipliers (P, R, U). ``branch`` is the column to split at next.
     """
 
-    image: Tensor
     clause: Tensor
     bound: Tensor
     branch: Tensor
@@ -25,15 +26,6 @@ class Tree:
     upper: Tensor
     alphas: Tensor
     betas: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def take(self, index: Tensor) -> Tree:
-        return Tree(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
-
-    def joined(self, other: Tree) -> Tree:
-        return Tree(**{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)})
 
 
 def in_turns(image: Tensor, bound: Tensor, most: int) -> Tensor:
