@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..attacks import Attack, FrankWolfe, SparsePgd, SparseRs, customary
-from ..bounds import L1Ball, NormBall, PerturbationSet
+from ..bounds import L1Ball, NormBall, PerturbationSet, SparseBall
 from ..noise import Noise
 from ..step import Batch, Step
 from .alignment import FGSM, PGD
@@ -32,11 +32,9 @@ def one_step(ball: PerturbationSet) -> Attack:
 def many_steps(ball: PerturbationSet, attack: Attack = PGD) -> Attack:
     """``attack``; where it is only the default, what climbs the set's loss far: PGD-10, in an l1 ball 20 steps of
     Frank and Wolfe's, for a sparse set sPGD-20. Each attacks every image, right or wrong."""
-    if attack != PGD:
-        return attack
-    if isinstance(ball, L1Ball):
-        return FrankWolfe(steps=20)
-    return attack if isinstance(ball, NormBall) else TWENTY_STEPS
+    if attack == PGD and isinstance(ball, SparseBall):
+        return TWENTY_STEPS
+    return customary(attack, PGD, ball, 20)
 
 
 def searching(ball: PerturbationSet, attack: Attack = PGD) -> Attack:
