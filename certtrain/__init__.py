@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .diagnosis import diagnose
     from .export import export_onnx
     from .importing import import_checkpoint
+    from .models import BinaryScore
     from .pipeline import train
     from .recipe import Config
     from .robustness import evaluate
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
     from .verifiers import certify
 
 _HOMES = {
-    "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L1Ball": "bounds", "L2Ball": "bounds",
-    "LinfBall": "bounds", "SparseBall": "bounds", "compute_bounds": "bounds", "Config": "recipe",
-    "certify": "verifiers", "compare": "comparison", "diagnose": "diagnosis", "evaluate": "robustness",
-    "export_onnx": "export", "import_checkpoint": "importing", "load_model": "runs", "train": "pipeline",
-    "verify": "verification",
+    "BinaryScore": "models", "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L1Ball": "bounds",
+    "L2Ball": "bounds", "LinfBall": "bounds", "SparseBall": "bounds", "compute_bounds": "bounds",
+    "Config": "recipe", "certify": "verifiers", "compare": "comparison", "diagnose": "diagnosis",
+    "evaluate": "robustness", "export_onnx": "export", "import_checkpoint": "importing", "load_model": "runs",
+    "train": "pipeline", "verify": "verification",
 }  # fmt: skip
 
 __all__ = [
-    "Bounds", "Box", "Config", "Interval", "L1Ball", "L2Ball", "LinfBall", "SparseBall", "certify", "compare",
-    "compute_bounds", "diagnose", "evaluate", "export_onnx", "import_checkpoint", "load_model", "train", "verify",
+    "BinaryScore", "Bounds", "Box", "Config", "Interval", "L1Ball", "L2Ball", "LinfBall", "SparseBall", "certify",
+    "compare", "compute_bounds", "diagnose", "evaluate", "export_onnx", "import_checkpoint", "load_model", "train",
+    "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attacks import in_mode
 from .bounds import LinfBall, PerturbationSet, UnsupportedNode
 from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
-from .errors import InputError
+from .errors import InputError, check
 from .evaluation import unanswered
 from .export import Export, write_files
+from .labels import classes_of
 from .models import initialise_for_ibp
 from .noise import key_of
 from .precision import full_float32
@@ -129,10 +131,19 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
         config.evaluate.check_ball(config.perturbation, dataset.test.pixels(torch.tensor([0])), model)
         if "best" in config.evaluate.checkpoints and not config.training.select:
             raise InputError("evaluate.checkpoints: found best; accepted: last, or a training.select that keeps one")
+    _check_outputs(model, dataset)
     check_images(model, dataset, config.training)
     config.training.augment.check_shape(dataset.shape)
     config.training.augment.check_state(config.loss.declare_state(dataset.shape, dataset.classes))
     return dataset, model
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, dataset: Dataset) -> None:
+    """An architecture of the user's own may have others than one for each class."""
+    with in_mode(model, training=False):
+        outputs = classes_of(model(dataset.train.pixels(torch.tensor([0]))))
+    check(outputs == dataset.classes, "model", f"{outputs} outputs", f"{dataset.classes}, one for each class")
 
 
 def _go_on(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .bounds import PerturbationSet
+from .labels import as_labels
 from .noise import Noise, key_of
 
 
@@ -42,7 +43,8 @@ class Batch:
 
     Args:
         images: (B, C, H, W) in [0, 1], after augmentation.
-        labels: (B,) int64.
+        labels: (B,) int64; other whole numbers, lists and arrays are converted, whatever else is given is an
+            ``InputError``. Whether they are classes shows where logits are.
         index: (B,) int64, each sample's number in its split.
         augmentation: what was drawn, or None where images are as stored.
         targets: (B, K) soft labels, rows that sum to 1, which cross-entropies take instead of ``labels`` where a loss
@@ -54,6 +56,9 @@ class Batch:
     index: Tensor
     augmentation: Augmentation | None = None
     targets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", as_labels(self.labels, len(self.images), device=self.images.device))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -17,6 +17,7 @@ from ..bounds.folding import fold
 from ..bounds.program import Input, ProgramModule, Whole
 from ..bounds.rounding import check as check_rounding
 from ..errors import InputError
+from ..labels import as_labels, check_labels, classes_of
 from ..precision import full_float32
 from .known import Known
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
@@ -46,14 +47,16 @@ def run_cascade(
         watch: told each stage that begins, and the number of images that go through it.
         arithmetic: in which proofs hold. Counterexamples are always those of the network as it runs.
     Raises:
-        InputError: a network or a perturbation set without bounds in this arithmetic.
+        InputError: a network or a perturbation set without bounds in this arithmetic; a network of other outputs than
+            the specification speaks of.
     """
     images = problem.region.images
     if all(isinstance(stage, (CleanStage, AttackStage, LirpaStage)) for stage in stages):
         problem = replace(problem, network=_runnable(problem.network))
+    folded = _folded(problem, arithmetic) if len(problem) else None
     run = _Run(problem, limits or Limits(), watch)
-    if len(problem):
-        network, dtype = _folded(problem, arithmetic)
+    if folded is not None:
+        network, dtype = folded
         rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
         everything = torch.arange(len(problem), device=problem.index.device)
         run.go(everything, Known(network, rows, {}), _fitting(stages, problem))
@@ -85,13 +88,21 @@ def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Folded, torch.dty
     """The network to be bounded, and the precision to do it in."""
     images = problem.region.images
     if arithmetic == "nearest":
-        return fold(problem.network, images.shape[1:]), images.dtype
+        return _speaking_of(problem, fold(problem.network, images.shape[1:])), images.dtype
     if not problem.region.is_box or images.dtype != torch.float32:
         found = f"{problem.region.kind} and {images.dtype}"
         raise InputError(f"arithmetic {arithmetic}: found {found}; accepted: a box (LinfBall) and torch.float32")
     network = replace(fold(problem.network, images.shape[1:], dtype=torch.float64), rounding=ROUNDINGS[arithmetic])
     check_rounding(network)
-    return network, torch.float64
+    return _speaking_of(problem, network), torch.float64
+
+
+def _speaking_of(problem: Problem, network: Folded) -> Folded:
+    """The network, if its outputs are those that the specification speaks of."""
+    found, wanted = tuple(network.shapes[-1]), tuple(problem.specification.rows.shape[2:])
+    if found != wanted:
+        raise InputError(f"model: found outputs of shape (B, *{found}); accepted: (B, *{wanted}), as is specified")
+    return network
 
 
 class _Run:
@@ -221,35 +232,34 @@ def certify(
 
     Args:
         model: maps (B, C, H, W) in [0, 1] to logits, its normalisation inside. Judged in evaluation mode.
-        x: (B, C, H, W) in [0, 1]; y: (B,) int64.
+        x: (B, C, H, W) in [0, 1]; y: (B,) whole numbers: a tensor, an array or a list.
         epsilon: radius of the l-infinity ball in pixel units, or any perturbation set.
         settings: stages and attack; the default attacks, then bounds.
         seed: of the attack.
     Returns:
         one ``Verdict`` an image. ``verified`` holds in the arithmetic that the verdict names.
     Raises:
-        InputError: pixels outside [0, 1] or NaN; labels outside the logits' range; a set that these images do not have.
+        InputError: pixels outside [0, 1] or NaN; labels outside the logits' range; a set that these images do not have;
+            a network of one output (see ``certtrain.BinaryScore``), or of anything but logits (B, K).
         UnsupportedNode: the model holds an operation without a rule.
     """
     if not ((x >= 0) & (x <= 1)).all():
         raise InputError("x: found pixels outside [0, 1] or NaN; accepted: images in [0, 1]")
     ball = epsilon if isinstance(epsilon, PerturbationSet) else LinfBall(epsilon)
     ball.region(x)  # which says what it cannot be around
+    labels = as_labels(y, len(x), device=x.device, where="y")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            classes = model(x[:1]).shape[1] if len(x) else 1
-        if len(y) != len(x) or (len(y) and not (0 <= int(y.min()) and int(y.max()) < classes)):
-            raise InputError(
-                f"y: found {len(y)} labels {y.unique().tolist()[:5]}…; accepted: {len(x)} of 0 to {classes - 1}"
-            )
+            classes = classes_of(model(x[:1])) if len(x) else 2
+        check_labels(labels, classes, "y")
         verdicts: list[Verdict] = []
         chosen = settings or Certify()
         for first in range(0, len(x), chosen.batch_size):
             rows = slice(first, first + chosen.batch_size)
             index = torch.arange(first, first + len(x[rows]), device=x.device)
-            problem = robustness(model, x[rows], y[rows], index, classes, ball.take(index))
+            problem = robustness(model, x[rows], labels[rows], index, classes, ball.take(index))
             verdicts += run_cascade(problem, chosen.build(seed), Limits(chosen.timeout), arithmetic=chosen.arithmetic)
         return verdicts
     finally:

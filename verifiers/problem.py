@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bounds import Region
+from ..errors import InputError
+from ..labels import as_labels, check_labels, classes_in
 
 Status = Literal["verified", "falsified", "misclassified", "unknown", "timeout", "error"]
 
@@ -27,6 +29,8 @@ class Specification:
         rows: (B, R, K); offsets: (B, R).
         clauses: (R,) int64, the clause of each row, numbered from 0.
         labels: (B,) the class that is protected, where the specification says that it wins.
+    Raises:
+        InputError: no rows, of which every statement would hold; shapes that do not fit.
     """
 
     rows: Tensor
@@ -34,9 +38,22 @@ class Specification:
     clauses: Tensor
     labels: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        shape = tuple(self.rows.shape)
+        if len(shape) != 3 or not shape[1] or self.offsets.shape != shape[:2] or self.clauses.shape != shape[1:2]:
+            found = f"rows {shape}, offsets {tuple(self.offsets.shape)}, clauses {tuple(self.clauses.shape)}"
+            raise InputError(f"specification: found {found}; accepted: (B, R, K), (B, R) and (R,), one row or more")
+
     @classmethod
     def robust(cls, labels: Tensor, classes: int) -> Specification:
-        """Class ``labels`` wins against every other: K - 1 clauses of one row e_y - e_j, j != y increasing."""
+        """Class ``labels`` wins against every other: K - 1 clauses of one row e_y - e_j, j != y increasing.
+
+        Raises:
+            InputError: fewer than two classes; labels that are none of them.
+        """
+        classes_in((len(labels), classes))
+        labels = as_labels(labels)
+        check_labels(labels, classes)
         identity = torch.eye(classes, device=labels.device)
         margins = identity[labels][:, None] - identity
         others = ~F.one_hot(labels, classes).bool()
@@ -53,10 +70,8 @@ class Specification:
 
         The minimum over clauses of the maximum within each: a clause is refuted by any one of its rows.
         """
-        count = int(self.clauses.max()) + 1 if len(self.clauses) else 0
-        best = values.new_full((len(values), count), -torch.inf)
-        best = best.scatter_reduce(1, self.clauses.expand(len(values), -1), values, "amax")
-        return best.amin(1) if count else values.new_full((len(values),), torch.inf)
+        best = values.new_full((len(values), int(self.clauses.max()) + 1), -torch.inf)
+        return best.scatter_reduce(1, self.clauses.expand(len(values), -1), values, "amax").amin(1)
 
     def subset(self, index: Tensor) -> Specification:
         labels = None if self.labels is None else self.labels[index]

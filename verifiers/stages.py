@@ -13,6 +13,7 @@ from ..attacks import Attack, Pgd, customary
 from ..bounds import compute_rows, forward
 from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.folding import fold
+from ..errors import InputError
 from ..noise import Noise
 from ..step import Batch, Step
 from .bab import branch_and_bound
@@ -113,7 +114,7 @@ class AttackStage:
     def __call__(self, problem: Problem, known: Known) -> Finding:
         labels = problem.specification.labels
         if labels is None:
-            raise ValueError("specification: found no labels; accepted: a robustness specification for this stage")
+            raise InputError("specification: found no labels; accepted: a robustness specification for this stage")
         noise = Noise(self.seed, problem.index)
         batch = Batch(problem.region.images, labels, problem.index)
         ball = problem.region.ball

@@ -93,7 +93,7 @@ def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, c
     if lower.shape != upper.shape or not lower.numel() or not (lower.is_floating_point() and upper.is_floating_point()):
         found = f"{lower.dtype} {(*lower.shape,)} and {upper.dtype} {(*upper.shape,)}"
         raise InputError(f"box: found {found}; accepted: two tensors of floats of one shape, not empty")
-    if classes < 2 or not 0 <= label < classes:
+    if classes < 2 or label not in range(classes):  # nor is a fraction
         raise InputError(f"label: found {label} of {classes} classes; accepted: 0 to classes - 1, of 2 classes or more")
     low, high = lower.detach().double().flatten().cpu(), upper.detach().double().flatten().cpu()
     ends32 = torch.stack([_outward32(low, -math.inf), _outward32(high, math.inf)])
@@ -106,7 +106,7 @@ def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, c
     for i, (least, most) in enumerate((ends32.T + 0.0).tolist()):  # + 0.0: there is no -0
         lines.append(f"(assert (>= X_{i} {down.create_decimal_from_float(least)}))".replace("E", "e"))
         lines.append(f"(assert (<= X_{i} {up.create_decimal_from_float(most)}))".replace("E", "e"))
-    losses = " ".join(f"(and (<= Y_{label} Y_{j}))" for j in range(classes) if j != label)
+    losses = " ".join(f"(and (<= Y_{int(label)} Y_{j}))" for j in range(classes) if j != label)
     lines += [f"(assert (or {losses}))", ""]
     write_atomically(Path(path), lambda temporary: temporary.write_text("\n".join(lines)))
 

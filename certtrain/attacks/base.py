@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..bounds import NormBall, PerturbationSet, forward
 from ..config import Component
 from ..errors import InputError
+from ..labels import check_logits, classes_of
 from ..step import Batch, StateSpec, Step
 from .modes import buffers_kept, in_mode
 from .objective import Objective
@@ -87,7 +88,8 @@ class Attack(Component):
             model: maps (B, *shape) in [0, 1] to logits (B, K).
             ball: the set around ``batch.images``; ``step.noise`` supplies random numbers.
         Raises:
-            InputError: see ``check_ball``; or the attack takes gradients and the model has none.
+            InputError: see ``check_ball``; or the attack takes gradients and the model has none; or its logits are
+                not those of two classes or more; labels on the CPU that are no classes.
         """
         self.check_ball(ball)
         batch = replace(batch, images=batch.images.detach())
@@ -97,7 +99,7 @@ class Attack(Component):
         kept = nullcontext() if self.attack_mode == "train" else buffers_kept(model)
         with in_mode(model, self.attack_mode != "eval"), kept, torch.set_grad_enabled(self.takes_gradients):
             attacked = _Frozen(model, batch.images) if self.attack_mode == "clean" else model
-            proposed = self.propose(attacked, batch, ball, step)
+            proposed = self.propose(_Judged(attacked, batch.labels), batch, ball, step)
         proposal = proposed.images.detach()
         valid = torch.where(proposal.isnan(), batch.images, proposal).clamp(0, 1)
         images = wide.project(batch.images, valid)
@@ -118,6 +120,24 @@ def gradient_of(model: nn.Module, points: Tensor, objective: Callable[[Tensor], 
         total = objective(logits).sum()
     (gradient,) = torch.autograd.grad(total, points)
     return logits.detach(), gradient
+
+
+class _Judged(nn.Module):
+    """A model whose outputs are logits for these labels, or an error."""
+
+    def __init__(self, model: nn.Module, labels: Tensor):
+        super().__init__()
+        self.model = model
+        self.labels: Tensor | None = labels  # until they have been looked at
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        if self.labels is None:
+            classes_of(logits)
+        else:
+            check_logits(logits, self.labels)
+        self.labels = None
+        return logits
 
 
 class _Frozen(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Component
+from ..labels import classes_of
 from ..step import Batch
 
 
@@ -58,7 +59,12 @@ class SwitchedMargin(Objective):
 
 def lead(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) of logits (B, K): the label's logit minus the largest other one. The prediction is right where it is above
-    0: a tie is wrong, and so is NaN."""
+    0: a tie is wrong, and so is NaN.
+
+    Raises:
+        InputError: one class, of which nothing is above.
+    """
+    classes_of(logits)
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     return logits.gather(1, labels[:, None])[:, 0] - others
 

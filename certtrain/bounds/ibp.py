@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from ..labels import as_labels, classes_in
 from . import convolution
 from . import program as p
 from .forward import Statistics, check_features, coefficients
@@ -64,18 +65,24 @@ def compute_margins(
     """Lower bounds of all margins z_y - z_j, with the specification merged into the last linear layer.
 
     Args:
-        labels: (B,) int64. Others as in ``compute_bounds``.
+        labels: (B,) whole numbers. Others as in ``compute_bounds``.
         keep: whether to keep the pre-activation intervals.
         shrink: multiplies the upper end of every ReLU's input interval that holds 0 inside. Below 1 the results bound
             nothing: SABR trains on them (arXiv 2210.04871).
     Returns:
         (B, K - 1), columns j != y in increasing order; and what was kept (empty if not asked).
+    Raises:
+        InputError: a network of one output, which has no margins; labels that are no whole numbers. Others as in
+            ``compute_bounds``.
     """
     propagation = _Propagation(model, statistics, keep, shrink)
     output, last = propagation.run(box, stop_before_last=True)
+    labels = as_labels(labels, len(output.center), device=output.center.device)
     if last is None:
+        classes_in(output.center.shape)
         return _difference(output, labels), propagation.activity()
     weight, bias = last
+    classes_in((*output.center.shape[:-1], len(weight)))
     return kernels.ibp_margins(output.center, output.radius, weight, bias, labels), propagation.activity()
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..labels import as_labels
 from .dataset import Source, Split
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -15,7 +16,7 @@ class Arrays(Source):
     """Your own images, from one ``.npz`` file of plain arrays (pickled objects are refused).
 
     ``train_images`` and ``test_images`` (N, C, H, W) as uint8, or as floats in [0, 1]; ``train_labels`` and
-    ``test_labels`` (N,) integers from 0. The number of classes is the largest training label plus one.
+    ``test_labels`` (N,) or (N, 1) whole numbers from 0. The number of classes is the largest training label plus one.
 
     Args:
         path: the file.
@@ -45,8 +46,8 @@ class Arrays(Source):
         images, labels = arrays[f"{name}_images"], arrays[f"{name}_labels"]
         if images.dtype != np.uint8 and images.dtype.kind != "f":
             raise InputError(f"{self.path} {name}_images: found {images.dtype}; accepted: uint8, or floats in [0, 1]")
-        if labels.dtype.kind not in "iu":
-            raise InputError(f"{self.path} {name}_labels: found {labels.dtype}; accepted: integers")
+        column = labels.ndim == 2 and labels.shape[1] == 1
+        numbers = as_labels(labels[:, 0] if column else labels, where=f"{self.path} {name}_labels")
         whole = images.dtype == np.uint8
         stored = torch.from_numpy(images if whole else images.astype(np.float32))
-        return Split(stored, torch.from_numpy(labels.astype(np.int64)).flatten(), 255 if whole else 1)
+        return Split(stored, numbers, 255 if whole else 1)

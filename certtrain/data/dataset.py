@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import Component
 from ..errors import InputError, check
+from ..labels import as_labels, check_labels
 from ..noise import permutation
 from .mapped import MappedImages
 
@@ -23,7 +24,7 @@ class Split:
     Args:
         images: (N, C, H, W) uint8 in 0..full_scale, or float32 in [0, 1]; on the labels' device, or a memory-mapped
             file, which stays where it is.
-        labels: (N,) int64.
+        labels: (N,) int64; other whole numbers are converted.
         full_scale: the stored value that means 1.0 (255; 16 for scikit-learn's digits; 1 for floats).
         shown: side of the centre square that is the image, where more is stored than that for crops in training; None
             where images are as stored.
@@ -33,6 +34,9 @@ class Split:
     labels: Tensor
     full_scale: int = 255
     shown: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", as_labels(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -161,11 +165,7 @@ def _check(split: Split, classes: int, where: str) -> None:
             f"{where}: found images of shape {tuple(images.shape)} and {len(labels)} labels; "
             "accepted: (N, C, H, W) and N labels, none of them 0"
         )
-    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
-    if len(wrong):
-        raise InputError(
-            f"{where}: found label {int(labels[wrong[0]])} at image {int(wrong[0])}; accepted: 0 to {classes - 1}"
-        )
+    check_labels(labels, classes, where)
     if isinstance(images, MappedImages):  # bytes, of which 255 means 1.0: none can be out of range
         return
     if images.is_floating_point():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, check
+from ..labels import check_logits
 from ..noise import Noise, key_of
 from ..step import Batch
 
@@ -131,4 +132,5 @@ def trained_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    check_logits(logits, labels)
     return F.cross_entropy(logits, labels, reduction="none")

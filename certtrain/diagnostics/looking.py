@@ -12,6 +12,7 @@ from ..attacks import in_mode
 from ..bounds import PerturbationSet
 from ..data import Split
 from ..errors import check
+from ..labels import check_logits
 from ..noise import Noise
 from ..step import Batch, Step
 
@@ -36,11 +37,13 @@ def each(
     """(B, …) float64: what ``found`` yields for a part of the batch (b, …), for all parts.
 
     Raises:
-        InputError: the batch is empty.
+        InputError: the batch is empty; the network has no logits of two classes or more, or labels are none of them.
     """
     check(len(batch), "batch", len(batch), "one image or more")
     parts = []
     with in_mode(model, training=False):
+        with torch.no_grad():
+            check_logits(model(batch.images[:1]), batch.labels)
         for first in range(0, len(batch), BATCH):
             rows = slice(first, first + BATCH)
             step = Step.evaluation(ball, replace(noise, positions=noise.positions[rows]))

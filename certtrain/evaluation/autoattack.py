@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import L2Ball, LinfBall, PerturbationSet, SparseBall
+from ..labels import classes_of
 from ..noise import key_of
 from ..step import Batch, Step
 from .adversary import Adversary, Lost, is_right, rows_of
@@ -106,7 +107,7 @@ class AutoAttack(Adversary):
         lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
         if float(ball.epsilon) == 0:  # the ball is the image, which is right; the package would divide by 0
             return lost
-        classes = model(batch.images[:1]).shape[1]
+        classes = classes_of(model(batch.images[:1]))
         seed = key_of(step.noise.key, "autoattack", int(batch.index[0])) & (2**31 - 1)
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             for name in self.plan(classes):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..bounds import PerturbationSet, UnsupportedNode
 from ..bounds.folding import fold
 from ..errors import InputError
+from ..labels import classes_of
 from ..step import Batch, Step
 from ..verifiers.cascade import run_cascade
 from ..verifiers.problem import Problem, Specification
@@ -46,7 +47,7 @@ class Relaxations(Adversary):
     def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
         if not len(batch):
             return []
-        specification = Specification.robust(batch.labels, model(batch.images[:1]).shape[1])
+        specification = Specification.robust(batch.labels, classes_of(model(batch.images[:1])))
         problem = Problem(model, ball.region(batch.images), specification, batch.index)
         verdicts = run_cascade(problem, Certify(stages=("ibp", "crown_ibp", "crown")).build(seed=0))
         return [Lost(None if verdict.status == "verified" else "bounds") for verdict in verdicts]

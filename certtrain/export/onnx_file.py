@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..bounds import UnsupportedNode
 from ..bounds.folding import fold
 from ..errors import InputError
+from ..labels import classes_of
 from ..precision import full_float32
 from ..run_folder import write_atomically
 from .plain import PlainNetwork
@@ -70,8 +71,9 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor) -> OnnxFile:
         path: of the file.
         images: (N, *shape) float32, N >= 1: typical inputs, better real ones.
     Raises:
-        InputError: torch cannot export the model; the file is not valid ONNX; onnxruntime's logits are off by more than
-            1e-5 of their magnitude. Nothing on disk was changed then.
+        InputError: the model's outputs are not logits of two classes or more; torch cannot export it; the file is not
+            valid ONNX; onnxruntime's logits are off by more than 1e-5 of their magnitude. Nothing on disk was changed
+            then.
     """
     if images.dtype != torch.float32 or images.ndim < 2 or not len(images):
         found = f"{images.dtype} {tuple(images.shape)}"
@@ -81,6 +83,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor) -> OnnxFile:
     devices = {t.device for t in (*model.parameters(), *model.buffers())} or {torch.device("cpu")}
     try:
         model.eval().cpu()
+        classes_of(model(images[:1]))
         logits = torch.cat([model(part) for part in images.split(BATCH)])
         plain = _plain(model, images.shape[1:])
         proto = _exported(model if plain is None else plain, images[:1])

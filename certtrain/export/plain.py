@@ -86,8 +86,13 @@ def _convolution(operation: Convolution, shape: torch.Size) -> nn.Module:
 
 
 def _diagonal(operation: Diagonal, shape: torch.Size) -> nn.Module:
-    """A 1×1 convolution where each channel has its own two numbers: its zeros add nothing, not even a rounding."""
+    """A 1×1 convolution where each channel has its own two numbers: its zeros add nothing, not even a rounding. A
+    linear layer where a single feature has: of a binary score it makes two logits."""
     vectors = [v.reshape(-1) for v in (operation.scale, operation.shift)]
+    if shape == (1,) and max(v.ndim for v in (operation.scale, operation.shift)) == 1:
+        scale, shift = torch.broadcast_tensors(*vectors)
+        layer = nn.Linear(1, len(scale), device="meta")
+        return _with_weights(layer, scale.reshape(-1, 1).clone(), shift.clone())
     places = [v.shape[-2:].numel() if v.ndim >= 2 else v.numel() for v in (operation.scale, operation.shift)]
     if len(shape) != 3 or places != [1, 1]:
         return _Elementwise(operation.scale, operation.shift)

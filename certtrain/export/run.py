@@ -17,6 +17,7 @@ from torch import nn
 from ..bounds import LinfBall, PerturbationSet
 from ..data import Split
 from ..errors import check
+from ..labels import check_labels, classes_of
 from ..run_folder import RunFolder, sha256, write_atomically
 from ..verifiers.abcrown import configuration
 from ..verifiers.vnnlib import write_property
@@ -62,8 +63,13 @@ def write_files(
     Returns:
         what ``run.json`` then says under ``export``.
     Raises:
-        InputError: the network cannot be exported (see ``export_onnx``); nothing was changed then.
+        InputError: the network cannot be exported (see ``export_onnx``), or has other outputs than one for each class;
+            labels that are no classes; nothing was changed then.
     """
+    check_labels(split.labels, classes)
+    with torch.no_grad():
+        outputs = classes_of(model.eval()(split.pixels(torch.tensor([0]))))
+    check(outputs == classes, "model", f"{outputs} outputs", f"{classes}, one for each class")
     network = export_onnx(model, folder.onnx, split.pixels(torch.arange(min(PARITY, len(split)))))
     if folder.open(folder.path)[1].get("export"):
         folder.describe("export", {})  # nothing stands for the files while they change

@@ -105,4 +105,8 @@ class Loss(Component):
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
-        """The loss of one batch; the model is in training mode."""
+        """The loss of one batch; the model is in training mode.
+
+        Raises:
+            InputError: logits that are not those of two classes or more; labels on the CPU that are no classes.
+        """

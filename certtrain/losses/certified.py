@@ -25,6 +25,7 @@ from ..bounds import (
     trace,
 )
 from ..errors import check
+from ..labels import check_logits
 from ..step import Batch, StateSpec, Step
 from .base import Loss, LossTerms, Ramp, check_share, value_at
 from .regularisers import l1_norm, warmup_regularisers
@@ -99,6 +100,7 @@ class CertifiedLoss(Loss):
     def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
         with torch.set_grad_enabled(self.clean_gradient(step)):
             clean = forward(model, batch.images)
+            check_logits(clean.logits, batch.labels)
             clean_loss = F.cross_entropy(clean.logits, batch.labels)
         parts = {"clean_loss": clean_loss, "clean_accuracy": _accuracy(clean.logits, batch.labels)}
         if step.clean:

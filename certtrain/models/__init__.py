@@ -1,6 +1,7 @@
 """Architectures, one file each. Adding one is one file, and one line here."""
 
 from .base import Architecture, Normalise
+from .binary import BinaryScore
 from .cifar_resnet import CifarResNet
 from .cnn3 import Cnn3
 from .cnn5 import Cnn5
@@ -20,7 +21,7 @@ from .vgg import Vgg
 from .wide_resnet import WideResNet
 
 __all__ = [
-    "Architecture", "CifarResNet", "Cnn3", "Cnn5", "Cnn7", "FeedForward", "FrequencyLowCut", "Gowal",
+    "Architecture", "BinaryScore", "CifarResNet", "Cnn3", "Cnn5", "Cnn7", "FeedForward", "FrequencyLowCut", "Gowal",
     "ImageNetResNet", "Mlp", "Normalise", "PreActResNet", "ResNet", "SeNet", "ShuffleNetV2", "SmallCnn", "Vgg",
     "WideResNet", "initialise_for_ibp",
 ]  # fmt: skip

@@ -66,8 +66,9 @@ class Architecture(Component):
         """A fresh model, by torch's default initialisation from the global generator.
 
         Raises:
-            InputError: the architecture does not take such images.
+            InputError: the architecture does not take such images; fewer than two classes.
         """
+        check(classes >= 2, "classes", classes, "two or more")
         if len(self.mean) not in (0, 1, shape[0]):
             raise InputError(f"model.mean: found {len(self.mean)} numbers; accepted: {shape[0]}, one per channel")
         channels, height, width = shape

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...attacks import Ascent, Attack, AttackResult, CrossEntropy, Objective
 from ...bounds import PerturbationSet
+from ...labels import check_logits
 from ...step import Batch, StateSpec, Step
 from ..base import Loss, LossTerms
 
@@ -96,6 +97,7 @@ class AdversarialLoss(Loss):
         """The loss where the attack's result is known."""
         clean = model(batch.images) if self.needs_clean else None
         passes = self.passes(model, batch, step, found, clean)
+        check_logits(passes.adversarial, batch.labels)
         total = self.criterion(passes, step)
         return LossTerms(total, {name: part.detach() for name, part in shown(passes).items()})
 

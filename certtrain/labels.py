@@ -1,0 +1,106 @@
+"""What a class is: whole numbers 0 to K - 1 as labels, two logits or more to choose between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+ACCEPTED = "whole numbers, one for each image"
+LARGEST = 2**53
+"""Up to here float64 holds every whole number."""
+
+
+def as_labels(
+    labels: Any, count: int | None = None, *, device: torch.device | None = None, where: str = "labels"
+) -> Tensor:
+    """Labels as they come in, as (B,) int64: tensors, arrays and lists of whole numbers, whatever their dtype.
+
+    Tensors of whole-number dtypes are converted without a look at their values, so that a training step waits for no
+    device; whether they are classes is for ``check_labels`` to say, where data come in.
+
+    Args:
+        count: B, where it is known. device: of the result; None leaves a tensor where it is.
+        where: what they are called, for messages.
+    Raises:
+        InputError: other dtypes (booleans are no numbers), fractions, NaN; another shape than (B,).
+    """
+    found = labels if isinstance(labels, Tensor) else _tensor(labels, where)
+    if found.ndim != 1 or count not in (None, len(found)):
+        expected = "(B,)" if count is None else f"({count},)"
+        raise InputError(f"{where}: found shape {tuple(found.shape)}; accepted: {expected}, {ACCEPTED}")
+    if found.dtype == torch.bool or found.is_complex() or found.is_quantized:
+        raise InputError(f"{where}: found {found.dtype}; accepted: {ACCEPTED}")
+    if found.is_floating_point():
+        wrong = ~((found == found.round()) & (found.abs() <= LARGEST))  # NaN too
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise InputError(f"{where}: found {float(found[at]):g} at {at}; accepted: {ACCEPTED}")
+    return found.to(device, torch.int64) if device is not None else found.to(torch.int64)
+
+
+def _tensor(labels: Any, where: str) -> Tensor:
+    try:
+        array = np.array([int(x) if isinstance(x, Tensor) and not x.ndim else x for x in labels]
+                         if isinstance(labels, (list, tuple)) else labels)  # fmt: skip
+    except (TypeError, ValueError, OverflowError) as error:  # numpy's own, of ragged lists for instance
+        raise InputError(f"{where}: found {type(labels).__name__} ({error}); accepted: {ACCEPTED}") from error
+    if not array.size and array.ndim == 1:
+        return torch.empty(0, dtype=torch.int64)
+    if array.dtype.kind not in "iuf" or (array.dtype.kind == "u" and int(array.max()) > LARGEST):
+        raise InputError(f"{where}: found {array.dtype}; accepted: {ACCEPTED}")
+    return torch.from_numpy(array.astype(np.float64 if array.dtype.kind == "f" else np.int64))
+
+
+def check_labels(labels: Tensor, classes: int, where: str = "labels") -> None:
+    """
+    Raises:
+        InputError: a label that is no class. Waits for the labels' device.
+    """
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise InputError(f"{where}: found label {int(labels[at])} at image {at}; accepted: 0 to {classes - 1}")
+
+
+def classes_of(logits: Any, where: str = "model") -> int:
+    """K of a network's logits (B, K): how many classes it chooses between. A look at the shape alone.
+
+    Raises:
+        InputError: no tensor; or see ``classes_in``.
+    """
+    if not isinstance(logits, Tensor):
+        raise InputError(f"{where}: found an output that is a {type(logits).__name__}; accepted: one tensor of logits")
+    return classes_in(logits.shape, where)
+
+
+def classes_in(shape: Sequence[int], where: str = "model") -> int:
+    """K of logits of ``shape``.
+
+    One output has no other to win against: every statement about its margins would hold, and say nothing.
+
+    Raises:
+        InputError: anything but (B, K) with K >= 2.
+    """
+    if len(shape) == 2 and shape[1] >= 2:
+        return shape[1]
+    accepted = "logits (B, K) of two classes or more"
+    if len(shape) == 2 and shape[1] == 1:
+        accepted += ", which certtrain.BinaryScore(model) makes of one score"
+    raise InputError(f"{where}: found an output of shape {tuple(shape)}; accepted: {accepted}")
+
+
+def check_logits(logits: Any, labels: Tensor) -> None:
+    """Logits to be judged by labels. Labels on a device other than the CPU are not looked at.
+
+    Raises:
+        InputError: see ``classes_of`` and ``check_labels``.
+    """
+    classes = classes_of(logits)
+    if labels.device.type == "cpu":
+        check_labels(labels, classes)
