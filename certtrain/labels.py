@@ -40,7 +40,7 @@ def as_labels(
         wrong = ~((found == found.round()) & (found.abs() <= LARGEST))  # NaN too
         if wrong.any():
             at = int(wrong.nonzero()[0])
-            raise InputError(f"{where}: found {float(found[at]):g} at {at}; accepted: {ACCEPTED}")
+            raise InputError(f"{where}: found {float(found[at]):g} at image {at}; accepted: {ACCEPTED}")
     return found.to(device, torch.int64) if device is not None else found.to(torch.int64)
 
 
@@ -52,8 +52,12 @@ def _tensor(labels: Any, where: str) -> Tensor:
         raise InputError(f"{where}: found {type(labels).__name__} ({error}); accepted: {ACCEPTED}") from error
     if not array.size and array.ndim == 1:
         return torch.empty(0, dtype=torch.int64)
-    if array.dtype.kind not in "iuf" or (array.dtype.kind == "u" and int(array.max()) > LARGEST):
+    if array.dtype.kind not in "iuf":
         raise InputError(f"{where}: found {array.dtype}; accepted: {ACCEPTED}")
+    beyond = np.flatnonzero(array > LARGEST) if array.dtype.kind == "u" else ()
+    if len(beyond):
+        found = f"found {array.flat[beyond[0]]} at image {beyond[0]}"
+        raise InputError(f"{where}: {found}; accepted: {ACCEPTED}")
     return torch.from_numpy(array.astype(np.float64 if array.dtype.kind == "f" else np.int64))
 
 

@@ -216,8 +216,11 @@ ARRAYS = {
     "pixels of 255": (arrays(train_images=255 * arrays()["train_images"]), ["train", "255"]),
     "NaN pixel": (with_pixel("train_images", np.nan), ["train", "NaN", "image 2"]),
     "infinite pixel": (with_pixel("test_images", np.inf), ["test", "inf"]),
-    "fractions as labels": (arrays(train_labels=np.arange(6) / 2), ["train_labels: found 0.5 at 1", "whole numbers"]),
-    "NaN as label": (arrays(test_labels=np.array([0, 1, np.nan, 1])), ["test_labels: found nan at 2"]),
+    "fractions as labels": (
+        arrays(train_labels=np.arange(6) / 2),
+        ["found 0.5 at image 1", "whole"],
+    ),
+    "NaN as label": (arrays(test_labels=np.array([0, 1, np.nan, 1])), ["test_labels: found nan at image 2"]),
     "booleans as labels": (arrays(train_labels=np.arange(6) > 2), ["train_labels: found bool"]),
     "labels one-hot": (arrays(train_labels=np.eye(6, 3, dtype=int)), ["train_labels: found shape (6, 3)"]),
     "objects": (arrays(train_labels=np.array([None] * 6)), ["pickle"]),

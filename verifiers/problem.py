@@ -51,8 +51,8 @@ class Specification:
         Raises:
             InputError: fewer than two classes; labels that are none of them.
         """
-        classes_in((len(labels), classes))
         labels = as_labels(labels)
+        classes_in((len(labels), classes))
         check_labels(labels, classes)
         identity = torch.eye(classes, device=labels.device)
         margins = identity[labels][:, None] - identity

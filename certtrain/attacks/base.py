@@ -98,7 +98,8 @@ class Attack(Component):
             return AttackResult(batch.images)
         kept = nullcontext() if self.attack_mode == "train" else buffers_kept(model)
         with in_mode(model, self.attack_mode != "eval"), kept, torch.set_grad_enabled(self.takes_gradients):
-            attacked = _Frozen(model, batch.images) if self.attack_mode == "clean" else model
+            plain = model.model if isinstance(model, _Judged) else model  # of an attack within an attack
+            attacked = _Frozen(plain, batch.images) if self.attack_mode == "clean" else plain
             proposed = self.propose(_Judged(attacked, batch.labels), batch, ball, step)
         proposal = proposed.images.detach()
         valid = torch.where(proposal.isnan(), batch.images, proposal).clamp(0, 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..labels import as_labels, classes_in
+from ..labels import as_labels, check_logits, classes_in
 from . import convolution
 from . import program as p
 from .forward import Statistics, check_features, coefficients
@@ -79,7 +79,7 @@ def compute_margins(
     output, last = propagation.run(box, stop_before_last=True)
     labels = as_labels(labels, len(output.center), device=output.center.device)
     if last is None:
-        classes_in(output.center.shape)
+        check_logits(output.center, labels)
         return _difference(output, labels), propagation.activity()
     weight, bias = last
     classes_in((*output.center.shape[:-1], len(weight)))
