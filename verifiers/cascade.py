@@ -17,7 +17,7 @@ from ..bounds.folding import fold
 from ..bounds.program import Input, ProgramModule, Whole
 from ..bounds.rounding import check as check_rounding
 from ..errors import InputError
-from ..labels import as_labels, check_labels, classes_of
+from ..labels import as_labels, check_labels, classes_in, classes_of
 from ..precision import full_float32
 from .known import Known
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
@@ -99,9 +99,12 @@ def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Folded, torch.dty
 
 def _speaking_of(problem: Problem, network: Folded) -> Folded:
     """The network, if its outputs are those that the specification speaks of."""
-    found, wanted = tuple(network.shapes[-1]), tuple(problem.specification.rows.shape[2:])
+    count, specification = len(problem), problem.specification
+    found, wanted = (count, *network.shapes[-1]), (count, specification.rows.shape[2])
+    if specification.labels is not None:
+        classes_in(found)
     if found != wanted:
-        raise InputError(f"model: found outputs of shape (B, *{found}); accepted: (B, *{wanted}), as is specified")
+        raise InputError(f"model: found an output of shape {found}; accepted: {wanted}, as is specified")
     return network
 
 
