@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..errors import InputError, check
 
@@ -38,7 +38,8 @@ class BinaryScore(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         score = self.model(x)
-        if isinstance(score, Tensor) and score.shape[1:] != (1,):  # while it is traced there is no shape
-            found = f"an output of shape {tuple(score.shape)}"
-            raise InputError(f"BinaryScore: found {found}; accepted: (B, 1), one score for each image")
+        traced = isinstance(score, fx.Proxy)  # which has no shape yet
+        if not traced and not (isinstance(score, Tensor) and score.ndim == 2 and score.shape[1] == 1):
+            found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
+            raise InputError(f"BinaryScore: found an output {found}; accepted: (B, 1), one score for each image")
         return score * self.scale + self.shift
