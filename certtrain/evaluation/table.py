@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attacks import in_mode
 from ..bounds import PerturbationSet, sized
 from ..data import Split
-from ..errors import InputError
+from ..errors import InputError, Portable
 from ..run_folder import RunFolder, sha256, write_atomically
 from .adversary import Adversary, Clean, Intervals
 from .records import Question, Record, after_each, asked_of, measure, versions_behind
@@ -225,7 +225,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({error}); accepted: the file as written, or none") from error
 
 
-class Contradiction(RuntimeError):
+class Contradiction(Portable, RuntimeError):
     """A bound and an attack that cannot both be right."""
 
 
