@@ -95,9 +95,8 @@ def refuse_a_field(number: int) -> None:
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_settings_error_in_a_worker_reaches_the_caller(work, start):
     context = multiprocessing.get_context(start)
-    with context.Pool(1) as pool:
-        with pytest.raises(InputError, match="found -?3; accepted") as one:
-            pool.map_async(work, [3]).get(timeout=120)  # it waited for ever
+    with context.Pool(1) as pool, pytest.raises(InputError, match=r"found -?3; accepted") as one:
+        pool.map_async(work, [3]).get(timeout=120)  # it waited for ever
     with ProcessPoolExecutor(1, mp_context=context) as pool, pytest.raises(InputError) as two:
         pool.submit(work, 3).result(timeout=120)
     assert str(one.value) == str(two.value)

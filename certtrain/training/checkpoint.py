@@ -19,7 +19,12 @@ FORMAT = 1
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping of tensors, numbers, text and nested lists and mappings of them, with its fingerprint."""
     whole = {"format": FORMAT, "fingerprint": fingerprint(content), "content": dict(content)}
-    write_atomically(path, lambda temporary: torch.save(whole, temporary))
+    write_atomically(path, lambda temporary: _write(whole, temporary))
+
+
+def _write(whole: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # torch's own writer says nothing of what went wrong
+        torch.save(whole, file)
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
