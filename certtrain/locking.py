@@ -43,13 +43,14 @@ def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
     own = FileLock(lock, timeout=-1 if wait else 0, fallback_to_soft=False, on_acquired=_sign)
     with writing(lock):
         try:
+            os.stat(lock.parent)  # the library would make the folder
             own.acquire()
         except Timeout as error:
             said = f"{what}: found {_holder(lock)} that writes it"
             raise InputError(f"{said}; accepted: one at a time, when that one is done or has been stopped") from error
         except OSError as error:
             if not (wait or error.errno in UNKNOWN):
-                raise
+                raise OSError(error.errno, error.strerror) from error
             own = None
     try:
         yield own is not None
