@@ -32,8 +32,9 @@ class Lasting:
             try:
                 try:
                     self.stream.write(text)
-                except UnicodeEncodeError as error:
-                    self.stream.write(text.encode(error.encoding, "replace").decode(error.encoding))
+                except UnicodeEncodeError:  # its own ``encoding`` is charmap for many, which is none of them
+                    encoding = getattr(self.stream, "encoding", None) or "ascii"
+                    self.stream.write(text.encode(encoding, "replace").decode(encoding))
             except (OSError, ValueError) as error:
                 self._lose(error)
         return len(text)

@@ -1,4 +1,4 @@
-"""Two processes at one run: what conflicts is refused, what does not goes side by side, and no lock outlives its process."""
+"""Two processes at one run: what conflicts is refused, what does not is done, and no lock outlives its process."""
 
 import json
 import os

@@ -135,16 +135,16 @@ class TestAReaderThatLeft:
         assert (run / "evaluation.json").exists()
 
     def test_compare_and_what_it_starts(self, tmp_path):
-        rows = {"A": {"loss": {"type": "FgsmRs"}}, "B": {"loss": {"type": "NFgsm"}}}
-        study = {
-            "base": {
-                "data": {"type": "Digits"}, "model": {"type": "Mlp", "hidden": [4]},
-                "perturbation": {"type": "LinfBall", "epsilon": 0.1},
-                "training": {"epochs": 1, "batch_size": 512, "milestones": []}, "certify": {"enabled": False},
-                "export": {"enabled": False}, "evaluate": {"attacks": ["pgd-1"], "images": 8}, "threads": 1,
-            },
-            "rows": [{"label": label, **row} for label, row in rows.items()], "seeds": [0], "reference": "A",
+        base = {
+            "data": {"type": "Digits"}, "model": {"type": "Mlp", "hidden": [4]}, "loss": {"type": "FgsmRs"},
+            "perturbation": {"type": "LinfBall", "epsilon": 0.1}, "certify": {"enabled": False},
+            "training": {"epochs": 1, "batch_size": 512, "milestones": [], "epsilon_multiplier": 1.0,
+                         "schedule": {"type": "Linear", "start": 0, "length": 0}, "initialisation": "default"},
+            "export": {"enabled": False}, "threads": 1,
         }  # fmt: skip
+        rows = [{"name": "A"}, {"name": "B", "changes": {"loss": {"type": "NFgsm"}}}]
+        evaluate = {"attacks": ["pgd-1"], "images": 8}
+        study = {"name": "pair", "seeds": [0], "base": base, "rows": rows, "evaluate": evaluate}
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
         words = [str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]
         assert left_after("compare.py", *words, lines=0) == (0, b"")
