@@ -13,6 +13,7 @@ from .config import structure, unstructure
 from .diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread, those_for
 from .diagnostics.figures import FIGURES, draw_epochs, save
 from .errors import check
+from .locking import alone, lock_of
 from .noise import Noise, key_of
 from .progress import Progress
 from .recipe import Config
@@ -67,7 +68,7 @@ def diagnose(
         perturbation: instead of the recipe's, so that one network can be seen under several sets.
         device: instead of the recipe's.
     Raises:
-        InputError: something given cannot be used; nothing on disk was changed.
+        InputError: something given cannot be used, or another process diagnoses this run; nothing on disk was changed.
         Interrupted: SIGINT or SIGTERM; nothing on disk was changed.
     """
     if what is not None:
@@ -82,35 +83,37 @@ def diagnose(
     chosen = those_for(ball) if what is None else list(dict.fromkeys(what))
     check_balls("what", chosen, ball)
     where = config.resolved_device()
-    with surroundings(config.threads, where), StopRequest(at_once=True):
-        dataset = config.data.load()
-        check_data(dataset, description)
-        ball.check_shape(dataset.shape)
-        batch = spread(dataset.train.to(where), images)
-        noise = Noise(key_of(config.seed, "diagnose"), batch.index)
-        subject = Subject(model.to(where), batch, ball, noise, top=top)
-        found: dict[str, Any] = {
-            "checkpoint": checkpoint, "weights": sha256(folder.weights_of(checkpoint)), "split": "train",
-            "images": len(batch), "seed": config.seed,
-            "perturbation": unstructure(ball), "epsilon": float(ball.epsilon),
-            "one_step": unstructure(subject.one), "attack": unstructure(subject.many),
-            "versions": versions(), "device": device_name(where),
-        }  # fmt: skip
-        with Progress("diagnosing", len(chosen), quiet=quiet) as progress:
-            for name in chosen:
-                progress.now(name)
-                found |= DIAGNOSTICS[name](subject)
-                progress.advance(1)
-    return _written(folder, chosen, found)
+    file = folder.path / "diagnostics.json"
+    with alone(lock_of(file), str(file)):
+        with surroundings(config.threads, where), StopRequest(at_once=True):
+            dataset = config.data.load()
+            check_data(dataset, description)
+            ball.check_shape(dataset.shape)
+            batch = spread(dataset.train.to(where), images)
+            noise = Noise(key_of(config.seed, "diagnose"), batch.index)
+            subject = Subject(model.to(where), batch, ball, noise, top=top)
+            found: dict[str, Any] = {
+                "checkpoint": checkpoint, "weights": sha256(folder.weights_of(checkpoint)), "split": "train",
+                "images": len(batch), "seed": config.seed,
+                "perturbation": unstructure(ball), "epsilon": float(ball.epsilon),
+                "one_step": unstructure(subject.one), "attack": unstructure(subject.many),
+                "versions": versions(), "device": device_name(where),
+            }  # fmt: skip
+            with Progress("diagnosing", len(chosen), quiet=quiet) as progress:
+                for name in chosen:
+                    progress.now(name)
+                    found |= DIAGNOSTICS[name](subject)
+                    progress.advance(1)
+        return _written(file, folder, chosen, found)
 
 
-def _written(folder: RunFolder, chosen: list[str], found: dict[str, Any]) -> Diagnosis:
+def _written(file: Path, folder: RunFolder, chosen: list[str], found: dict[str, Any]) -> Diagnosis:
     title = f"{folder.path.resolve().name}, {found['checkpoint']} weights\n{_words(found['perturbation'])}"
     drawn = {name: draw(found, title) for name, draw in FIGURES.items() if name in chosen}
     if lines := [line for line in folder.metrics if line.get("kind") == "diagnosis"]:
         drawn[EPOCHS] = draw_epochs(lines, folder.path.resolve().name)
     found = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN: null stands for it
-    file, figures = folder.path / "diagnostics.json", folder.path / "figures"
+    figures = folder.path / "figures"
     for name in (*FIGURES, EPOCHS):
         place = figures / f"{name}.png"
         if name in drawn:

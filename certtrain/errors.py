@@ -1,7 +1,42 @@
-"""The error that a user's input can cause: one line, no traceback, exit code 2."""
+"""The errors that a user's input or a user's machine can cause: one line, no traceback, exit code 2."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
-class InputError(ValueError):
+class Portable(BaseException):
+    """Survives pickle and copy, with its message and its attributes, whatever its constructor takes.
+
+    Python's own exceptions are made anew from ``args``, their message: a constructor of another form then fails in the
+    process that waits for the error, and ``multiprocessing.Pool`` waits for ever. Each of our exceptions is one.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, {name: _portable(value) for name, value in self.__dict__.items()})
+
+
+def _again(kind: type[Portable], args: tuple[Any, ...], attributes: dict[str, Any]) -> Portable:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
+def _portable(value: Any) -> Any:
+    """What was found may be anything: what cannot be pickled travels as it is printed."""
+    try:
+        pickle.dumps(value)
+    except Exception:  # each class raises its own
+        return repr(value)
+    return value
+
+
+class InputError(Portable, ValueError):
     """Something that the user gave cannot be used.
 
     The message is one line that says what was found, where, and what would be accepted. The command
@@ -24,3 +59,30 @@ def check(condition: object, field: str, found: object, accepted: str) -> None:
     """Raise ``FieldError`` unless ``condition`` holds. Write conditions that NaN fails (``0 <= x``)."""
     if not condition:
         raise FieldError(field, found, accepted)
+
+
+class Unwritable(OSError, InputError):
+    """A file cannot be written: no room, no permission, a file system that is read-only. An ``OSError`` with its
+    ``errno``, ``strerror`` and ``filename``."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: cannot be written ({self.strerror}); accepted: a writable place with room for it"
+
+
+@contextmanager
+def writing(path: Path, *also: Path) -> Iterator[None]:
+    """Say of which file an ``OSError`` is: most of those that a write raises do not name it.
+
+    Args:
+        also: files that become ``path``, and are not known by their own names.
+    Raises:
+        Unwritable: instead of an ``OSError`` that names no file, or one of these. Others pass.
+    """
+    try:
+        yield
+    except Unwritable:
+        raise
+    except OSError as error:
+        if error.filename is not None and str(error.filename) not in map(str, (path, *also)):
+            raise
+        raise Unwritable(error.errno or 0, error.strerror or str(error), str(path)) from error

@@ -58,7 +58,8 @@ def train(
         folder = RunFolder.create(new_folder(recipe, out), describe(recipe, dataset, device))
         if not quiet:
             console.print(f"run folder: {folder.path}")
-        return _go_on(folder, recipe, dataset, model, device, quiet)
+        with folder.alone():
+            return _go_on(folder, recipe, dataset, model, device, quiet)
 
 
 def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) -> RunFolder:
@@ -69,8 +70,8 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     Args:
         path: the run's folder. device: instead of the recorded one, for training and certification.
     Raises:
-        InputError: no run there, or an imported network; data or checkpoint are not what the run was started with.
-            Others as ``train``.
+        InputError: no run there, or an imported network; data or checkpoint are not what the run was started with;
+            another process trains or exports it. Others as ``train``.
     """
     folder, description = RunFolder.open(Path(path))
     if "imported" in description:
@@ -85,7 +86,7 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
     found = config.resolved_device()
-    with surroundings(config.threads, found):
+    with folder.alone(), surroundings(config.threads, found):
         dataset, model = _prepare(config)
         check_data(dataset, description)
         return _go_on(folder, config, dataset, model, found, quiet)
@@ -205,7 +206,8 @@ def export(
     Returns:
         what ``run.json`` then says under ``export``.
     Raises:
-        InputError: something given cannot be used, or the network cannot be exported; nothing on disk was changed.
+        InputError: something given cannot be used, the network cannot be exported, or another process trains or exports
+            this run; nothing on disk was changed.
     """
     folder, description = RunFolder.open(Path(path))
     config = recorded_config(folder, description)
@@ -213,7 +215,8 @@ def export(
     settings = config.export if timeout is None else dataclasses.replace(config.export, timeout=timeout)
     dataset = config.data.load()
     check_data(dataset, description)
-    return _export(folder, dataset, ball, images, settings, quiet)
+    with folder.alone():
+        return _export(folder, dataset, ball, images, settings, quiet)
 
 
 def _export(

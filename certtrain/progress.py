@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Self
+from typing import IO, Any, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-console = Console(soft_wrap=True, highlight=False)
+from .streams import Lasting
+
+
+class _Console(Console):
+    """Writes to what ``sys.stdout`` is now; where nothing can be written there, work goes on in silence."""
+
+    _lasting: Lasting | None = None
+
+    @property
+    def file(self) -> IO[str]:
+        stream: Any = super().file
+        if isinstance(stream, Lasting):  # the command line's
+            return stream  # type: ignore[return-value]
+        if self._lasting is None or self._lasting.stream is not stream:
+            self._lasting = Lasting(stream)
+        return self._lasting  # type: ignore[return-value]
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+
+console = _Console(soft_wrap=True, highlight=False)
 
 
 class _Bar(RichProgress):
@@ -32,7 +53,7 @@ class Progress:
         self.label, self.total, self.done, self.quiet = label, total, done, quiet
         self._before, self._started = done, time.perf_counter()
         self._rich: RichProgress | None = None
-        if sys.stdout.isatty() and not quiet:
+        if console.file.isatty() and not quiet:
             self._rich = _Bar(
                 TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
                 TextColumn("{task.fields[pace]}"), console=console, transient=True,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, Unwritable, writing
+from .locking import alone, lock_of
 
 
 def temporary_of(path: Path) -> Path:
@@ -21,16 +23,35 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def clear_leftovers(path: Path) -> None:
+    """Remove neighbours of ``path`` named by ``temporary_of`` that killed processes left; only for who is ``alone``."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
+    for neighbour in path.parent.iterdir():
+        if name.fullmatch(neighbour.name):
+            shutil.rmtree(neighbour, ignore_errors=True) if neighbour.is_dir() else neighbour.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary neighbour of ``path``, make it durable, then put it in place at once."""
+    """Let ``write`` fill a temporary neighbour of ``path``, make it durable, then put it in place at once.
+
+    The mode is that of the file that is replaced, else what the umask leaves, whatever ``write`` makes of it.
+
+    Raises:
+        Unwritable: names ``path``, which is as it was; the temporary file is gone.
+    """
     temporary = temporary_of(path)
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path, temporary):
+            temporary.write_bytes(b"")
+            mode = (path if path.is_file() else temporary).stat().st_mode & 0o777
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -45,30 +66,31 @@ class LineFile:
     path: Path
 
     def append_text(self, lines: str) -> None:
-        """Add lines, and make them durable."""
-        with self.path.open("ab") as file:
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        """Add lines, and make them durable: all of them, or none where there is no room.
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+        Raises:
+            Unwritable: names the file.
+        """
+        size = self.size()
+        try:
+            with writing(self.path), self.path.open("ab") as file:
+                file.write(lines.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except Unwritable:
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+
+    def alone(self, *, wait: bool = False) -> AbstractContextManager[bool]:
         """Keep other processes from writing here meanwhile (where the file system knows locks).
 
+        Args:
+            wait: until none is writing.
         Raises:
             InputError: one is writing.
         """
-        with self.path.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                mine = os.path.samestat(os.fstat(file.fileno()), self.path.stat())  # else rewritten under our hands
-            except BlockingIOError:
-                mine = False
-            except OSError:
-                mine = True
-            if not mine:
-                raise InputError(f"{self.path}: found another process that writes it; accepted: one at a time")
-            yield
+        return alone(lock_of(self.path), str(self.path), wait=wait)
 
     def drop_half_line(self) -> None:
         """Without what stands behind the last newline."""
@@ -90,7 +112,8 @@ class LineFile:
         if self.size() < size:
             raise InputError(f"{self.path}: found {self.size()} bytes; accepted: the file as written, at least {size}")
         if self.path.exists():
-            os.truncate(self.path, size)
+            with writing(self.path):
+                os.truncate(self.path, size)
 
 
 @dataclass(frozen=True)
@@ -134,12 +157,24 @@ DESCRIPTION: dict[str, type] = {
 }  # fmt: skip
 """What every ``run.json`` holds, among other things."""
 
+LOCK = ".lock"
+
 
 @dataclass(frozen=True)
 class RunFolder:
     """Names the files of a run: see the README for what each one holds."""
 
     path: Path
+
+    def alone(self) -> AbstractContextManager[bool]:
+        """Keep other processes from training or exporting this run meanwhile.
+
+        Verdicts, evaluations and diagnostics lock the files that they write: questions can be asked side by side.
+
+        Raises:
+            InputError: one is at it.
+        """
+        return alone(self.path / LOCK, str(self.path))
 
     @property
     def run(self) -> Path:
@@ -226,15 +261,20 @@ class RunFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                what = "a run" if (path / "run.json").exists() else "other files"
-                hint = f", or --resume {path}" if what == "a run" else ""
-                raise InputError(f"{path}: found {what}; accepted: --out with a new or empty folder{hint}")
+            folder = cls(path)
+            folder._refuse_contents()
         except OSError as error:
             raise InputError(f"{path}: cannot be made a folder ({error.strerror}); accepted: --out DIR") from error
-        folder = cls(path)
-        folder._write_description(description)
+        with folder.alone():
+            folder._refuse_contents()  # another process may have begun a run meanwhile
+            folder._write_description(description)
         return folder
+
+    def _refuse_contents(self) -> None:
+        if any(path.name != LOCK for path in self.path.iterdir()):
+            what = "a run" if self.run.exists() else "other files"
+            hint = f", or --resume {self.path}" if what == "a run" else ""
+            raise InputError(f"{self.path}: found {what}; accepted: --out with a new or empty folder{hint}")
 
     def describe(self, section: str, content: Mapping[str, Any]) -> None:
         """Say more in ``run.json``: a section, new or anew."""

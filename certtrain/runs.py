@@ -112,4 +112,4 @@ def question_of(
 def save_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
     """``model.safetensors``, or another checkpoint, whole or not at all."""
     found = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    write_atomically(file, lambda temporary: safetensors.torch.save_file(found, temporary))
+    write_atomically(file, lambda temporary: temporary.write_bytes(safetensors.torch.save(found)))

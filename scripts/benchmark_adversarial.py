@@ -36,7 +36,9 @@ from certtrain.losses import (
 )
 from certtrain.models import PreActResNet
 from certtrain.noise import Noise
+from certtrain.run_folder import write_atomically
 from certtrain.step import Batch, State, Step
+from certtrain.streams import lasting_streams
 from certtrain.training import Descend, Sgd
 
 METHODS: dict[str, Loss] = {
@@ -86,7 +88,8 @@ def main() -> None:
         where = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor()
         settings = {key: value for key, value in vars(options).items() if key != "json"}
         found = {**settings, "hardware": where, "torch": torch.__version__, "seconds": seconds, "ratios": ratios}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        text = json.dumps(found, indent=2) + "\n"
+        write_atomically(options.json, lambda temporary: temporary.write_text(text))
 
 
 def stepper(loss: Loss, options: argparse.Namespace):
@@ -109,4 +112,5 @@ def stepper(loss: Loss, options: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

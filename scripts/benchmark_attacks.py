@@ -37,7 +37,9 @@ from certtrain.attacks import SparsePgd, gradient_of, in_mode
 from certtrain.bounds import SparseBall
 from certtrain.models import PreActResNet
 from certtrain.noise import Noise
+from certtrain.run_folder import write_atomically
 from certtrain.step import Batch, Step
+from certtrain.streams import lasting_streams
 
 SHAPES = [(256, 32, 20), (128, 32, 120), (48, 224, 1200)]
 """Images, their side, k: evaluation and training on CIFAR-10, training on ImageNet-100."""
@@ -79,7 +81,8 @@ def main() -> None:
         settings = {key: value for key, value in vars(options).items() if key != "json"}
         gradient = {"seconds": found, "saving": saving}
         result = {**settings, "hardware": where, "torch": torch.__version__, "loops": loops, "gradient": gradient}
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2) + "\n"
+        write_atomically(options.json, lambda temporary: temporary.write_text(text))
 
 
 def taken_in_turns(runs: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, list[float]]:
@@ -220,4 +223,5 @@ def gradient_runs(options: argparse.Namespace) -> dict[str, Callable[[], object]
 
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

@@ -178,4 +178,10 @@ def _serve(cases) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if "--serve" in sys.argv:  # with the certtrain of another commit, which may not have the streams
+        main()
+    else:
+        from certtrain.streams import lasting_streams
+
+        with lasting_streams():
+            main()

@@ -35,7 +35,9 @@ from certtrain.bounds import LinfBall
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.models import Cnn7, initialise_for_ibp
+from certtrain.run_folder import write_atomically
 from certtrain.runs import load_model
+from certtrain.streams import lasting_streams
 from certtrain.verifiers import Certify, Specification, certify
 from certtrain.verifiers.cascade import robustness
 from certtrain.verifiers.known import Known
@@ -62,7 +64,8 @@ def main() -> None:
             found[name] = CASES[name](options)
             print(name, *(f"\n  {key:24s} {value}" for key, value in found[name].items()), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"threads": options.threads, **found}, indent=2) + "\n")
+        text = json.dumps({"threads": options.threads, **found}, indent=2) + "\n"
+        write_atomically(options.json, lambda temporary: temporary.write_text(text))
 
 
 def _network(shape: tuple[int, int, int], **options):
@@ -187,4 +190,5 @@ CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    with lasting_streams():
+        main()

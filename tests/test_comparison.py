@@ -27,8 +27,9 @@ from certtrain.comparison.results import Result, unanswered
 from certtrain.comparison.study import changed, slug_of
 from certtrain.config import unstructure
 from certtrain.errors import InputError
+from certtrain.locking import alone
 from certtrain.pipeline import train
-from certtrain.run_folder import JsonLines, LineFile, RunFolder, sha256
+from certtrain.run_folder import JsonLines, RunFolder, sha256
 from certtrain.training import Interrupted, TrainingStopped
 
 BASE = {
@@ -384,7 +385,7 @@ def test_one_process_at_a_run(tmp_path):
     path = written(tmp_path, rows=ROWS[:1], seeds=[0])
     (tmp_path / "out").mkdir()
     with (
-        LineFile(tmp_path / "out" / ".fgsm-rs-seed0.lock").alone(),
+        alone(tmp_path / "out" / ".fgsm-rs-seed0.lock", "it"),
         pytest.raises(InputError, match="another process"),
     ):
         compare(path, out=tmp_path / "out", quiet=True)
@@ -431,8 +432,8 @@ def test_what_a_process_is_refused_is_told(tmp_path):
     path, out = written(tmp_path, rows=ROWS[:1], seeds=[0]), tmp_path / "out"
     out.mkdir()
     with (
-        LineFile(out / ".fgsm-rs-seed0.lock").alone(),
-        pytest.raises(InputError, match=r"^FGSM-RS, seed 0: \S*fgsm-rs-seed0\.lock: found another process"),
+        alone(out / ".fgsm-rs-seed0.lock", "it"),
+        pytest.raises(InputError, match=rf"^FGSM-RS, seed 0: \S*: found another process \({os.getpid()} on "),
     ):
         compare(path, out=out, jobs=2, quiet=True)
 

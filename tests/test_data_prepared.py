@@ -33,9 +33,9 @@ from certtrain.data import (
     prepared,
     tiny_imagenet,
 )
-from certtrain.data.locking import alone
 from certtrain.data.mapped import MappedImages
 from certtrain.errors import InputError
+from certtrain.locking import alone, lock_of
 
 WNIDS = ["n03", "n01", "n02"]  # as in the published list, unsorted
 PER_CLASS = 5
@@ -461,7 +461,7 @@ class TestPreparedFile:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        (left,) = [path for path in tmp_path.iterdir() if path != tiny]
+        (left,) = [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
         assert left.name.startswith(".tiny.safetensors.") and left.name.endswith(".tmp")
         assert len(TinyImageNet(root=tiny).load().train) == 15
         assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.safetensors"]
@@ -473,7 +473,7 @@ class TestPreparedFile:
             found.append(TinyImageNet(root=tiny).load().checksum)
 
         threads = [threading.Thread(target=start) for _ in range(3)]
-        with alone(tiny):
+        with alone(lock_of(TinyImageNet(root=tiny).prepared), "it"):
             for thread in threads:
                 thread.start()
             time.sleep(0.3)

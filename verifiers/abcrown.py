@@ -27,7 +27,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, writing
 from .problem import Status
 
 PYTHON, HOME = "CERTTRAIN_ABCROWN_PYTHON", "CERTTRAIN_ABCROWN_HOME"
@@ -229,7 +229,7 @@ class Abcrown:
         log = logs / f"abcrown-{datetime.now():%Y%m%d-%H%M%S-%f}.log"
         timeout, inputs = settings["bab"]["timeout"], math.prod(settings["model"]["input_shape"][1:])
         place, current, late, since, limit = 0, None, False, time.monotonic(), 2 * timeout + self.grace
-        with TemporaryDirectory(prefix="certtrain-abcrown-") as name:  # for its owner only
+        with TemporaryDirectory(prefix="certtrain-abcrown-") as name, writing(Path(name)):  # for its owner only
             folder = Path(name)
             command = [str(self.python), "abcrown.py", "--config", _prepare(folder, paths, settings)]
             with _running(command, self.home, {**_environment(self.python), "TMPDIR": name}, log) as process:

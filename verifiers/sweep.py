@@ -176,9 +176,10 @@ def _to_do(question: Asked, file: JsonLines, settings: JsonLines, images: range)
 def _declare(question: Asked, settings: JsonLines) -> None:
     """Say what the verdicts to come rest on, before the first of them is written."""
     settings.path.parent.mkdir(exist_ok=True)
-    settings.drop_half_line()
-    if question.basis["settings"] not in {line.get("settings") for line in settings}:
-        settings.append(question.basis)
+    with settings.alone(wait=True):  # sweeps of other questions share it
+        settings.drop_half_line()
+        if question.basis["settings"] not in {line.get("settings") for line in settings}:
+            settings.append(question.basis)
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bounds import Box
 from ..bounds.folding import fold
-from ..errors import InputError, check
+from ..errors import InputError, Portable, check
 from ..run_folder import write_atomically
 from .cascade import run_cascade
 from .falsify import FalsifyStage
@@ -178,7 +178,7 @@ def _search(
     return list(found.values())
 
 
-class _Refuted(Exception):
+class _Refuted(Portable, Exception):
     """One counterexample is enough: it ends the search of all cases."""
 
     def __init__(self, inputs: Tensor, outputs: Tensor):

@@ -9,20 +9,34 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
+from ..streams import lasting_streams
 from . import compare, diagnose, evaluate, export, import_checkpoint, train, verify
 from .words import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input, 1 training stopped, or verifiers or attacks
-    contradict each other, 128 + n signal n."""
+    contradict each other, 128 + n signal n.
+
+    Nothing that is printed can end it: letters that the terminal lacks are replaced; a reader that left, or a device
+    that is full, is written to no more. Of a full one stderr says so, and the exit code is 2.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(prog="certtrain", description="Certified training, and the proof.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (train, verify, evaluate, diagnose, export, import_checkpoint, compare):
         command.add(commands)
-    return _guarded(parser, words)
+    with lasting_streams() as out:
+        try:
+            code = _guarded(parser, words)
+        finally:  # also where argparse has shown its help, and leaves
+            out.flush()
+            full = isinstance(out.lost, OSError) and not isinstance(out.lost, BrokenPipeError)
+            if full:
+                why = f"cannot be written ({out.lost.strerror}); accepted: a place with room; files are written as ever"
+                print(f"error: standard output: {why}", file=sys.stderr)
+    return code or (2 if full else 0)
 
 
 def _guarded(parser: argparse.ArgumentParser, words: list[str]) -> int:

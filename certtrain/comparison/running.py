@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..locking import alone, lock_of
 from ..pipeline import resume, train
 from ..progress import console
 from ..robustness import evaluate
-from ..run_folder import JsonLines, LineFile
+from ..run_folder import JsonLines
 from ..training import TrainingStopped
 from .processes import in_processes
 from .report import write_figures, write_table
@@ -121,7 +122,7 @@ def finish(trial: Trial, quiet: bool) -> None:
         InputError: something of it cannot be used, or another process is at it. TrainingStopped, Interrupted: as train.
     """
     trial.path.parent.mkdir(parents=True, exist_ok=True)
-    with LineFile(trial.path.parent / f".{trial.path.name}.lock").alone():
+    with alone(lock_of(trial.path), str(trial.path)):
         if (trial.path / "run.json").exists():
             check_recipe(trial)
             if stage_of(trial) == "interrupted":
@@ -152,6 +153,7 @@ def _remember(folder: Path, command: str) -> None:
     """Which calls made the numbers, for the table."""
     folder.mkdir(parents=True, exist_ok=True)
     calls = JsonLines(folder / "calls.jsonl")
-    calls.drop_half_line()
-    if command and command not in [call["command"] for call in calls]:
-        calls.append({"command": command})
+    with calls.alone(wait=True):
+        calls.drop_half_line()
+        if command and command not in [call["command"] for call in calls]:
+            calls.append({"command": command})

@@ -9,11 +9,12 @@ import stat
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
-from ..errors import InputError
+from ..errors import InputError, Unwritable, writing
 from ..progress import Progress
 from ..run_folder import temporary_of
 
@@ -48,12 +49,15 @@ def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
             _go_on(url, part)
             found = md5_of(part)
             if found == md5:
-                with part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(part, path)
+                with writing(path, part):
+                    with part.open("rb+") as file:
+                        os.fsync(file.fileno())
+                    os.replace(part, path)
                 return
             part.unlink()
             reasons.append(f"{url}: found md5 {found}")
+        except Unwritable:  # another mirror would not help; what has arrived is kept
+            raise
         except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError; a bad URL a ValueError
             reasons.append(f"{url}: {' '.join(str(error).split())}")
     raise InputError(f"{path}: could not be downloaded ({'; '.join(reasons)}); accepted: a file with md5 {md5}")
@@ -74,12 +78,30 @@ def _go_on(url: str, part: Path) -> None:
         have = have if skips else 0
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
-        with part.open("ab" if skips else "wb") as file, Progress(part.stem, total or 0, have) as progress:
+        with Progress(part.stem, total or 0, have) as progress, _opened(part, "ab" if skips else "wb") as write:
             while block := response.read(BLOCK):
-                file.write(block)
+                write(block)
                 progress.advance(len(block))
     if total is not None and part.stat().st_size < total:
         raise OSError(f"the connection was lost after {part.stat().st_size} of {total} bytes")
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[Callable[[bytes], None]]:
+    """Writes blocks to a file; what goes wrong there is no fault of the connection."""
+    with writing(path):
+        file = path.open(mode, buffering=0)
+
+    def write(block: bytes) -> None:
+        with writing(path):
+            left = memoryview(block)
+            while left:
+                left = left[file.write(left) :]
+
+    try:
+        yield write
+    finally:
+        file.close()
 
 
 def unpack(archive: Path, folder: str, target: Path) -> None:
@@ -101,6 +123,7 @@ def unpack(archive: Path, folder: str, target: Path) -> None:
             file.extractall(temporary)
         os.rename(temporary / folder, target)
     except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{archive}: cannot be unpacked to {target} ({error}); accepted: a whole .zip") from error
+        accepted = "a whole .zip, and room for what is in it"
+        raise InputError(f"{archive}: cannot be unpacked to {target} ({error}); accepted: {accepted}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

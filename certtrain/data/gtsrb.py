@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 
 from ..errors import InputError, check
+from ..locking import alone
 from ..noise import permutation
-from ..run_folder import temporary_of, write_atomically
+from ..run_folder import clear_leftovers, temporary_of, write_atomically
 from .dataset import Split
 from .download import fetch
 from .image_files import NAME, decoded, files_in, lines_of, missing
-from .locking import alone, clear_leftovers
 from .prepared import Contents, PreparedSource
 
 URL = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
@@ -142,7 +142,7 @@ class Gtsrb(PreparedSource):
         except OSError as error:
             raise InputError(f"{root}: cannot be made ({error.strerror}); accepted: a folder") from error
         wanted = [TRAINING[self.training], *([TEST, ANSWERS] if self.test == "official" else [])]
-        with alone(root) as locked:
+        with alone(root / ".lock", str(root), wait=True) as locked:
             for place in (place for place in wanted if not (root / place).exists()):
                 (root / place).parent.mkdir(parents=True, exist_ok=True)
                 if locked:
@@ -195,6 +195,7 @@ def _unpack(archive: Path, place: str, target: Path) -> None:
                     temporary.joinpath(*folders, name).write_bytes(file.read(entry))
         os.rename(temporary, target)
     except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{archive}: cannot be unpacked to {target} ({error}); accepted: a whole .zip") from error
+        accepted = "a whole .zip, and room for what is in it"
+        raise InputError(f"{archive}: cannot be unpacked to {target} ({error}); accepted: {accepted}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..locking import alone, lock_of
 from ..progress import Progress
-from ..run_folder import write_atomically
+from ..run_folder import clear_leftovers, write_atomically
 from .dataset import Source, Split
-from .locking import alone, clear_leftovers
 from .mapped import MappedImages
 
 FORMAT = "1"
@@ -84,7 +84,7 @@ class PreparedSource(Source):
         state = hashlib.sha256(f"{type(self).__name__} {self.state_of_folder()}".encode()).hexdigest()
         found = open_prepared(self.prepared, state)
         if found is None:
-            with alone(self.root) as locked:
+            with alone(lock_of(self.prepared), str(self.prepared), wait=True) as locked:
                 found = open_prepared(self.prepared, state)
                 if found is None:
                     self._prepare(state, locked)

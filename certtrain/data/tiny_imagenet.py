@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..locking import alone, lock_of
+from ..run_folder import clear_leftovers
 from .dataset import Split
 from .download import fetch, unpack
-from .locking import alone, clear_leftovers
 from .prepared import Contents, PreparedSource
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -78,7 +79,7 @@ class TinyImageNet(PreparedSource):
             root.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{root.parent}: cannot be made ({error.strerror}); accepted: a folder") from error
-        with alone(root.parent) as locked:
+        with alone(lock_of(root), str(root), wait=True) as locked:
             if not root.exists():
                 if locked:
                     clear_leftovers(root)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..locking import alone
 from .dataset import Source, Split
 from .download import fetch, md5_of
-from .locking import alone
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TorchvisionFiles(Source):
         if self.download:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
-                with alone(self.root):
+                with alone(self.root / ".lock", str(self.root), wait=True):
                     self.fetch()
             except InputError:
                 raise

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..attacks import in_mode
 from ..bounds import PerturbationSet, sized
 from ..data import Split
-from ..errors import InputError
+from ..errors import InputError, Portable
+from ..locking import alone, lock_of
 from ..run_folder import RunFolder, sha256, write_atomically
 from .adversary import Adversary, Clean, Intervals
 from .records import Question, Record, after_each, asked_of, measure, versions_behind
@@ -90,13 +91,14 @@ class Evaluation:
                         continue
                     where = f"{checkpoint.name}, {adversary.name}, {sized(self.kind, epsilon)}"
                     refuse_contradictions(certified, lines, where)
-        before = self._before()  # now, for another process may have written meanwhile
-        known = {_place(row) for row in (*rows, *skipped)}
-        rows, skipped = (
-            [*(row for row in before[name] if _place(row) not in known), *now]
-            for name, now in (("rows", rows), ("skipped", skipped))
-        )
-        return self._write(sorted(rows, key=_order), skipped)
+        with alone(lock_of(self.folder.evaluation), str(self.folder.evaluation), wait=True):
+            before = self._before()  # now, for another process may have written meanwhile
+            known = {_place(row) for row in (*rows, *skipped)}
+            rows, skipped = (
+                [*(row for row in before[name] if _place(row) not in known), *now]
+                for name, now in (("rows", rows), ("skipped", skipped))
+            )
+            return self._write(sorted(rows, key=_order), skipped)
 
     def _measure(
         self, checkpoint: Checkpoint, adversary: Adversary, epsilon: float, images: range,
@@ -225,7 +227,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({error}); accepted: the file as written, or none") from error
 
 
-class Contradiction(RuntimeError):
+class Contradiction(Portable, RuntimeError):
     """A bound and an attack that cannot both be right."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ FORMAT = 1
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping of tensors, numbers, text and nested lists and mappings of them, with its fingerprint."""
     whole = {"format": FORMAT, "fingerprint": fingerprint(content), "content": dict(content)}
-    write_atomically(path, lambda temporary: torch.save(whole, temporary))
+    buffer = io.BytesIO()  # for torch's own writer to a file says nothing of what went wrong
+    torch.save(whole, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import signal
 import threading
 from types import FrameType
 
+from ..errors import Portable
 
-class Interrupted(BaseException):
+
+class Interrupted(Portable):
     """The run was asked to stop and has saved itself; ``signal`` is the signal's number.
 
     No ``except Exception``, ours or a library's, may take it for a failure.

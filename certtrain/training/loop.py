@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..bounds import PerturbationSet, size_name
 from ..config import unstructure
 from ..data import Dataset, Loader
-from ..errors import InputError
+from ..errors import InputError, Portable
 from ..losses import Loss
 from ..noise import Noise, key_of
 from ..progress import Progress, describe
@@ -30,7 +30,7 @@ from .watch import Watch
 SHOWN = ("loss", "clean_accuracy", "attacked_accuracy", "verified_accuracy")
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(Portable, RuntimeError):
     """Training cannot go on; the message names the step, the terms and the last good checkpoint."""
 
 

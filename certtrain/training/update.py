@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Component
+from ..errors import Portable
 from ..losses import Loss, LossTerms
 from ..step import Batch, Step
 
 
-class NonFinite(ArithmeticError):
+class NonFinite(Portable, ArithmeticError):
     """The loss or its gradient is NaN or infinite; ``terms`` are the values of this step. No weight was changed."""
 
     def __init__(self, terms: dict[str, float]):

@@ -1,0 +1,241 @@
+"""What is printed never ends the work: encodings without our letters, readers that left, closed and full outputs."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from certtrain.command_line import main
+from certtrain.pipeline import train
+from certtrain.progress import console
+from certtrain.recipe import load_config
+from certtrain.streams import Lasting, lasting_streams
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+COMMANDS = ("train", "verify", "evaluate", "diagnose", "export", "import-checkpoint", "compare")
+ENCODINGS = {
+    "ascii": {"PYTHONIOENCODING": "ascii"}, "cp1252": {"PYTHONIOENCODING": "cp1252"},
+    "latin-1, strict": {"PYTHONIOENCODING": "latin-1:strict"},
+    "locale C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}  # fmt: skip
+SMALL = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--certify.images", "20", "--export.images", "2"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    return train(load_config(ROOT / "configs" / "smoke.yaml"), folder, quiet=True).path
+
+
+@pytest.fixture
+def run(smoke, tmp_path) -> Path:
+    shutil.copytree(smoke, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@contextlib.contextmanager
+def standard(stdout, stderr=None):
+    """Streams of this process, as a terminal of another kind would have them."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = stdout, stdout if stderr is None else stderr
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def terminal(encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict", write_through=True)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "koi8-r", "utf-8"])
+class TestLetters:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help(self, command, encoding):
+        stream = terminal(encoding)
+        with standard(stream), contextlib.suppress(SystemExit):
+            assert main([command, "--help"]) == 0
+        said = stream.buffer.getvalue().decode(encoding)
+        assert f"certtrain {command}" in said or "usage:" in said
+        if command == "verify":
+            assert ("?-?-CROWN" in said) == (encoding in ("ascii", "cp1252", "koi8-r"))
+
+    def test_tables_progress_and_errors(self, encoding, run):
+        stream = terminal(encoding)
+        with standard(stream):
+            assert main(["verify", str(run), "--images", ":20", "--epsilon", "0.03", "--stages", "ibp"]) == 0
+            assert main(["evaluate", str(run), "--images", "4", "--attacks", "pgd-1"]) == 0
+            assert main(["verify", str(run), "--verifier", "abcrown", "--abcrown-python", "ε\udcff"]) == 2
+            assert main(["verify", str(run / "α"), "--epsilon", "ε"]) == 2
+        said = stream.buffer.getvalue().decode(encoding)
+        assert "certified accuracy" in said and "pgd-1" in said and said.count("error: ") == 2
+
+    def test_our_console_without_the_command_line(self, encoding):
+        stream = terminal(encoding)
+        with standard(stream):
+            console.print("± α ∣ …")
+        assert len(stream.buffer.getvalue().decode(encoding).strip()) == 7
+
+
+@pytest.mark.parametrize("environment", ENCODINGS.values(), ids=ENCODINGS)
+def test_a_process_with_another_encoding(environment):
+    kept = {name: value for name, value in os.environ.items() if name not in ("LC_ALL", "LANG", "PYTHONUTF8")}
+    found = subprocess.run(
+        [sys.executable, str(SCRIPTS / "verify.py"), "--help"], env={**kept, **environment}, capture_output=True
+    )
+    assert found.returncode == 0 and b"-CROWN" in found.stdout and not found.stderr
+    found = subprocess.run(
+        [sys.executable, str(SCRIPTS / "verify.py"), "α\u2223"], env={**kept, **environment}, capture_output=True
+    )
+    assert found.returncode == 2 and found.stderr.startswith(b"error: ") and found.stderr.count(b"\n") == 1
+
+
+def begun(script: str, *words: str, **streams) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPTS / script), *words], cwd=ROOT, stderr=subprocess.PIPE, **streams
+    )
+
+
+def left_after(script: str, *words: str, lines: int) -> tuple[int, bytes]:
+    """Exit code and stderr of a process whose reader leaves after some lines, as ``head`` does."""
+    process = begun(script, *words, stdout=subprocess.PIPE)
+    for _ in range(lines):
+        assert process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    return process.wait(), said
+
+
+def whole(run: Path, evaluated: bool = False) -> bool:
+    final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    names = ["model.safetensors", "resume.pt", "model.onnx", "SHA256SUMS", *(["evaluation.json"] if evaluated else [])]
+    return final["kind"] == "final" and all((run / name).exists() for name in names)
+
+
+class TestAReaderThatLeft:
+    @pytest.mark.parametrize("lines", [0, 2])
+    def test_training_goes_on_to_its_end(self, lines, tmp_path):
+        assert left_after("train.py", *SMALL, "--out", str(tmp_path / "run"), lines=lines) == (0, b"")
+        assert whole(tmp_path / "run")
+
+    def test_verify_and_evaluate(self, run):
+        words = [str(run), "--images", ":30", "--stages", "ibp", "--epsilon", "0.04"]
+        assert left_after("verify.py", *words, lines=0) == (0, b"")
+        assert len((run / "verdicts" / "embedded-0.04-nearest.jsonl").read_text().splitlines()) == 30
+        assert left_after("evaluate.py", str(run), "--images", "8", "--attacks", "pgd-1", lines=0) == (0, b"")
+        assert (run / "evaluation.json").exists()
+
+    def test_compare_and_what_it_starts(self, tmp_path):
+        base = {
+            "data": {"type": "Digits"}, "model": {"type": "Mlp", "hidden": [4]}, "loss": {"type": "FgsmRs"},
+            "perturbation": {"type": "LinfBall", "epsilon": 0.1}, "certify": {"enabled": False},
+            "training": {"epochs": 1, "batch_size": 512, "milestones": [], "epsilon_multiplier": 1.0,
+                         "schedule": {"type": "Linear", "start": 0, "length": 0}, "initialisation": "default"},
+            "export": {"enabled": False}, "threads": 1,
+        }  # fmt: skip
+        rows = [{"name": "A"}, {"name": "B", "changes": {"loss": {"type": "NFgsm"}}}]
+        evaluate = {"attacks": ["pgd-1"], "images": 8}
+        study = {"name": "pair", "seeds": [0], "base": base, "rows": rows, "evaluate": evaluate}
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        words = [str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]
+        assert left_after("compare.py", *words, lines=0) == (0, b"")
+        assert "2 of 2 runs are trained" in (tmp_path / "out" / "table.md").read_text()
+
+    @pytest.mark.parametrize("words", [("train", "--help"), ("verify", "--help"), ("--help",), ("--version",)])
+    def test_short_commands_end_quietly(self, words):
+        code = "import sys; from certtrain.command_line import main; sys.exit(main(sys.argv[1:]))"
+        read, write = os.pipe()
+        os.close(read)
+        found = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        assert (found.returncode, found.stderr) == (0, b"")
+
+    def test_a_caller_from_python(self, tmp_path):
+        """No command line is there to help."""
+        code = "import certtrain, sys; certtrain.train(sys.argv[1], out=sys.argv[2])"
+        read, write = os.pipe()
+        os.close(read)
+        words = [str(ROOT / "configs" / "smoke.yaml"), str(tmp_path / "run")]
+        found = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        assert (found.returncode, found.stderr) == (0, b"") and whole(tmp_path / "run")
+
+
+class TestClosedAndFull:
+    @pytest.mark.parametrize(
+        ("redirections", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), ("2>/dev/full", 0), (">/dev/full", 2)]
+    )
+    def test_training(self, redirections, code, tmp_path):
+        command = f'"$0" "$@" {redirections}'
+        words = [sys.executable, str(SCRIPTS / "train.py"), *SMALL, "--out", str(tmp_path / "run")]
+        found = subprocess.run(["bash", "-c", command, *words], cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == code and whole(tmp_path / "run")
+        if code:  # what was to be read is lost: somebody has to hear of it
+            assert found.stderr == (
+                "error: standard output: cannot be written (No space left on device); accepted: a place with room; "
+                "files are written as ever\n"
+            )
+        else:
+            assert not found.stderr
+
+    @pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full", ">&-"])
+    def test_an_error_keeps_its_exit_code_and_its_stream(self, redirections, tmp_path):
+        words = [sys.executable, str(SCRIPTS / "verify.py"), str(tmp_path / "none")]
+        command = f'"$0" "$@" {redirections}'
+        found = subprocess.run(["bash", "-c", command, *words], cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 2 and not found.stdout  # an error is no answer
+        assert found.stderr.startswith("error: ") == (redirections == ">&-")
+
+    def test_files_do_not_get_the_numbers_of_closed_streams(self, tmp_path):
+        """Or a library's warning is written into them."""
+        code = f"""
+import os
+from certtrain.streams import lasting_streams
+with lasting_streams():
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        number = file.fileno()
+        os.write(2, b"a warning")
+        file.write(str(number))
+"""
+        subprocess.run(["bash", "-c", '"$0" -c "$1" >&- 2>&- <&-', sys.executable, code], cwd=ROOT, check=True)
+        assert int((tmp_path / "file").read_text()) > 2
+
+
+class Failing(io.StringIO):
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error, self.calls = error, 0
+
+    def write(self, text: str) -> int:
+        self.calls += 1
+        raise self.error
+
+
+class TestLasting:
+    @pytest.mark.parametrize(
+        "error", [BrokenPipeError(32, "b"), OSError(28, "f"), OSError(5, "io"), ValueError("closed")]
+    )
+    def test_it_asks_once(self, error):
+        stream = Failing(error)
+        lasting = Lasting(stream)
+        for _ in range(3):
+            assert lasting.write("text") == 4
+            lasting.flush()
+        lasting.writelines(["a", "b"])
+        assert stream.calls == 1 and lasting.lost is error
+
+    def test_streams_are_put_back(self):
+        before = sys.stdout, sys.stderr
+        with pytest.raises(KeyError), lasting_streams() as out:
+            assert isinstance(sys.stdout, Lasting) and sys.stdout is out and sys.stdout.stream is before[0]
+            raise KeyError
+        assert (sys.stdout, sys.stderr) == before
