@@ -145,8 +145,9 @@ class _Search:
             except OutOfTime:
                 self.tree = self.tree.joined(tree.take(index[part[0] :]))
                 raise
-            share = (now() - started) / len(part)
-            self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
+            finally:
+                share = (now() - started) / len(part)
+                self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
             late = {i for i in set(images.tolist()) if self.seconds[i] > self.timeout}
             most = self.search.most
             many = {i for i in set(images.tolist()) if most is not None and self.splits[i] >= most}

@@ -127,8 +127,9 @@ class _Splitting:
             except OutOfTime:
                 self.open = self.open.joined(boxes.take(index[part[0] :]))
                 raise
-            share = (now() - started) / len(part)
-            self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
+            finally:
+                share = (now() - started) / len(part)
+                self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
             self._give_up({i for i in set(images.tolist()) if self.seconds[i] > self.timeout}, "timeout")
 
     def _bound(self, boxes: _Boxes) -> None:

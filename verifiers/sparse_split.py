@@ -177,10 +177,11 @@ class _Splitting:
     def _timed(self, image: Tensor, work: Callable):
         """What it returns, its time shared by subproblems."""
         started = now()
-        found = work()
-        share = (now() - started) / len(image)
-        self.seconds.index_add_(0, image.cpu(), torch.full((len(image),), share, dtype=torch.float64))
-        return found
+        try:
+            return work()
+        finally:
+            share = (now() - started) / len(image)
+            self.seconds.index_add_(0, image.cpu(), torch.full((len(image),), share, dtype=torch.float64))
 
     def _bound(self, parts: _Parts) -> tuple[_Parts, Tensor]:
         """Those that stay open, and which of them (P,) are leaves."""
