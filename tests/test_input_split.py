@@ -351,9 +351,9 @@ class TestFalsify:
         asked = []
         original = FalsifyStage._found
 
-        def watched(self, problem, number, clause, start, deadline):
+        def watched(self, problem, number, clause, start):
             asked.extend(zip(number.tolist(), clause.tolist()))
-            return original(self, problem, number, clause, start, deadline)
+            return original(self, problem, number, clause, start)
 
         monkeypatch.setattr(FalsifyStage, "_found", watched)
         rows = torch.tensor([[1.0], [1.0], [-1.0]]).expand(2, -1, -1)

@@ -7,7 +7,6 @@ every image, splits each at one neuron, and bounds the halves. A leaf, where eve
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Bounds
+from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.crown import crown_bounds, rows_at_a_time
 from ..bounds.folded import Folded
 from .branching import look_ahead, minimiser, scores
@@ -38,7 +38,8 @@ def branch_and_bound(
 
     Args:
         exact: the network in float64, for the leaves.
-        timeout: seconds of each image's share of the time; as many again on the wall clock for each image at most.
+        timeout: seconds of each image's share of the time; as many again on the wall clock for each image at most. The
+            wall clock is looked at within rounds; what a round has begun by then counts as not begun.
         violates: whether an input (*shape) of the given image's region is a counterexample, by replay.
     """
     return _Search(problem, known, exact, search, timeout, violates).run()
@@ -79,14 +80,24 @@ class _Search:
         )  # fmt: skip
 
     def run(self) -> Outcome:
-        started = time.perf_counter()
+        started = now()
+        try:
+            with until(started + self.timeout * len(self.problem)):
+                self._search(started)
+        except OutOfTime:
+            self._give_up(set(self.tree.image.tolist()), "wall clock")
+        count = len(self.problem)
+        reasons = [reason or doubt for reason, doubt in zip(self.reasons, self.doubts, strict=True)]
+        given_up = torch.tensor([reason is not None for reason in reasons], dtype=torch.bool)
+        refuted = torch.tensor([found is not None for found in self.counterexamples], dtype=torch.bool)
+        lower = torch.maximum(self.root, self.leaves).amin(-1) if self.root.numel() else self.root.new_zeros(count)
+        return Outcome(~(given_up | refuted), self.counterexamples, lower, self.seconds, reasons)
+
+    def _search(self, started: float) -> None:
         roots, self.tree = self.tree, self.tree.take(torch.arange(0))
         self._bound(roots)
-        cap = started + self.timeout * len(self.problem)
         while len(self.tree):
-            if time.perf_counter() > cap:
-                self._give_up(set(self.tree.image.tolist()), "wall clock")
-                break
+            look()
             size = min(self.search.batch, rows_at_a_time(self.network, 2, self.lower))
             chosen = in_turns(self.tree.image, self.tree.bound, size)
             if self._probe(self.tree.take(chosen), started):  # an image has gone
@@ -95,27 +106,21 @@ class _Search:
             left[chosen] = False
             parents, self.tree = self.tree.take(chosen), self.tree.take(left)
             self._bound(self._halves(parents))
-        count = len(self.problem)
-        reasons = [reason or doubt for reason, doubt in zip(self.reasons, self.doubts, strict=True)]
-        given_up = torch.tensor([reason is not None for reason in reasons], dtype=torch.bool)
-        refuted = torch.tensor([found is not None for found in self.counterexamples], dtype=torch.bool)
-        lower = torch.maximum(self.root, self.leaves).amin(-1) if self.root.numel() else self.root.new_zeros(count)
-        return Outcome(~(given_up | refuted), self.counterexamples, lower, self.seconds, reasons)
 
     def _probe(self, parents: Tree, started: float) -> bool:
         """Whether LPs of the relaxed subproblems, the first ones, for a part of the time, found a counterexample: an
         LP's minimiser meets the assumed signs. Its bound is left alone, so that bounds do not depend on time."""
         found = False
         for number, image in enumerate(parents.image.tolist()):
-            now = time.perf_counter()
-            if self.probing > PROBING * (now - started):
+            begun = now()
+            if self.probing > PROBING * (begun - started):
                 break
             if self._wanted(image):
                 one = parents.take(torch.tensor([number], device=parents.image.device))
                 signs, lower, upper = self.dense(one)
                 self._program(one, 0, lower[0], upper[0], signs[0])
                 found = found or not self._wanted(image)
-                spent = time.perf_counter() - now
+                spent = now() - begun
                 self.probing += spent
                 self.seconds[image] += spent
         return found
@@ -130,13 +135,19 @@ class _Search:
     def _bound(self, tree: Tree) -> None:
         """Bound subproblems; keep those that stay open, each with the neuron to split at."""
         size = max(1, min(2 * self.search.batch, rows_at_a_time(self.network, 1, self.lower)))
-        for part in torch.arange(len(tree), device=tree.image.device).split(size) if len(tree) else ():
-            started = time.perf_counter()
+        index = torch.arange(len(tree), device=tree.image.device)
+        for part in index.split(size) if len(tree) else ():
+            started = now()
             batch = tree.take(part)
             images = batch.image.cpu()
-            self._bound_batch(batch)
-            share = (time.perf_counter() - started) / len(part)
-            self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
+            try:
+                self._bound_batch(batch)
+            except OutOfTime:
+                self.tree = self.tree.joined(tree.take(index[part[0] :]))
+                raise
+            finally:
+                share = (now() - started) / len(part)
+                self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
             late = {i for i in set(images.tolist()) if self.seconds[i] > self.timeout}
             most = self.search.most
             many = {i for i in set(images.tolist()) if most is not None and self.splits[i] >= most}

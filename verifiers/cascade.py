@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, forward, trace
+from ..bounds.clock import OutOfTime, now, until
 from ..bounds.folded import Folded
 from ..bounds.folding import fold
 from ..bounds.program import Input, ProgramModule, Whole
@@ -43,7 +43,8 @@ def run_cascade(
     runs out of memory its images go on in two halves; one that is alone and still too large is ``unknown``.
 
     Args:
-        limits: of time; looked at between stages, and kept by branch and bound.
+        limits: of time. A stage has what is left of an image's seconds for each of its images, and looks at the clock
+            within; what it knew by then is kept. A batch takes so many times an image's seconds at most.
         watch: told each stage that begins, and the number of images that go through it.
         arithmetic: in which proofs hold. Counterexamples are always those of the network as it runs.
     Raises:
@@ -54,12 +55,14 @@ def run_cascade(
     if all(isinstance(stage, (CleanStage, AttackStage, LirpaStage)) for stage in stages):
         problem = replace(problem, network=_runnable(problem.network))
     folded = _folded(problem, arithmetic) if len(problem) else None
-    run = _Run(problem, limits or Limits(), watch)
-    if folded is not None:
-        network, dtype = folded
-        rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
-        everything = torch.arange(len(problem), device=problem.index.device)
-        run.go(everything, Known(network, rows, {}), _fitting(stages, problem))
+    wait = partial(torch.cuda.synchronize, images.device) if images.is_cuda else None
+    with until(wait=wait):  # for the pace of the work, which later stages go by
+        run = _Run(problem, (limits or Limits()).of(len(problem)), watch)
+        if folded is not None:
+            network, dtype = folded
+            rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
+            everything = torch.arange(len(problem), device=problem.index.device)
+            run.go(everything, Known(network, rows, {}), _fitting(stages, problem))
     precision = str(images.dtype).removeprefix("torch.")
     return run.verdicts(f"nearest {precision}" if arithmetic == "nearest" else arithmetic)
 
@@ -121,6 +124,7 @@ class _Run:
         self.spent: list[dict[str, float]] = [{} for _ in range(count)]
         self.counterexamples: list[Tensor | None] = [None] * count
         self.reasons: list[str | None] = [None] * count
+        self.cut: dict[int, str] = {}  # images that a stage had no time for, and why
 
     def go(self, left: Tensor, known: Known, stages: Sequence[Stage]) -> None:
         """Send the images ``left``, of which ``known`` speaks, through the stages."""
@@ -134,14 +138,14 @@ class _Run:
                 return
             spent = max(sum(self.spent[number].values()) for number in numbers)
             limit, late = self.limits.share(spent, len(numbers))
-            if isinstance(stage, (BabStage, InputSplitStage, LocationStage)) and limit < stage.timeout:
-                stage = replace(stage, timeout=limit)
-            else:
-                late = "timeout"
+            if isinstance(stage, (BabStage, InputSplitStage, LocationStage)):
+                late = late if limit < stage.timeout else "timeout"
+                stage = replace(stage, timeout=max(0.0, min(limit, stage.timeout)))
             self.watch(stage.name, len(numbers))
-            some, started = self.problem.subset(left), time.perf_counter()
-            found = within_memory(partial(_answer, stage, some, known))
-            share = (time.perf_counter() - started) / len(numbers)
+            some, started = self.problem.subset(left), now()
+            with until(started + max(0.0, limit) * len(numbers)) as clock:
+                found = within_memory(partial(_answer, stage, some, known))
+            share = (now() - started) / len(numbers)
             for row, number in enumerate(numbers):
                 seconds = share if found is None or found[0].seconds is None else float(found[0].seconds[row])
                 self.spent[number][stage.name] = self.spent[number].get(stage.name, 0.0) + seconds
@@ -154,6 +158,10 @@ class _Run:
                     self.go(left[half], known.subset(half), stages[place:])
                 return
             still = torch.tensor(self._note(numbers, *found, late), dtype=torch.int64, device=left.device)
+            if clock.late:
+                self.cut |= dict.fromkeys(numbers, late)
+            elif found[0].seconds is not None:  # a search that came to its end: more time would not help
+                self.cut = {number: why for number, why in self.cut.items() if number not in numbers}
             left, known = left[still], found[0].known.subset(still)
 
     def _in_time(self, number: int) -> bool:
@@ -180,6 +188,9 @@ class _Run:
         return open_
 
     def verdicts(self, arithmetic: str) -> list[Verdict]:
+        for number, why in self.cut.items():
+            if self.status[number] == "unknown" and self.reasons[number] != "out of memory":
+                self.status[number], self.reasons[number] = "timeout", why
         labels = self.problem.specification.labels
         return [
             Verdict(
@@ -201,7 +212,10 @@ class _Run:
 
 def _answer(stage: Stage, problem: Problem, known: Known) -> tuple[Finding, list[float]]:
     """A stage's finding, and each problem's worst margin at least."""
-    finding = stage(problem, known)
+    try:
+        finding = stage(problem, known)
+    except OutOfTime:  # with nothing to keep
+        finding = Finding([None] * len(problem), known)
     worst = problem.specification.worst(finding.known.rows)
     worst = worst if finding.lower is None else torch.maximum(worst, finding.lower)
     return finding, worst.tolist()  # waits for the device: the time is the stage's own

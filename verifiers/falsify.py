@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ..bounds import forward
+from ..bounds.clock import OutOfTime, fitting, look, looking, now, until
+from ..bounds.effort import work_of
+from ..bounds.folded import Folded
 from ..noise import Noise, key_of
 from .known import Known
 from .problem import Problem, Specification, Status
@@ -28,7 +30,7 @@ class FalsifyStage:
         starts: for each clause.
         seconds: after which no further start is tried, nor a further step made.
         seed: of the random starts.
-        most: points that go through the network together.
+        most: points that go through the network together; fewer where that would take too long.
     """
 
     steps: int = 40
@@ -40,25 +42,25 @@ class FalsifyStage:
     name: str = "falsify"
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
-        deadline = time.perf_counter() + self.seconds
         counterexamples: list[Tensor | None] = [None] * len(problem)
         members, _ = rows_of(problem.specification.clauses)
         number, clause = (~(known.rows[:, members] > 0).any(-1)).nonzero(as_tuple=True)
-        work = [part for start in range(self.starts) for part in _parts(number, clause, start, self.most)]
-        for number, clause, start in work:
-            if time.perf_counter() > deadline:
-                break
-            wanted = torch.tensor([counterexamples[i] is None for i in number.tolist()], device=number.device)
-            if wanted.any():
-                for place, point in self._found(problem, number[wanted], clause[wanted], start, deadline):
-                    if counterexamples[place] is None and self.judge(problem, place, point):
-                        counterexamples[place] = point
+        with until(now() + self.seconds):
+            most = fitting(max(1, min(self.most, len(number))), _step_of(known.network))
+            work = [part for start in range(self.starts) for part in _parts(number, clause, start, most)]
+            try:
+                for number, clause, start in looking(work):
+                    wanted = torch.tensor([counterexamples[i] is None for i in number.tolist()], device=number.device)
+                    if wanted.any():
+                        for place, point in self._found(problem, number[wanted], clause[wanted], start):
+                            if counterexamples[place] is None and self.judge(problem, place, point):
+                                counterexamples[place] = point
+            except OutOfTime:
+                pass
         statuses: list[Status | None] = [None if point is None else "falsified" for point in counterexamples]
         return Finding(statuses, known, counterexamples=counterexamples)
 
-    def _found(
-        self, problem: Problem, number: Tensor, clause: Tensor, start: int, deadline: float
-    ) -> list[tuple[int, Tensor]]:
+    def _found(self, problem: Problem, number: Tensor, clause: Tensor, start: int) -> list[tuple[int, Tensor]]:
         """Points on which the network, run in a batch, breaks the specification; with each its problem's number."""
         region, specification = problem.region.take(number), problem.specification.subset(number)
         hull, width = region.hull, 2 * region.hull.radius
@@ -74,12 +76,19 @@ class FalsifyStage:
                 goal = _largest_row(specification, logits, clause).sum()
             wrong = ~holds(specification, logits.detach())
             found += [(int(number[i]), points[i]) for i in wrong.nonzero().flatten().tolist()]
-            if found or step == self.steps or time.perf_counter() > deadline:
+            if found or step == self.steps:
                 break
+            look()
             (gradient,) = torch.autograd.grad(goal, at)
             size = 0.25 * 0.04 ** (step / self.steps)
             points = region.nearest(points - size * width * gradient.sign())
         return found
+
+
+def _step_of(network: Folded) -> dict[str, float]:
+    """What a step of one point takes, about: the network once, and twice as much for the gradient."""
+    last = len(network.operations) - 1
+    return {kind: 3 * work for kind, work in work_of(network, last, lambda at: network.shapes[at].numel()).items()}
 
 
 def _parts(number: Tensor, clause: Tensor, start: int, most: int) -> Iterator[tuple[Tensor, Tensor, int]]:

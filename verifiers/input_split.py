@@ -6,7 +6,6 @@ from its linear bound: the input through which that bound varies most over the b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Box
+from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.crown import rows_at_a_time
 from .box_bounds import BoxBounds
 from .frontier import Frontier
@@ -71,7 +71,8 @@ def split_inputs(
     """Prove or refute what ``known`` leaves open of problems over boxes.
 
     Args:
-        timeout: seconds of each image's share of the time; as many again on the wall clock for each image at most.
+        timeout: seconds of each image's share of the time; as many again on the wall clock for each image at most. The
+            wall clock is looked at within rounds; what a round has begun by then counts as not begun.
         violates: whether an input (*shape) of the given image's region is a counterexample, by replay.
     """
     return _Splitting(problem, known, timeout, violates, batch).run()
@@ -95,30 +96,40 @@ class _Splitting:
         self.open = _Boxes(everything, hull.lower, hull.upper, worst, torch.zeros_like(everything))
 
     def run(self) -> Outcome:
-        cap = time.perf_counter() + self.timeout * len(self.problem)
+        try:
+            with until(now() + self.timeout * len(self.problem)):
+                self._search()
+        except OutOfTime:
+            self._give_up(set(self.open.image.tolist()), "wall clock")
+        proved = self._wanted(torch.arange(len(self.problem)))
+        return Outcome(proved, self.counterexamples, self.lower, self.seconds, self.reasons)
+
+    def _search(self) -> None:
         roots, self.open = self.open, self.open.take(torch.arange(0))
         self._look_at(roots)
         while len(self.open):
-            if time.perf_counter() > cap:
-                self._give_up(set(self.open.image.tolist()), "wall clock")
-                break
+            look()
             chosen = in_turns(self.open.image, self.open.bound, self.batch)
             left = torch.ones(len(self.open), dtype=torch.bool, device=chosen.device)
             left[chosen] = False
             parents, self.open = self.open.take(chosen), self.open.take(left.nonzero().flatten())
             self._look_at(parents.halves())
-        proved = self._wanted(torch.arange(len(self.problem)))
-        return Outcome(proved, self.counterexamples, self.lower, self.seconds, self.reasons)
 
     def _look_at(self, boxes: _Boxes) -> None:
         """Bound boxes, try their likeliest points, keep those that stay open."""
-        for part in torch.arange(len(boxes), device=boxes.image.device).split(2 * self.batch) if len(boxes) else ():
-            started = time.perf_counter()
+        index = torch.arange(len(boxes), device=boxes.image.device)
+        for part in index.split(2 * self.batch) if len(boxes) else ():
+            started = now()
             some = boxes.take(part)
             images = some.image.cpu()
-            self._bound(some)
-            share = (time.perf_counter() - started) / len(part)
-            self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
+            try:
+                self._bound(some)
+            except OutOfTime:
+                self.open = self.open.joined(boxes.take(index[part[0] :]))
+                raise
+            finally:
+                share = (now() - started) / len(part)
+                self.seconds.index_add_(0, images, torch.full((len(part),), share, dtype=torch.float64))
             self._give_up({i for i in set(images.tolist()) if self.seconds[i] > self.timeout}, "timeout")
 
     def _bound(self, boxes: _Boxes) -> None:

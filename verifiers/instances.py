@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from ..bounds.clock import OutOfTime, now, until
 from ..errors import InputError, check
 from ..run_folder import LineFile
 from .limits import out_of_memory
@@ -126,14 +127,17 @@ def _answered(
     networks: _Networks, folder: Path, instance: Instance, timeout: float, arithmetic: Arithmetic
 ) -> tuple[Answer, str | None]:
     """An answer, and what to say of it."""
-    started = time.perf_counter()
+    started = now()
     try:
-        network = networks(instance.network)
-        path = present(folder / instance.property)
-        property = read_property(path, network.shape.numel(), network.outputs)
-        found = check_property(network, property, started + timeout, arithmetic)
-        return found, found.reason
+        with until(started + timeout):
+            network = networks(instance.network)
+            path = present(folder / instance.property)
+            property = read_property(path, network.shape.numel(), network.outputs)
+            found = check_property(network, property, started + timeout, arithmetic)
+        return replace(found, seconds=now() - started), found.reason
+    except OutOfTime:
+        return Answer("timeout", now() - started, arithmetic, "timeout"), "timeout"
     except Exception as error:  # one line's trouble must not take the others' answers away
         why = "out of memory" if out_of_memory(error) else " ".join(f"{error}".split())
-        found = Answer("unknown" if out_of_memory(error) else "error", time.perf_counter() - started, arithmetic)
+        found = Answer("unknown" if out_of_memory(error) else "error", now() - started, arithmetic)
         return found, why if isinstance(error, InputError) else f"{type(error).__name__}: {why}"

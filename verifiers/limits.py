@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+
+from ..bounds.clock import now
 
 T = TypeVar("T")
 
@@ -25,22 +26,28 @@ class Limits:
     Args:
         seconds: of an image: its share of the time of the batches that it is in, over all stages.
         deadline: on the clock of ``time.perf_counter``, of the whole sweep.
+        end: on the same clock, of this batch: as many times ``seconds`` as it has images, from its beginning on.
     """
 
     seconds: float = math.inf
     deadline: float = math.inf
+    end: float = math.inf
+
+    def of(self, images: int) -> Limits:
+        """Of a batch that begins now."""
+        return replace(self, end=now() + images * self.seconds) if images else self
 
     def exceeded(self, spent: float) -> str | None:
         """Why an image that has had so many seconds gets no further stage, else None."""
-        if time.perf_counter() >= self.deadline:
+        if now() >= self.deadline:
             return TOTAL_TIMEOUT
-        return "timeout" if spent >= self.seconds else None
+        return "timeout" if spent >= self.seconds or now() >= self.end else None
 
     def share(self, spent: float, images: int) -> tuple[float, str]:
         """Seconds that each of some images may still have, and the reason if they are not enough."""
-        left = self.seconds - spent
-        together = (self.deadline - time.perf_counter()) / images
-        return (left, "timeout") if left <= together else (max(0.0, together), TOTAL_TIMEOUT)
+        own = min(self.seconds - spent, (self.end - now()) / images)
+        together = (self.deadline - now()) / images
+        return (own, "timeout") if own <= together else (max(0.0, together), TOTAL_TIMEOUT)
 
 
 def within_memory(action: Callable[[], T]) -> T | None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..bounds import Bounds, Region
+from ..bounds.clock import OutOfTime, look
 from ..bounds.program import ProgramModule, Whole
 from ..errors import InputError, check
 from ..models.base import Normalise
@@ -70,6 +71,7 @@ def lirpa_rows(model: nn.Module, region: Region, rows: Tensor, method: Method, *
 
     Raises:
         InputError: no auto_LiRPA (see ``require``), or one that cannot bound this model.
+        OutOfTime: by the clock, which is looked at whenever it goes back through a relaxation.
     """
     check(method in METHODS, "method", method, ", ".join(METHODS))
     check(steps >= 0, "steps", steps, "a whole number >= 0")
@@ -83,7 +85,7 @@ def lirpa_rows(model: nn.Module, region: Region, rows: Tensor, method: Method, *
                 options = {"conv_mode": mode, "optimize_bound_args": {"iteration": steps + 1}}  # the last takes no step
                 return _lower(library, _evaluating(model), region, rows.to(dtype), METHODS[method], options)
         except Exception as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, OutOfTime):
                 raise
             lacking = {name for record in said for name in re.findall(r"^Name: ([^,]+)", record.getMessage())}
             reason = (
@@ -117,6 +119,7 @@ class LirpaStage:
         if known.network.rounding is not None:
             why = "auto_LiRPA's bounds hold in nearest arithmetic only"
             return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+        look()
         forms, offsets = known.rows_of(problem.specification)
         rows = lirpa_rows(problem.network, problem.region, forms, self.method, steps=self.steps)
         return proof(problem, known.with_rows(rows + offsets))
@@ -164,7 +167,9 @@ def _lower(library: ModuleType, twin: nn.Module, region: Region, rows: Tensor, m
 
 
 def _watched(get_bias: Any, sound: list[Tensor], coefficients: Any, bias: Any) -> Any:
-    """Takes down whether a relaxation's offsets are finite: auto_LiRPA counts as 0 what comes out as NaN."""
+    """Takes down whether a relaxation's offsets are finite: auto_LiRPA counts as 0 what comes out as NaN. Looks at the
+    clock: no other place is met as often."""
+    look()
     sound.append(torch.as_tensor(bias).isfinite().all())
     return get_bias(coefficients, bias)
 

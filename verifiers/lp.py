@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from ..bounds import Bounds, Region
+from ..bounds import Bounds, Region, clock
 from ..bounds.crown import backward, relax_all, rows_at_a_time
 from ..bounds.folded import Folded
 from ..errors import InputError
@@ -82,7 +82,7 @@ class LinearProgram:
         """The leaf's answer.
 
         Args:
-            time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve.
+            time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve; the clock's too.
         """
         goals = self.goals
         alone = torch.eye(goals, len(self.constants), dtype=torch.float64)
@@ -137,9 +137,13 @@ def _highs(cost: np.ndarray, rows: np.ndarray, limits: np.ndarray, time_limit: f
     boxed = len(cost) if boxed is None else boxed
     ends = [(-1.0, 1.0)] * boxed + [(0.0, None)] * (len(cost) - boxed)
     options = {"primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE}
-    if time_limit < math.inf:
-        options["time_limit"] = max(time_limit, 0.0)
-    return linprog(cost, rows, limits, bounds=ends, method="highs", options=options)
+    left = clock.left()
+    if min(time_limit, left) < math.inf:
+        options["time_limit"] = max(min(time_limit, left), 0.0)
+    found = linprog(cost, rows, limits, bounds=ends, method="highs", options=options)
+    if found.status == 1 and left <= time_limit:
+        clock.look(seconds=math.inf)
+    return found
 
 
 def _least_slack(rows: np.ndarray, limits: np.ndarray, time_limit: float) -> Any:
@@ -202,8 +206,9 @@ def solve_leaf(
         rows: (G, K), of one clause; offsets: (G,).
         lower, upper: (N,) bounds of the neurons' inputs (``Neurons``), valid in the leaf.
         signs: (N,) int8, what was assumed of each neuron's input: 1 for >= 0, -1 for <= 0, 0 for nothing.
-        time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve.
+        time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve; the clock's too.
     Raises:
+        OutOfTime: by the clock, while the program is made or solved.
         InputError: the region is no box, holds several images, or is not float64.
     """
     leaf = leaf_program(network, region, rows, offsets, lower, upper, signs).solve(time_limit)

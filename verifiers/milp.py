@@ -8,7 +8,6 @@ decide ``verified``. What it may do is find counterexamples, and tell tests what
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from ..bounds import Bounds, Region
+from ..bounds import Bounds, Region, clock
 from ..bounds.folded import Folded, Nonlinear
 from ..errors import InputError
 from .lp import check_box
@@ -61,7 +60,7 @@ def minimum(
         region: a box around one image, float64.
         rows: (1, R, K); offsets: (1, R).
         bounds: of every non-linear operation's input, valid on the region (``crown_bounds``, ``interval_bounds``).
-        time_limit: in seconds, for all clauses together.
+        time_limit: in seconds, for all clauses together; the clock's too.
         clauses: (R,) int64, the clause of each row, as in ``Specification``; None makes each row its own.
         position: of an operation whose output, of K numbers, is looked at instead of the logits.
     Raises:
@@ -73,7 +72,7 @@ def minimum(
     place = len(network.operations) - 1 if position is None else position
     program = _Program(network, region, bounds, place)
     clauses = torch.arange(rows.shape[1]) if clauses is None else clauses.cpu()
-    deadline = time.monotonic() + time_limit
+    deadline = clock.now() + min(time_limit, clock.left())
     found = [
         program.minimise(rows[0, clauses == clause].flatten(1), offsets[0, clauses == clause], deadline)
         for clause in clauses.unique()
@@ -108,6 +107,7 @@ class _Program:
         directions = torch.diag(hull.radius.flatten()).reshape(-1, *hull.center.shape[1:])
         stacks = {0: torch.cat([hull.center, directions, hull.center.new_zeros(self.units, *hull.center.shape[1:])])}
         for number, operation in enumerate(self.network.operations[: position + 1]):
+            clock.look()
             if isinstance(operation, Nonlinear):
                 slope = operation.activation.slope if operation.activation.kind == "leaky_relu" else 0.0
                 stacks[number] = self._activate(number, slope, stacks[operation.inputs[0]])
@@ -150,7 +150,7 @@ class _Program:
         high = np.concatenate([*(high for _, high in self.ends), np.ones(self.units), [np.inf]])
         options = {"mip_rel_gap": 0.0}
         if deadline < math.inf:
-            options["time_limit"] = max(deadline - time.monotonic(), 0.0)
+            options["time_limit"] = max(deadline - clock.now(), 0.0)
         found = milp(
             np.eye(1, len(low), len(low) - 1)[0],
             integrality=np.repeat([0, 1, 0], [self.columns, self.units, 1]),

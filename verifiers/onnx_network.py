@@ -23,6 +23,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from torch import Tensor
 
 from ..bounds import program as p
+from ..bounds.clock import look, looking
 from ..errors import InputError
 from .onnx_operators import RULES
 from .onnx_steps import Construction, Shape, Step, Value, evaluate, held, session
@@ -62,6 +63,7 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     """
     path = Path(path)
     model = load_onnx(path)
+    look()
     name, shape = _input(model, path)
     outputs = [output.name for output in model.graph.output]
     if len(outputs) != 1:
@@ -71,7 +73,7 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     model.graph.node.extend(live)
     nodes = _computed(model, name, path)
     run = _construction(model, nodes, name, shape, path)
-    for node in nodes:
+    for node in looking(nodes):
         for output in (output for output in node.output if run.readers[output]):
             step = Step(run, node, output)
             if output != node.output[0] and node.op_type != "Split":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Bounds, Region
+from ..bounds.clock import OutOfTime, look, now
 from ..bounds.crown import LinearBound, backward, relax_all, slack_of
 from ..bounds.folded import Folded
 from ..bounds.rounding import OWN
@@ -109,12 +110,15 @@ def maximise(
     decay: float = 0.97,
     done: Callable[[Tensor], Tensor] = lambda best: best.new_zeros(len(best), dtype=torch.bool),
 ) -> Optimised:
-    """Lower bounds of all forms by gradient ascent on slopes and multipliers; every iterate is a valid bound.
+    """Lower bounds of all forms by gradient ascent on slopes and multipliers; every iterate is a valid bound. Out of
+    time, the iterates so far have to do.
 
     Args:
         alphas: (D, R, N) to start from; betas: likewise, needed with ``sub.signs``.
         steps: of Adam; 0 bounds with the parameters as they are.
         done: which of the subproblems (D,) need no better bounds, given the best (D, R) so far.
+    Raises:
+        OutOfTime: before the first of them.
     """
     neurons = Neurons.of(network)
     bounds = {
@@ -132,19 +136,30 @@ def maximise(
     best = torch.full_like(sub.offsets, -torch.inf)
     finished = torch.zeros(len(best), dtype=torch.bool, device=best.device)
     slack = slack_of(network, sub.region, bounds)
+    bound: LinearBound | None = None
+    seen: dict[int, Tensor] = {}
     for step in range(steps + 1):
-        last = step == steps
-        seen: dict[int, Tensor] = {}
-        with torch.set_grad_enabled(not last):
-            lines = relax_all(network, bounds, neurons.apart(alphas))
-            pushed = None if betas is None or sub.signs is None else neurons.apart(-signs * betas)
-            bound = backward(network, len(network.operations) - 1, sub.forms, lines, pushed, seen, slack)
-            lower = with_offsets(network, bound.lower(sub.region), sub.offsets)
+        last, started, met = step == steps, now(), dict[int, Tensor]()
+        try:
+            with torch.set_grad_enabled(not last):
+                lines = relax_all(network, bounds, neurons.apart(alphas))
+                pushed = None if betas is None or sub.signs is None else neurons.apart(-signs * betas)
+                found = backward(network, len(network.operations) - 1, sub.forms, lines, pushed, met, slack)
+                lower = with_offsets(network, found.lower(sub.region), sub.offsets)
+        except OutOfTime:
+            if bound is None:
+                raise
+            break
+        bound, seen = found, met
         # a finished subproblem's bounds rest: they are not to depend on what else is in the batch
         better = torch.maximum(best, finite(lower.detach()))
         best = torch.where(finished.unsqueeze(1), best, better)
         finished = finished | done(best)
         if last or bool(finished.all()) or not lower.requires_grad:  # no slope to choose
+            break
+        try:
+            look(seconds=2 * (now() - started))  # the way back takes twice as long as the way there
+        except OutOfTime:
             break
         gradients = torch.autograd.grad(lower, free, torch.full_like(lower, -1.0), allow_unused=True)
         for parameters, gradient in zip(free, gradients, strict=True):  # and not of the network's own weights
@@ -164,6 +179,7 @@ def maximise(
                     -1,
                 )
                 betas.copy_((before + (betas - before) * size).clamp(min=0))
+    assert bound is not None
     detached = LinearBound(bound.forms.detach(), bound.constants.detach())
     return Optimised(
         best, alphas.detach(), None if betas is None else betas.detach(), detached,

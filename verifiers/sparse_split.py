@@ -11,7 +11,6 @@ larger sets of pixels, each of them a box: Calzone (Shapira, Avneri, Drachsler-C
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Bounds, Box
+from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, rows_at_a_time
 from ..bounds.folding import fold
 from ..bounds.region import Around
@@ -58,7 +58,8 @@ def split_locations(
 
     Args:
         search: how leaves of many inputs go through branch and bound on neurons.
-        timeout: seconds of each image's share of the time; as many again on the wall clock for each image at most.
+        timeout: seconds of each image's share of the time; as many again on the wall clock for each image at most. The
+            wall clock is looked at within rounds; what a round has begun by then counts as not begun.
         violates: whether an input (*shape) of the given image's set is a counterexample, by replay.
     """
     return _Splitting(problem, known, search, timeout, violates, batch).run()
@@ -126,20 +127,24 @@ class _Splitting:
         )  # fmt: skip
 
     def run(self) -> Outcome:
-        cap = time.perf_counter() + self.timeout * len(self.problem)
+        try:
+            with until(now() + self.timeout * len(self.problem)):
+                self._search()
+        except OutOfTime:
+            self._give_up(set(self.open.image.tolist()), "wall clock")
+        proved = self._wanted(torch.arange(len(self.problem)))
+        return Outcome(proved, self.counterexamples, self.lower, self.seconds, self.reasons)
+
+    def _search(self) -> None:
         roots, self.open = self.open, self.open.take(self.open.image[:0])
         self._look_at(roots)
         while len(self.open):
-            if time.perf_counter() > cap:
-                self._give_up(set(self.open.image.tolist()), "wall clock")
-                break
+            look()
             chosen = in_turns(self.open.image, self._worst(self.open), max(1, self.batch // 8))
             left = torch.ones(len(self.open), dtype=torch.bool, device=chosen.device)
             left[chosen] = False
             parents, self.open = self.open.take(chosen), self.open.take(left.nonzero().flatten())
             self._look_at(parents.children())
-        proved = self._wanted(torch.arange(len(self.problem)))
-        return Outcome(proved, self.counterexamples, self.lower, self.seconds, self.reasons)
 
     def _worst(self, parts: _Parts) -> Tensor:
         """(P,) lower bounds of the worst margins."""
@@ -148,27 +153,35 @@ class _Splitting:
     def _look_at(self, parts: _Parts) -> None:
         """Bound subproblems, try their likeliest points, keep those that stay open; leaves are halved at once."""
         parts = parts.settled()
-        for index in torch.arange(len(parts), device=parts.image.device).split(self.batch):
-            some = parts.take(index)
-            keep = self._wanted(some.image)
-            self._close(some.take(~keep))
-            some = some.take(keep)
-            if not len(some):
-                continue
-            some, leaf = self._timed(some.image, lambda some=some: self._bound(some))
+        every = torch.arange(len(parts), device=parts.image.device)
+        for index in every.split(self.batch):
+            try:
+                some = self._looked_at(parts.take(index))
+            except OutOfTime:
+                self.open = self.open.joined(parts.take(every[index[0] :]))
+                raise
+            self._give_up({i for i in set(some.image.tolist()) if self.seconds[i] > self.timeout}, "timeout")
+
+    def _looked_at(self, some: _Parts) -> _Parts:
+        """Those that were wanted."""
+        keep = self._wanted(some.image)
+        self._close(some.take(~keep))
+        some = some.take(keep)
+        if len(some):
+            some, leaf = self._timed(some.image, lambda: self._bound(some))
             self.open = self.open.joined(some.take(~leaf))
             if bool(leaf.any()):
-                leaves = some.take(leaf)
-                self._timed(leaves.image, lambda leaves=leaves: self._solve(leaves))
-            self._give_up({i for i in set(some.image.tolist()) if self.seconds[i] > self.timeout}, "timeout")
+                self._timed(some.take(leaf).image, lambda: self._solve(some.take(leaf)))
+        return some
 
     def _timed(self, image: Tensor, work: Callable):
         """What it returns, its time shared by subproblems."""
-        started = time.perf_counter()
-        found = work()
-        share = (time.perf_counter() - started) / len(image)
-        self.seconds.index_add_(0, image.cpu(), torch.full((len(image),), share, dtype=torch.float64))
-        return found
+        started = now()
+        try:
+            return work()
+        finally:
+            share = (now() - started) / len(image)
+            self.seconds.index_add_(0, image.cpu(), torch.full((len(image),), share, dtype=torch.float64))
 
     def _bound(self, parts: _Parts) -> tuple[_Parts, Tensor]:
         """Those that stay open, and which of them (P,) are leaves."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks import Attack, Pgd, customary
 from ..bounds import compute_rows, forward
+from ..bounds.clock import OutOfTime, expected, look, until
 from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
+from ..bounds.effort import work_of
 from ..bounds.folding import fold
 from ..errors import InputError
 from ..noise import Noise
@@ -52,6 +54,9 @@ class Finding:
 
 
 class Stage(Protocol):
+    """Looks at the clock (``bounds.clock``) between the pieces of its work. Out of time it finds what it knows by then,
+    or raises ``OutOfTime``."""
+
     name: str
 
     def __call__(self, problem: Problem, known: Known) -> Finding: ...
@@ -119,11 +124,36 @@ class AttackStage:
         batch = Batch(problem.region.images, labels, problem.index)
         ball = problem.region.ball
         attack = customary(self.attack, PGD, ball, 300)
-        candidates = attack(problem.network, batch, ball, Step.evaluation(ball, noise)).images
+        network = _Watched(problem) if attack.attack_mode == "eval" else problem.network
+        try:
+            candidates = attack(network, batch, ball, Step.evaluation(ball, noise)).images
+        except OutOfTime:
+            if not isinstance(network, _Watched):
+                raise
+            candidates = network.wrong
         wrong = ~holds(problem.specification, forward(problem.network, candidates).logits)
         for number in wrong.nonzero().flatten().tolist():
             wrong[number] = self.judge(problem, number, candidates[number])
         return Finding(_where(wrong, "falsified"), known, counterexamples=list(candidates))
+
+
+class _Watched(nn.Module):
+    """A problem's network, which looks at the clock before each run, and keeps of each image the first point that is
+    ``wrong``; the image itself where none was."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        self.network, self.specification = problem.network, problem.specification
+        self.wrong, self.found = problem.region.images, torch.zeros_like(problem.index, dtype=torch.bool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        look()
+        logits = self.network(x)
+        if x.shape == self.wrong.shape:  # the whole batch
+            new = ~(self.found | holds(self.specification, logits.detach()))
+            self.wrong = torch.where(new.reshape(-1, *[1] * (x.ndim - 1)), x.detach(), self.wrong)
+            self.found = self.found | new
+        return logits
 
 
 @dataclass(frozen=True)
@@ -141,6 +171,15 @@ class IbpStage:
         return proof(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
 
 
+def _bounded(problem: Problem, known: Known, refine: bool = True) -> Known:
+    """With bounds of the activations' inputs, by linear bounds or by intervals. They are of use only with a pass that
+    takes them: it is left the time that it is expected to take."""
+    network, numbers = known.network, problem.specification.rows.shape[:2].numel()
+    work = work_of(network, len(network.operations) - 1, lambda number: numbers * network.shapes[number].numel())
+    with until(keep=expected(work)):
+        return known.with_bounds((crown_bounds if refine else interval_bounds)(network, known.region_of(problem)))
+
+
 @dataclass(frozen=True)
 class CrownStage:
     """Verifies by linear bounds: their activations' inputs bounded by intervals (CROWN-IBP), or by linear bounds in
@@ -150,12 +189,16 @@ class CrownStage:
     refine: bool = True
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
-        region = known.region_of(problem)
-        known = known.with_bounds((crown_bounds if self.refine else interval_bounds)(known.network, region))
+        known = _bounded(problem, known, refine=self.refine)
+        region, network = known.region_of(problem), known.network
         forms, offsets = known.rows_of(problem.specification)
-        size = rows_at_a_time(known.network, len(problem), forms)
-        rows = torch.cat([bound_forms(known.network, region, part, known.bounds) for part in forms.split(size, 1)], 1)
-        return proof(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
+        rows = []
+        for part in forms.split(rows_at_a_time(network, len(problem), forms), 1):
+            try:
+                rows.append(bound_forms(network, region, part, known.bounds))
+            except OutOfTime:
+                rows.append(torch.full_like(part[..., 0], -torch.inf))
+        return proof(problem, known.with_rows(with_offsets(network, torch.cat(rows, 1), offsets)))
 
 
 @dataclass(frozen=True)
@@ -169,8 +212,7 @@ class AlphaStage:
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         neurons, specification = Neurons.of(known.network), problem.specification
-        if not known.bounds:
-            known = known.with_bounds(crown_bounds(known.network, known.region_of(problem)))
+        known = known if known.bounds else _bounded(problem, known)
         rows, slopes = [], []
         counterexamples: list[Tensor | None] = [None] * len(problem)
         size = rows_at_a_time(known.network, specification.rows.shape[1], known.rows) // 4 or 1
@@ -180,12 +222,17 @@ class AlphaStage:
             region = facts.region_of(some)
             sub = Subproblems(region, *facts.rows_of(some.specification), lower, upper)
             worst = some.specification.worst
-            found = maximise(
-                known.network, sub, starting_slopes(lower, upper, sub.forms.shape[1]), steps=self.steps, rate=self.rate,
-                done=lambda best, worst=worst: worst(best) > 0,
-            )  # fmt: skip
+            slopes.append(starting_slopes(lower, upper, sub.forms.shape[1]))
+            try:
+                found = maximise(
+                    known.network, sub, slopes[-1], steps=self.steps, rate=self.rate,
+                    done=lambda best, worst=worst: worst(best) > 0,
+                )  # fmt: skip
+            except OutOfTime:
+                rows.append(torch.full_like(sub.offsets, -torch.inf))
+                continue
             rows.append(found.best)
-            slopes.append(found.alphas)
+            slopes[-1] = found.alphas
             point = some.region.nearest(minimiser(found, region, found.best.argmin(1)))
             wrong = ~holds(some.specification, known.network(point.to(known.rows.dtype))) & ~(worst(found.best) > 0)
             for number in wrong.nonzero().flatten().tolist():
@@ -213,8 +260,7 @@ class BabStage:
         if not known.network.piecewise_linear or not problem.region.is_box:
             why = "branch and bound takes ReLU and LeakyReLU networks over boxes"
             return Finding([None] * len(problem), known, reasons=[why] * len(problem))
-        if not known.bounds:
-            known = known.with_bounds(crown_bounds(known.network, known.region_of(problem)))
+        known = known if known.bounds else _bounded(problem, known)
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64)
         found = branch_and_bound(
             problem, known, exact, self.search, self.timeout,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Box
+from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.folding import fold
 from ..errors import InputError, Portable, check
 from ..run_folder import write_atomically
@@ -87,7 +87,7 @@ def answer(
     """Whether a property holds of a network; both are files, plain or gzipped (``.gz`` may be left out of the name).
 
     Args:
-        timeout: seconds, from reading the files on. A stage that has begun is finished.
+        timeout: seconds, from reading the files on. Reading, and every stage, look at the clock within.
         arithmetic: in which a proof is to hold: of the network with its batch norms folded in float32.
         results: a file for VNN-COMP's form of the answer.
     Raises:
@@ -96,12 +96,15 @@ def answer(
     check(0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
     if results is not None and (not Path(results).parent.is_dir() or Path(results).is_dir()):
         raise InputError(f"{results}: cannot be written; accepted: a file of results, in a folder that is there")
-    started = time.perf_counter()
-    read = read_onnx(present(network))
-    found = check_property(
-        read, read_property(present(property), read.shape.numel(), read.outputs), started + timeout, arithmetic
-    )
-    found = replace(found, seconds=time.perf_counter() - started)
+    started = now()
+    with until(started + timeout):
+        try:
+            read = read_onnx(present(network))
+            case = read_property(present(property), read.shape.numel(), read.outputs)
+            found = check_property(read, case, started + timeout, arithmetic)
+        except OutOfTime:
+            found = Answer("timeout", timeout, arithmetic, "timeout")
+    found = replace(found, seconds=now() - started)
     if results is not None:
         try:
             write_atomically(Path(results), lambda temporary: temporary.write_text(found.result()))
@@ -113,8 +116,20 @@ def answer(
 
 def check_property(network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic) -> Answer:
     """As ``answer``, of what was read. ``deadline`` is on the clock of ``time.perf_counter``."""
-    started = time.perf_counter()
+    started = now()
+    with until(deadline):
+        try:
+            return _checked(network, property, deadline, arithmetic, started)
+        except OutOfTime:
+            return Answer("timeout", now() - started, arithmetic, "timeout")
+
+
+def _checked(
+    network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic, started: float
+) -> Answer:
+    look()
     replay = replay_session(network.model)
+    look()
     _check_reading(network, property.cases[0], replay)
     judge = _Exact(cases=property.cases, replay=replay)
     verdicts: list[Verdict] = []
@@ -124,9 +139,9 @@ def check_property(network: OnnxNetwork, property: Property, deadline: float, ar
         for numbers in _alike(property.cases, most):
             verdicts += _search(network, property, numbers, judge, deadline, arithmetic)
     except _Refuted as found:
-        seconds, precision = time.perf_counter() - started, str(found.outputs.dtype).removeprefix("torch.")
+        seconds, precision = now() - started, str(found.outputs.dtype).removeprefix("torch.")
         return Answer("violated", seconds, f"onnxruntime {precision}", None, found.inputs, found.outputs)
-    seconds = time.perf_counter() - started
+    seconds = now() - started
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
         return Answer("holds", seconds, verdicts[0].arithmetic)
@@ -169,7 +184,7 @@ def _search(
     late = [Verdict(number, None, None, "timeout", "", None, 0.0, arithmetic, "timeout") for number in numbers]
     found = {verdict.index: verdict for verdict in late}
     stages: list[Stage] = []
-    while numbers and (left := deadline - time.perf_counter()) > 0:
+    while numbers and (left := deadline - now()) > 0:
         problem = _problem(network, [property.cases[number] for number in numbers], numbers)
         stages = [_last(problem, judge, left)] if stages else _stages(problem, judge, left)
         verdicts = run_cascade(problem, stages, Limits(left, deadline), arithmetic=arithmetic)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from ..bounds.clock import looking
 from ..errors import InputError
 from ..run_folder import write_atomically
 
@@ -156,7 +157,7 @@ class _Reader:
 
     def read(self) -> Property:
         factors, head = [], _Token("", 1)
-        for expression in self._expressions():
+        for expression in looking(self._expressions()):
             head, arguments = self._operation(expression)
             if head.text == "declare-const":
                 self._declare(head, arguments)

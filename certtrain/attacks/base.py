@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import NormBall, PerturbationSet, forward
+from ..bounds.clock import look
 from ..config import Component
 from ..errors import InputError
 from ..labels import check_logits, classes_of
@@ -110,6 +111,7 @@ class Attack(Component):
 
 def gradient_of(model: nn.Module, points: Tensor, objective: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The model's logits at ``points``, detached, and the gradient there of the sum of ``objective(logits)``."""
+    look()
     points = points.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(points)

@@ -5,13 +5,15 @@ CROWN (arXiv 1811.00866) and, with interval bounds of the activations' inputs, C
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import clock
+from .effort import work, work_of
 from .folded import Concat, Dense, Folded, Nonlinear, Operation, Sum
 from .interval import Bounds, Interval
 from .region import Region, least
@@ -76,6 +78,7 @@ def backward(
         if number not in pending:
             continue
         forms, operation = pending.pop(number), (view or network).operation(number)
+        clock.look(type(operation).__name__, work(operation, forms.numel()))
         if met is not None and not pending:
             here = least(forms, met[number]) + constants
             floor = here if floor is None else torch.maximum(floor, here)
@@ -101,6 +104,7 @@ def backward(
         for read, part in zip(operation.inputs, parts, strict=True):
             part = view.fit(number, read, part) if view else part
             pending[read] = pending[read] + part if read in pending else part
+    clock.done()
     if 0 not in pending:
         pending[0] = constants.new_zeros(*constants.shape, *network.shapes[0])
     return LinearBound(pending[0], constants, slack, size, floor)
@@ -152,7 +156,7 @@ def slack_of(network: Folded, region: Region, bounds: Mapping[int, Bounds]) -> S
 
 
 def interval_bounds(network: Folded, region: Region) -> dict[int, Bounds]:
-    """Interval bounds of every non-linear operation's input."""
+    """Interval bounds of every non-linear operation's input. Looks at the clock before each operation."""
     return _Bounding(network, region, refine=False).run()
 
 
@@ -169,6 +173,8 @@ def crown_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] | 
     open; the best of interval and linear bounds, and of those ``given``, is kept, entry by entry.
 
     Bounds that are given may rest on assumptions. Where these contradict each other lower > upper may result.
+    Looks at the clock before each operation, and each operation of each backward pass; out of time, what is known by
+    then is kept, and intervals over it serve for the rest.
     """
     return _Bounding(network, region, refine=True, given=given).run()
 
@@ -178,12 +184,14 @@ class _Bounding:
 
     def __init__(self, network: Folded, region: Region, refine: bool, given: Mapping[int, Bounds] | None = None):
         self.network, self.region, self.refine, self.given = network, region, refine, given or {}
+        self.keeping, self.late = refine, False
         self.intervals = {0: region.hull if network.rounding is None else widened(region.hull)}
         self.bounds: dict[int, Bounds] = {}
 
     def run(self) -> dict[int, Bounds]:
         behind: list[bool] = [False]  # whether a non-linear operation lies behind each
         for number, operation in enumerate(self.network.operations[1:], start=1):
+            self._in_time(clock.look)
             behind.append(isinstance(operation, Nonlinear) or any(behind[read] for read in operation.inputs))
             if isinstance(operation, Nonlinear):
                 (read,) = operation.inputs
@@ -192,7 +200,7 @@ class _Bounding:
                     found = found.intersect(self.given[number])
                 if not self.region.is_box and not behind[read]:
                     found = self._refined(read, found, torch.ones_like(found.lower, dtype=torch.bool))
-                elif self.refine and behind[read]:
+                elif self.refine and behind[read] and not self.late:
                     found = self._refined(read, found, _open(operation, found))
                 self.bounds[number] = found
                 self.intervals[read] = Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
@@ -202,6 +210,18 @@ class _Bounding:
                 parts = (self.intervals[i] for i in operation.largest)
                 self.intervals[number] = self.intervals[number].as_largest(*parts)
         return self.bounds
+
+    def _in_time(self, action: Callable[[], object]) -> bool:
+        """Whether it ends in time; a walk that refines goes on without, and without further looks."""
+        if self.late:
+            return False
+        try:
+            action()
+        except clock.OutOfTime:
+            if not self.keeping:
+                raise
+            self.late = True
+        return not self.late
 
     def _refined(self, position: int, found: Bounds, wanted: Tensor) -> Bounds:
         """``found`` of an operation's output, tightened at the entries ``wanted`` (B, *shape)."""
@@ -216,7 +236,9 @@ class _Bounding:
         order = torch.argsort(wanted.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
         lines, slack = self._lines_and_slack()
         lower, upper = found.lower.flatten(1).clone(), found.upper.flatten(1).clone()
-        for part in order.split(rows_at_a_time(self.network, len(order), lower) // 2 or 1, dim=1):
+        each = work_of(self.network, position, lambda number: 2 * len(order) * self.network.shapes[number].numel())
+
+        def tighten(part: Tensor) -> None:
             units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
             forms = torch.cat([units, -units], 1).reshape(len(part), -1, *shape[1:])
             values = backward(self.network, position, forms, lines, slack=slack).lower(self.region)
@@ -227,6 +249,10 @@ class _Bounding:
             )
             lower.scatter_reduce_(1, part, below, "amax")
             upper.scatter_reduce_(1, part, -above, "amin")
+
+        self._in_chunks(
+            order.T, rows_at_a_time(self.network, len(order), lower) // 2 or 1, each, lambda p: tighten(p.T)
+        )
         return Bounds(lower.reshape(shape), upper.reshape(shape))
 
     def _refined_in_windows(self, windows: Windows, found: Bounds, wanted: Tensor) -> Bounds:
@@ -235,14 +261,27 @@ class _Bounding:
         lines, slack = self._lines_and_slack()
         lower, upper = found.lower.flatten(1).clone(), found.upper.flatten(1).clone()
         size = _budget(lower) // (8 * windows.widest * lower.element_size()) or 1
-        for part in torch.arange(len(image), device=image.device).split(size) if len(image) else ():
+        each = work_of(self.network, windows.position, lambda number: 2 * windows.shape(number).numel())
+
+        def tighten(part: Tensor) -> None:
             at, view = (image[part], entry[part]), windows.at(image[part], entry[part])
             bound = backward(self.network, windows.position, view.units(lower), lines, slack=slack, view=view)
             below, above = (
                 bound.lower(view.region(self.region)).nan_to_num(-torch.inf, -torch.inf, -torch.inf).unbind(1)
             )
             lower[at], upper[at] = torch.maximum(lower[at], below), torch.minimum(upper[at], -above)
+
+        self._in_chunks(torch.arange(len(image), device=image.device), size, each, tighten)
         return Bounds(lower.reshape(wanted.shape), upper.reshape(wanted.shape))
+
+    def _in_chunks(self, items: Tensor, most: int, each: Mapping[str, float], action: Callable[[Tensor], None]) -> None:
+        """Act on so many of the items at a time; on fewer where that would end too late."""
+        first = 0
+        while first < len(items):
+            part = items[first : first + clock.fitting(min(most, len(items) - first), each)]
+            if not self._in_time(partial(action, part)):
+                break
+            first += len(part)
 
     def _lines_and_slack(self) -> tuple[dict[int, Lines], Slack | None]:
         slack = None if self.network.rounding is None else Slack.of(self.network, self.intervals)

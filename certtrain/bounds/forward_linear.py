@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .clock import done, look
+from .effort import work
 from .folded import Concat, Convolution, Dense, Diagonal, Folded, Nonlinear, Operation, Rearrangement, Sum
 from .interval import Bounds
 from .region import Region
@@ -35,11 +37,15 @@ def forward_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] 
 
     Args:
         given: other bounds, with which these are intersected.
+    Raises:
+        OutOfTime: by the clock, which is looked at before each operation.
     """
     lines = {0: _input(region)}
     intervals = {0: region.hull}
     found: dict[int, Bounds] = {}
     for number, operation in enumerate(network.operations[1:], start=1):
+        numbers = lines[0].lower.shape[:2].numel() * network.shapes[number].numel()
+        look(f"lines of {type(operation).__name__}", work(operation, numbers))
         inputs = [lines[read] for read in operation.inputs]
         if isinstance(operation, Nonlinear):
             (read,) = operation.inputs
@@ -52,6 +58,7 @@ def forward_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] 
         intervals[number] = operation.interval(*(intervals[read] for read in operation.inputs))  # type: ignore[attr-defined]
         if isinstance(operation, Sum) and operation.largest is not None:  # b + relu(a - b) forgets that b is b
             intervals[number] = intervals[number].as_largest(*(intervals[read] for read in operation.largest))
+    done()
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..labels import as_labels, check_logits, classes_in
-from . import convolution
+from . import clock, convolution
 from . import program as p
 from .forward import Statistics, check_features, coefficients
 from .interval import Interval
@@ -143,6 +143,7 @@ class _Propagation:
         self.region = box if isinstance(box, Region) and not box.is_box else None
         values = {0: box.hull if isinstance(box, Region) else box}
         for position, node in enumerate(nodes[1:], start=1):
+            clock.look()
             inputs = [values[read] for read in node.inputs]
             if stop_before_last and position == len(nodes) - 1 and self._is_last_linear(node):
                 if self.keep:
