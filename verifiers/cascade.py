@@ -14,6 +14,7 @@ from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, forward, trace
 from ..bounds.clock import OutOfTime, now, until
 from ..bounds.folded import Folded
 from ..bounds.folding import fold
+from ..bounds.interval import check_pixels
 from ..bounds.program import Input, ProgramModule, Whole
 from ..bounds.rounding import check as check_rounding
 from ..errors import InputError
@@ -240,7 +241,7 @@ def certify(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    epsilon: float | PerturbationSet,
+    epsilon: float | Tensor | PerturbationSet,
     settings: Certify | None = None,
     *,
     seed: int = 0,
@@ -250,20 +251,21 @@ def certify(
     Args:
         model: maps (B, C, H, W) in [0, 1] to logits, its normalisation inside. Judged in evaluation mode.
         x: (B, C, H, W) in [0, 1]; y: (B,) whole numbers: a tensor, an array or a list.
-        epsilon: radius of the l-infinity ball in pixel units, or any perturbation set.
+        epsilon: radius of the l-infinity ball in pixel units of [0, 1], or radii (B,), one for each image; or any
+            perturbation set, which may have a size for each image too.
         settings: stages and attack; the default attacks, then bounds.
         seed: of the attack.
     Returns:
         one ``Verdict`` an image. ``verified`` holds in the arithmetic that the verdict names.
     Raises:
-        InputError: pixels outside [0, 1] or NaN; labels outside the logits' range; a set that these images do not have;
+        InputError: pixels outside [0, 1] or NaN; labels outside the logits' range; a set that these images do not have:
+            a negative radius, one above 1, other than one or one for each image;
             a network of one output (see ``certtrain.BinaryScore``), or of anything but logits (B, K).
         UnsupportedNode: the model holds an operation without a rule.
     """
-    if not ((x >= 0) & (x <= 1)).all():
-        raise InputError("x: found pixels outside [0, 1] or NaN; accepted: images in [0, 1]")
-    ball = epsilon if isinstance(epsilon, PerturbationSet) else LinfBall(epsilon)
-    ball.region(x)  # which says what it cannot be around
+    check_pixels(x, "x")
+    ball = epsilon if isinstance(epsilon, PerturbationSet) else LinfBall(epsilon)  # type: ignore[arg-type]
+    ball.region(x).check()
     labels = as_labels(y, len(x), device=x.device, where="y")
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -106,13 +106,13 @@ class Ascent(Attack):
                 points = images + self.start_scale * step.noise.normal(images.shape[1:], "start", images.dtype)
             case _:
                 corner = ball.direction(step.noise.normal(images.shape[1:], "start", images.dtype))
-                points = images + self.start_scale * ball.epsilon * corner
+                points = images + self.start_scale * ball.radius(images) * corner
         return self.bounded(images, points, ball)
 
     def move(self, images: Tensor, points: Tensor, gradient: Tensor, ball: PerturbationSet) -> Tensor:
         """One step from ``points`` along the gradient there."""
         assert isinstance(ball, NormBall)
-        return self.bounded(images, points + self.step_size * ball.epsilon * ball.direction(gradient), ball)
+        return self.bounded(images, points + self.step_size * ball.radius(images) * ball.direction(gradient), ball)
 
     def bounded(self, images: Tensor, points: Tensor, ball: PerturbationSet) -> Tensor:
         """Back into the ball, or into [0, 1] alone."""

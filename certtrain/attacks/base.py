@@ -89,10 +89,12 @@ class Attack(Component):
             model: maps (B, *shape) in [0, 1] to logits (B, K).
             ball: the set around ``batch.images``; ``step.noise`` supplies random numbers.
         Raises:
-            InputError: see ``check_ball``; or the attack takes gradients and the model has none; or its logits are
-                not those of two classes or more; labels on the CPU that are no classes.
+            InputError: see ``check_ball``; images that have no such set: see ``PerturbationSet.region``; an attack by
+                gradients on a model that has none; logits that are not those of two classes or more; labels on the CPU
+                that are no classes.
         """
         self.check_ball(ball)
+        ball.region(batch.images)  # which says what it cannot be around
         batch = replace(batch, images=batch.images.detach())
         wide = self.allowed(ball)
         if len(batch) == 0:

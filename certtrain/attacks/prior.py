@@ -69,7 +69,7 @@ class PriorGuided(Attack):
         kept, momentum = PRIOR in step.state.tensors, 0.0
 
         def fresh() -> Tensor:
-            return ball.epsilon * ball.direction(step.noise.normal(images.shape[1:], "start", images.dtype))
+            return ball.radius(images) * ball.direction(step.noise.normal(images.shape[1:], "start", images.dtype))
 
         if kept and step.epoch % self.reset:
             change, momentum = (step.state.read(name, batch).to(images.dtype) for name in (PRIOR, MOMENTUM))
@@ -80,7 +80,7 @@ class PriorGuided(Attack):
         _, gradient = gradient_of(model, start, lambda logits: objective(logits, reference))
 
         def moved(along: Tensor) -> Tensor:
-            points = start + self.step_size * ball.epsilon * ball.direction(along)
+            points = start + self.step_size * ball.radius(along) * ball.direction(along)
             return ball.project(images, points.clamp(0, 1))
 
         if kept:

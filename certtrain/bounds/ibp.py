@@ -49,7 +49,9 @@ def compute_bounds(
         round-to-nearest arithmetic of the model's dtype, up to its rounding error.
     Raises:
         UnsupportedNode: the model holds an operation without a rule.
+        InputError: a box that does not exist: crossed ends, a negative radius, NaN, pixels outside [0, 1].
     """
+    box.check()
     return _Propagation(model, statistics, keep=False).run(box)[0]
 
 
@@ -65,15 +67,16 @@ def compute_margins(
     """Lower bounds of all margins z_y - z_j, with the specification merged into the last linear layer.
 
     Args:
-        labels: (B,) whole numbers. Others as in ``compute_bounds``.
+        labels: (B,) whole numbers. Others as in ``compute_bounds``, but values of the box are not looked at, which in
+            training would wait for a device: over a box that does not exist margins are NaN.
         keep: whether to keep the pre-activation intervals.
         shrink: multiplies the upper end of every ReLU's input interval that holds 0 inside. Below 1 the results bound
             nothing: SABR trains on them (arXiv 2210.04871).
     Returns:
         (B, K - 1), columns j != y in increasing order; and what was kept (empty if not asked).
     Raises:
-        InputError: a network of one output, which has no margins; labels that are no whole numbers. Others as in
-            ``compute_bounds``.
+        InputError: a network of one output, which has no margins; labels that are no whole numbers.
+        UnsupportedNode: as in ``compute_bounds``.
     """
     propagation = _Propagation(model, statistics, keep, shrink)
     output, last = propagation.run(box, stop_before_last=True)
@@ -141,7 +144,7 @@ class _Propagation:
         """The output interval; or, before a last plain linear layer, its input and that layer's (weight, bias)."""
         nodes, last_use = self.program.nodes, self.program.last_use()
         self.region = box if isinstance(box, Region) and not box.is_box else None
-        values = {0: box.hull if isinstance(box, Region) else box}
+        values = {0: box.hull if isinstance(box, Region) else box.or_nan()}
         for position, node in enumerate(nodes[1:], start=1):
             clock.look()
             inputs = [values[read] for read in node.inputs]

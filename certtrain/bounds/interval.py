@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True)
 class Interval:
     """All x with |x - center| <= radius, entrywise: what the kernels read and write.
 
     Args:
-        center, radius: equal shape, dtype and device; radius >= 0.
+        center, radius: equal shape, dtype and device; radius >= 0. An interval that does not exist, as one with crossed
+            ends, has a radius of NaN, which no bound over it loses.
     """
 
     center: Tensor
@@ -29,7 +32,7 @@ class Interval:
 
     @classmethod
     def from_bounds(cls, lower: Tensor, upper: Tensor) -> Interval:
-        """The interval of two ends, its radius rounded outward.
+        """The interval of two ends, in any units, its radius rounded outward. NaN where ``lower <= upper`` is not true.
 
         Guarantees ``.lower <= lower`` and ``.upper >= upper`` in floating point and in exact arithmetic, and
         a radius of exactly 0 where the ends are equal. (Without the rounding, 1 to 20 % of real pixel
@@ -39,7 +42,7 @@ class Interval:
         radius = torch.maximum(upper - center, center - lower)
         with torch.no_grad():  # each difference above is off by half an ulp at most: one ulp covers it
             outward = torch.nextafter(radius, torch.full_like(radius, torch.inf)) - radius
-            outward = torch.where(lower == upper, 0, outward)
+            outward = torch.where(lower == upper, 0, torch.where(lower < upper, outward, torch.nan))
         return cls(center, radius + outward)
 
     @classmethod
@@ -48,9 +51,16 @@ class Interval:
 
         Args:
             images: any shape, in [0, 1].
-            epsilon: in pixel units of [0, 1]; a number or a 0-d tensor, rounded to the images' dtype.
+            epsilon: in pixel units of [0, 1]; a number or a 0-d tensor, rounded to the images' dtype; or a tensor that
+                broadcasts with the images.
+        Raises:
+            InputError: pixels outside [0, 1] or NaN; a radius that is negative or NaN.
         """
-        return cls.from_bounds((images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1))
+        check_pixels(images)
+        if not (torch.as_tensor(epsilon) >= 0).all():
+            found = epsilon if not isinstance(epsilon, Tensor) or epsilon.numel() == 1 else "negative ones or NaN"
+            raise InputError(f"epsilon: found {found}; accepted: radii >= 0, in pixel units of [0, 1]")
+        return cut_box(images, epsilon)
 
     @classmethod
     def point(cls, value: Tensor) -> Interval:
@@ -68,11 +78,50 @@ class Interval:
     def as_largest(self, *others: Interval) -> Interval:
         """Tightened by what it is an interval of: the largest of others."""
         lower, upper = (torch.stack(ends).amax(0) for ends in ([x.lower for x in others], [x.upper for x in others]))
-        found = Bounds(lower, upper).intersect(self.bounds())
+        found = Bounds(lower, upper).intersect(self.bounds())  # which rounding may cross
         return Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
 
     def bounds(self) -> Bounds:
         return Bounds(self.lower, self.upper)
+
+    def or_nan(self) -> Interval:
+        """Itself, NaN where it does not exist."""
+        return Interval(self.center, torch.where(self.radius >= 0, self.radius, torch.nan))
+
+    def check(self) -> None:
+        """
+        Raises:
+            InputError: it does not exist: a radius is negative, or something NaN or infinite.
+        """
+        if self.center.shape != self.radius.shape:
+            found = f"{(*self.center.shape,)} and {(*self.radius.shape,)}"
+            raise InputError(f"box: found a center and a radius of shapes {found}; accepted: equal ones")
+        if not (self.center.isfinite() & (self.radius >= 0) & (self.radius < torch.inf)).all():
+            raise InputError(
+                "box: found crossed ends, a negative radius, or NaN or infinity; accepted: finite ends, lower <= upper"
+            )
+
+
+def cut_box(images: Tensor, epsilon: float | Tensor) -> Interval:
+    """``Interval.box`` of images and radii that are known to be good; others become NaN. Their values are not looked
+    at, which would wait for a GPU at every step of a training."""
+    inside = (images >= 0) & (images <= 1)
+    lower, upper = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
+    return Interval.from_bounds(torch.where(inside, lower, torch.nan), upper)
+
+
+def check_pixels(images: Tensor, where: str = "images") -> None:
+    """
+    Raises:
+        InputError: pixels outside [0, 1], or NaN.
+    """
+    if not ((images >= 0) & (images <= 1)).all():
+        values = images.detach().double()
+        found = "NaN" if values.isnan().any() else f"pixels from {values.min():.6g} to {values.max():.6g}"
+        raise InputError(
+            f"{where}: found {found}; accepted: images in [0, 1]. In other units Interval.from_bounds(lower, upper) "
+            "and Box(lower, upper) are bounded as they are, without a cut"
+        )
 
 
 @dataclass(frozen=True)

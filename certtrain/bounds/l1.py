@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise import Noise
-from .interval import Interval
+from .interval import Interval, cut_box
 from .perturbation import NormBall
 
 
@@ -20,7 +20,7 @@ class L1Ball(NormBall):
     """
 
     def hull(self, images: Tensor) -> Interval:
-        return Interval.box(images, self.epsilon)
+        return cut_box(images, self.radius(images))
 
     def project(self, images: Tensor, candidates: Tensor) -> Tensor:
         """The nearest point of the set, in the Euclidean norm, up to rounding.
@@ -30,7 +30,7 @@ class L1Ball(NormBall):
         """
         center = images.flatten(1).double()
         change = candidates.flatten(1).double() - center
-        epsilon = torch.as_tensor(self.epsilon, dtype=torch.float64, device=images.device)
+        epsilon = torch.as_tensor(self.radius(change, torch.float64), dtype=torch.float64, device=images.device)
         size = change.abs()
         room = torch.where(change > 0, 1 - center, center)  # an entry gives way from size - room on, until size
         threshold = _threshold(size, room, epsilon)
@@ -55,7 +55,7 @@ class L1Ball(NormBall):
         """Exact up to rounding: a fractional knapsack. The entries with the largest coefficients go to their end of
         [0, 1], one after the other, until epsilon is spent."""
         forms, center = coefficients.flatten(2), images.flatten(1).unsqueeze(1)
-        epsilon = torch.as_tensor(self.epsilon, dtype=torch.float64, device=images.device)
+        epsilon = torch.as_tensor(self.radius(forms, torch.float64), dtype=torch.float64, device=images.device)
         order = forms.detach().abs().argsort(dim=2, descending=True, stable=True)
         room = torch.where(forms > 0, center, 1 - center).double().gather(2, order)
         left = epsilon - (room.cumsum(2) - room)
@@ -75,7 +75,7 @@ class L1Ball(NormBall):
         sizes = -torch.log1p(-noise.uniform((count + 1,), f"{stream}/sizes", torch.float64))
         shares = sizes[:, :count] / sizes.sum(1, keepdim=True)
         signs = 2 * noise.integers(2, (count,), f"{stream}/signs") - 1
-        return (shares * signs).reshape(len(images), *shape).to(images.dtype) * self.epsilon
+        return (shares * signs).reshape(len(images), *shape).to(images.dtype) * self.radius(images)
 
 
 def _threshold(size: Tensor, room: Tensor, epsilon: Tensor) -> Tensor:

@@ -5,19 +5,22 @@ Every set is cut to valid images: it never leaves [0, 1].
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from numbers import Real
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..config import Component
-from ..errors import check
+from ..errors import InputError, check
 from ..noise import Noise
-from .interval import Interval
+from .interval import Interval, check_pixels, cut_box
 from .region import Around, least
 
 
@@ -26,8 +29,11 @@ class PerturbationSet(Component):
     """A set around each image x. Attacks, interval bounds and linear relaxations all go through it.
 
     ``epsilon`` is its size: the radius of a norm's ball in pixel units of [0, 1], the number k of pixels of a sparse
-    one. Inside a training step it is a 0-d tensor.
+    one. Inside a training step it is a 0-d tensor; where every image has its own, a tensor (B,).
     """
+
+    size: ClassVar[str] = "epsilon"
+    """What ``epsilon`` is called in messages."""
 
     @property
     @abstractmethod
@@ -44,11 +50,27 @@ class PerturbationSet(Component):
 
     def take(self, index: Tensor) -> Self:
         """The sets of some images of a batch, by their numbers: differs where each image has a size of its own."""
-        return self
+        if not self._each_its_own():
+            return self
+        return self.with_epsilon(self.epsilon[index.to(self.epsilon.device)])
+
+    def _each_its_own(self) -> bool:
+        return isinstance(self.epsilon, Tensor) and self.epsilon.ndim == 1
 
     def region(self, images: Tensor) -> Around:
-        """This set around each of ``images`` (B, *shape): what bounds are computed over."""
+        """This set around each of ``images`` (B, *shape): what bounds are computed over.
+
+        Raises:
+            InputError: images that have no such set: another shape, or another number than there are sizes; on the CPU
+                also pixels outside [0, 1] or NaN (on another device these would have to be waited for, in every step
+                of a training: bounds over them are NaN).
+        """
         self.check_shape(images.shape[1:])
+        if self._each_its_own() and len(self.epsilon) != len(images):
+            found = f"{len(self.epsilon)} numbers for {len(images)} images"
+            raise InputError(f"{self.size}: found {found}; accepted: one, or one for each")
+        if images.device.type == "cpu":
+            check_pixels(images)
         return Around(self, images)
 
     def check_shape(self, shape: Sequence[int]) -> None:
@@ -106,21 +128,62 @@ class PerturbationSet(Component):
 
 @dataclass(frozen=True)
 class NormBall(PerturbationSet):
-    """The ball of a norm, cut to valid images; ``epsilon`` is its radius in pixel units of [0, 1]."""
+    """The ball of a norm, cut to valid images.
+
+    Args:
+        epsilon: its radius in pixel units of [0, 1]; or, where every image has its own, floats (B,).
+    """
 
     epsilon: float = 0.1  # type: ignore[assignment]
+    largest: ClassVar[float] = math.inf
+    """The radius above which every image lies in the ball: more is a slip. In l1 and l2 it depends on the image's size,
+    and a radius of 8 is ordinary."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epsilon, Tensor):  # looking into a device's tensor would wait for the device
-            number = isinstance(self.epsilon, (int, float)) and 0 <= self.epsilon < float("inf")
-            check(number, "epsilon", self.epsilon, "a number >= 0, in pixel units of [0, 1]")
+        if isinstance(self.epsilon, Tensor):
+            self._check_radii(self.epsilon)
+            return
+        number = isinstance(self.epsilon, Real) and not isinstance(self.epsilon, bool)
+        check(number and 0 <= self.epsilon < math.inf, "epsilon", self.epsilon, self._accepted())
+        check(self.epsilon <= self.largest, "epsilon", self.epsilon, self._accepted(self.epsilon))
+        object.__setattr__(self, "epsilon", float(self.epsilon) if isinstance(self.epsilon, Real) else self.epsilon)
+
+    def _check_radii(self, radii: Tensor) -> None:
+        shape = f"{radii.dtype} of shape {(*radii.shape,)}"
+        check(radii.is_floating_point() and radii.ndim <= 1, "epsilon", shape, "a number, or floats (B,)")
+        if radii.device.type != "cpu":  # looking into a device's tensor would wait for it; see ``cut_box``
+            return
+        for radius in radii[~((radii >= 0) & (radii < torch.inf))].tolist():
+            check(False, "epsilon", radius, self._accepted())
+        if radii.ndim:  # a schedule's 0-d tensor may be a multiple of the recipe's radius
+            for radius in radii[radii > self.largest].tolist():
+                check(False, "epsilon", radius, self._accepted(radius))
+
+    def _accepted(self, *meant: float) -> str:
+        size = "a number >= 0" if self.largest == math.inf else f"a number from 0 to {self.largest:g}"
+        return f"{size}, in pixel units of [0, 1]" + "".join(f"; did you mean {size:g}/255?" for size in meant)
+
+    def radius(self, like: Tensor, dtype: torch.dtype | None = None) -> float | Tensor:
+        """``epsilon`` as it is combined with ``like`` (B, …): broadcast where every image has its own, and of the dtype
+        of ``like``, unless another one is named, which more precise radii would raise it to."""
+        if not self._each_its_own():
+            return self.epsilon
+        radii: Any = self.epsilon
+        return radii.to(like.device, dtype or like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+    def region(self, images: Tensor) -> Around:
+        check(images.is_floating_point(), "images", images.dtype, "floats in [0, 1]")
+        return super().region(images)
 
     def with_epsilon(self, epsilon: float | Tensor) -> Self:
         radius: Any = epsilon  # a 0-d tensor does a float's arithmetic
         return dataclasses.replace(self, epsilon=radius)
 
     def scaled(self, factor: float) -> Self:
-        return self.with_epsilon(self.epsilon * factor)
+        check(0 <= factor < math.inf, "epsilon", f"{factor} times the radius", self._accepted())
+        wider = copy.copy(self)  # unchecked: a multiple of a radius may well exceed 1
+        object.__setattr__(wider, "epsilon", self.epsilon * factor)
+        return wider
 
     @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
@@ -132,16 +195,19 @@ class NormBall(PerturbationSet):
 class LinfBall(NormBall):
     """|x' - x|_inf <= epsilon and 0 <= x' <= 1."""
 
+    largest: ClassVar[float] = 1.0
+
     @property
     def is_box(self) -> bool:
         return True
 
     def ends(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(lower, upper), both as ``images``: the set is all that lies between them."""
-        return (images - self.epsilon).clamp(min=0), (images + self.epsilon).clamp(max=1)
+        epsilon = self.radius(images)
+        return (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
 
     def hull(self, images: Tensor) -> Interval:
-        return Interval.from_bounds(*self.ends(images))
+        return cut_box(images, self.radius(images))
 
     def project(self, images: Tensor, candidates: Tensor) -> Tensor:
         return candidates.clamp(*self.ends(images))
@@ -156,7 +222,7 @@ class LinfBall(NormBall):
         return gradient.sign()
 
     def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
-        return (2 * noise.uniform(images.shape[1:], stream, images.dtype) - 1) * self.epsilon
+        return (2 * noise.uniform(images.shape[1:], stream, images.dtype) - 1) * self.radius(images)
 
 
 @dataclass(frozen=True)
@@ -164,13 +230,13 @@ class L2Ball(NormBall):
     """|x' - x|_2 <= epsilon and 0 <= x' <= 1."""
 
     def hull(self, images: Tensor) -> Interval:
-        return Interval.box(images, self.epsilon)
+        return cut_box(images, self.radius(images))
 
     def project(self, images: Tensor, candidates: Tensor) -> Tensor:
         """Shrink towards the image, then clip. The clip only shrinks entries further, so the result lies in the set;
         it is the nearest point wherever the shrunk candidate is a valid image."""
-        epsilon = torch.as_tensor(self.epsilon, dtype=torch.float64, device=images.device)
         change = candidates.double() - images.double()
+        epsilon = torch.as_tensor(self.radius(change, torch.float64), dtype=torch.float64, device=images.device)
         length = change.flatten(1).norm(dim=1).reshape(-1, *[1] * (images.ndim - 1))
         outside = length > epsilon
         change = change * torch.where(outside, epsilon / length.clamp(min=1e-300) * (1 - 1e-12), 1.0)
@@ -190,7 +256,7 @@ class L2Ball(NormBall):
         """By the Lagrangian dual of the norm constraint, which bounds the minimum from below at *every*
         multiplier: bisection only decides how tight it is, never whether it holds."""
         form, center = coefficients.flatten(2), images.flatten(1).unsqueeze(1)
-        epsilon = torch.as_tensor(self.epsilon, dtype=images.dtype, device=images.device)
+        epsilon = torch.as_tensor(self.radius(form), dtype=images.dtype, device=images.device)
         with torch.no_grad():  # the envelope theorem: no gradient through the multiplier
             # |change| <= |form| / (2 multiplier): at multiplier = |form| / (2 epsilon) the ball is not left
             high = form.norm(dim=2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
@@ -213,7 +279,7 @@ class L2Ball(NormBall):
     def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
         along = self.direction(noise.normal(images.shape[1:], stream, images.dtype))
         share = noise.uniform((), f"{stream}/length", images.dtype) ** (1 / images[0].numel())
-        return along * share.reshape(-1, *[1] * (images.ndim - 1)) * self.epsilon
+        return along * share.reshape(-1, *[1] * (images.ndim - 1)) * self.radius(images)
 
 
 def _change(form: Tensor, center: Tensor, multiplier: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from .interval import Interval
+from ..errors import InputError
+from .interval import Interval, check_pixels
 
 if TYPE_CHECKING:
     from .perturbation import PerturbationSet
@@ -61,6 +62,13 @@ class Region(ABC):
     def concretise(self, forms: Tensor) -> Tensor:
         """(B, R): the minimum over each set of its linear forms (B, R, *shape), never above it up to rounding."""
 
+    def check(self) -> None:
+        """
+        Raises:
+            InputError: there are no such sets, by values that are looked at wherever they are.
+        """
+        self.hull.check()
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -96,6 +104,11 @@ class Around(Region):
     def is_local(self) -> bool:
         return self.ball.is_local
 
+    def check(self) -> None:
+        check_pixels(self.images)
+        if isinstance(size := self.ball.epsilon, Tensor):
+            self.ball.with_epsilon(size.cpu())
+
     def take(self, index: Tensor) -> Around:
         return Around(self.ball.take(index), self.images[index])
 
@@ -117,14 +130,24 @@ class Around(Region):
 
 @dataclass(frozen=True)
 class Box(Region):
-    """All x with lower <= x <= upper, in the network's own units, whichever they are; both (B, *shape), finite."""
+    """All x with lower <= x <= upper, in the network's own units, whichever they are; both (B, *shape), finite.
+
+    Raises:
+        InputError: other ends.
+    """
 
     lower: Tensor
     upper: Tensor
     images: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", self.nearest((self.lower + self.upper) / 2))
+        same = self.lower.shape == self.upper.shape and self.lower.dtype == self.upper.dtype
+        if not same or not self.lower.is_floating_point():
+            of = " and ".join(f"{end.dtype} {(*end.shape,)}" for end in (self.lower, self.upper))
+            raise InputError(f"box: found ends of {of}; accepted: two tensors of floats of one shape and dtype")
+        if not ((self.lower <= self.upper) & (self.lower > -torch.inf) & (self.upper < torch.inf)).all():
+            raise InputError("box: found crossed ends, NaN or infinity; accepted: finite ends, lower <= upper")
+        object.__setattr__(self, "images", self.nearest(self.lower / 2 + self.upper / 2))  # a sum may overflow
 
     @property
     def hull(self) -> Interval:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from ..errors import InputError, check
 from ..noise import Noise
 from .interval import Interval
 from .perturbation import PerturbationSet
-from .region import Around
 
 Unit = Literal["pixel", "feature", "row", "column", "patch"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -40,6 +39,7 @@ class SparseBall(PerturbationSet):
     k: int | Tensor = 20  # type: ignore[assignment]
     unit: Unit = "pixel"
     side: int = 1
+    size: ClassVar[str] = "k"
 
     def __post_init__(self) -> None:
         if isinstance(self.k, Tensor):
@@ -79,20 +79,6 @@ class SparseBall(PerturbationSet):
         if isinstance(self.k, Tensor):
             return dataclasses.replace(self, k=torch.ceil(self.k.double() * factor).long())
         return dataclasses.replace(self, k=math.ceil(self.k * factor))
-
-    def region(self, images: Tensor) -> Around:
-        """
-        Raises:
-            InputError: there is a k for each image, but of another number of images.
-        """
-        own = isinstance(self.k, Tensor) and self.k.ndim == 1
-        if own and len(self.k) != len(images):  # type: ignore[arg-type]
-            raise InputError(f"k: found {len(self.k)} numbers for {len(images)} images; accepted: one, or one for each")  # type: ignore[arg-type]
-        return super().region(images)
-
-    def take(self, index: Tensor) -> Self:
-        own = isinstance(self.k, Tensor) and self.k.ndim == 1
-        return dataclasses.replace(self, k=self.k[index]) if own else self  # type: ignore[index]
 
     def check_shape(self, shape: Sequence[int]) -> None:
         images = len(shape) == 3

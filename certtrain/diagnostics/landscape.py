@@ -59,7 +59,7 @@ def landscape(
     def found(part: Batch, step: Step) -> Tensor:
         _, gradient = gradient_of(model, part.images, lambda z: CrossEntropy()(z, part.labels))
         signs = 2 * step.noise.integers(2, part.images.shape[1:], "rademacher").to(part.images.dtype) - 1
-        first, second = (ball.epsilon * ball.direction(along) for along in (gradient, signs))
+        first, second = (ball.radius(along) * ball.direction(along) for along in (gradient, signs))
         losses = []
         every = torch.arange(len(steps) ** 2 * len(part), device=steps.device)  # points of the grid, image by image
         for some in every.split(BATCH):

@@ -67,7 +67,9 @@ class FastBat(AdversarialTraining):
             ascended = F.cross_entropy(model(point), batch.labels, reduction="sum")
             (gradient,) = torch.autograd.grad(ascended, point, create_graph=implicit)
         with torch.no_grad():
-            change = self.sign_size * step.ball.epsilon * gradient.sign() if self.sign else self.step_size * gradient
+            change = self.step_size * gradient
+            if self.sign:
+                change = self.sign_size * step.ball.radius(gradient) * gradient.sign()
             target = found.images + change
             images = step.ball.project(batch.images, target)
             inside = _inside(step.ball, batch.images, images, target)

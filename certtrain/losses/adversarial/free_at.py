@@ -96,7 +96,7 @@ class FreeAt(AdversarialLoss):
         """Write what the next update starts from; called by the backward pass."""
         assert isinstance(step.ball, NormBall)
         images = batch.images.detach()
-        moved = points + self.step_size * step.ball.epsilon * step.ball.direction(gradient)
+        moved = points + self.step_size * step.ball.radius(gradient) * step.ball.direction(gradient)
         change = step.ball.project(images, moved.clamp(0, 1)) - images
         step.state.write(CARRIED, batch, change.nan_to_num(0, 0, 0))
 
