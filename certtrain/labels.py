@@ -31,30 +31,38 @@ def as_labels(
         InputError: other dtypes (booleans are no numbers), fractions, NaN; another shape than (B,).
     """
     found = labels if isinstance(labels, Tensor) else _tensor(labels, where)
+    if found.is_nested or found.layout != torch.strided:
+        raise InputError(f"{where}: found a tensor that is nested or sparse; accepted: {ACCEPTED}, in a dense one")
     if found.ndim != 1 or count not in (None, len(found)):
         expected = "(B,)" if count is None else f"({count},)"
         raise InputError(f"{where}: found shape {tuple(found.shape)}; accepted: {expected}, {ACCEPTED}")
     if found.dtype == torch.bool or found.is_complex() or found.is_quantized:
         raise InputError(f"{where}: found {found.dtype}; accepted: {ACCEPTED}")
     if found.is_floating_point():
-        wrong = ~((found == found.round()) & (found.abs() <= LARGEST))  # NaN too
+        values = found.double()
+        wrong = ~((values == values.round()) & (values.abs() <= LARGEST))  # NaN too
         if wrong.any():
             at = int(wrong.nonzero()[0])
-            raise InputError(f"{where}: found {float(found[at]):g} at image {at}; accepted: {ACCEPTED}")
+            raise InputError(f"{where}: found {float(values[at]):g} at image {at}; accepted: {ACCEPTED}")
     return found.to(device, torch.int64) if device is not None else found.to(torch.int64)
 
 
 def _tensor(labels: Any, where: str) -> Tensor:
+    if isinstance(labels, (list, tuple)):
+        labels = [label.item() if isinstance(label, Tensor) and not label.ndim else label for label in labels]
+        if any(isinstance(label, (bool, np.bool_)) for label in labels):  # numpy would make them numbers among numbers
+            raise InputError(f"{where}: found bool; accepted: {ACCEPTED}")
+    elif np.ma.is_masked(labels):
+        raise InputError(f"{where}: found masked entries; accepted: {ACCEPTED}")
     try:
-        array = np.array([int(x) if isinstance(x, Tensor) and not x.ndim else x for x in labels]
-                         if isinstance(labels, (list, tuple)) else labels)  # fmt: skip
+        array = np.array(labels)
     except (TypeError, ValueError, OverflowError) as error:  # numpy's own, of ragged lists for instance
         raise InputError(f"{where}: found {type(labels).__name__} ({error}); accepted: {ACCEPTED}") from error
     if not array.size and array.ndim == 1:
         return torch.empty(0, dtype=torch.int64)
     if array.dtype.kind not in "iuf":
         raise InputError(f"{where}: found {array.dtype}; accepted: {ACCEPTED}")
-    beyond = np.flatnonzero(array > LARGEST) if array.dtype.kind == "u" else ()
+    beyond = np.flatnonzero(array > LARGEST) if array.dtype.kind == "u" else np.empty(0, int)
     if len(beyond):
         found = f"found {array.flat[beyond[0]]} at image {beyond[0]}"
         raise InputError(f"{where}: {found}; accepted: {ACCEPTED}")

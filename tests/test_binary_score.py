@@ -269,7 +269,7 @@ def test_labels_are_0_and_1(labels):
         certify(BinaryScore(score_network(0)), random_images(2), labels, 0.1)
 
 
-@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_a_threshold_that_is_none(threshold):
     with pytest.raises(InputError, match=r"^threshold: found .*accepted: a finite number"):
         BinaryScore(score_network(0), threshold)

@@ -29,7 +29,8 @@ GOOD = {
         torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
         torch.float16, torch.bfloat16, torch.float32, torch.float64,
     )},
-    "list": WHOLE, "tuple": tuple(WHOLE), "range": range(4), "floats": [0.0, 3.0, 1.0, 2.0], "of tensors": list(Y),
+    "list": WHOLE, "tuple": tuple(WHOLE), "range": range(4), "floats": [0.0, 3.0, 1.0, 2.0],
+    "float8": Y.float().to(torch.float8_e4m3fn), "masked nowhere": np.ma.array(WHOLE), "of tensors": list(Y),
     "of numpy": list(np.array(WHOLE, np.int16)), "strided": torch.tensor([0, 9, 3, 9, 1, 9, 2, 9])[::2],
     **{f"numpy {kind}": np.array(WHOLE, kind) for kind in ("i1", "<i4", ">i4", "<i8", "u1", "u8", "f2", "<f4", ">f8")},
     "read-only": np.broadcast_to(np.int32(2), (4,)), "grad": Y.double().requires_grad_(),
@@ -45,6 +46,9 @@ BAD = {
     "a list of booleans": ([True, False, True, True], "found bool"),
     "numpy booleans": (np.array([True, False, True, True]), "found bool"),
     "complex": (torch.tensor([0, 1, 1j, 1]), r"found torch\.complex64"),
+    "booleans among numbers": ([True, 0, 1, 1], "found bool"),
+    "masked": (np.ma.array(WHOLE, mask=[0, 1, 0, 0]), "found masked entries"),
+    "sparse": (Y.to_sparse(), "found a tensor that is nested or sparse"),
     "words": (["cat", "dog", "cat", "cat"], "found <U3"),
     "none": (None, "found object"),
     "holes": ([0, None, 1, 1], "found object"),
@@ -185,14 +189,14 @@ def arrays(tmp_path, labels) -> Arrays:
     return Arrays(path=tmp_path / "a.npz")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GOOD if kind.startswith("numpy")])
+@pytest.mark.parametrize("kind", [kind for kind in GOOD if kind.startswith("numpy ")])
 def test_files_of_arrays(tmp_path, kind):
     split = arrays(tmp_path, GOOD[kind]).load().train
     assert split.labels.dtype == torch.int64 and split.labels.tolist() == WHOLE
     assert arrays(tmp_path, GOOD[kind][:, None]).load().train.labels.tolist() == WHOLE
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (labels, _) in BAD.items() if isinstance(labels, np.ndarray)])
+@pytest.mark.parametrize("kind", [kind for kind, (labels, _) in BAD.items() if type(labels) is np.ndarray])
 def test_files_of_bad_arrays(tmp_path, kind):
     labels, message = BAD[kind]
     with pytest.raises(InputError, match=rf"train_labels: {message}"):

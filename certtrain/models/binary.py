@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,16 +31,21 @@ class BinaryScore(nn.Module):
 
     def __init__(self, model: nn.Module, threshold: float = 0.0):
         super().__init__()
-        check(math.isfinite(threshold), "threshold", threshold, "a finite number")
-        self.model = model
         like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
+        finite = math.isfinite(threshold) and bool(torch.tensor(threshold, dtype=like.dtype).isfinite())
+        check(finite, "threshold", threshold, "a finite number, in the model's dtype")
+        self.model = model
         self.register_buffer("scale", like.new_tensor([0.0, 1.0]))
         self.register_buffer("shift", like.new_tensor([0.0, -threshold]))
 
     def forward(self, x: Tensor) -> Tensor:
         score = self.model(x)
-        traced = isinstance(score, fx.Proxy)  # which has no shape yet
-        if not traced and not (isinstance(score, Tensor) and score.ndim == 2 and score.shape[1] == 1):
-            found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
-            raise InputError(f"BinaryScore: found an output {found}; accepted: (B, 1), one score for each image")
+        _check_score(score)
         return score * self.scale + self.shift
+
+
+def _check_score(score: Any) -> None:
+    if isinstance(score, fx.Proxy) or (isinstance(score, Tensor) and score.ndim == 2 and score.shape[1] == 1):
+        return  # while it is traced a score has no shape
+    found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
+    raise InputError(f"BinaryScore: found an output {found}; accepted: (B, 1), one score for each image")
