@@ -1,6 +1,6 @@
 """Time the verifier beside others, in one run: ratios, and what both answer.
 
-    python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [--rounds 3] [--json FILE]
+    python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [limits] [--rounds 3] [--json FILE]
     python scripts/benchmark_verification.py run --run RUN_DIR [--images 200]
 
 crown       CROWN on all margins, CNN7 at a quarter of its width, 8 images of CIFAR's size; beside auto_LiRPA where it
@@ -9,6 +9,9 @@ full_width  the same, CNN7 as published and one image
 stream      10,000 images of MNIST's size through the IBP stage of CNN7, beside the plain pass of the same images by the
             network with its batch norms folded
 planted     tiny networks with a counterexample that gradients do not see, and robust twins, through the whole cascade
+limits      what hard questions take under limits of 1, 2, 5 and 12 s: VNN-COMP's front door on convolutional networks,
+            and certify on images of a ResNet-18; wall seconds, CPU seconds of the process, and wall / allowed, which is
+            n images · limit + 10 % + 1 s. What the first verification of a process loads is loaded before
 run         the first test images of a finished run, up to 60 s each, once as usual and once with every image attacked;
             loading the network and the kernels, and a first image, are not counted
 
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,18 +33,21 @@ from statistics import median
 
 import torch
 from measuring import peak_memory, timed
-from torch import Tensor
+from torch import Tensor, nn
 
+import certtrain
 from certtrain.bounds import LinfBall
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
-from certtrain.models import Cnn7, initialise_for_ibp
+from certtrain.models import Cnn7, PreActResNet, initialise_for_ibp
 from certtrain.run_folder import write_atomically
 from certtrain.runs import load_model
 from certtrain.streams import lasting_streams
 from certtrain.verifiers import Certify, Specification, certify
 from certtrain.verifiers.cascade import robustness
 from certtrain.verifiers.known import Known
+from certtrain.verifiers.vnncomp import answer
+from certtrain.verifiers.vnnlib import write_property
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from planted import planted_pairs  # type: ignore[import-not-found]
@@ -181,11 +188,58 @@ def _run(path: Path, count: int) -> dict:
     return found
 
 
+def _convolutions(channels: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before in (3, channels, channels, channels, channels):
+        layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 1024, 10)).eval()
+
+
+def _limits() -> dict:
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for channels, epsilon in ((4, 2 / 255), (16, 2 / 255), (32, 1 / 255), (64, 0.5 / 255)):
+            model = _convolutions(channels)
+            image = torch.rand(1, 3, 32, 32)
+            with torch.enable_grad():  # as exporters want it
+                certtrain.export_onnx(model, folder / f"{channels}.onnx", image)
+            lower, upper = (image - epsilon).clamp(0, 1), (image + epsilon).clamp(0, 1)
+            write_property(folder / f"{channels}.vnnlib", lower[0], upper[0], int(model(image).argmax()), 10)
+        files = {c: (folder / f"{c}.onnx", folder / f"{c}.vnnlib") for c in (4, 16, 32, 64)}
+        answer(*files[4], 1000.0)
+        for limit in (1.0, 2.0, 5.0, 12.0):
+            for channels in (16, 32, 64):
+                asked = f"5 convolutions of {channels}, {limit:g} s"
+                found[asked] = _taken(limit, lambda c=channels, s=limit: answer(*files[c], s).word)
+    torch.manual_seed(0)
+    model, images = PreActResNet().build((3, 32, 32), 10).eval(), torch.rand(3, 3, 32, 32)
+    labels = model(images).argmax(1)
+    for limit, count in ((1.0, 1), (1.0, 2), (5.0, 1), (5.0, 2), (5.0, 3)):
+
+        def ask(limit: float = limit, count: int = count) -> str:
+            verdicts = certify(model, images[:count], labels[:count], 2 / 255, Certify(timeout=limit))
+            return ", ".join(f"{verdict.status} ({verdict.stage})" for verdict in verdicts)
+
+        found[f"ResNet-18, {count} images, {limit:g} s"] = _taken(limit * count, ask)
+    return found
+
+
+def _taken(limit: float, ask: Callable[[], str]) -> dict:
+    wall, processor = time.perf_counter(), time.process_time()
+    said = ask()
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    ratio = round(wall / (1.1 * limit + 1), 2)
+    return {"answer": said, "wall": round(wall, 2), "processor": round(processor, 2), "wall / allowed": ratio}
+
+
 CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "crown": lambda options: _crown(options.rounds, 8, width=16, hidden=128),
     "full_width": lambda options: _crown(options.rounds, 1),
     "stream": lambda options: _stream(options.rounds),
     "planted": lambda options: _planted(),
+    "limits": lambda options: _limits(),
     "run": lambda options: _run(options.run, options.images),
 }
 

@@ -19,6 +19,7 @@ from certtrain.bounds import LinfBall, SparseBall, clock
 from certtrain.bounds.clock import OutOfTime, done, expected, fitting, left, look, looking, now, until
 from certtrain.bounds.crown import crown_bounds, interval_bounds
 from certtrain.bounds.folding import fold
+from certtrain.errors import InputError
 from certtrain.verifiers import (
     AlphaStage,
     AttackStage,
@@ -32,6 +33,7 @@ from certtrain.verifiers import (
     LocationStage,
     Search,
     certify,
+    lirpa,
     lp,
     run_cascade,
 )  # fmt: skip
@@ -385,6 +387,47 @@ class TestPrograms:
             assert self.program().solve(1.0).point is None and not outer.late
             with pytest.raises(OutOfTime):
                 self.program().solve()
+
+
+class TestLirpa:
+    def test_its_passes_look_at_the_clock(self):
+        with until(1.0, now=Hand(0.5)):
+            assert lirpa._in_time(lambda a, b: (a, b), 1, b=2) == (1, 2)
+        with until(1.0, now=Hand(1.5)), pytest.raises(OutOfTime):
+            lirpa._in_time(lambda a, b: (a, b), 1, b=2)
+
+    def test_out_of_time_is_no_fault_of_the_model(self, monkeypatch):
+        tried = []
+
+        def late(*arguments):
+            tried.append(arguments)
+            raise OutOfTime
+
+        monkeypatch.setattr(lirpa, "require", lambda: types.SimpleNamespace(__version__="0.7.1"))
+        monkeypatch.setattr(lirpa, "_lower", late)
+        some = problem()
+        with pytest.raises(OutOfTime):
+            lirpa.lirpa_rows(some.network, some.region, some.specification.rows, "crown")
+        assert len(tried) == 1  # not again in another mode
+        verdicts = run_cascade(some, [lirpa.LirpaStage()], Limits(1e9))
+        assert {v.status for v in verdicts} == {"unknown"}  # a clock that ran out, and nobody's deadline
+
+    @pytest.mark.lirpa
+    @pytest.mark.parametrize("method", ["crown_ibp", "crown", "alpha"])
+    def test_it_stops_soon(self, method, monkeypatch):
+        try:
+            lirpa.require()
+        except InputError as error:
+            pytest.skip(str(error))
+        looks, some = counted(monkeypatch), problem()
+        with until(1e9, now=Ticks()):
+            alone(lirpa.LirpaStage(method), some)
+        assert len(looks) > LAYERS - 2
+        for deadline in (1.0, 3.0):
+            looks.clear()
+            with until(deadline, now=Ticks()), pytest.raises(OutOfTime):
+                alone(lirpa.LirpaStage(method), some)
+            assert len(looks) <= deadline + 1
 
 
 @dataclass

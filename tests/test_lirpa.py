@@ -217,7 +217,7 @@ class TestAsking:
     @pytest.mark.parametrize("where", ["lower", "bias"])
     def test_values_inside_that_are_not_finite_prove_nothing(self, stand_in, where):
         """auto_LiRPA takes a relaxation's NaN for 0, and answers a finite bound."""
-        node = SimpleNamespace(lower=torch.zeros(2), upper=None, get_bias=lambda coefficients, bias: 0)
+        node = SimpleNamespace(lower=torch.zeros(2), upper=None, bound_backward=None, get_bias=lambda *given: 0)
         stand_in.nodes.append(node)
 
         def answer(model, given, rows):

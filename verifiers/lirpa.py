@@ -71,7 +71,7 @@ def lirpa_rows(model: nn.Module, region: Region, rows: Tensor, method: Method, *
 
     Raises:
         InputError: no auto_LiRPA (see ``require``), or one that cannot bound this model.
-        OutOfTime: by the clock, which is looked at whenever it goes back through a relaxation.
+        OutOfTime: by the clock, which is looked at whenever it goes back through an operation.
     """
     check(method in METHODS, "method", method, ", ".join(METHODS))
     check(steps >= 0, "steps", steps, "a whole number >= 0")
@@ -148,6 +148,7 @@ def _lower(library: ModuleType, twin: nn.Module, region: Region, rows: Tensor, m
     bounded = library.BoundedModule(twin, hull.center, bound_opts=options)
     for node in bounded.nodes():
         node.get_bias = partial(_watched, node.get_bias, sound)
+        node.bound_backward = partial(_in_time, node.bound_backward)
     given = library.BoundedTensor(hull.center, library.PerturbationLpNorm(x_L=hull.lower, x_U=hull.upper))
     with torch.set_grad_enabled(method == METHODS["alpha"]):
         found = bounded.compute_bounds((given,), C=rows, method=method, bound_upper=False)[0].detach()
@@ -167,11 +168,15 @@ def _lower(library: ModuleType, twin: nn.Module, region: Region, rows: Tensor, m
 
 
 def _watched(get_bias: Any, sound: list[Tensor], coefficients: Any, bias: Any) -> Any:
-    """Takes down whether a relaxation's offsets are finite: auto_LiRPA counts as 0 what comes out as NaN. Looks at the
-    clock: no other place is met as often."""
-    look()
+    """Takes down whether a relaxation's offsets are finite: auto_LiRPA counts as 0 what comes out as NaN."""
     sound.append(torch.as_tensor(bias).isfinite().all())
     return get_bias(coefficients, bias)
+
+
+def _in_time(bound_backward: Any, *arguments: Any, **options: Any) -> Any:
+    """Looks at the clock before each operation of each of its passes back."""
+    look()
+    return bound_backward(*arguments, **options)
 
 
 class _Translated(TorchFunctionMode):

@@ -43,8 +43,9 @@ class Certify:
         attack: of the attack stage; over a sparse set sPGD-300, unless another one is given.
         images: the first so many test images; null for all.
         batch_size: images that share a batch.
-        timeout: seconds for an image, over all stages: its share of the time of the batches that it is in. A stage
-            that has begun is finished; branch and bound stops within a round.
+        timeout: seconds for an image, over all stages: its share of the time of the batches that it is in. Stages look
+            at the clock between their layers and chunks, and keep what they know by then; so many images take so many
+            times as long at most.
         alpha_steps: of the ascent on slopes.
         lirpa: whose bounds the stage of that name takes from auto_LiRPA, which has to be installed.
         search: how branch and bound goes about it.

@@ -145,9 +145,9 @@ def _checked(
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
         return Answer("holds", seconds, verdicts[0].arithmetic)
-    late = next((verdict for verdict in open_ if verdict.status == "timeout"), None)
-    first = late or open_[0]
-    return Answer("timeout" if late else "unknown", seconds, first.arithmetic, first.reason)
+    late = any(verdict.status == "timeout" for verdict in open_)
+    first = next((verdict for verdict in open_ if verdict.status == "timeout"), open_[0])
+    return Answer("timeout" if late else "unknown", seconds, first.arithmetic, "timeout" if late else first.reason)
 
 
 def _check_reading(network: OnnxNetwork, case: Case, replay: Replay) -> None:
