@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _guarded(parser, words)
         finally:  # also where argparse has shown its help, and leaves
             out.flush()
-            full = isinstance(out.lost, OSError) and not isinstance(out.lost, BrokenPipeError)
+            full = isinstance(out.lost, OSError) and not out.reader_left
             if full:
                 why = f"cannot be written ({out.lost.strerror}); accepted: a place with room; files are written as ever"
                 print(f"error: standard output: {why}", file=sys.stderr)
