@@ -59,6 +59,11 @@ class Lasting:
             self.terminal and isinstance(self.lost, OSError) and self.lost.errno == EIO
         )
 
+    @property
+    def missed(self) -> str | None:
+        """Why something is lost that somebody may want to read; None where nothing is."""
+        return None if self.reader_left or not isinstance(self.lost, OSError) else self.lost.strerror
+
     def _lose(self, error: OSError | ValueError) -> None:
         self.lost = error
         if self.own or self.reader_left:
