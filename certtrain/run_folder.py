@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,19 @@ class LineFile:
                 os.truncate(self.path, size)
             raise
 
-    def alone(self, *, wait: bool = False) -> AbstractContextManager[bool]:
-        """Keep other processes from writing here meanwhile (where the file system knows locks).
+    @contextmanager
+    def alone(self, *, wait: bool = False) -> Iterator[None]:
+        """Keep other processes from writing here meanwhile (where the file system knows locks). The file is there then.
 
         Args:
             wait: until none is writing.
         Raises:
             InputError: one is writing.
+            Unwritable: nothing can be added, which is better known now than when there is something.
         """
-        return alone(lock_of(self.path), str(self.path), wait=wait)
+        with alone(lock_of(self.path), str(self.path), wait=wait):
+            self.append_text("")
+            yield
 
     def drop_half_line(self) -> None:
         """Without what stands behind the last newline."""

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from errno import EIO
 from typing import IO, Any
 
 
@@ -21,6 +22,7 @@ class Lasting:
 
     def __init__(self, stream: IO[str], own: bool = False):
         self.stream, self.own = stream, own
+        self.terminal = not stream.closed and stream.isatty()
         self.lost: OSError | ValueError | None = None
         """What first kept it from writing; a stream that was closed raises ``ValueError``."""
 
@@ -50,9 +52,21 @@ class Lasting:
             except (OSError, ValueError) as error:
                 self._lose(error)
 
+    @property
+    def reader_left(self) -> bool:
+        """Whether nobody is there to miss what was lost: a pipe's reader, or a terminal, is gone."""
+        return isinstance(self.lost, BrokenPipeError) or (
+            self.terminal and isinstance(self.lost, OSError) and self.lost.errno == EIO
+        )
+
+    @property
+    def missed(self) -> str | None:
+        """Why something is lost that somebody may want to read; None where nothing is."""
+        return None if self.reader_left or not isinstance(self.lost, OSError) else self.lost.strerror
+
     def _lose(self, error: OSError | ValueError) -> None:
         self.lost = error
-        if self.own or isinstance(error, BrokenPipeError):
+        if self.own or self.reader_left:
             # the stream keeps what it could not write, and would raise again at the interpreter's end
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -138,8 +140,8 @@ class TestAReaderThatLeft:
         base = {
             "data": {"type": "Digits"}, "model": {"type": "Mlp", "hidden": [4]}, "loss": {"type": "FgsmRs"},
             "perturbation": {"type": "LinfBall", "epsilon": 0.1}, "certify": {"enabled": False},
-            "training": {"epochs": 1, "batch_size": 512, "milestones": [], "epsilon_multiplier": 1.0,
-                         "schedule": {"type": "Linear", "start": 0, "length": 0}, "initialisation": "default"},
+            "training": {"epochs": 2, "batch_size": 512, "milestones": [], "epsilon_multiplier": 1.0,
+                         "schedule": {"type": "Linear", "start": 1, "length": 0}, "initialisation": "default"},
             "export": {"enabled": False}, "threads": 1,
         }  # fmt: skip
         rows = [{"name": "A"}, {"name": "B", "changes": {"loss": {"type": "NFgsm"}}}]
@@ -208,6 +210,19 @@ with lasting_streams():
 """
         subprocess.run(["bash", "-c", '"$0" -c "$1" >&- 2>&- <&-', sys.executable, code], cwd=ROOT, check=True)
         assert int((tmp_path / "file").read_text()) > 2
+
+
+def test_a_terminal_that_is_gone(tmp_path):
+    """As under nohup, or after disown."""
+    words = [sys.executable, str(SCRIPTS / "train.py"), *SMALL, "--out", str(tmp_path / "run")]
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.chdir(ROOT)
+        os.execv(words[0], words)
+    os.read(terminal, 1)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and whole(tmp_path / "run")
 
 
 class Failing(io.StringIO):

@@ -71,7 +71,6 @@ def run_instances(
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
     try:
         with file.alone():
-            file.append_text("")  # refused now, not when the first answer is known
             done = _done(file, instances)
             reader = _Networks(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):

@@ -32,11 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _guarded(parser, words)
         finally:  # also where argparse has shown its help, and leaves
             out.flush()
-            full = isinstance(out.lost, OSError) and not isinstance(out.lost, BrokenPipeError)
-            if full:
-                why = f"cannot be written ({out.lost.strerror}); accepted: a place with room; files are written as ever"
+            if out.missed:
+                why = f"cannot be written ({out.missed}); accepted: a place with room; files are written as ever"
                 print(f"error: standard output: {why}", file=sys.stderr)
-    return code or (2 if full else 0)
+    return code or (2 if out.missed else 0)
 
 
 def _guarded(parser: argparse.ArgumentParser, words: list[str]) -> int:
