@@ -44,7 +44,8 @@ def pixel(value):
 
 OUTSIDE = {
     "normalised": lambda: (make_images() - 0.5) / 0.2, "bytes": lambda: make_images() * 255,
-    "NaN": lambda: pixel(math.nan), "infinite": lambda: pixel(math.inf), "just above": lambda: pixel(1 + 2**-23), "just below": lambda: pixel(-1e-45),
+    "NaN": lambda: pixel(math.nan), "infinite": lambda: pixel(math.inf),
+    "just above": lambda: pixel(1 + 2**-23), "just below": lambda: pixel(-1e-45),
 }  # fmt: skip
 every_outside = pytest.mark.parametrize("images", [pytest.param(make(), id=name) for name, make in OUTSIDE.items()])
 
