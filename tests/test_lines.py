@@ -1,4 +1,4 @@
-"""Lines over intervals whose ends stand around every switch of every rule; and what runs lies within what is bounded."""
+"""Lines over intervals whose ends stand around every switch of every rule; what runs lies within its bounds."""
 
 import math
 
@@ -52,7 +52,7 @@ def touching(kind: str, end: Tensor, near: float, far: float) -> Tensor:
         return exact(kind, place) + derivative(kind, place) * (end - place) - exact(kind, end)
 
     sign = gap(bad).sign()
-    for _ in range(200):
+    for _ in range(64):
         middle = (good + bad) / 2
         same = gap(middle).sign() == sign
         good, bad = torch.where(same, good, middle), torch.where(same, middle, bad)
@@ -62,8 +62,8 @@ def touching(kind: str, end: Tensor, near: float, far: float) -> Tensor:
 def switches(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(N, 1) ends: within a few ulps of each place at which a rule decides otherwise."""
     draw = torch.Generator().manual_seed(0)
-    some = 4 * torch.randn(1500, generator=draw, dtype=torch.float64)
-    small = 10 ** (12 * torch.rand(1500, generator=draw, dtype=torch.float64) - 11)
+    some = 4 * torch.randn(120, generator=draw, dtype=torch.float64)
+    small = 10 ** (12 * torch.rand(120, generator=draw, dtype=torch.float64) - 11)
     neuron = torch.tensor([NEURON[1], NEURON[1] * 2, -0.5, -3.0], dtype=torch.float64)
     ends = torch.cat([some, small, -small, neuron])
     bends = [0.0] if kind in ("sigmoid", "tanh") else [-GATES[kind].bend, 0.0, GATES[kind].bend, TROUGHS[kind].place]
@@ -76,18 +76,16 @@ def switches(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     for bend in bends:
         first, last = [*first, ends], [*last, torch.full_like(ends, bend)]
     for bend in bends:
-        for far in (-60.0, -6.0, 6.0, 60.0):
+        for far in (-60.0, 60.0):
             first, last = [*first, ends], [*last, touching(kind, ends, bend, far)]
     one, two = torch.cat(first).to(dtype), torch.cat(last).to(dtype)
     steps = torch.randint(-5, 6, two.shape, generator=draw)
-    one, two = (torch.cat([t, t, t, t]) for t in (one, two))
+    one, two = (torch.cat([t, t]) for t in (one, two))
     moved = two
     for count in range(5):  # by up to five floats
-        further = torch.nextafter(moved, torch.where(steps.repeat(4) > 0, torch.inf, -torch.inf).to(dtype))
-        moved = torch.where(steps.repeat(4).abs() > count, further, moved)
-    eps = torch.finfo(dtype).eps
-    moved[: len(moved) // 4] *= 1 + 1e-9 * torch.randn(len(moved) // 4, generator=draw, dtype=dtype)
-    moved[len(moved) // 4 : len(moved) // 2] *= 1 + 20 * eps * torch.randn(len(moved) // 4, generator=draw, dtype=dtype)
+        further = torch.nextafter(moved, torch.where(steps.repeat(2) > 0, torch.inf, -torch.inf).to(dtype))
+        moved = torch.where(steps.repeat(2).abs() > count, further, moved)
+    moved[: len(two)] *= 1 + 20 * torch.finfo(dtype).eps * torch.randn(len(two), generator=draw, dtype=dtype)
     return torch.minimum(one, moved).unsqueeze(1), torch.maximum(one, moved).unsqueeze(1)
 
 
@@ -95,8 +93,8 @@ def least_gaps(kind: str, lines: Lines, lower: Tensor, upper: Tensor) -> tuple[T
     """(N,) how far the function is above the lower, and below the upper line, at least: at even points, at points ever
     nearer to the ends and to 0, and where the function has the line's slope."""
     lower, upper = lower.double(), upper.double()
-    share = torch.cat([torch.linspace(0, 1, 65), torch.logspace(-12, -1, 12)]).double()
-    near = torch.cat([torch.linspace(-6, 6, 97), torch.logspace(-9, 1, 21), -torch.logspace(-9, 1, 21)]).double()
+    share = torch.cat([torch.linspace(0, 1, 33), torch.logspace(-12, -1, 12)]).double()
+    near = torch.cat([torch.linspace(-6, 6, 49), torch.logspace(-9, 1, 11), -torch.logspace(-9, 1, 11)]).double()
     points = torch.cat([lower * (1 - share) + upper * share, upper * (1 - share) + lower * share, near + 0 * lower], 1)
     assert lines.lower_intercept is not None
     found = []
@@ -107,7 +105,7 @@ def least_gaps(kind: str, lines: Lines, lower: Tensor, upper: Tensor) -> tuple[T
         for step in (0.07, 0.003, 1e-4):  # closing in on the smallest gap
             gap = sign * (exact(kind, x) - slope * x - intercept)
             best = x.gather(1, gap.argmin(1, keepdim=True))
-            finer = torch.minimum(torch.maximum(best + torch.linspace(-step, step, 61).double(), lower), upper)
+            finer = torch.minimum(torch.maximum(best + torch.linspace(-step, step, 21).double(), lower), upper)
             x = torch.cat([x, finer], 1)
         found.append((sign * (exact(kind, x) - slope * x - intercept)).amin(1))
     return found[0], found[1]
@@ -281,7 +279,7 @@ OVERFLOWING = {
     "infinite": layers(([[B, B]], [B]), nn.ReLU(), ([[1.0], [0.0]], [0.0, 0.0])),
     "minus infinite": layers(([[B, B]], [B]), ([[-1.0], [0.0]], [1.0, 0.0]), nn.ReLU(), ([[-1.0, 0.0], [0.0, 0.0]],
                                                                                         [0.5, 0.0])),
-    "average": layers(nn.Unflatten(1, (1, 2, 2)), nn.AvgPool2d(2), nn.Flatten(), ([[B]], [B]), nn.Tanh(),
+    "average": layers(nn.AvgPool2d(2), nn.Flatten(), ([[B]], [B]), nn.Tanh(),
                       ([[1.0], [0.0]], [0.0, 0.0])),
 }  # fmt: skip
 
@@ -291,12 +289,14 @@ OVERFLOWING = {
 def test_nothing_is_verified_of_what_overflows(name, arithmetic):
     """Where float32's numbers end no certificate begins: unless it is one of exact arithmetic, and true."""
     model = OVERFLOWING[name]
-    width = next((m.in_features for m in model if isinstance(m, nn.Linear)), 1) if name != "average" else 4
+    shape = (1, 1, 2, 2) if name == "average" else (1, model[0].in_features)
     if arithmetic != "nearest" and any(isinstance(m, nn.Tanh | nn.Sigmoid | nn.GELU) for m in model):
         pytest.skip("smooth functions have no bounds in this arithmetic")
     for centre, epsilon in ((0.5, 0.5), (0.5, 0.0), (1.0, 0.25)):
-        x = torch.full((1, width), centre)
-        points = torch.cat([(x + epsilon * (2 * torch.rand(500, width) - 1)).clamp(0, 1), x, x + epsilon, x - epsilon])
+        x = torch.full(shape, centre)
+        points = torch.cat(
+            [(x + epsilon * (2 * torch.rand(500, *shape[1:]) - 1)).clamp(0, 1), x, x + epsilon, x - epsilon]
+        )
         exactly = model.double()(points.clamp(0, 1).double())
         model.float()
         for stage in ("ibp", "crown_ibp", "crown", "alpha", "input_split"):

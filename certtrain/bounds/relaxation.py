@@ -57,7 +57,7 @@ def relax(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | 
             (B, R, *shape). None chooses the one that makes the smaller area. Ignored by smooth functions.
     """
     lines = RELAXATIONS[activation.kind](activation, lower, upper, alpha)
-    if lines.lower_intercept is None:
+    if lines.lower_intercept is None or not activation.monotone:  # gated lines leave room for it themselves
         return lines
     error = activation.kernel_error(lower, upper)
     return Lines(lines.lower_slope, lines.upper_slope, lines.upper_intercept + error, lines.lower_intercept - error)
