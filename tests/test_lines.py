@@ -178,7 +178,7 @@ def test_a_neuron_that_touches_at_its_end(tmp_path):
         image = torch.tensor([[0.0]])
         (verdict,) = certtrain.certify(model, image, torch.tensor([0]), 1.0, Certify(stages=(stage,), timeout=10.0))
         assert verdict.status in ("unknown", "falsified"), stage
-    certtrain.export_onnx(model, tmp_path / "model.onnx", (1,))
+    certtrain.export_onnx(model, tmp_path / "model.onnx", x)
     (tmp_path / "spec.vnnlib").write_text(
         "(declare-const X_0 Real)\n(declare-const Y_0 Real)\n(declare-const Y_1 Real)\n"
         "(assert (>= X_0 0.0))\n(assert (<= X_0 1.0))\n(assert (>= Y_1 Y_0))\n"
