@@ -86,6 +86,14 @@ def switches(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         further = torch.nextafter(moved, torch.where(steps.repeat(2) > 0, torch.inf, -torch.inf).to(dtype))
         moved = torch.where(steps.repeat(2).abs() > count, further, moved)
     moved[: len(two)] *= 1 + 20 * torch.finfo(dtype).eps * torch.randn(len(two), generator=draw, dtype=dtype)
+    if kind in ("sigmoid", "tanh"):  # more of what touches at ``upper``, both ways round
+        scale = 2 if kind == "sigmoid" else 1
+        many = torch.cat([torch.full((40,), NEURON[1]).double(), -3 * torch.rand(8000, generator=draw).double()])
+        place = touching("tanh", many, 0.0, 60.0)
+        place[:40] = NEURON[0] + NEURON[1]
+        place = place * (1 + torch.finfo(dtype).eps * torch.randint(-6, 7, place.shape, generator=draw))
+        more, end = (scale * many).to(dtype), (scale * place).to(dtype)
+        one, moved = torch.cat([one, more, -more]), torch.cat([moved, end, -end])
     return torch.minimum(one, moved).unsqueeze(1), torch.maximum(one, moved).unsqueeze(1)
 
 
