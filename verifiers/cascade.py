@@ -15,6 +15,7 @@ from ..bounds.clock import OutOfTime, now, until
 from ..bounds.folded import Folded
 from ..bounds.folding import fold
 from ..bounds.interval import check_pixels
+from ..bounds.overflow import fits
 from ..bounds.program import Input, ProgramModule, Whole
 from ..bounds.rounding import check as check_rounding
 from ..errors import InputError
@@ -214,12 +215,29 @@ class _Run:
 def _answer(stage: Stage, problem: Problem, known: Known) -> tuple[Finding, list[float]]:
     """A stage's finding, and each problem's worst margin at least."""
     try:
-        finding = stage(problem, known)
+        finding = _finite(stage(problem, known), problem)
     except OutOfTime:  # with nothing to keep
         finding = Finding([None] * len(problem), known)
     worst = problem.specification.worst(finding.known.rows)
     worst = worst if finding.lower is None else torch.maximum(worst, finding.lower)
     return finding, worst.tolist()  # waits for the device: the time is the stage's own
+
+
+def _finite(finding: Finding, problem: Problem) -> Finding:
+    """Without proofs about numbers that may overflow, in the network or in bounds of it."""
+    if "verified" not in finding.statuses:
+        return finding
+    known = finding.known
+    good = fits(known.network, known.region_of(problem), known.bounds)
+    if bool(good.all()):
+        return finding
+    statuses, reasons = list(finding.statuses), list(finding.reasons or [None] * len(problem))
+    for row in (~good).nonzero().flatten().tolist():
+        if statuses[row] == "verified":
+            statuses[row], reasons[row] = None, "overflow"
+    rows = known.rows.masked_fill(~good.unsqueeze(1), -math.inf)
+    lower = None if finding.lower is None else finding.lower.masked_fill(~good, -math.inf)
+    return replace(finding, statuses=statuses, reasons=reasons, known=replace(known, rows=rows), lower=lower)
 
 
 def _predictions(network: nn.Module, images: Tensor) -> list[int | None]:

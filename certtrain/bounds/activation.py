@@ -17,6 +17,14 @@ STRAIGHT = 1000.0
 derivatives for large numbers."""
 
 
+KERNEL_ERROR = 5
+"""Times eps and max(1, |x|): how far smooth activations, as they are run, may be from the functions; paid for by
+intervals and lines. It covers two kernels, torch's at an interval's end and the running network's inside it. Over 13
+million float32 numbers, vector bodies and scalar tails (``scripts/measure_activations.py``; torch 2.15.0 with AVX512,
+onnxruntime 1.31.1, with its optimisations and without), torch is off by 1.1 eps at most, onnxruntime by 1.8; in float64
+torch by 1.0."""
+
+
 @dataclass(frozen=True)
 class Trough:
     """The minimum of a function that falls up to it and rises from it on; both numbers rounded to nearest."""
@@ -90,11 +98,23 @@ class Activation:
         least = torch.where(trough.lies_in(x), trough.below(x.lower.dtype), torch.minimum(first, last))
         return Bounds(least, torch.maximum(first, last))
 
+    def kernel_error(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """What kernels of a smooth function may be off by on [lower, upper]; without a gradient."""
+        size = torch.maximum(lower.detach().abs(), upper.detach().abs()).clamp(min=1)
+        if self.monotone:
+            size = torch.ones_like(size)  # sigmoid and tanh saturate
+        return KERNEL_ERROR * torch.finfo(size.dtype).eps * size
+
     def interval(self, x: Interval) -> Interval:
-        """``image`` of centers and radii."""
+        """``image`` of centers and radii; of smooth functions, of what kernels make of them."""
         if self.kind == "relu":
             return Interval(*kernels.ibp_relu(x.center, x.radius))
-        return self.image(x.bounds()).interval()
+        ends = x.bounds()
+        found = self.image(ends)
+        if not self.piecewise_linear:
+            error = self.kernel_error(ends.lower, ends.upper)
+            found = Bounds(found.lower - error, found.upper + error)
+        return found.interval()
 
     def _anywhere(self, x: Tensor) -> Tensor:
         return torch.where(x > STRAIGHT, x, self(x.clamp(-STRAIGHT, STRAIGHT)))

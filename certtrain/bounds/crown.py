@@ -150,14 +150,19 @@ def slack_of(network: Folded, region: Region, bounds: Mapping[int, Bounds]) -> S
     """What rounding may cost linear bounds, given bounds of the activations' inputs; None without a ``rounding``."""
     if network.rounding is None:
         return None
-    walk = _Bounding(network, region, refine=False, given=bounds)
-    walk.run()
-    return Slack.of(network, walk.intervals)
+    return Slack.of(network, all_intervals(network, region, bounds))
 
 
 def interval_bounds(network: Folded, region: Region) -> dict[int, Bounds]:
     """Interval bounds of every non-linear operation's input. Looks at the clock before each operation."""
     return _Bounding(network, region, refine=False).run()
+
+
+def all_intervals(network: Folded, region: Region, given: Mapping[int, Bounds]) -> dict[int, Interval]:
+    """Intervals of every operation's output, with bounds of non-linear operations' inputs that are known already."""
+    walk = _Bounding(network, region, refine=False, given=given)
+    walk.run()
+    return walk.intervals
 
 
 def best_forms(network: Folded, region: Region, forms: Tensor) -> Tensor:

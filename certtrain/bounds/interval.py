@@ -39,6 +39,7 @@ class Interval:
         boxes lose a corner.) Gradients are those of the plain (upper + lower) / 2 and (upper - lower) / 2.
         """
         center = (lower + upper) / 2
+        center = torch.where(center.isfinite(), center, lower / 2 + upper / 2)  # the sum may overflow
         radius = torch.maximum(upper - center, center - lower)
         with torch.no_grad():  # each difference above is off by half an ulp at most: one ulp covers it
             outward = torch.nextafter(radius, torch.full_like(radius, torch.inf)) - radius

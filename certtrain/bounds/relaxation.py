@@ -16,6 +16,10 @@ from .. import kernels
 from .activation import Activation
 from .relaxation_gated import gated
 
+ROUNDING = 4
+"""Times eps and the numbers' size: what lines above tanh are lifted by, for the roundings of tanh and of a slope times
+x. Ends around every switch, in both dtypes, needed 2.8 at most (``tests/test_lines.py``)."""
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -46,13 +50,17 @@ class Lines:
 
 
 def relax(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None = None) -> Lines:
-    """Lines over [lower, upper], both (B, *shape).
+    """Lines over [lower, upper], both (B, *shape); of smooth functions, around what kernels make of them.
 
     Args:
         alpha: lower slopes where the function has a kink inside the interval, cut to what is sound; (B, *shape) or
             (B, R, *shape). None chooses the one that makes the smaller area. Ignored by smooth functions.
     """
-    return RELAXATIONS[activation.kind](activation, lower, upper, alpha)
+    lines = RELAXATIONS[activation.kind](activation, lower, upper, alpha)
+    if lines.lower_intercept is None or not activation.monotone:  # gated lines leave room for it themselves
+        return lines
+    error = activation.kernel_error(lower, upper)
+    return Lines(lines.lower_slope, lines.upper_slope, lines.upper_intercept + error, lines.lower_intercept - error)
 
 
 def _kinked(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
@@ -60,9 +68,15 @@ def _kinked(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor 
     one = torch.ones_like(lower)  # where() of two numbers would be float32, and round a slope
     positive = lower >= 0
     unstable = ~(positive | (upper <= 0))  # so is NaN, of an overflow: its lines are NaN, and prove nothing
-    width = torch.where(unstable, upper - lower, 1.0)
-    slope = torch.where(unstable, (upper - low * lower) / width, torch.where(positive, one, low))
-    intercept = torch.where(unstable, -(1 - low) * lower * (upper / width), 0.0)
+    half = torch.where(upper - lower == torch.inf, 0.5, one)  # two finite ends may be further apart than any number
+    below, above = lower * half, upper * half
+    width = torch.where(unstable, above - below, 1.0)
+    share = above / width
+    slope = torch.where(unstable, (above - low * below) / width, torch.where(positive, one, low))
+    intercept = torch.where(unstable, -(1 - low) * lower * share, 0.0)
+    # a share that underflows would be off by more than the upper end: the line through that end is as good
+    lost = unstable & (share < torch.finfo(lower.dtype).tiny / torch.finfo(lower.dtype).eps)
+    slope, intercept = torch.where(lost, low, slope), torch.where(lost, (1 - low) * upper, intercept)
     if alpha is None:
         return Lines(torch.where(unstable, torch.where(upper > -lower, one, low), slope), slope, intercept)
     if alpha.ndim > lower.ndim:
@@ -95,8 +109,8 @@ def _gated(activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor |
 def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """(slope, intercept) of a line above tanh: a chord, or a tangent at a point right of 0.
 
-    A tangent at d >= 0 is above the concave half; it is above the convex half too if it is at ``lower``. Where not
-    even the tangent at ``upper`` is, the chord is above all of it.
+    Whichever slope is chosen, and however rounding made it, the intercept is the largest of tanh(x) - slope x: which
+    slope is best may be decided wrongly next to a switch, the line is above the function all the same.
     """
     at_lower, at_upper = torch.tanh(lower), torch.tanh(upper)
 
@@ -107,6 +121,9 @@ def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
     with torch.no_grad():
         low, high = torch.zeros_like(lower), upper.clamp(min=0)
+        slope, intercept = tangent(high)
+        # a tangent right of 0 is above the concave half; where not even the one at ``upper`` is at ``lower``: a chord
+        use_chord = (upper <= 0) | ((lower < 0) & (slope * lower + intercept < at_lower))
         for _ in range(30):
             middle = (low + high) / 2
             slope, intercept = tangent(middle)
@@ -119,15 +136,30 @@ def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     height = slope * lower + intercept - at_lower
     touching = high - (height - height.detach()) / derivative
     # tangents further right are above it as well; the one in the middle leaves the smallest area
-    slope, intercept = tangent(torch.maximum(touching, (lower + upper) / 2))
+    slope, intercept = tangent(torch.maximum(touching, lower / 2 + upper / 2))
     width = upper - lower
     chord = torch.where(width > 0, (at_upper - at_lower) / torch.where(width > 0, width, 1.0), 1 - at_lower * at_lower)
-    use_chord = (upper <= 0) | ((slope * lower + intercept < at_lower) & (lower < 0))
     slope = torch.where(use_chord, chord, slope)
-    # the line's own rounding: it must not fall below either end
+    # it rises, whatever rounding makes of a chord; and can be halved, and halved again, without a loss
+    slope = torch.where(slope < 8 * torch.finfo(lower.dtype).tiny, 0.0, slope)
     intercept = torch.where(use_chord, at_lower - slope * lower, intercept)
-    lift = torch.maximum(at_lower - (slope * lower + intercept), at_upper - (slope * upper + intercept)).clamp(min=0)
-    return slope, intercept + lift + 4 * torch.finfo(lower.dtype).eps
+    with torch.no_grad():
+        lift = _largest_above(slope, lower, upper, at_lower, at_upper) - intercept
+    return slope, intercept + lift
+
+
+def _largest_above(slope: Tensor, lower: Tensor, upper: Tensor, at_lower: Tensor, at_upper: Tensor) -> Tensor:
+    """tanh(x) - slope x on [lower, upper] at most, for any slope >= 0.
+
+    Left of 0 it is convex, so largest at an end; right of 0 it is concave, and largest where the slope is tanh's own,
+    at atanh(sqrt(1 - slope)), or as near as the interval comes. An error of that point counts by its square.
+    """
+    root = (1 - slope).clamp(min=0).sqrt()
+    peak = torch.minimum(torch.maximum(torch.log1p(root) - slope.clamp(max=1).log() / 2, lower), upper)
+    found = torch.maximum(at_lower - slope * lower, at_upper - slope * upper)
+    found = torch.maximum(found, torch.tanh(peak) - slope * peak)
+    size = 1 + slope * torch.maximum(lower.abs(), upper.abs())
+    return found + ROUNDING * torch.finfo(lower.dtype).eps * size
 
 
 RELAXATIONS: dict[str, Callable[[Activation, Tensor, Tensor, Tensor | None], Lines]] = {

@@ -14,7 +14,7 @@ def _through_relu(center, radius, half, zero):
     state = np.uint8(upper > zero) + np.uint8(lower > zero)
     low = zero if lower <= zero else lower  # NaN is not <= 0 and stays
     up = zero if upper <= zero else upper
-    return (up + low) * half, (up - low) * half, state
+    return up * half + low * half, (up - low) * half, state
 
 
 @jit(inline=True)

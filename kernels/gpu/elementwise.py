@@ -30,7 +30,7 @@ def _forward(
         positive = (upper > 0).to(tl.uint8) + (lower > 0).to(tl.uint8)
         tl.store(state + at, positive, inside)
         low, up = tl.where(lower <= 0, 0.0, lower), tl.where(upper <= 0, 0.0, upper)  # NaN is not <= 0 and stays
-        c, r = (up + low) * 0.5, (up - low) * 0.5
+        c, r = up * 0.5 + low * 0.5, (up - low) * 0.5
     tl.store(out_center + at, c, inside)
     tl.store(out_radius + at, r, inside)
 

@@ -23,7 +23,7 @@ def ibp_affine(
 
 def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     lower, upper = F.relu(center - radius), F.relu(center + radius)
-    return (upper + lower) / 2, (upper - lower) / 2
+    return upper / 2 + lower / 2, (upper - lower) / 2
 
 
 def fold(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None):
