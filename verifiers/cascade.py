@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, forward, trace
+from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, checked_logits, trace
 from ..bounds.folded import Folded
 from ..bounds.folding import fold
 from ..bounds.program import Input, ProgramModule, Whole
@@ -46,7 +46,8 @@ def run_cascade(
         watch: told each stage that begins, and the number of images that go through it.
         arithmetic: in which proofs hold. Counterexamples are always those of the network as it runs.
     Raises:
-        InputError: a network or a perturbation set without bounds in this arithmetic.
+        InputError: a network or a perturbation set without bounds in this arithmetic; a network that computes something
+            else than was traced of it, or no function of one image.
     """
     images = problem.region.images
     if all(isinstance(stage, (CleanStage, AttackStage, LirpaStage)) for stage in stages):
@@ -194,8 +195,8 @@ def _answer(stage: Stage, problem: Problem, known: Known) -> tuple[Finding, list
 
 
 def _predictions(network: nn.Module, images: Tensor) -> list[int | None]:
-    """The network's choices; None for an image that alone is too large for the memory."""
-    found = within_memory(lambda: forward(network, images).logits.argmax(1).tolist()) if len(images) else []
+    """The network's choices, its program compared with it; None for an image that alone is too large for memory."""
+    found = within_memory(lambda: checked_logits(network, images).argmax(1).tolist()) if len(images) else []
     if found is None and len(images) > 1:
         return [choice for half in images.tensor_split(2) for choice in _predictions(network, half)]
     return [None] if found is None else found

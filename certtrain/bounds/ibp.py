@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .. import kernels
 from . import convolution
 from . import program as p
+from .faithful import check_faithful
 from .forward import Statistics, check_features, coefficients
 from .interval import Interval
 from .region import Region
-from .tracing import trace
+from .tracing import is_traced, trace
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ def compute_bounds(
 ) -> Interval:
     """Sound bounds of the model's logits over a box, or over a perturbation set around a batch of images.
 
-    Bounds enclose the network with fixed batch-norm statistics: the running ones, or those given.
+    Bounds enclose the network with fixed batch-norm statistics: the running ones, or those given. In evaluation mode
+    the model itself is compared with what was traced of it, at the centre and at a random point of the box; in training
+    mode when it was traced.
 
     Args:
         model: any ``nn.Module`` of supported layers; takes (B, *shape), carries its own normalisation. Or a program.
@@ -48,7 +51,10 @@ def compute_bounds(
         round-to-nearest arithmetic of the model's dtype, up to its rounding error.
     Raises:
         UnsupportedNode: the model holds an operation without a rule.
+        InputError: the model computes something else than was traced of it, or no function of one image.
     """
+    if isinstance(model, nn.Module) and not (model.training and is_traced(model)):
+        check_faithful(model, box)
     return _Propagation(model, statistics, keep=False).run(box)[0]
 
 
