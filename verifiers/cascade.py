@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, forward, trace
+from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, checked_logits, trace
 from ..bounds.clock import OutOfTime, now, until
 from ..bounds.folded import Folded
 from ..bounds.folding import fold
@@ -51,17 +51,17 @@ def run_cascade(
         arithmetic: in which proofs hold. Counterexamples are always those of the network as it runs.
     Raises:
         InputError: a network or a perturbation set without bounds in this arithmetic; a network of other outputs than
-            the specification speaks of.
+            the specification speaks of, or one that computes something else than was traced of it, or no function of
+            one image.
     """
     images = problem.region.images
     if all(isinstance(stage, (CleanStage, AttackStage, LirpaStage)) for stage in stages):
         problem = replace(problem, network=_runnable(problem.network))
-    folded = _folded(problem, arithmetic) if len(problem) else None
     wait = partial(torch.cuda.synchronize, images.device) if images.is_cuda else None
     with until(wait=wait):  # for the pace of the work, which later stages go by
-        run = _Run(problem, (limits or Limits()).of(len(problem)), watch)
-        if folded is not None:
-            network, dtype = folded
+        run = _Run(problem, (limits or Limits()).of(len(problem)), watch)  # traces the network anew
+        if len(problem):
+            network, dtype = _folded(problem, arithmetic)
             rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
             everything = torch.arange(len(problem), device=problem.index.device)
             run.go(everything, Known(network, rows, {}), _fitting(stages, problem))
@@ -241,8 +241,8 @@ def _finite(finding: Finding, problem: Problem) -> Finding:
 
 
 def _predictions(network: nn.Module, images: Tensor) -> list[int | None]:
-    """The network's choices; None for an image that alone is too large for the memory."""
-    found = within_memory(lambda: forward(network, images).logits.argmax(1).tolist()) if len(images) else []
+    """The network's choices, its program compared with it; None for an image that alone is too large for memory."""
+    found = within_memory(lambda: checked_logits(network, images).argmax(1).tolist()) if len(images) else []
     if found is None and len(images) > 1:
         return [choice for half in images.tensor_split(2) for choice in _predictions(network, half)]
     return [None] if found is None else found

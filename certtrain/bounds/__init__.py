@@ -1,5 +1,6 @@
 """Sound bounds of a network's outputs over a set of inputs."""
 
+from .faithful import check_faithful, check_one_image, checked_logits
 from .forward import BatchStatistics, Forward, Statistics, forward
 from .ibp import Activity, compute_activity, compute_bounds, compute_margins, compute_rows
 from .interval import Bounds, Interval
@@ -15,6 +16,6 @@ from .tracing import trace
 __all__ = [
     "Activity", "BatchStatistics", "Bounds", "Box", "Forward", "Halves", "Interval", "L1Ball", "L2Ball", "LinfBall",
     "NormBall", "PerturbationSet", "Program", "Region", "SparseBall", "Statistics", "UnsupportedNode",
-    "compute_activity", "compute_bounds", "compute_margins", "compute_rows", "forward", "size_name", "sized", "split",
-    "trace",
+    "check_faithful", "check_one_image", "checked_logits", "compute_activity", "compute_bounds", "compute_margins",
+    "compute_rows", "forward", "size_name", "sized", "split", "trace",
 ]  # fmt: skip

@@ -5,44 +5,94 @@ Each of these, unseen, would give bounds of another network than the one that ru
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import fx, nn
+import torch.nn.modules.module as of_all
+from torch import Tensor, fx, nn
 
 from . import program as p
+from .wrappers import computed
 
 
 def signature(model: nn.Module) -> Signature:
-    """What a program depends on besides tensors: modules and their order, plain attributes, hooks."""
+    """What a program depends on besides the values of tensors: modules and their order, their classes, all that their
+    attributes hold, hooks. Two are equal only if nothing of that has changed."""
     return tuple(
-        (path, module, [item for item in vars(module).items() if _is_plain(*item)], _has_hooks(module))
+        (path, Same(module), _of_class(type(module)), _attributes(vars(module)), _has_hooks(module))
         for path, module in model.named_modules(remove_duplicate=False)
     )
 
 
-Signature = tuple[tuple[str, nn.Module, list[tuple[str, Any]], bool], ...]
+Signature = tuple[tuple[str, "Same", Any, Any, bool], ...]
 
 
-def _is_plain(name: str, value: Any) -> bool:
-    if isinstance(value, tuple):  # a tuple of tensors cannot be compared
-        return all(_is_plain(name, item) for item in value)
-    return name != "training" and isinstance(value, (bool, int, float, str, FunctionType))
+@dataclass(frozen=True)
+class Same:
+    """Equal to the very same object, which it keeps alive."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_BOOKKEEPING = {*vars(nn.Module()), "_certtrain_program"}
+"""What every module has: its mode, its tensors, which are looked up each time, its modules and hooks."""
+_DEPTH = 3
+
+
+def _attributes(values: Mapping[str, Any], depth: int = _DEPTH) -> list[tuple[str, Any]]:
+    return [(name, _snapshot(value, depth)) for name, value in values.items() if name not in _BOOKKEEPING]
+
+
+def _of_class(kind: type) -> list[Any]:
+    """What a class written outside torch defines: somebody may replace its forward, or a constant in it."""
+    own = itertools.takewhile(lambda base: not base.__module__.startswith("torch."), kind.__mro__)
+    return [(Same(base), [(name, _snapshot(value, 1)) for name, value in vars(base).items()]) for base in own]
+
+
+def _snapshot(value: Any, depth: int) -> Any:
+    """Numbers, words, containers and plain objects by what they hold, anything else by identity."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return type(value), value
+    if depth == 0 or isinstance(value, (nn.Module, Tensor)):
+        return Same(value)
+    if isinstance(value, Mapping):
+        return type(value), [(_snapshot(key, depth - 1), _snapshot(item, depth - 1)) for key, item in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), [_snapshot(item, depth - 1) for item in value]
+    if type(value).__module__.startswith("torch") or isinstance(value, (type, ModuleType, FunctionType)):
+        return Same(value)
+    return Same(value), _attributes(getattr(value, "__dict__", {}), depth - 1)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Hooks of one module or of all, other than those that compute a weight."""
+    computing = len(computed(module))
+    everywhere = of_all._global_forward_hooks or of_all._global_forward_pre_hooks
+    return bool(module._forward_hooks or len(module._forward_pre_hooks) > computing or everywhere)
 
 
 def refuse_hidden_forward(path: str, module: nn.Module) -> None:
     """torch.fx reads the class' forward: it would not see these."""
     where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
-    if _has_hooks(module):
-        raise p.UnsupportedNode(f"{where} has forward hooks; accepted: none")
+    refuse_hooks(where, module)
     if "forward" in vars(module):
         raise p.UnsupportedNode(f"{where} has a forward of its own beside its class'; accepted: the class' forward")
+    if type(module).__call__ is not nn.Module.__call__:
+        raise p.UnsupportedNode(f"{where} overrides __call__; accepted: a class that defines forward alone")
+
+
+def refuse_hooks(where: str, module: nn.Module) -> None:
+    if _has_hooks(module):
+        raise p.UnsupportedNode(f"{where} has forward hooks; accepted: none")
 
 
 class _Proxy(fx.Proxy):

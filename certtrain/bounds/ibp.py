@@ -14,10 +14,11 @@ from .. import kernels
 from ..labels import as_labels, check_logits, classes_in
 from . import clock, convolution
 from . import program as p
+from .faithful import check_faithful
 from .forward import Statistics, check_features, coefficients
 from .interval import Interval
 from .region import Region
-from .tracing import trace
+from .tracing import is_traced, trace
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ def compute_bounds(
 ) -> Interval:
     """Sound bounds of the model's logits over a box, or over a perturbation set around a batch of images.
 
-    Bounds enclose the network with fixed batch-norm statistics: the running ones, or those given.
+    Bounds enclose the network with fixed batch-norm statistics: the running ones, or those given. In evaluation mode
+    the model itself is compared with what was traced of it, at the centre and at a random point of the box; in training
+    mode when it was traced.
 
     Args:
         model: any ``nn.Module`` of supported layers; takes (B, *shape), carries its own normalisation. Or a program.
@@ -49,9 +52,12 @@ def compute_bounds(
         round-to-nearest arithmetic of the model's dtype, up to its rounding error.
     Raises:
         UnsupportedNode: the model holds an operation without a rule.
-        InputError: a box that does not exist: crossed ends, a negative radius, NaN, pixels outside [0, 1].
+        InputError: a box that does not exist: crossed ends, a negative radius, NaN, pixels outside [0, 1]; a model that
+            computes something else than was traced of it, or no function of one image.
     """
     box.check()
+    if isinstance(model, nn.Module) and not (model.training and is_traced(model)):
+        check_faithful(model, box)
     return _Propagation(model, statistics, keep=False).run(box)[0]
 
 

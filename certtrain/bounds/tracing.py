@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import fx, nn
 
 from . import program as p
 from .functional import FUNCTIONS, SUPPORTED, BatchSize, concat
-from .graph import Tracer, first_operand, refuse_hidden_forward, refuse_shared_mutation, signature
+from .graph import Tracer, first_operand, refuse_hidden_forward, refuse_hooks, refuse_shared_mutation, signature
+from .wrappers import is_wrapper, unwrapped, with_computed_tensors
 
 
 def trace(model: nn.Module | p.Program) -> p.Program:
@@ -26,16 +29,37 @@ def trace(model: nn.Module | p.Program) -> p.Program:
         return model
     if isinstance(model, p.ProgramModule):
         return model.program
+    if not is_traced(model):
+        for path, module in model.named_modules():
+            if is_wrapper(module):
+                refuse_hooks(f"{type(module).__name__} at {path!r}", module)
+        with evaluation_mode(model), unwrapped(model) as inside:
+            nodes = Tracing(inside).nodes_of_model()
+        model.__dict__["_certtrain_program"] = p.Program(nodes, signature(model))
+    return model.__dict__["_certtrain_program"]
+
+
+def is_traced(model: nn.Module) -> bool:
+    """Whether there is a program, made of the model as it is now."""
     program = model.__dict__.get("_certtrain_program")
-    if program is None or program.signature != signature(model):
-        training = {module: module.training for module in model.modules()}
-        try:
-            program = Tracing(model.eval()).program()
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        model.__dict__["_certtrain_program"] = program
-    return program
+    return program is not None and program.signature == signature(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Trace the model anew at the next ``trace``: a closure or a global that its forward reads may have changed."""
+    model.__dict__.pop("_certtrain_program", None)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; the mode of every module is restored."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 _OF_CONSTANTS = ("view", "reshape", "unsqueeze", "squeeze", "getitem", "exp", "sqrt", "reciprocal", "neg")
@@ -53,7 +77,7 @@ class Tracing:
         self.nodes: list[p.Node] = []
         self.values: dict[fx.Node, Any] = {}
 
-    def program(self) -> p.Program:
+    def nodes_of_model(self) -> tuple[p.Node, ...]:
         refuse_hidden_forward("", self.model)
         tracer = Tracer()
         # a single layer as the whole model: torch.fx would look inside it
@@ -77,8 +101,7 @@ class Tracing:
         value = output.args[0]
         if not isinstance(value, fx.Node) or type(self.values[value]) is not int:
             raise p.UnsupportedNode(f"output: found {value}; accepted: one tensor of logits")
-        nodes = p.fuse(self.nodes, self.values[value])
-        return p.Program(nodes, signature(self.model))
+        return p.fuse(self.nodes, self.values[value])
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -102,7 +125,7 @@ class Tracing:
         path, module = str(node.target), self.root.get_submodule(str(node.target))
         refuse_hidden_forward(path, module)
         source = self.position(node, first_operand(node))
-        match module:
+        match module := with_computed_tensors(module):
             case nn.Linear() | nn.Conv1d() | nn.Conv2d():
                 return self.append(p.Affine(path, (source,), module))
             case nn.BatchNorm1d() | nn.BatchNorm2d():

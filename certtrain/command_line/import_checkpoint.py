@@ -31,6 +31,8 @@ def add(commands) -> None:
     parser.add_argument("--std", metavar="A,B,C", help="likewise; --mean 0 --std 1 is none")
     parser.add_argument("--class-order", metavar="ORDER", default="numbers", choices=("numbers", "text"),
                         help="of outputs; text: 0, 1, 10, 100, … (expressive-losses on ImageNet64)")  # fmt: skip
+    parser.add_argument("--order", metavar="A,B,C", default="",
+                        help="the file's layers in the order of use, where names and shapes leave it open")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: a new one under runs/)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_import, parser=parser)
@@ -64,5 +66,6 @@ def _import(options: argparse.Namespace, rest: list[str]) -> int:
         if getattr(options, name) is not None:
             given[f"model.{name}"] = f"[{getattr(options, name).strip('[]')}]"
     config = structure(Config, override({}, {**given, **overrides}))
-    import_checkpoint(file, config, options.out, class_order=options.class_order)
+    order = options.order.split(",") if options.order else ()
+    import_checkpoint(file, config, options.out, class_order=options.class_order, order=order)
     return 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import Ascent, lead
-from ..bounds import PerturbationSet, UnsupportedNode, compute_margins
+from ..bounds import PerturbationSet, UnsupportedNode, checked_logits, compute_margins
 from ..step import Batch, Step
 
 
@@ -109,6 +109,7 @@ class Intervals(Adversary):
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+        checked_logits(model, batch.images)
         margins, _ = compute_margins(model, ball.region(batch.images), batch.labels)
         return [Lost(None if proved else "bounds") for proved in (margins > 0).all(1).tolist()]
 

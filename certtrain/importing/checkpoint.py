@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ from ..run_folder import RunFolder, sha256
 from ..runs import describe, save_weights
 from ..surroundings import surroundings
 from .layers import Layer, layers_of, naming
-from .matching import KNOWN, fit
+from .matching import KNOWN, expected_layers, fit
 from .normalisation import Normalisation, normalisation_of
+from .order import arrange
 from .parity import evaluate
 from .reading import IGNORED, read
 
@@ -41,6 +43,7 @@ def import_checkpoint(
     out: str | Path | None = None,
     *,
     class_order: Literal["numbers", "text"] = "numbers",
+    order: Sequence[str] = (),
     quiet: bool = False,
 ) -> RunFolder:
     """Make a network that somebody else trained a run, which ``verify`` certifies and ``export`` exports.
@@ -56,11 +59,15 @@ def import_checkpoint(
         out: a new or empty folder; None for a fresh one under ``runs/``.
         class_order: of the file's outputs. ``text``: 0, 1, 10, 100, 101, …, as torchvision's ``ImageFolder`` numbers
             folders that are called 0 to K - 1, which expressive-losses makes of ImageNet64.
+        order: the file's layers (``embed``, or the beginning that several share) in the order in which they are
+            computed. Needed where layers could be exchanged, as far as shapes and numbers in their names tell: a
+            .safetensors file keeps no order. That of a state dict is taken for the order of use.
         quiet: print nothing.
     Returns:
         the run's folder. ``run.json`` has a section ``imported``: the file and its sha256, how its tensors were
-        named and what they are called now, where normalisation and batch norm came from, and how far our logits are
-        from those of the file's own tensors.
+        named and what they are called now, what their order rests on, which weights were computed of parts, where
+        normalisation and batch norm came from, and how far our logits are from those of the file's own tensors in
+        that order.
     Raises:
         InputError: something given cannot be used, or does not fit; nothing on disk was changed.
     """
@@ -79,6 +86,9 @@ def import_checkpoint(
         inside = layers.pop(0) if layers[0].kind == "normalisation" else None
         if not layers:
             raise InputError(f"{file}: found a normalisation and no layer behind it; accepted: a whole network")
+        layers, ordering = arrange(
+            layers, expected_layers(config.model, shape, classes), order, tensors.ordered, tensors.prefix, str(file)
+        )
         fit(layers, config.model, shape, classes, str(file))
         _check_spreads(layers, file)
         normalisation = normalisation_of(inside, config, naming(tensors.by_name), shape[0], file)
@@ -93,7 +103,7 @@ def import_checkpoint(
             "file": file.name, "sha256": sha256(file),
             "layout": {"names": naming(tensors.by_name), "wrapper": tensors.wrapper, "prefix": tensors.prefix,
                        "beside": list(tensors.beside), "ignored": list(tensors.ignored)},
-            "renaming": renaming,
+            "order": ordering, "computed": tensors.computed, "renaming": renaming,
             "normalisation": {"source": normalisation.source, "mean": list(normalisation.mean),
                               "std": list(normalisation.std)},
             "batch_norm": _batch_norm(layers), "class_order": class_order,
@@ -145,7 +155,8 @@ def _parity(
     model: nn.Module, architecture: Architecture, layers: list[Layer], inside: Layer | None,
     normalisation: Normalisation, rows: Tensor, test: Split, file: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """How far the model's logits are from those of the file's own tensors, both in float64.
+    """How far the model's logits are from those of the file's own tensors in the order of ``layers``, both in float64.
+    Of that order it says nothing.
 
     Raises:
         InputError: they are not finite, or further apart than rounding to float32 explains.
@@ -185,7 +196,8 @@ def _say(folder: RunFolder, imported: dict[str, Any]) -> None:
     console.print(f"imported: {folder.path} ({len(imported['renaming'])} tensors of {imported['file']})")
     console.print(f"normalisation: {normalisation['source']}{numbers}")
     console.print(f"batch norm: {imported['batch_norm']}")
+    console.print(f"order of layers: {imported['order']}")
     console.print(
-        f"logits differ from the file's own by {parity['largest_difference']:.1e} of up to "
+        f"logits differ from those of the file's tensors in this order by {parity['largest_difference']:.1e} of up to "
         f"{parity['largest_logit']:.1f}; {parity['correct']} of the first {parity['images']} test images are right"
     )

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .computed import folded
+from .layers import SPELLINGS
 
 ACCEPTED = "accepted: a state dict of tensors as torch.save writes it, alone or in a checkpoint, or .safetensors"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
 PREFIXES = ("module", "_orig_mod", "bounded_model", "original_model", "model", "net", "network", "layers")
-IGNORED = ("num_batches_tracked",)
+IGNORED = ("num_batches_tracked", "n_averaged")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Tensors:
         beside: what else the checkpoint holds (an optimiser's state, the epoch), which is not looked at.
         ignored: names of bookkeeping tensors that no network's output depends on.
         prefix: what all names begin with, and says nothing.
+        computed: how tensors were computed that stand in the file in parts, by their names: pruned, weight_norm,
+            spectral_norm.
+        ordered: whether the file keeps an order; else names are sorted, a normalisation's first.
     """
 
     by_name: dict[str, Tensor]
@@ -39,12 +44,15 @@ class Tensors:
     beside: tuple[str, ...]
     ignored: tuple[str, ...]
     prefix: str
+    computed: dict[str, str]
+    ordered: bool
 
 
 def read(path: Path) -> Tensors:
     """Read a checkpoint by ``torch.load(weights_only=True)``, or a .safetensors file.
 
-    A .safetensors file keeps no order: names are then sorted, with their numbers as numbers.
+    A .safetensors file keeps no order (safetensors 0.8 itself writes by dtype and name): names are then sorted, with
+    their numbers as numbers. Weights that pruning, weight_norm or spectral_norm keep in parts are computed.
 
     Raises:
         InputError: there is no such file; it cannot be read, or not without running code; no state dict in it; an entry
@@ -67,16 +75,25 @@ def read(path: Path) -> Tensors:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
             found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{path}: {name}: found {found}; accepted: tensors of floating-point numbers")
+    kept, computed = folded(kept)
+    for name, value in kept.items():
+        if "parametrizations" in name.split("."):
+            raise InputError(
+                f"{path}: found {name}, of a parametrisation of no known kind; accepted: weight_norm, "
+                "spectral_norm and pruning, or weights after torch.nn.utils.parametrize.remove_parametrizations"
+            )
         if not value.float().isfinite().all():
             raise InputError(f"{path}: {name}: found a value that is not finite in float32; accepted: finite weights")
-    return Tensors(kept, ".".join(wrapper), tuple(beside), ignored, _common_prefix(list(kept)))
+    ordered = path.suffix != ".safetensors"
+    prefix = _common_prefix(list(kept))
+    return Tensors(kept, ".".join(wrapper), tuple(beside), ignored, prefix, computed, ordered)
 
 
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             tensors = safetensors.torch.load_file(path)
-            return {name: tensors[name] for name in sorted(tensors, key=_natural)}
+            return {name: tensors[name] for name in sorted(tensors, key=_place)}
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; {ACCEPTED}") from error
@@ -101,6 +118,12 @@ def _said(value: Any) -> str:
     if not isinstance(value, Mapping):
         return type(value).__name__
     return f"a mapping of {', '.join(map(str, list(value)[:8])) or 'nothing'} and no state dict in it"
+
+
+def _place(name: str) -> tuple[bool, list[tuple[bool, int | str]]]:
+    """A sorting key by which mean and std of a normalisation come first."""
+    role = name.rpartition(".")[2]
+    return SPELLINGS.get(role, role) not in ("mean", "std"), _natural(name)
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:

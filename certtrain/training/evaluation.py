@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from ..attacks import Attack
-from ..bounds import PerturbationSet, UnsupportedNode, compute_margins, trace
+from ..bounds import PerturbationSet, UnsupportedNode, checked_logits, compute_margins, trace
 from ..data import Split, in_order
 from ..noise import Noise, key_of
 from ..step import Step
 
 BATCH = 512
+COMPARED = 8
+"""Images on which a model and its program are compared, before training and after each epoch."""
 
 
 @torch.no_grad()
@@ -51,6 +53,17 @@ def attacked_accuracy(
         correct += int(right.sum())
     model.train(training)
     return correct / count
+
+
+def check_program(model: nn.Module, split: Split) -> None:
+    """Compare what was traced of a model with the model itself on a split's first images; says nothing of a model that
+    bounds do not know.
+
+    Raises:
+        InputError: they differ beyond rounding, or the model's logits of an image depend on other images.
+    """
+    if traceable(model):
+        checked_logits(model, split.pixels(torch.arange(min(COMPARED, len(split)))))
 
 
 def traceable(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from ..run_folder import RunFolder
 from ..step import Batch, State, Step
 from . import checkpoint
 from .averages import WeightAverage, recompute_statistics
+from .evaluation import check_program
 from .interruption import Interrupted, StopRequest
 from .selection import Best
 from .settings import Training
@@ -67,7 +68,8 @@ def fit(
     ``settings.select`` found best; none without it.
 
     Raises:
-        InputError: the checkpoint is broken or belongs to another architecture.
+        InputError: the checkpoint is broken or belongs to another architecture; the model computes something else than
+            bounds see of it (looked at before the first step and after each epoch).
         Interrupted: a signal asked to stop; the checkpoint is up to date.
         TrainingStopped: the loss or its gradient was not finite.
     """
@@ -91,6 +93,7 @@ def fit(
     steps, size = settings.epochs * len(loader), size_name(type(ball).__name__)
     started = saved = time.monotonic()
     before = position.seconds
+    check_program(model, dataset.train)
     model.train()
     with Progress("training", steps, done=position.step, quiet=quiet) as progress:
         for epoch in range(position.epoch, 0 if watch.halted else settings.epochs):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..bounds import PerturbationSet
 from ..data import Dataset
-from .evaluation import evaluate
+from .evaluation import check_program, evaluate
 from .guard import LastCheck
 from .selection import SCORE, Best
 from .settings import Training
@@ -49,6 +49,7 @@ class Watch:
     def look(self, model: nn.Module, epoch: int) -> Look:
         """After so many epochs."""
         settings, validation = self.settings, self.dataset.validation
+        check_program(model, self.dataset.train)
         figures: dict[str, Any] = {}
         lines, alarm = [], None
         if settings.guard and epoch % settings.guard.every == 0:

@@ -1,0 +1,81 @@
+"""What other tools put around a network or in front of a layer, taken off: the network that runs is the one inside.
+
+DataParallel, DistributedDataParallel, AveragedModel and ``torch.compile`` wrap a module; pruning and the old
+``weight_norm`` and ``spectral_norm`` compute a layer's weight in a hook. ``torch.nn.utils.parametrizations`` need
+nothing: there the layer's ``weight`` is computed when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim.swa_utils import AveragedModel
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The module inside its wrappers, however many; of any other module itself."""
+    while is_wrapper(module):
+        module = module._modules["_orig_mod" if "_orig_mod" in module._modules else "module"]  # type: ignore[assignment]
+    return module
+
+
+def is_wrapper(module: nn.Module | None) -> bool:
+    compiled = module is not None and list(module._modules) == ["_orig_mod"]
+    return compiled or isinstance(module, (nn.DataParallel, DistributedDataParallel, AveragedModel))
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without wrappers, at its top and below; they are put back."""
+    wrapped = [
+        (parent, name, child)
+        for parent in list(model.modules()) for name, child in parent._modules.items() if is_wrapper(child)
+    ]  # fmt: skip
+    for parent, name, child in wrapped:
+        parent._modules[name] = inner(child)  # type: ignore[arg-type]
+    try:
+        yield inner(model)
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
+
+
+def computed(module: nn.Module) -> dict[str, Callable[[Any], Any]]:
+    """The tensors that hooks compute before each call: how, given the module."""
+    found: dict[str, Callable[[Any], Any]] = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            found[hook._tensor_name] = hook.apply_mask
+        elif isinstance(hook, WeightNorm):
+            found[hook.name] = hook.compute_weight
+        elif isinstance(hook, SpectralNorm):
+            found[hook.name] = partial(hook.compute_weight, do_power_iteration=False)
+    return found
+
+
+def with_computed_tensors(module: nn.Module) -> nn.Module:
+    """The layer itself; where hooks compute a tensor of it, a view that computes it whenever it is read, with its
+    gradients. The view shares everything else with the layer."""
+    tensors = computed(module)
+    if not tensors:
+        return module
+    iterated = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+
+    def call(view: nn.Module, *inputs: Any) -> Any:
+        for hook in iterated if view.training else ():
+            hook.compute_weight(view, do_power_iteration=True)
+        return view.forward(*inputs)
+
+    properties = {name: property(compute) for name, compute in tensors.items()}
+    kind = type(type(module).__name__, (type(module),), {**properties, "__call__": call})
+    view = object.__new__(kind)
+    object.__setattr__(view, "__dict__", module.__dict__)
+    return view
