@@ -75,9 +75,8 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor) -> OnnxFile:
         images: (N, *shape) float32, N >= 1: typical inputs, better real ones.
     Raises:
         InputError: the model's outputs are not logits of two classes or more; torch cannot export it; the file is not
-            valid ONNX; onnxruntime's logits are off by more than 1e-5 of their magnitude; the model's logits of an image
-            depend on other images. Nothing on disk was changed
-            then.
+            valid ONNX; onnxruntime's logits are off by more than 1e-5 of their magnitude; the model's logits of an
+            image depend on other images. Nothing on disk was changed then.
     """
     if images.dtype != torch.float32 or images.ndim < 2 or not len(images):
         found = f"{images.dtype} {tuple(images.shape)}"
