@@ -28,7 +28,10 @@ DEPTH = 200  # of nested parentheses: formulas are walked recursively, two frame
 DISJUNCTS = 1_000_000
 SIZE = 20_000_000  # literals of a normal form, and numbers of the tensors made of it
 DIGITS = 1000  # of one decimal, and its largest exponent: exact fractions take as many
-TOKEN = re.compile(r"[()]|[^\s()]+")
+# an end of line, a comment, a string, a quoted symbol, a parenthesis, a word
+TOKEN = re.compile(r'\n|;[^\n]*|"[^"]*"|\|[^|]*\||[()]|[^\s()";|]+|["|]')
+# SMT-LIB's, with which files of properties are solvers' scripts as well: they state nothing
+SAYS_NOTHING = {"check-sat", "echo", "get-info", "get-model", "get-value", "set-info", "set-logic", "set-option"}
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
 VARIABLE = re.compile(r"([XY])_(0|[1-9][0-9]{0,8})")
 
@@ -39,12 +42,14 @@ class Case:
 
     Args:
         lower, upper: (N,) float64, ends of the box: never inside the ends that were read.
+        ends: (lower, upper) of each input as they were read, exactly.
         rows: (R, K) float64; offsets: (R,) float64.
         clauses: (R,) int64, the clause of each row, numbered from 0; there is at least one, and none is empty.
     """
 
     lower: Tensor
     upper: Tensor
+    ends: tuple[tuple[Fraction, Fraction], ...]
     rows: Tensor
     offsets: Tensor
     clauses: Tensor
@@ -59,24 +64,43 @@ class Case:
         """(N,) float32, the smallest not below ``upper``; inf where there is none."""
         return _outward32(self.upper, math.inf)
 
+    def written(self, point: Tensor) -> list[str] | None:
+        """Decimals of the box as it was read, next to a point's (N,) float64 numbers; None where an input has none.
+
+        They are the numbers' own shortest decimals where those lie within the ends, else the end that they overstep,
+        with as many digits as it takes.
+        """
+        found = [_decimal_within(value, *ends) for value, ends in zip((point + 0.0).tolist(), self.ends, strict=True)]
+        known = [text for text in found if text is not None]
+        return known if len(known) == len(found) else None
+
 
 @dataclass(frozen=True)
 class Property:
-    """Violated iff some case is: iff a point of its box has outputs that are unsafe there. Ties are unsafe."""
+    """Violated iff some case is: iff a point of its box has outputs that are unsafe there. Ties are unsafe.
+
+    Args:
+        cases: none where no point is unsafe, whatever the network.
+        remark: on disjuncts that no input satisfies, which are no cases.
+    """
 
     cases: tuple[Case, ...]
+    remark: str | None = None
 
 
 def read_property(path: str | Path, inputs: int, outputs: int) -> Property:
     """The property in a VNN-LIB 1.0 file, plain or gzipped, of a network with so many inputs and outputs.
 
-    Read are ``(declare-const X_i Real)``, ``Y_j`` alike, and ``(assert F)``, F of ``and``, ``or`` and comparisons of
-    linear terms (decimals, variables, ``+``, ``-``, ``(* NUMBER TERM)``); ``<`` and ``>`` count as ``<=`` and ``>=``.
-    Disjuncts with the same box are one case's clauses; one without outputs gets a row of zeros, which always holds.
+    Read are ``(declare-const X_i Real)`` or ``(declare-fun X_i () Real)``, ``Y_j`` alike, and ``(assert F)``, F of
+    ``and``, ``or``, ``not``, ``true``, ``false`` and comparisons of linear terms (decimals, variables, ``+``, ``-``,
+    ``(* NUMBER TERM)``); ``<`` and ``>`` count as ``<=`` and ``>=``, so ``(not (<= a b))`` is ``(>= a b)``. What SMT-LIB
+    says to solvers (``set-logic``, ``check-sat``, …) is passed over; ``exit`` ends the file. Disjuncts with the same
+    box are one case's clauses; one without outputs gets a row of zeros, which always holds; one whose box is empty is
+    left out, with a remark.
 
     Raises:
         InputError: another syntax; names or numbers that do not fit; products; an X that is compared with a variable,
-            or lacks an end or has crossed ends in some disjunct; too many disjuncts.
+            or lacks an end in some disjunct; too many disjuncts.
     """
     return _Reader(Path(path), inputs, outputs).read()
 
@@ -123,6 +147,20 @@ def _outward64(value: Fraction, direction: float) -> float:
     return math.nextafter(near, direction) if (near > value if direction < 0 else near < value) else near
 
 
+def _decimal_within(value: float, lower: Fraction, upper: Fraction) -> str | None:
+    text = repr(value)
+    near = Fraction(text)
+    if lower <= near <= upper:
+        return text
+    end, rounding = (lower, ROUND_CEILING) if near < lower else (upper, ROUND_FLOOR)
+    for digits in (16, 17, 20, 50, 4 * DIGITS):  # the last holds whatever decimal was read
+        context = Context(prec=digits, rounding=rounding)
+        found = context.divide(Decimal(end.numerator), Decimal(end.denominator))
+        if lower <= Fraction(found) <= upper:
+            return str(found).replace("E", "e")
+    return None
+
+
 class _Token(NamedTuple):
     text: str
     line: int
@@ -157,13 +195,18 @@ class _Reader:
     def read(self) -> Property:
         factors, head = [], _Token("", 1)
         for expression in self._expressions():
-            head, arguments = self._operation(expression)
-            if head.text == "declare-const":
+            head, arguments = self._command(expression)
+            if head.text in SAYS_NOTHING:
+                continue
+            if head.text == "exit":
+                break
+            if head.text in ("declare-const", "declare-fun"):
                 self._declare(head, arguments)
             elif head.text == "assert" and len(arguments) == 1:
                 factors.append(self._alternatives(arguments[0]))
             else:
-                self.refuse(head, "(declare-const NAME Real) and (assert FORMULA), which are VNN-LIB 1.0")
+                accepted = "(declare-const NAME Real), (declare-fun NAME () Real) and (assert FORMULA)"
+                self.refuse(head, f"{accepted}, which are VNN-LIB 1.0")
         if len(self.declared) < sum(self.counts.values()):
             self.refuse(head, f"a file that declares {self.ranges}, as the network has them")
         return self._property(head, *self._product(head, factors))
@@ -172,12 +215,11 @@ class _Reader:
         """The expressions of the outermost level, one after the other."""
         try:
             content = self.path.read_bytes()
-            text = (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode()
+            text = (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8-sig")
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise InputError(f"{self.path}: found {error}; accepted: VNN-LIB 1.0, as text or gzipped") from error
-        lines = (TOKEN.findall(line.partition(";")[0]) for line in text.split("\n"))
         unclosed: list[list[Any]] = []
-        for token in (_Token(found, number) for number, line in enumerate(lines, start=1) for found in line):
+        for token in _tokens(text):
             if not unclosed and token.text != "(":
                 self.refuse(token, "an opening parenthesis")
             if token.text == "(":
@@ -193,37 +235,53 @@ class _Reader:
         if unclosed:
             self.refuse(unclosed[-1][0], "parentheses that are closed")
 
+    def _command(self, node: _Node) -> tuple[_Token, list[_Node]]:
+        if isinstance(node, _Token) or len(node) < 2 or not isinstance(node[1], _Token):
+            self.refuse(node if isinstance(node, _Token) else node[0], "(NAME ARGUMENT ...)")
+        return node[1], node[2:]
+
     def _operation(self, node: _Node) -> tuple[_Token, list[_Node]]:
         if isinstance(node, _Token) or len(node) < 3 or not isinstance(node[1], _Token):
             self.refuse(node if isinstance(node, _Token) else node[0], "(NAME ARGUMENT ...)")
         return node[1], node[2:]
 
     def _declare(self, head: _Token, arguments: list[_Node]) -> None:
-        words = [argument.text if isinstance(argument, _Token) else "(" for argument in arguments]
-        name = VARIABLE.fullmatch(words[0])
-        if not name or int(name[2]) >= self.counts[name[1]] or words[0] in self.declared or words[1:] != ["Real"]:
+        words = [argument.text if isinstance(argument, _Token) else "()" if len(argument) == 1 else "(…)"
+                 for argument in arguments]  # fmt: skip
+        name = VARIABLE.fullmatch(words[0]) if words else None
+        kind = ["Real"] if head.text == "declare-const" else ["()", "Real"]
+        if not name or int(name[2]) >= self.counts[name[1]] or words[0] in self.declared or words[1:] != kind:
             accepted = f"{self.ranges}, as the network has them, each declared once as Real"
             self.refuse(_Token(" ".join(words), head.line), accepted)
         self.declared[words[0]] = head.line
 
-    def _alternatives(self, node: _Node) -> list[_Conjunction]:
-        """The disjunctive normal form of a formula."""
+    def _alternatives(self, node: _Node, holds: bool = True) -> list[_Conjunction]:
+        """The disjunctive normal form of a formula, or of its negation where ``holds`` is False."""
+        if isinstance(node, _Token) and node.text in ("true", "false"):
+            return [()] if (node.text == "true") == holds else []
         head, arguments = self._operation(node)
+        if head.text == "not" and len(arguments) == 1:
+            return self._alternatives(arguments[0], not holds)
         if head.text in ("<=", ">=", "<", ">") and len(arguments) == 2:
             terms = [self._term(argument) for argument in arguments]
-            least, most = terms if head.text in ("<=", "<") else reversed(terms)
+            least, most = terms if (head.text in ("<=", "<")) == holds else reversed(terms)
             return [(self._literal(head, _add(least, most, -1)),)]
+        if head.text == "=" and len(arguments) == 2:
+            if not holds:  # closed, that would be every point
+                self.refuse(head, "not of <=, >=, <, >, and, or, not, true, false")
+            difference = _add(self._term(arguments[0]), self._term(arguments[1]), -1)
+            return [(self._literal(head, difference), self._literal(head, _add({}, difference, -1)))]
         if head.text not in ("and", "or"):
-            self.refuse(head, "and, or, and <=, >=, <, > of two terms")
-        parts = [self._alternatives(argument) for argument in arguments]
+            self.refuse(head, "and, or, not, true, false, and <=, >=, <, >, = of two terms")
+        parts = [self._alternatives(argument, holds) for argument in arguments]
         together = [literals for part in parts for literals in part]
-        shared, rest = self._product(head, parts) if head.text == "and" else ((), together)
+        shared, rest = self._product(head, parts) if (head.text == "and") == holds else ((), together)
         self._limit(head, len(rest), sum(map(len, rest)) + len(rest) * len(shared))
         return [shared + literals for literals in rest]
 
     def _product(self, head: _Token, factors: list[list[_Conjunction]]) -> tuple[_Conjunction, list[_Conjunction]]:
         """The conjunction of normal forms: what all disjuncts share, which may be too long to copy, and the rest."""
-        found: list[_Conjunction] = [()]
+        found: list[_Conjunction] = [()] if all(factors) else []
         for factor in (factor for factor in factors if len(factor) > 1):
             literals = len(found) * sum(map(len, factor)) + len(factor) * sum(map(len, found))
             self._limit(head, len(found) * len(factor), literals)
@@ -283,23 +341,49 @@ class _Reader:
             groups.setdefault(key, (own, []))[1].append(clause)
         lengths = sum(len(rows) + len(clause) for _, clauses in groups.values() for clause in clauses)
         self._limit(last, len(alternatives), lengths * self.counts["Y"] + 2 * self.counts["X"] * len(groups))
-        cases = ((box | own, [rows + clause or [{}] for clause in clauses]) for own, clauses in groups.values())
-        return Property(tuple(self._case(*case) for case in cases))
+        cases, remark = [], None if groups else "no input satisfies the asserts"
+        for own, clauses in groups.values():
+            self._check_bounded(box | own)
+            crossed = self._crossed(box | own)
+            if crossed is None:
+                cases.append(self._case(box | own, [rows + clause or [{}] for clause in clauses]))
+            remark = remark or crossed
+        return Property(tuple(cases), remark)
 
-    def _case(self, box: _Box, clauses: list[list[_Row]]) -> Case:
-        inputs = self.counts["X"]
-        for name in (f"X_{i}" for i in range(inputs) if not {(i, False), (i, True)} <= box.keys()):
+    def _check_bounded(self, box: _Box) -> None:
+        for name in (f"X_{i}" for i in range(self.counts["X"]) if not {(i, False), (i, True)} <= box.keys()):
             self.refuse(_Token(name, self.declared[name]), "an X that has a lower and an upper end in every disjunct")
-        for lower, upper in ((box[i, False], box[i, True]) for i in range(inputs)):
+
+    def _crossed(self, box: _Box) -> str | None:
+        """Why no input lies in a box, where none does."""
+        for i in range(self.counts["X"]):
+            lower, upper = box[i, False], box[i, True]
             if lower.value > upper.value:
                 later = max(lower, upper, key=lambda bound: bound.token.line)
-                self.refuse(later.token, "a lower end that is not above the upper end, in every disjunct")
+                place = f"{self.path}, line {later.token.line}"
+                return f"{place}: an empty box: X_{i} >= {float(lower.value)!r} and <= {float(upper.value)!r}"
+        return None
+
+    def _case(self, box: _Box, clauses: list[list[_Row]]) -> Case:
         names = [*(f"Y_{j}" for j in range(self.counts["Y"])), ""]
         rows = [[row.get(name, 0.0) for name in names] for clause in clauses for row in clause]
         table = torch.tensor(rows, dtype=torch.float64)
         numbers = torch.tensor([number for number, clause in enumerate(clauses) for _ in clause])
-        ends = torch.tensor([(box[i, False].end, box[i, True].end) for i in range(inputs)], dtype=torch.float64)
-        return Case(ends[:, 0], ends[:, 1], table[:, :-1], table[:, -1], numbers)
+        pairs = [(box[i, False], box[i, True]) for i in range(self.counts["X"])]
+        ends = torch.tensor([(lower.end, upper.end) for lower, upper in pairs], dtype=torch.float64)
+        exact = tuple((lower.value, upper.value) for lower, upper in pairs)
+        return Case(ends[:, 0], ends[:, 1], exact, table[:, :-1], table[:, -1], numbers)
+
+
+def _tokens(text: str) -> Iterator[_Token]:
+    line = 1
+    for match in TOKEN.finditer(text):
+        found = match[0]
+        if found == "\n":
+            line += 1
+        elif found[0] != ";":
+            yield _Token(found, line)
+            line += found.count("\n")
 
 
 def _tightest(literals: _Conjunction, known: _Box) -> _Box:
