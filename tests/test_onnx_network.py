@@ -433,7 +433,7 @@ def test_layers_are_fused_and_shapes_cost_nothing(read):
     assert kinds(keras, ["batch", 6, 6, 3])[-1] == plain
     assert kinds(NETWORKS["same upper"][0], IMAGE)[0] == flat  # the padding, which has two sides
     assert kinds(NETWORKS["dilation"][0], IMAGE) == [plain, flat]
-    assert kinds(old_gelu, ROW) == [layer, (p.Scale, None, None), plain]  # twice gelu, and half of it
+    assert kinds(old_gelu, ROW) == [layer, *[(p.Scale, None, None)] * 2, plain]  # twice gelu, and half of it
     assert kinds(gelu(), ROW) == kinds(gelu_by_tanh(), ROW) == [(p.Activate, None, "act")]
     joined = (p.Concat, None, None)
     assert kinds(channels, IMAGE) == [layer, joined, plain, (p.Scale, None, None), joined, flat]

@@ -101,7 +101,7 @@ def test_equality_and_negation_of_inputs(read):
     assert found.cases[0].ends == ((Fraction(1, 10), Fraction(1, 10)),)
     found = read(HEADER + "(assert (not (or (< X_0 -2) (> X_0 3))))")
     assert found.cases[0].ends == ((Fraction(-2), Fraction(3)),)
-    with pytest.raises(InputError, match="X_0.*a lower and an upper end"):
+    with pytest.raises(InputError, match=r"X_0.*a lower and an upper end"):
         read(HEADER + "(assert (not (< X_0 -2)))")
 
 

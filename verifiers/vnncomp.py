@@ -159,7 +159,9 @@ def _points(case: Case, shape: torch.Size) -> Tensor:
     noise = torch.Generator().manual_seed(0)
     corners = torch.randint(2, (POINTS, len(lower)), generator=noise).double()
     inside = torch.rand(POINTS, len(lower), generator=noise, dtype=torch.float64)
-    shares = torch.cat([torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64).expand(3, len(lower)), corners, inside])
+    shares = torch.cat(
+        [torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64).expand(3, len(lower)), corners, inside]
+    )
     points = (lower * (1 - shares) + upper * shares).float()  # no difference of ends: it may overflow
     return torch.minimum(torch.maximum(points, case.lower32), case.upper32).unique(dim=0).reshape(-1, *shape)
 

@@ -93,7 +93,7 @@ def read_property(path: str | Path, inputs: int, outputs: int) -> Property:
 
     Read are ``(declare-const X_i Real)`` or ``(declare-fun X_i () Real)``, ``Y_j`` alike, and ``(assert F)``, F of
     ``and``, ``or``, ``not``, ``true``, ``false`` and comparisons of linear terms (decimals, variables, ``+``, ``-``,
-    ``(* NUMBER TERM)``); ``<`` and ``>`` count as ``<=`` and ``>=``, so ``(not (<= a b))`` is ``(>= a b)``. What SMT-LIB
+    ``(* NUMBER TERM)``). ``<`` and ``>`` count as ``<=`` and ``>=``: ``(not (<= a b))`` is ``(>= a b)``. What SMT-LIB
     says to solvers (``set-logic``, ``check-sat``, …) is passed over; ``exit`` ends the file. Disjuncts with the same
     box are one case's clauses; one without outputs gets a row of zeros, which always holds; one whose box is empty is
     left out, with a remark.

@@ -116,10 +116,22 @@ class Scale(Node):
 
     Args:
         exact: the same in float64, where the model's own dtype would round them.
+        roundings: that the network makes of one output at most, in float32, relative to |scale x| + |shift|.
     """
 
     coefficients: Coefficients
     exact: Coefficients | None = None
+    roundings: int = 2
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale, shift = self.coefficients()  # a number is looked at, a tensor never: that would wait for a GPU
+        x = x if isinstance(scale, float) and scale == 1 else x * scale
+        return x if isinstance(shift, float) and shift == 0 else x + shift
+
+    def radius(self, radius: Tensor) -> Tensor:
+        """Of an interval, given its radius before."""
+        scale, _ = self.coefficients()
+        return radius if isinstance(scale, float) and abs(scale) == 1 else radius * abs(scale)
 
 
 @dataclass(frozen=True, eq=False)
