@@ -214,7 +214,8 @@ class BabStage:
             return Finding([None] * len(problem), known, reasons=[why] * len(problem))
         if not known.bounds:
             known = known.with_bounds(crown_bounds(known.network, known.region_of(problem)))
-        exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64)
+        careful = known.network.rounding is not None
+        exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)
         found = branch_and_bound(
             problem, known, exact, self.search, self.timeout,
             lambda number, image: self.judge(problem, number, image),

@@ -34,25 +34,35 @@ def fold(
     dtype: torch.dtype | None = None,
     *,
     whole_pools: bool = False,
+    as_written: bool = False,
 ) -> Folded:
     """The folded form of a model for images of ``shape`` (without the batch dimension).
 
     Args:
         statistics: batch statistics instead of the running ones, with gradients, for training.
-        dtype: of the weights; None keeps the model's. Weights keep their gradients. In float64 the operators of a
-            network file stay what they are: batch norms are not folded, and constants are not rounded to float32.
+        dtype: of the weights; None keeps the model's. Weights keep their gradients.
         whole_pools: leave max pools as they are, which is good for evaluation alone.
+        as_written: the operators of a network file stay what they are: batch norms are not folded, and constants are
+            kept in float64, not rounded to float32. Goes with that dtype; says nothing to other models.
     Raises:
         UnsupportedNode: the model holds an operation without a rule.
         InputError: a weight is not finite.
     """
-    return _Folding(model, torch.Size(shape), statistics, dtype, whole_pools).run()
+    return _Folding(model, torch.Size(shape), statistics, dtype, whole_pools, as_written).run()
 
 
 class _Folding:
-    def __init__(self, model: nn.Module, shape: torch.Size, statistics: Statistics | None, dtype, whole_pools: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: torch.Size,
+        statistics: Statistics | None,
+        dtype: torch.dtype | None,
+        whole_pools: bool,
+        as_written: bool,
+    ):
         self.program, self.statistics, self.dtype, self.whole_pools = trace(model), statistics, dtype, whole_pools
-        self.as_written = isinstance(model, p.ProgramModule) and dtype == torch.float64
+        self.as_written = as_written and isinstance(model, p.ProgramModule)
         parameter = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.model_dtype = torch.float32 if parameter is None else parameter.dtype
