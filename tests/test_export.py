@@ -32,7 +32,7 @@ from certtrain.verifiers.cascade import robustness, run_cascade
 from certtrain.verifiers.onnx_network import read_onnx
 from certtrain.verifiers.problem import Specification
 from certtrain.verifiers.vnncomp import answer
-from certtrain.verifiers.vnnlib import read_property
+from certtrain.verifiers.vnnlib_reader import read_property
 
 ROOT = Path(__file__).parents[1]
 

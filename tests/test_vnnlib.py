@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from certtrain.errors import InputError
 from certtrain.verifiers import Specification
-from certtrain.verifiers.vnnlib import DEPTH, Case, Property, read_property, write_property
+from certtrain.verifiers.vnnlib import Case, Property, write_property
+from certtrain.verifiers.vnnlib_reader import DEPTH, read_property
 
 BOX = "".join(f"(assert (>= X_{i} -1.0)) (assert (<= X_{i} 1e0)) ; input {i}\n" for i in range(2))
 

@@ -15,7 +15,8 @@ from certtrain.command_line import main
 from certtrain.errors import InputError
 from certtrain.verifiers.problem import Specification
 from certtrain.verifiers.vnncomp import answer
-from certtrain.verifiers.vnnlib import Case, Property, read_property
+from certtrain.verifiers.vnnlib import Case, Property
+from certtrain.verifiers.vnnlib_reader import read_property
 
 HEADER = "(declare-const X_0 Real)(declare-const Y_0 Real)(declare-const Y_1 Real)"
 BOX = "(assert (and (>= X_0 -1) (<= X_0 1)))"

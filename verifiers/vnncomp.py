@@ -24,7 +24,8 @@ from .problem import Problem, Specification, Verdict
 from .search import Search
 from .settings import Arithmetic
 from .stages import AlphaStage, BabStage, CrownStage, IbpStage, InputSplitStage, Judge, Replay, Stage, holds
-from .vnnlib import Case, Property, read_property
+from .vnnlib import Case, Property
+from .vnnlib_reader import read_property
 
 Word = Literal["holds", "violated", "timeout", "unknown", "error"]
 
