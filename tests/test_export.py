@@ -32,7 +32,7 @@ from certtrain.verifiers.cascade import robustness, run_cascade
 from certtrain.verifiers.onnx_network import read_onnx
 from certtrain.verifiers.problem import Specification
 from certtrain.verifiers.vnncomp import answer
-from certtrain.verifiers.vnnlib import read_property
+from certtrain.verifiers.vnnlib_reader import read_property
 
 ROOT = Path(__file__).parents[1]
 
@@ -309,7 +309,7 @@ class TestSecondReader:
                 """Right about whatever image this one came from."""
                 seen.append(image)
                 nearest = (all_images - image.flatten()).abs().amax(1).argmin()
-                return F.one_hot(test.labels[nearest], 10).float()
+                return F.one_hot(test.labels[nearest], 10).float()[None]
 
             return replay
 
@@ -332,7 +332,7 @@ class TestSecondReader:
             "run", epsilon=0.1, images=range(COUNT), certify=Certify(stages=("attack",)), quiet=True
         ).records
         falsified = [record["status"] for record in found].count("falsified")
-        assert 0 < falsified <= len(ran) and all(logits.shape == (10,) for logits in ran)
+        assert 0 < falsified <= len(ran) and all(logits.shape == (2, 10) for logits in ran)
 
 
 RUNS = {

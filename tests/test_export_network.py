@@ -207,7 +207,7 @@ class TestNetwork:
         assert [path.name for path in exported.file.path.parent.iterdir()] == ["model.onnx"]
 
     def test_it_is_the_network_that_is_certified(self, exported):
-        """The folded weights, bit for bit; a normalisation is a 1×1 convolution, and nothing else is left of it."""
+        """The folded weights, bit for bit; a normalisation is two 1×1 convolutions, and nothing else is left of it."""
         if exported.name in UNTRACED:
             with pytest.raises(UnsupportedNode):
                 trace(exported.model)
@@ -218,10 +218,15 @@ class TestNetwork:
                 expected += [operation.weight, *([] if operation.bias is None else [operation.bias])]
             if isinstance(operation, Diagonal):
                 assert exported.name in ("SmallCnn", "Mlp", "Cnn7", "residual", "circular", "grey to RGB")
-                scale, shift = operation.scale, operation.shift
-                if exported.name != "grey to RGB" and scale.shape[-2:] == (1, 1):
-                    scale = torch.diag(scale.flatten())
-                expected += [scale, shift]
+                scale, shift, channels = operation.scale, operation.shift, exported.images.shape[1]
+                if scale.shape[-2:] in ((), (1, 1)) and shift.shape[-2:] in ((), (1, 1)):
+                    outputs = max(channels, scale.numel(), shift.numel(), 3 if exported.name == "grey to RGB" else 1)
+                    scale, shift = (vector.flatten().expand(outputs) for vector in (scale, shift))
+                    grows = exported.name == "grey to RGB" and operation.inputs == (0,)
+                    scale = scale if grows else torch.diag(scale)
+                elif (scale == 1).all():
+                    scale = None
+                expected += [vector for vector in (scale, shift) if vector is not None and vector.any()]
         assert exported.weights == sorted(tensor.detach().numpy().tobytes() for tensor in expected)
         allowed = {"Conv", "Gemm", "Relu", "LeakyRelu", "Sigmoid", "Tanh", "MaxPool", "AveragePool", "ReduceMean",
                    "Reshape", "Add", "Transpose"}  # fmt: skip
@@ -232,7 +237,7 @@ class TestNetwork:
         assert exported.file.operators.keys() <= allowed
 
     def test_a_normalisation_is_a_convolution(self, exported):
-        normalisations = {"SmallCnn": 1, "Mlp": 1, "Cnn7": 1, "residual": 2, "circular": 2}
+        normalisations = {"SmallCnn": 2, "Mlp": 2, "Cnn7": 2, "residual": 3, "circular": 2}
         sizes = [tuple(weight.dims) for weight in exported.proto.graph.initializer]
         channels = exported.images.shape[1]
         assert sizes.count((channels, channels, 1, 1)) == normalisations.get(exported.name, 0)

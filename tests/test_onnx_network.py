@@ -86,7 +86,7 @@ def agrees(network: OnnxNetwork, seed: int = 0) -> list[p.Node]:
     """Checks numbers against onnxruntime's, and that bounds enclose those; gives the program's nodes."""
     replay, noise = replay_session(network.model), torch.Generator().manual_seed(seed)
     x = torch.rand(3, *network.shape, generator=noise)
-    logits = torch.stack([replay(image) for image in x])
+    logits = torch.stack([replay(image)[0] for image in x])
     assert logits.shape == (3, network.outputs)
     size = max(logits.abs().max().item(), 0.1)
     folded, wide = fold(network.module, network.shape), fold(network.module, network.shape, dtype=torch.float64)
@@ -98,7 +98,7 @@ def agrees(network: OnnxNetwork, seed: int = 0) -> list[p.Node]:
         torch.testing.assert_close(wide(x.double()).float(), logits, rtol=0, atol=1e-4 * size)
         box = compute_bounds(network.module, Interval.box(x, 0.1))
         steps = torch.randint(-1, 2, (4, 3, *network.shape), generator=noise)
-        inside = torch.stack([replay(image) for image in (x + 0.1 * steps).clamp(0, 1).flatten(0, 1)]).unflatten(
+        inside = torch.stack([replay(image)[0] for image in (x + 0.1 * steps).clamp(0, 1).flatten(0, 1)]).unflatten(
             0, (4, 3)
         )
         assert (box.lower - 1e-5 * size <= inside).all() and (inside <= box.upper + 1e-5 * size).all()
@@ -433,7 +433,7 @@ def test_layers_are_fused_and_shapes_cost_nothing(read):
     assert kinds(keras, ["batch", 6, 6, 3])[-1] == plain
     assert kinds(NETWORKS["same upper"][0], IMAGE)[0] == flat  # the padding, which has two sides
     assert kinds(NETWORKS["dilation"][0], IMAGE) == [plain, flat]
-    assert kinds(old_gelu, ROW) == [layer, (p.Scale, None, None), plain]  # twice gelu, and half of it
+    assert kinds(old_gelu, ROW) == [layer, *[(p.Scale, None, None)] * 2, plain]  # twice gelu, and half of it
     assert kinds(gelu(), ROW) == kinds(gelu_by_tanh(), ROW) == [(p.Activate, None, "act")]
     joined = (p.Concat, None, None)
     assert kinds(channels, IMAGE) == [layer, joined, plain, (p.Scale, None, None), joined, flat]

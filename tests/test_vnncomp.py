@@ -141,7 +141,7 @@ class TestAnswer:
         assert ask(f"(and {square} {both.format(-0.2, 1.1)})", layers)[0].word == "holds"
         for low, high in ((-0.05, 1.1), (-0.2, 0.9)):
             found, _ = ask(f"(and {square} {both.format(low, high)})", layers)
-            (x, y), (a, b, c) = found.inputs.tolist(), found.outputs.tolist()
+            (x, y), (a, b, c) = map(float, found.inputs), found.outputs.tolist()
             assert (c <= low and a >= 0.9) or (b >= a and c >= high)
             assert 0 <= x <= 1 and 0 <= y <= 1
 
@@ -371,7 +371,7 @@ class TestCounterexamples:
         """onnxruntime has the last word."""
         network = save_network(tmp_path / "network.onnx", IDENTITY)
         asked = save_property(tmp_path / "p.vnnlib", f"(assert (and {box(('0', '1'))} (<= Y_0 0.5)))")
-        monkeypatch.setattr(vnncomp, "replay_session", lambda model: lambda image: torch.ones(1))
+        monkeypatch.setattr(vnncomp, "replay_session", lambda model: lambda image: torch.ones(2, 1))
         monkeypatch.setattr(vnncomp, "_check_reading", lambda *given: None)
         found = answer(network, asked, 2.0)
         assert found.word in ("unknown", "timeout") and found.inputs is None

@@ -79,7 +79,7 @@ class AbcrownQuestion:
 
     def _record(self, number: int, answer: Answer) -> dict[str, Any]:
         image, label = self.split.pixels(torch.tensor([number]))[0], int(self.split.labels[number])
-        prediction = int(self.replay(image).argmax())
+        prediction = int(self.replay(image)[0].argmax())
         fooled = self._fools(number, image, answer)
         status: Status = answer.status
         if status != "verified" and fooled:  # a counterexample that comes late is one as well
@@ -101,4 +101,4 @@ class AbcrownQuestion:
             return False
         point = self.ball.project(image, answer.counterexample.reshape(image.shape))
         specification = Specification.robust(self.split.labels[number : number + 1].cpu(), self.classes)
-        return not bool(holds(specification, self.replay(point)[None])[0])
+        return not any(bool(holds(specification, logits)[0]) for logits in self.replay(point).split(1))

@@ -97,7 +97,8 @@ def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Folded, torch.dty
     if not problem.region.is_box or images.dtype != torch.float32:
         found = f"{problem.region.kind} and {images.dtype}"
         raise InputError(f"arithmetic {arithmetic}: found {found}; accepted: a box (LinfBall) and torch.float32")
-    network = replace(fold(problem.network, images.shape[1:], dtype=torch.float64), rounding=ROUNDINGS[arithmetic])
+    network = fold(problem.network, images.shape[1:], dtype=torch.float64, as_written=True)
+    network = replace(network, rounding=ROUNDINGS[arithmetic])
     check_rounding(network)
     return _speaking_of(problem, network), torch.float64
 

@@ -16,7 +16,7 @@ from .limits import out_of_memory
 from .onnx_network import OnnxNetwork, read_onnx
 from .settings import Arithmetic
 from .vnncomp import RESULTS, Answer, check_property, present
-from .vnnlib import read_property
+from .vnnlib_reader import read_property
 
 
 class Instance(NamedTuple):

@@ -97,7 +97,7 @@ def _arithmetic(step: Step) -> Value:
             return step.scaled(value, constant, 0.0)
     if right:
         step.refuse("division by a computed value", "division by a constant")
-    return step.scaled(value, 1 / constant, 0.0)
+    return step.scaled(value, 1 / constant.double(), 0.0)
 
 
 def _matmul(step: Step) -> Value:
@@ -119,11 +119,14 @@ def _gemm(step: Step) -> Value:
     left, attributes = step.computed(0), step.attributes
     value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
     own, other = ("transA", "transB") if left else ("transB", "transA")
-    matrix = attributes.get("alpha", 1.0) * (matrix.T if attributes.get(other) else matrix)
+    matrix = matrix.T if attributes.get(other) else matrix
     if bool(attributes.get(own)) == left:
         value = step.transposed(value)
     value = step.linear(value, matrix.T) if left else step.transposed(step.linear(value, matrix))
-    return step.scaled(value, 1.0, attributes.get("beta", 1.0) * step.constant(2)) if step.has(2) else value
+    alpha = attributes.get("alpha", 1.0)
+    shift = attributes.get("beta", 1.0) * step.constant(2).double() if step.has(2) else 0.0  # two float32's product
+    # alpha's product, beta's and the sum's
+    return step.scaled(value, alpha, shift, roundings=3) if step.has(2) or alpha != 1 else value
 
 
 @dataclass(frozen=True)
@@ -248,9 +251,10 @@ def _batch_norm(step: Step) -> Value:
         norm = (nn.BatchNorm1d if rank == 2 else nn.BatchNorm2d)(len(weight), epsilon)
         norm.weight, norm.bias, norm.running_mean, norm.running_var = fixed(weight), fixed(bias), mean, variance
         return step.append(p.Norm, value, step.shape, norm)
-    scale = weight / (variance + epsilon).sqrt()  # channels that are not the last affine layer's outputs
-    rest = [1] * (rank - 2)
-    return step.scaled(value, scale.reshape(-1, *rest), (bias - mean * scale).reshape(-1, *rest))
+    # channels that are not the last affine layer's outputs; roundings as of a norm that stays apart
+    scale = weight.double() / (variance.double() + epsilon).sqrt()
+    mean, scale, bias = (vector.reshape(-1, *[1] * (rank - 2)) for vector in (mean, scale, bias))
+    return step.scaled(step.scaled(value, 1.0, -mean, roundings=3), scale, bias, roundings=8)
 
 
 def _activation(kind: str) -> Callable[[Step], Value]:

@@ -262,7 +262,8 @@ class _Splitting:
         if wide <= INPUTS or not known.network.piecewise_linear:
             return split_inputs(boxes, known, timeout, violates)
         known = known.with_bounds(crown_bounds(known.network, known.region_of(boxes)))
-        exact = fold(boxes.network, boxes.region.images.shape[1:], dtype=torch.float64)
+        careful = known.network.rounding is not None
+        exact = fold(boxes.network, boxes.region.images.shape[1:], dtype=torch.float64, as_written=careful)
         return branch_and_bound(boxes, known, exact, self.search, timeout, violates)
 
     def _wanted(self, image: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .sparse_split import sparse_ball, split_locations
 
 PGD = Pgd(steps=40, step_size=0.1, restarts=5, diversified=2, objective="margin")
 Replay = Callable[[Tensor], Tensor]
-"""Logits (K,) of one image, in the arithmetic that a counterexample has to stand in."""
+"""Logits (R, K) of one image in each of R runs, in all of which a counterexample has to stand."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Judge:
     """Whether an input is a counterexample: in the set, and wrong when it is run alone. A tie is wrong.
 
     Args:
-        replay: another run of the network, such as onnxruntime's; both have to be wrong.
+        replay: other runs of the network, such as onnxruntime's; all of them have to be wrong.
     """
 
     replay: Replay | None = None
@@ -87,7 +87,7 @@ class Judge:
         if not bool(one.region.contains(image[None])[0]):
             return False
         runs = [forward(problem.network, image[None]).logits]
-        runs += [self.replay(image)[None].to(image.device)] if self.replay else []
+        runs += self.replay(image).to(image.device).split(1) if self.replay else []
         return not any(bool(holds(one.specification, logits)[0]) for logits in runs)
 
 
@@ -261,7 +261,8 @@ class BabStage:
             why = "branch and bound takes ReLU and LeakyReLU networks over boxes"
             return Finding([None] * len(problem), known, reasons=[why] * len(problem))
         known = known if known.bounds else _bounded(problem, known)
-        exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64)
+        careful = known.network.rounding is not None
+        exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)
         found = branch_and_bound(
             problem, known, exact, self.search, self.timeout,
             lambda number, image: self.judge(problem, number, image),

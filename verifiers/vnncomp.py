@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,8 @@ from .problem import Problem, Specification, Verdict
 from .search import Search
 from .settings import Arithmetic
 from .stages import AlphaStage, BabStage, CrownStage, IbpStage, InputSplitStage, Judge, Replay, Stage, holds
-from .vnnlib import Case, Property, read_property
+from .vnnlib import Case, Property
+from .vnnlib_reader import read_property
 
 Word = Literal["holds", "violated", "timeout", "unknown", "error"]
 
@@ -40,8 +40,16 @@ FALSIFYING = 0.2
 READING = 1e-3
 """Of the outputs' size: by how much our reading of a file may differ from onnxruntime's at one point; 1e-6 is usual."""
 
+POINTS = 3
+"""Random corners of a box, and as many random points inside, at which the reading is compared: with the two outermost
+corners and the middle, where a centred input is all zeros."""
+
 TOGETHER = 1 << 24
 """Numbers of the widest layer, over the boxes of a property that share a batch; 4096 boxes at most."""
+
+
+WITHIN = "within tolerance"
+"""The reason of what floating point alone decides."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +60,30 @@ class Answer:
         word: ``holds``: proved for every point; ``violated``: a counterexample was replayed by onnxruntime.
         seconds: from reading the files on.
         arithmetic: in which ``holds`` is proved.
-        reason: why it is undecided, where there is something to say.
-        inputs: (N,) float64, the counterexample, within the property's box; outputs: (K,) what onnxruntime makes of it.
+        reason: why it is undecided, or holds for want of inputs, where there is something to say.
+        inputs: (N,) the counterexample in decimals, which lie within the property's; outputs: (K,) what onnxruntime
+            makes, by its defaults, of what float32 makes of them.
     """
 
     word: Word
     seconds: float
     arithmetic: str
     reason: str | None = None
-    inputs: Tensor | None = None
+    inputs: Sequence[str] | None = None
     outputs: Tensor | None = None
 
     def __str__(self) -> str:
         """One line: the word, and what to know of it."""
-        return "unknown (within tolerance)" if self.reason == "within tolerance" else self.word
+        told = self.reason and (self.reason == WITHIN or self.word == "holds")
+        return f"{self.word} ({self.reason})" if told else self.word
 
     def result(self) -> str:
         """The content of VNN-COMP's result file."""
         if self.inputs is None or self.outputs is None:
             return RESULTS[self.word] + "\n"
-        pairs = [f"({letter}_{i} {value!r})" for letter, values in (("X", self.inputs), ("Y", self.outputs))
-                 for i, value in enumerate(values.tolist())]  # fmt: skip
+        outputs = map(repr, self.outputs.tolist())
+        pairs = [f"({letter}_{i} {value})" for letter, values in (("X", self.inputs), ("Y", outputs))
+                 for i, value in enumerate(values)]  # fmt: skip
         return "sat\n(" + "\n".join(pairs) + ")\n"
 
 
@@ -88,7 +99,8 @@ def answer(
 
     Args:
         timeout: seconds, from reading the files on. Reading, and every stage, look at the clock within.
-        arithmetic: in which a proof is to hold: of the network with its batch norms folded in float32.
+        arithmetic: in which a proof is to hold: ``nearest`` of the network with its batch norms folded in float32, the
+            others of each operator of the file as it stands there.
         results: a file for VNN-COMP's form of the answer.
     Raises:
         InputError: a file that cannot be read, or does not fit the other; an operator without a rule.
@@ -117,6 +129,8 @@ def answer(
 def check_property(network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic) -> Answer:
     """As ``answer``, of what was read. ``deadline`` is on the clock of ``time.perf_counter``."""
     started = now()
+    if not property.cases:
+        return Answer("holds", 0.0, "exact", property.remark)
     with until(deadline):
         try:
             return _checked(network, property, deadline, arithmetic, started)
@@ -130,40 +144,58 @@ def _checked(
     look()
     replay = replay_session(network.model)
     look()
-    _check_reading(network, property.cases[0], replay)
     judge = _Exact(cases=property.cases, replay=replay)
     verdicts: list[Verdict] = []
-    widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
-    most = max(1, min(4096, TOGETHER // widest))
     try:
+        points = _points(property.cases[0], network.shape)
+        _check_reading(network, points, replay)
+        for point in points:
+            judge.refute(property.cases[0], point)
+        widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
+        most = max(1, min(4096, TOGETHER // widest))
         for numbers in _alike(property.cases, most):
             verdicts += _search(network, property, numbers, judge, deadline, arithmetic)
     except _Refuted as found:
         seconds, precision = now() - started, str(found.outputs.dtype).removeprefix("torch.")
         return Answer("violated", seconds, f"onnxruntime {precision}", None, found.inputs, found.outputs)
     seconds = now() - started
+    if judge.disputed:
+        return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN)
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
-        return Answer("holds", seconds, verdicts[0].arithmetic)
+        return Answer("holds", seconds, verdicts[0].arithmetic, property.remark)
     late = any(verdict.status == "timeout" for verdict in open_)
     first = next((verdict for verdict in open_ if verdict.status == "timeout"), open_[0])
     return Answer("timeout" if late else "unknown", seconds, first.arithmetic, "timeout" if late else first.reason)
 
 
-def _check_reading(network: OnnxNetwork, case: Case, replay: Replay) -> None:
+def _points(case: Case, shape: torch.Size) -> Tensor:
+    """(P, *shape) float32 points of a box: its middle, its outermost corners, random ones and random points inside."""
+    lower, upper = case.lower32.double(), case.upper32.double()
+    noise = torch.Generator().manual_seed(0)
+    corners = torch.randint(2, (POINTS, len(lower)), generator=noise).double()
+    inside = torch.rand(POINTS, len(lower), generator=noise, dtype=torch.float64)
+    shares = torch.cat(
+        [torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64).expand(3, len(lower)), corners, inside]
+    )
+    points = (lower * (1 - shares) + upper * shares).float()  # no difference of ends: it may overflow
+    return torch.minimum(torch.maximum(points, case.lower32), case.upper32).unique(dim=0).reshape(-1, *shape)
+
+
+def _check_reading(network: OnnxNetwork, points: Tensor, replay: Replay) -> None:
     """
     Raises:
-        InputError: what we read is not the network that onnxruntime runs, by one point's outputs.
+        InputError: what we read is not the network that onnxruntime runs, by some point's outputs.
     """
-    point = ((case.lower + case.upper) / 2).float().reshape(1, *network.shape)
     with torch.no_grad():
-        ours, theirs = network.module(point)[0], replay(point[0])
-    difference = float((ours - theirs).abs().max())
-    if not difference <= READING * max(1.0, float(theirs.abs().max())):
-        raise InputError(
-            f"network: found outputs that differ from onnxruntime's by {difference:.3g} in the middle of the box; "
-            f"accepted: {READING:g} of their size, whatever float32 rounds"
-        )
+        for point in points:
+            ours, theirs = network.module(point[None])[0], replay(point)[0]
+            difference = float((ours - theirs).abs().max())
+            if not difference <= READING * max(1.0, float(theirs.abs().max())):
+                raise InputError(
+                    f"network: found outputs that differ from onnxruntime's by {difference:.3g} at a point of the box; "
+                    f"accepted: {READING:g} of their size, whatever float32 rounds"
+                )
 
 
 def present(path: str | Path) -> Path:
@@ -196,40 +228,47 @@ def _search(
 class _Refuted(Portable, Exception):
     """One counterexample is enough: it ends the search of all cases."""
 
-    def __init__(self, inputs: Tensor, outputs: Tensor):
+    def __init__(self, inputs: Sequence[str], outputs: Tensor):
         super().__init__("a counterexample")
         self.inputs, self.outputs = inputs, outputs
 
 
 @dataclass(frozen=True)
 class _Exact(Judge):
-    """Within the ends as they were read, and unsafe in float64 arithmetic on onnxruntime's outputs.
+    """Within the ends as they were read, and unsafe in float64 arithmetic on the outputs of each of onnxruntime's runs.
 
     A box's float32 ends lie outside those that were read, by a rounding: a point there is moved inside, and onnxruntime
-    is given what float32 makes of it, as every reader of the counterexample would.
+    is given what float32 makes of its decimals, as every reader of the counterexample would.
+
+    Args:
+        disputed: points that are unsafe in some of the runs only.
     """
 
     cases: Sequence[Case] = ()
+    disputed: list[Tensor] = field(default_factory=list)
 
     def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
+        self.refute(self.cases[int(problem.index[number])], image)
+        return False
+
+    def refute(self, case: Case, image: Tensor) -> None:
+        """
+        Raises:
+            _Refuted: by this point.
+        """
         assert self.replay is not None
-        case = self.cases[int(problem.index[number])]
-        lower = torch.tensor([_as_read(end, math.inf) for end in case.lower.tolist()], dtype=torch.float64)
-        upper = torch.tensor([_as_read(end, -math.inf) for end in case.upper.tolist()], dtype=torch.float64)
-        inputs = image.double().flatten().cpu().clamp(lower, upper) + 0.0  # there is no -0
-        outputs = self.replay(inputs.float().reshape(image.shape)).flatten()
+        decimals = case.written(image.double().flatten().cpu().clamp(case.lower, case.upper))
+        if decimals is None:
+            return
+        point = torch.tensor([float(text) for text in decimals], dtype=torch.float64).float().reshape(image.shape)
+        outputs = self.replay(point)
         specification = Specification(case.rows[None], case.offsets[None], case.clauses)
-        if not outputs.isfinite().all() or bool(holds(specification, outputs.double()[None])[0]):
-            return False
-        raise _Refuted(inputs, outputs)
-
-
-def _as_read(outward: float, inside: float) -> float:
-    """An end, given that float64 rounded it outward: ``outward``, or between that and the next float inside.
-
-    Of these two the one that has 15 digits at most prints as the very decimal, if that has no more.
-    """
-    return outward if float(f"{outward:.15g}") == outward else math.nextafter(outward, inside)
+        unsafe = [bool(run.isfinite().all()) and not bool(holds(specification, run.double())[0])
+                  for run in outputs.split(1)]  # fmt: skip
+        if all(unsafe):
+            raise _Refuted(decimals, outputs[-1])
+        if any(unsafe) and not self.disputed:
+            self.disputed.append(point)
 
 
 def _alike(cases: Sequence[Case], most: int) -> Iterator[list[int]]:

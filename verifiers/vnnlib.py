@@ -1,4 +1,4 @@
-"""VNN-LIB 1.0, the format of VNN-COMP (https://www.vnnlib.org): properties as text, read and written.
+"""VNN-LIB 1.0, the format of VNN-COMP (https://www.vnnlib.org): properties, and how they are written.
 
 Asserts over inputs X_i and outputs Y_j state the *unsafe* set. Decimals are read exactly; what floats cannot hold is
 rounded outward for boxes, to nearest for output rows.
@@ -6,32 +6,19 @@ rounded outward for boxes, to nearest for output rows.
 
 from __future__ import annotations
 
-import gzip
 import math
-import re
-import sys
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..bounds.clock import looking
 from ..errors import InputError
 from ..run_folder import write_atomically
 
-DEPTH = 200  # of nested parentheses: formulas are walked recursively, two frames a level
-DISJUNCTS = 1_000_000
-SIZE = 20_000_000  # literals of a normal form, and numbers of the tensors made of it
 DIGITS = 1000  # of one decimal, and its largest exponent: exact fractions take as many
-TOKEN = re.compile(r"[()]|[^\s()]+")
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
-VARIABLE = re.compile(r"([XY])_(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
@@ -40,12 +27,14 @@ class Case:
 
     Args:
         lower, upper: (N,) float64, ends of the box: never inside the ends that were read.
+        ends: (lower, upper) of each input as they were read, exactly.
         rows: (R, K) float64; offsets: (R,) float64.
         clauses: (R,) int64, the clause of each row, numbered from 0; there is at least one, and none is empty.
     """
 
     lower: Tensor
     upper: Tensor
+    ends: tuple[tuple[Fraction, Fraction], ...]
     rows: Tensor
     offsets: Tensor
     clauses: Tensor
@@ -60,26 +49,28 @@ class Case:
         """(N,) float32, the smallest not below ``upper``; inf where there is none."""
         return _outward32(self.upper, math.inf)
 
+    def written(self, point: Tensor) -> list[str] | None:
+        """Decimals of the box as it was read, next to a point's (N,) float64 numbers; None where an input has none.
+
+        They are the numbers' own shortest decimals where those lie within the ends, else the end that they overstep,
+        with as many digits as it takes.
+        """
+        found = [_decimal_within(value, *ends) for value, ends in zip((point + 0.0).tolist(), self.ends, strict=True)]
+        known = [text for text in found if text is not None]
+        return known if len(known) == len(found) else None
+
 
 @dataclass(frozen=True)
 class Property:
-    """Violated iff some case is: iff a point of its box has outputs that are unsafe there. Ties are unsafe."""
+    """Violated iff some case is: iff a point of its box has outputs that are unsafe there. Ties are unsafe.
+
+    Args:
+        cases: none where no point is unsafe, whatever the network.
+        remark: on disjuncts that no input satisfies, which are no cases.
+    """
 
     cases: tuple[Case, ...]
-
-
-def read_property(path: str | Path, inputs: int, outputs: int) -> Property:
-    """The property in a VNN-LIB 1.0 file, plain or gzipped, of a network with so many inputs and outputs.
-
-    Read are ``(declare-const X_i Real)``, ``Y_j`` alike, and ``(assert F)``, F of ``and``, ``or`` and comparisons of
-    linear terms (decimals, variables, ``+``, ``-``, ``(* NUMBER TERM)``); ``<`` and ``>`` count as ``<=`` and ``>=``.
-    Disjuncts with the same box are one case's clauses; one without outputs gets a row of zeros, which always holds.
-
-    Raises:
-        InputError: another syntax; names or numbers that do not fit; products; an X that is compared with a variable,
-            or lacks an end or has crossed ends in some disjunct; too many disjuncts.
-    """
-    return _Reader(Path(path), inputs, outputs).read()
+    remark: str | None = None
 
 
 def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, classes: int) -> None:
@@ -119,202 +110,15 @@ def _outward32(ends: Tensor, direction: float) -> Tensor:
     return torch.where(inside, torch.nextafter(near, torch.full_like(near, direction)), near)
 
 
-def _outward64(value: Fraction, direction: float) -> float:
-    near = float(value)  # to nearest
-    return math.nextafter(near, direction) if (near > value if direction < 0 else near < value) else near
-
-
-class _Token(NamedTuple):
-    text: str
-    line: int
-
-
-class _Bound(NamedTuple):
-    token: _Token
-    variable: int
-    upper: bool  # X_variable <= value, else >=
-    value: Fraction
-    end: float  # the value rounded outward
-
-
-_Node = _Token | list[Any]  # a list holds its opening parenthesis, then nodes
-_Term = dict[str, Fraction]  # coefficients by variable; the constant's name is ""
-_Row = dict[str, float]  # a term that is <= 0
-_Conjunction = tuple[_Bound | _Row, ...]
-_Box = dict[tuple[int, bool], _Bound]  # by variable, and whether it is the upper end
-
-
-class _Reader:
-    """One file: text → expressions → conjunctions of bounds and rows → cases."""
-
-    def __init__(self, path: Path, inputs: int, outputs: int):
-        self.path, self.counts = path, {"X": inputs, "Y": outputs}
-        self.ranges = " and ".join(f"{letter}_0 to {letter}_{count - 1}" for letter, count in self.counts.items())
-        self.declared: dict[str, int] = {}  # names, and their lines
-
-    def refuse(self, token: _Token, accepted: str) -> NoReturn:
-        raise InputError(f"{self.path}, line {token.line}: found {token.text[:60]!r}; accepted: {accepted}")
-
-    def read(self) -> Property:
-        factors, head = [], _Token("", 1)
-        for expression in looking(self._expressions()):
-            head, arguments = self._operation(expression)
-            if head.text == "declare-const":
-                self._declare(head, arguments)
-            elif head.text == "assert" and len(arguments) == 1:
-                factors.append(self._alternatives(arguments[0]))
-            else:
-                self.refuse(head, "(declare-const NAME Real) and (assert FORMULA), which are VNN-LIB 1.0")
-        if len(self.declared) < sum(self.counts.values()):
-            self.refuse(head, f"a file that declares {self.ranges}, as the network has them")
-        return self._property(head, *self._product(head, factors))
-
-    def _expressions(self) -> Iterator[_Node]:
-        """The expressions of the outermost level, one after the other."""
-        try:
-            content = self.path.read_bytes()
-            text = (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode()
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path}: found {error}; accepted: VNN-LIB 1.0, as text or gzipped") from error
-        lines = (TOKEN.findall(line.partition(";")[0]) for line in text.split("\n"))
-        unclosed: list[list[Any]] = []
-        for token in (_Token(found, number) for number, line in enumerate(lines, start=1) for found in line):
-            if not unclosed and token.text != "(":
-                self.refuse(token, "an opening parenthesis")
-            if token.text == "(":
-                unclosed.append([token])
-                if len(unclosed) > DEPTH:
-                    self.refuse(token, f"at most {DEPTH} levels of parentheses")
-            elif token.text != ")":
-                unclosed[-1].append(token)
-            elif len(unclosed) == 1:
-                yield unclosed.pop()
-            else:
-                unclosed[-2].append(unclosed.pop())
-        if unclosed:
-            self.refuse(unclosed[-1][0], "parentheses that are closed")
-
-    def _operation(self, node: _Node) -> tuple[_Token, list[_Node]]:
-        if isinstance(node, _Token) or len(node) < 3 or not isinstance(node[1], _Token):
-            self.refuse(node if isinstance(node, _Token) else node[0], "(NAME ARGUMENT ...)")
-        return node[1], node[2:]
-
-    def _declare(self, head: _Token, arguments: list[_Node]) -> None:
-        words = [argument.text if isinstance(argument, _Token) else "(" for argument in arguments]
-        name = VARIABLE.fullmatch(words[0])
-        if not name or int(name[2]) >= self.counts[name[1]] or words[0] in self.declared or words[1:] != ["Real"]:
-            accepted = f"{self.ranges}, as the network has them, each declared once as Real"
-            self.refuse(_Token(" ".join(words), head.line), accepted)
-        self.declared[words[0]] = head.line
-
-    def _alternatives(self, node: _Node) -> list[_Conjunction]:
-        """The disjunctive normal form of a formula."""
-        head, arguments = self._operation(node)
-        if head.text in ("<=", ">=", "<", ">") and len(arguments) == 2:
-            terms = [self._term(argument) for argument in arguments]
-            least, most = terms if head.text in ("<=", "<") else reversed(terms)
-            return [(self._literal(head, _add(least, most, -1)),)]
-        if head.text not in ("and", "or"):
-            self.refuse(head, "and, or, and <=, >=, <, > of two terms")
-        parts = [self._alternatives(argument) for argument in arguments]
-        together = [literals for part in parts for literals in part]
-        shared, rest = self._product(head, parts) if head.text == "and" else ((), together)
-        self._limit(head, len(rest), sum(map(len, rest)) + len(rest) * len(shared))
-        return [shared + literals for literals in rest]
-
-    def _product(self, head: _Token, factors: list[list[_Conjunction]]) -> tuple[_Conjunction, list[_Conjunction]]:
-        """The conjunction of normal forms: what all disjuncts share, which may be too long to copy, and the rest."""
-        found: list[_Conjunction] = [()]
-        for factor in (factor for factor in factors if len(factor) > 1):
-            literals = len(found) * sum(map(len, factor)) + len(factor) * sum(map(len, found))
-            self._limit(head, len(found) * len(factor), literals)
-            found = [left + right for left in found for right in factor]
-        return tuple(literal for factor in factors if len(factor) == 1 for literal in factor[0]), found
-
-    def _limit(self, head: _Token, disjuncts: int, size: int) -> None:
-        if disjuncts > DISJUNCTS or size > SIZE:
-            self.refuse(head, f"at most {DISJUNCTS} disjuncts, and {SIZE} literals or numbers in all of them")
-
-    def _term(self, node: _Node) -> _Term:
-        if isinstance(node, _Token):
-            return {node.text: Fraction(1)} if node.text in self.declared else {"": self._number(node)}
-        head, arguments = self._operation(node)
-        first, *others = (self._term(argument) for argument in arguments)
-        if head.text == "*" and len(others) == 1:
-            factor, term = (first, others[0]) if first.keys() <= {""} else (others[0], first)
-            if factor.keys() <= {""}:
-                return _add({}, term, factor.get("", Fraction(0)))
-        if head.text not in ("+", "-"):
-            self.refuse(head, "(+ TERM ...), (- TERM ...), (* NUMBER TERM)")
-        sign = 1 if head.text == "+" else -1
-        total = first if others else _add({}, first, sign)
-        for term in others:
-            _add(total, term, sign)
-        return total
-
-    def _number(self, token: _Token) -> Fraction:
-        if len(token.text) <= DIGITS and NUMBER.fullmatch(token.text):
-            value = Decimal(token.text)
-            if value.is_zero() or (value.adjusted() >= -DIGITS and value.copy_abs() <= sys.float_info.max):
-                return Fraction(value or 0)
-        self.refuse(token, f"a declared variable, or a decimal number of float64's range and {DIGITS} digits at most")
-
-    def _literal(self, head: _Token, term: _Term) -> _Bound | _Row:
-        term = {name: value for name, value in term.items() if value}
-        among = next((name for name in term if name.startswith("X")), None)
-        try:
-            if among is None:
-                return {name: float(value) for name, value in term.items()}
-            token, value, upper = _Token(among, head.line), -term.get("", Fraction(0)) / term[among], term[among] > 0
-            if term.keys() - {among, ""}:
-                self.refuse(token, "an X that is compared with a number, not with other variables")
-            return _Bound(token, int(among[2:]), upper, value, _outward64(value, math.inf if upper else -math.inf))
-        except OverflowError:
-            self.refuse(head, "coefficients and ends of float64's range")
-
-    def _property(self, last: _Token, shared: _Conjunction, alternatives: list[_Conjunction]) -> Property:
-        """Disjuncts whose boxes differ from the shared one in the same way become one case."""
-        box = _tightest(shared, {})
-        rows = [literal for literal in shared if not isinstance(literal, _Bound)]
-        groups: dict[frozenset, tuple[_Box, list[list[_Row]]]] = {}
-        for literals in alternatives:
-            own = _tightest(literals, box)
-            clause = [literal for literal in literals if not isinstance(literal, _Bound)]
-            key = frozenset((place, bound.value) for place, bound in own.items())
-            groups.setdefault(key, (own, []))[1].append(clause)
-        lengths = sum(len(rows) + len(clause) for _, clauses in groups.values() for clause in clauses)
-        self._limit(last, len(alternatives), lengths * self.counts["Y"] + 2 * self.counts["X"] * len(groups))
-        cases = ((box | own, [rows + clause or [{}] for clause in clauses]) for own, clauses in groups.values())
-        return Property(tuple(self._case(*case) for case in cases))
-
-    def _case(self, box: _Box, clauses: list[list[_Row]]) -> Case:
-        inputs = self.counts["X"]
-        for name in (f"X_{i}" for i in range(inputs) if not {(i, False), (i, True)} <= box.keys()):
-            self.refuse(_Token(name, self.declared[name]), "an X that has a lower and an upper end in every disjunct")
-        for lower, upper in ((box[i, False], box[i, True]) for i in range(inputs)):
-            if lower.value > upper.value:
-                later = max(lower, upper, key=lambda bound: bound.token.line)
-                self.refuse(later.token, "a lower end that is not above the upper end, in every disjunct")
-        names = [*(f"Y_{j}" for j in range(self.counts["Y"])), ""]
-        rows = [[row.get(name, 0.0) for name in names] for clause in clauses for row in clause]
-        table = torch.tensor(rows, dtype=torch.float64)
-        numbers = torch.tensor([number for number, clause in enumerate(clauses) for _ in clause])
-        ends = torch.tensor([(box[i, False].end, box[i, True].end) for i in range(inputs)], dtype=torch.float64)
-        return Case(ends[:, 0], ends[:, 1], table[:, :-1], table[:, -1], numbers)
-
-
-def _tightest(literals: _Conjunction, known: _Box) -> _Box:
-    """The ends that are tighter than those known."""
-    box: _Box = {}
-    for bound in (literal for literal in literals if isinstance(literal, _Bound)):
-        place = (bound.variable, bound.upper)
-        other = box.get(place, known.get(place))
-        if other is None or (bound.value < other.value if bound.upper else bound.value > other.value):
-            box[place] = bound
-    return box
-
-
-def _add(total: _Term, term: _Term, factor: Fraction | int) -> _Term:
-    """Add factor · term, in place."""
-    total.update((name, total.get(name, 0) + factor * value) for name, value in term.items())
-    return total
+def _decimal_within(value: float, lower: Fraction, upper: Fraction) -> str | None:
+    text = repr(value)
+    near = Fraction(text)
+    if lower <= near <= upper:
+        return text
+    end, rounding = (lower, ROUND_CEILING) if near < lower else (upper, ROUND_FLOOR)
+    for digits in (16, 17, 20, 50, 4 * DIGITS):  # the last holds whatever decimal was read
+        context = Context(prec=digits, rounding=rounding)
+        found = context.divide(Decimal(end.numerator), Decimal(end.denominator))
+        if lower <= Fraction(found) <= upper:
+            return str(found).replace("E", "e")
+    return None

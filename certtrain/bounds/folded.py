@@ -119,10 +119,11 @@ class Convolution(Operation):
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Operation):
-    """scale * x + shift, entry by entry; both broadcast against (1, *shape)."""
+    """scale * x + shift, entry by entry; both broadcast against (1, *shape). The network makes ``rounds`` roundings."""
 
     scale: Tensor
     shift: Tensor
+    rounds: int = 2
 
     def __call__(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
@@ -141,7 +142,7 @@ class Diagonal(Operation):
         return x * self.scale.abs() + self.shift.abs()
 
     def roundings(self, shape: torch.Size) -> int:
-        return 2
+        return self.rounds
 
 
 @dataclass(frozen=True, eq=False)

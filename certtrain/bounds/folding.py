@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ def fold(
     dtype: torch.dtype | None = None,
     *,
     whole_pools: bool = False,
+    as_written: bool = False,
 ) -> Folded:
     """The folded form of a model for images of ``shape`` (without the batch dimension).
 
@@ -40,16 +42,27 @@ def fold(
         statistics: batch statistics instead of the running ones, with gradients, for training.
         dtype: of the weights; None keeps the model's. Weights keep their gradients.
         whole_pools: leave max pools as they are, which is good for evaluation alone.
+        as_written: the operators of a network file stay what they are: batch norms are not folded, and constants are
+            kept in float64, not rounded to float32. Goes with that dtype; says nothing to other models.
     Raises:
         UnsupportedNode: the model holds an operation without a rule.
         InputError: a weight is not finite.
     """
-    return _Folding(model, torch.Size(shape), statistics, dtype, whole_pools).run()
+    return _Folding(model, torch.Size(shape), statistics, dtype, whole_pools, as_written).run()
 
 
 class _Folding:
-    def __init__(self, model: nn.Module, shape: torch.Size, statistics: Statistics | None, dtype, whole_pools: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: torch.Size,
+        statistics: Statistics | None,
+        dtype: torch.dtype | None,
+        whole_pools: bool,
+        as_written: bool,
+    ):
         self.program, self.statistics, self.dtype, self.whole_pools = trace(model), statistics, dtype, whole_pools
+        self.as_written = as_written and isinstance(model, p.ProgramModule)
         parameter = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.model_dtype = torch.float32 if parameter is None else parameter.dtype
@@ -77,7 +90,10 @@ class _Folding:
         return len(self.operations) - 1
 
     def tensor(self, value: Tensor | float, path: str) -> Tensor:
-        found = torch.as_tensor(value, dtype=self.model_dtype, device=self.device).to(self.dtype or self.model_dtype)
+        found = torch.as_tensor(value, dtype=self.model_dtype, device=self.device)
+        return self.finite(found.to(self.dtype or self.model_dtype), path)
+
+    def finite(self, found: Tensor, path: str) -> Tensor:
         if self.statistics is None and not found.isfinite().all():  # a training step looks at its loss
             raise p.UnsupportedNode(f"{path}: found a weight that is not finite; accepted: finite weights")
         return found
@@ -93,6 +109,9 @@ class _Folding:
 
 def _affine(run: _Folding, node: p.Affine, number: int, source: int) -> int:
     check_features(node, torch.empty(1, *run.shapes[source], device="meta"))
+    if node.norm is not None and run.as_written:
+        layer = _affine(run, replace(node, norm=None, activation=None), number, source)
+        return run.activate(node.activation, node.path, _apart(run, node.norm, node.path, layer))
     layer, (scale, shift) = node.layer, run.coefficients(node.norm, number)
     weight, bias = layer.weight, layer.bias
     if scale is not None and shift is not None:  # in the model's own dtype: that network is the one that runs
@@ -113,7 +132,26 @@ def _affine(run: _Folding, node: p.Affine, number: int, source: int) -> int:
     return run.activate(node.activation, node.path, done)
 
 
+def _apart(run: _Folding, norm: p.BatchNorm, path: str, source: int) -> int:
+    """A batch norm as its operator: (x - mean) times a scale, plus a bias; computed in float64.
+
+    onnxruntime 1.31 evaluates x s + (bias - mean s) with a rounded s = weight / sqrt(variance + epsilon), whose error
+    acts on x - mean alone. Besides it, x is rounded twice, mean three times and bias twice; s is off by 4 roundings at
+    most if its four steps round correctly, and 8 are paid for.
+    """
+    mean, variance, weight, bias = (
+        run.finite(torch.as_tensor(value, dtype=torch.float64, device=run.device), path)
+        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    vectors = -mean, weight / (variance + norm.eps).sqrt(), bias
+    negative, scale, shift = (v.reshape(1, -1, *[1] * (len(run.shapes[source]) - 1)) for v in vectors)
+    centred = run.append(Diagonal(path, (source,), torch.ones_like(negative), negative, rounds=3))
+    return run.append(Diagonal(path, (centred,), run.finite(scale, path), shift, rounds=8))
+
+
 def _norm(run: _Folding, node: p.Norm, number: int, source: int) -> int:
+    if run.as_written:
+        return run.activate(node.activation, node.path, _apart(run, node.norm, node.path, source))
     vectors = run.coefficients(node.norm, number)
     rest = [1] * (len(run.shapes[source]) - 1)
     scale, shift = (run.tensor(v, node.path).reshape(1, -1, *rest) for v in vectors if v is not None)
@@ -125,8 +163,11 @@ def _concat(run: _Folding, node: p.Concat, number: int, *sources: int) -> int:
 
 
 def _scale(run: _Folding, node: p.Scale, number: int, source: int) -> int:
-    scale, shift = (run.tensor(value, node.path) for value in node.coefficients())
-    return run.append(Diagonal(node.path, (source,), scale, shift))
+    if node.exact is not None and run.as_written:
+        scale, shift = (run.finite(torch.as_tensor(v, device=run.device), node.path) for v in node.exact())
+    else:
+        scale, shift = (run.tensor(value, node.path) for value in node.coefficients())
+    return run.append(Diagonal(node.path, (source,), scale, shift, node.roundings))
 
 
 def _pool(run: _Folding, node: p.Pool, number: int, source: int) -> int:

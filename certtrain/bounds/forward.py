@@ -144,11 +144,6 @@ def _norm(node: p.Norm, position: int, run: _Run, x: Tensor) -> Tensor:
     return node.activation(y) if node.activation else y
 
 
-def _scale(node: p.Scale, position: int, run: _Run, x: Tensor) -> Tensor:
-    scale, shift = node.coefficients()
-    return x * scale + shift
-
-
 RULES: dict[type[p.Node], Callable[..., Tensor]] = {
     p.Affine: _affine,
     p.Norm: _norm,
@@ -157,7 +152,7 @@ RULES: dict[type[p.Node], Callable[..., Tensor]] = {
     p.Reshape: lambda node, position, run, x: node.function(x),
     p.Add: lambda node, position, run, x, y: x + node.sign * y,
     p.Concat: lambda node, position, run, *parts: torch.cat(parts, node.along(parts[0].ndim)),
-    p.Scale: _scale,
+    p.Scale: lambda node, position, run, x: node(x),
     p.Dropout: lambda node, position, run, x: node.module(x),
     p.Whole: lambda node, position, run, x: node.module(x),
 }

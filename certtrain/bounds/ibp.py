@@ -251,9 +251,8 @@ def _pool(node: p.Pool, position: int, run: _Propagation, x: Interval) -> Interv
 
 
 def _scale(node: p.Scale, position: int, run: _Propagation, x: Interval) -> Interval:
-    scale, shift = node.coefficients()
-    center = x.center * scale + shift
-    return Interval(center, (x.radius * abs(scale)).expand_as(center))
+    center = node(x.center)
+    return Interval(center, node.radius(x.radius).expand_as(center))
 
 
 def _add(node: p.Add, position: int, run: _Propagation, x: Interval, y: Interval) -> Interval:

@@ -110,9 +110,28 @@ Coefficients = Callable[[], tuple[Tensor | float, Tensor | float]]
 
 @dataclass(frozen=True, eq=False)
 class Scale(Node):
-    """Elementwise ``scale * x + shift`` with constants of the model (numbers, parameters or buffers)."""
+    """Elementwise ``scale * x + shift`` with constants of the model (numbers, parameters or buffers).
+
+    Two in a row stay two: one in their place, in float32, would be another network (x + 8192 - 8192 is not x).
+
+    Args:
+        exact: the same in float64, where the model's own dtype would round them.
+        roundings: that the network makes of one output at most, in float32, relative to |scale x| + |shift|.
+    """
 
     coefficients: Coefficients
+    exact: Coefficients | None = None
+    roundings: int = 2
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale, shift = self.coefficients()  # a number is looked at, a tensor never: that would wait for a GPU
+        x = x if isinstance(scale, float) and scale == 1 else x * scale
+        return x if isinstance(shift, float) and shift == 0 else x + shift
+
+    def radius(self, radius: Tensor) -> Tensor:
+        """Of an interval, given its radius before."""
+        scale, _ = self.coefficients()
+        return radius if isinstance(scale, float) and abs(scale) == 1 else radius * abs(scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +184,7 @@ class ProgramModule(nn.Module):
         self.nodes = nodes
         needed = _needed(nodes)
         self.program = Program(fuse(needed, len(needed) - 1))
-        self.layers = nn.ModuleList(  # of the nodes as given: two scales that were merged are a function
+        self.layers = nn.ModuleList(  # of the nodes as given
             module for node in nodes for module in vars(node).values() if isinstance(module, nn.Module)
         )
         self.eval()
@@ -215,14 +234,4 @@ def _merged(first: Node, second: Node) -> Node | None:
         return replace(first, norm=second.norm)
     if isinstance(second, Activate) and isinstance(first, (Affine, Norm)) and not first.activation:
         return replace(first, activation=second.activation)
-    if isinstance(second, Scale) and isinstance(first, Scale):  # (x - mean) / std, as everybody writes it
-        return replace(first, coefficients=_composed(first.coefficients, second.coefficients))
     return None
-
-
-def _composed(first: Coefficients, second: Coefficients) -> Coefficients:
-    def coefficients() -> tuple[Tensor | float, Tensor | float]:
-        (scale, shift), (factor, more) = first(), second()
-        return scale * factor, shift * factor + more
-
-    return coefficients

@@ -63,10 +63,10 @@ class OnnxFile:
 def export_onnx(model: nn.Module, path: str | Path, images: Tensor) -> OnnxFile:
     """Write a model as ONNX: dynamic batch, weights inside, input ``images``, output ``logits``.
 
-    Batch norms are folded into the layers before them and a normalisation in front becomes a 1×1 convolution, so that
-    the file is the network that ``certify`` speaks of. The file is checked by ONNX's own checker and compared with the
-    model on ``images`` by onnxruntime before it is put in place: in batches, in another order, and one alone. Wrappers
-    (DataParallel, ``torch.compile``) are left out.
+    Batch norms are folded into the layers before them and a normalisation in front becomes two 1×1 convolutions, one
+    for x - mean and one for the division, so that the file is the network that ``certify`` speaks of. The file is
+    checked by ONNX's own checker and compared with the model on ``images`` by onnxruntime before it is put in place: in
+    batches, in another order, and one alone. Wrappers (DataParallel, ``torch.compile``) are left out.
 
     Args:
         model: any ``nn.Module`` that maps (B, *shape) float32 to (B, K) logits, in evaluation mode there. It is left as

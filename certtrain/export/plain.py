@@ -62,9 +62,11 @@ class _Elementwise(nn.Module):
         super().__init__()
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
+        self.scales, self.shifts = bool((scale != 1).any()), bool(shift.any())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
+        x = x * self.scale if self.scales else x
+        return x + self.shift if self.shifts else x
 
 
 def _with_weights(layer: nn.Linear | nn.Conv1d | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -100,7 +102,7 @@ def _diagonal(operation: Diagonal, shape: torch.Size) -> nn.Module:
     scale, shift = (v.expand(outputs) for v in vectors)
     weight = torch.diag(scale) if inputs == outputs else scale
     layer = nn.Conv2d(inputs, outputs, 1, device="meta")
-    return _with_weights(layer, weight.reshape(outputs, inputs, 1, 1), shift.clone())
+    return _with_weights(layer, weight.reshape(outputs, inputs, 1, 1), shift.clone() if shift.any() else None)
 
 
 def _sum(operation: Sum, shape: torch.Size) -> nn.Module:
