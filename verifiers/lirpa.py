@@ -212,7 +212,7 @@ def _lower(
         if type(node).__name__ == "BoundLog":  # its tangent may be one where there is no logarithm
             sound.append((node.inputs[0].lower > 0).all())
         if type(node).__name__ == "BoundSoftmax":
-            sound.append(_least_share(node) > SHARE)
+            found = found.where(_least_share(node)[:, None] > SHARE, -torch.inf)
     if not all(map(bool, sound)):
         return torch.full_like(found, -torch.inf)
     for _ in range(DESCENTS):
@@ -248,10 +248,9 @@ def _right(library: ModuleType, bounded: Any) -> bool:
 
 
 def _least_share(node: Any) -> Tensor:
-    """The least that an output of a softmax can be."""
-    lower, upper, dim = node.inputs[0].lower, node.inputs[0].upper, node.axis
-    others = upper.logsumexp(dim, keepdim=True)
-    return (lower - others).exp().min()
+    """(B,) the least that an output of a softmax can be, or a little less."""
+    lower, upper = node.inputs[0].lower, node.inputs[0].upper
+    return (lower - upper.logsumexp(node.axis, keepdim=True)).exp().flatten(1).amin(1)
 
 
 def _rounding(values: Tensor) -> Tensor:
