@@ -2,8 +2,8 @@
 # auto_LiRPA 0.7.1 (a050a3d): lower bounds that a corner of the box refutes, without an error or a warning.
 # A good guess: an operation that it converts is bounded rightly, or it raises, as it does for those it lacks
 # ("There are unsupported operations"). Seen instead, by CROWN, in float64:
-#   x ** 2, x ** 4         above the function where x changes sign (x * x is right, and so are odd powers)
-#   x.repeat(1, 2)         above it (torch.cat of the same is right)
+#   x ** 2, x ** 4         above the function on [1, 2]: the chord is the lower line (x * x and odd powers are right)
+#   x.repeat(1, 2)         above a sum over both copies, where inputs' ranges differ (torch.cat([x, x], 1) is right)
 #   MaxPool2d(2, 2, 1)     above it (without padding it is right)
 #   AvgPool2d(2, 2, 1, count_include_pad=False)   evaluated as if the padding counted, by every method
 # Runs without certtrain. AUTO_LIRPA_SOURCE: a checkout to install from instead of the public address; PYTHON: an
@@ -37,34 +37,35 @@ class Apply(nn.Module):
         return self.function(x).flatten(1)
 
 
-def above(function, shape, method="CROWN"):
-    """How far a lower bound of an output, or of one's negative, lies above the least value at the corners of [-1, 2]^n."""
-    model, count = Apply(function), torch.Size(shape).numel()
-    lower, upper = torch.full((1, *shape), -1.0), torch.full((1, *shape), 2.0)
-    corners = torch.tensor(list(itertools.product((-1.0, 2.0), repeat=count))).reshape(-1, *shape)
-    outputs = model(corners)
+def above(function, lower, upper):
+    """How far CROWN's lower bound of an output, its negative, or the weighted sum of all lies above a corner's value."""
+    model, lower, upper = Apply(function), torch.tensor(lower)[None], torch.tensor(upper)[None]
+    share = torch.tensor(list(itertools.product((0.0, 1.0), repeat=lower.numel()))).reshape(-1, *lower.shape[1:])
+    outputs = model(lower + share * (upper - lower))
     identity = torch.eye(outputs.shape[1])
-    rows = torch.cat([identity, -identity])[None]
+    rows = torch.cat([identity, -identity, torch.linspace(-1, 1, len(identity))[None]])
     bounded = auto_LiRPA.BoundedModule(model, (lower + upper) / 2, bound_opts={"conv_mode": "matrix"})
     box = auto_LiRPA.PerturbationLpNorm(x_L=lower, x_U=upper)
     given = auto_LiRPA.BoundedTensor((lower + upper) / 2, box)
-    bound = bounded.compute_bounds((given,), C=rows, method=method, bound_upper=False)[0].detach()
-    return float((bound - (outputs @ rows[0].T).amin(0)).max())
+    bound = bounded.compute_bounds((given,), C=rows[None], method="CROWN", bound_upper=False)[0].detach()
+    return float((bound - (outputs @ rows.T).amin(0)).max())
 
 
+positive, mixed = ([1.0, 1.0], [2.0, 2.0]), ([-1.0, 0.0], [2.0, 1.0])
+image = ([[[-1.0] * 3] * 3], [[[2.0] * 3] * 3])
 pool, average = nn.MaxPool2d(2, 2, 1), nn.AvgPool2d(2, 2, 1, count_include_pad=False)
 wrong = {
-    "x ** 2": (lambda x: x**2, (2,)),
-    "x ** 4": (lambda x: x**4, (2,)),
-    "x.repeat(1, 2)": (lambda x: x.repeat(1, 2), (2,)),
-    "MaxPool2d(2, 2, 1)": (pool, (1, 3, 3)),
-    "AvgPool2d, padding not counted": (average, (1, 3, 3)),
+    "x ** 2": (lambda x: x**2, *positive),
+    "x ** 4": (lambda x: x**4, *positive),
+    "x.repeat(1, 2)": (lambda x: x.repeat(1, 2), *mixed),
+    "MaxPool2d(2, 2, 1)": (pool, *image),
+    "AvgPool2d, padding not counted": (average, *image),
 }
 right = {
-    "x * x": (lambda x: x * x, (2,)),
-    "x ** 3": (lambda x: x**3, (2,)),
-    "torch.cat([x, x])": (lambda x: torch.cat([x, x], 1), (2,)),
-    "MaxPool2d(2)": (nn.MaxPool2d(2), (1, 2, 2)),
+    "x * x": (lambda x: x * x, *positive),
+    "x ** 3": (lambda x: x**3, *positive),
+    "torch.cat([x, x], 1)": (lambda x: torch.cat([x, x], 1), *mixed),
+    "MaxPool2d(3)": (nn.MaxPool2d(3), *image),
 }
 with torch.no_grad():
     found = {name: above(*case) for name, case in {**wrong, **right}.items()}
