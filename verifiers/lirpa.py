@@ -35,13 +35,14 @@ from .known import Known
 from .limits import out_of_memory
 from .optimise import finite
 from .problem import Problem
+from .seen import Seen, rounding
 from .stages import Finding, proof
 
 Method = Literal["ibp", "crown_ibp", "crown", "alpha"]
 METHODS: dict[str, str] = {"ibp": "IBP", "crown_ibp": "CROWN-IBP", "crown": "CROWN", "alpha": "CROWN-Optimized"}
 SOURCE = "git+https://github.com/Verified-Intelligence/auto_LiRPA@a050a3d"  # 0.7.1
 SHARE = 0.01  # it adds 1e-8 under logarithms of a softmax's shares: 1e-6 of the least of these
-MIXED, DESCENTS = 8, 4  # points of the box between its ends, and steps towards the least value, at which it is checked
+DESCENTS = 4  # steps towards the least value
 INSTALL = f"pip install --no-deps appdirs graphviz packaging setuptools tqdm {SOURCE}"
 
 
@@ -196,9 +197,9 @@ def _lower(
         bounded = library.BoundedModule(_evaluating(model), hull.center, bound_opts=options)
     if not _right(library, bounded) and options["conv_mode"] == "patches":
         return None
-    seen = _Seen.of(model, hull)
+    seen = Seen.of(model, hull)
     for point, logits in zip(seen.points, seen.logits, strict=True):
-        off = (bounded(point) - logits).abs() - _rounding(logits).amax(1, keepdim=True)
+        off = (bounded(point) - logits).abs() - rounding(logits).amax(1, keepdim=True)
         if (off > 0).any():
             why = f"one that auto_LiRPA {library.__version__} evaluates otherwise than it runs, at a point of the box"
             raise InputError(f"model: found {why}; accepted: one whose outputs it repeats")
@@ -251,52 +252,6 @@ def _least_share(node: Any) -> Tensor:
     """(B,) the least that an output of a softmax can be, or a little less."""
     lower, upper = node.inputs[0].lower, node.inputs[0].upper
     return (lower - upper.logsumexp(node.axis, keepdim=True)).exp().flatten(1).amin(1)
-
-
-def _rounding(values: Tensor) -> Tensor:
-    """What two evaluations may differ by, at values of that size."""
-    return 1e-6 + torch.finfo(values.dtype).eps ** 0.5 * values.abs()
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Points (P, B, *shape) of B boxes, and the model's logits (P, B, K) at them."""
-
-    points: Tensor
-    logits: Tensor
-
-    @classmethod
-    def of(cls, model: nn.Module, hull: Interval) -> _Seen:
-        """At the centre, both ends, and ``MIXED`` points each at corners and inside."""
-        generator = torch.Generator().manual_seed(0)
-        share = torch.rand((2 * MIXED, *hull.center.shape), generator=generator, dtype=hull.center.dtype)
-        share[:MIXED].round_()
-        share = share.to(hull.center.device)
-        between = (hull.lower + share * (hull.upper - hull.lower)).clamp(hull.lower, hull.upper)
-        points = torch.cat([torch.stack([hull.center, hull.lower, hull.upper]), between])
-        return cls(points, torch.stack([model(point) for point in points]))
-
-    def further(self, model: nn.Module, hull: Interval, rows: Tensor, found: Tensor) -> _Seen:
-        """One corner more for each box: against the gradient of the row that is nearest to its bound, at its best."""
-        values = self.values(rows)
-        batch = torch.arange(len(found), device=found.device)
-        row = (values.amin(0) - found).argmin(1)
-        start = self.points[values.argmin(0)[batch, row], batch].requires_grad_()
-        with torch.enable_grad():
-            value = (model(start) * rows[batch, row]).sum()
-        if not value.requires_grad:
-            return self
-        (slope,) = torch.autograd.grad(value, start)
-        corner = torch.where(slope > 0, hull.lower, torch.where(slope < 0, hull.upper, start.detach()))
-        return _Seen(torch.cat([self.points, corner[None]]), torch.cat([self.logits, model(corner)[None]]))
-
-    def values(self, rows: Tensor) -> Tensor:
-        """(P, B, R) of the rows (B, R, K)."""
-        return torch.einsum("pbk,brk->pbr", self.logits, rows)
-
-    def least(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, R) the least values of the rows, NaN where one is, and what rounding may add to a bound of them."""
-        return self.values(rows).amin(0), _rounding(torch.einsum("bk,brk->br", self.logits.abs().amax(0), rows.abs()))
 
 
 def _watched(get_bias: Any, sound: list[Tensor], coefficients: Any, bias: Any) -> Any:
