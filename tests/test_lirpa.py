@@ -37,7 +37,7 @@ STAND_IN = """
     __version__ = "0.7.9"
     logging.basicConfig(level=logging.INFO)
     warnings.simplefilter("once")
-    calls, nodes = [], []
+    calls, nodes, wrong = [], [], 0
 
 
     def answer(model, given, rows):
@@ -59,6 +59,9 @@ STAND_IN = """
             print("converting")
             self.model, self.options = model, bound_opts
             model.to("cpu")
+
+        def __call__(self, images):
+            return self.model(images) + wrong
 
         def nodes(self):
             return nodes
@@ -104,6 +107,11 @@ def auto_lirpa():
         return require()
     except InputError as error:
         pytest.skip(str(error))
+
+
+def named(name: str) -> type[SimpleNamespace]:
+    """A class of auto_LiRPA's operations, by its name."""
+    return type(name, (SimpleNamespace,), {"bound_backward": None})
 
 
 def linear_problem(offsets=(0.0, 0.0)) -> Problem:
@@ -217,7 +225,7 @@ class TestAsking:
     @pytest.mark.parametrize("where", ["lower", "bias"])
     def test_values_inside_that_are_not_finite_prove_nothing(self, stand_in, where):
         """auto_LiRPA takes a relaxation's NaN for 0, and answers a finite bound."""
-        node = SimpleNamespace(lower=torch.zeros(2), upper=None, bound_backward=None, get_bias=lambda *given: 0)
+        node = named("BoundRelu")(lower=torch.zeros(2), upper=None, get_bias=lambda coefficients, bias: 0)
         stand_in.nodes.append(node)
 
         def answer(model, given, rows):
@@ -232,6 +240,128 @@ class TestAsking:
         stand_in.answer = lambda model, given, rows: exact(model, given, rows) + 0.01
         with pytest.raises(InputError, match="above the model's own value"):
             alone(LirpaStage(), linear_problem())
+
+    def test_a_bound_that_only_a_mixed_corner_refutes(self, stand_in):
+        """x_0 - x_1 is least at (low, high), which is neither end of the box: found by descent, in one step."""
+        model = linear_model([[1.0, -1.0]])
+        region = LinfBall(0.1).region(torch.full((1, 1, 1, 2), 0.5))
+        for above, refuted in ((0.0, False), (0.01, True)):
+            stand_in.answer = lambda model, given, rows, above=above: exact(model, given, rows) + above
+            if refuted:
+                with pytest.raises(InputError, match="above the model's own value"):
+                    lirpa_rows(model, region, torch.ones(1, 1, 1), "crown")
+            else:
+                assert lirpa_rows(model, region, torch.ones(1, 1, 1), "crown").tolist() == [[pytest.approx(-0.2)]]
+
+    def test_descent_meets_what_random_points_do_not(self, stand_in):
+        """One corner in 2^30 is the least, and the bound is above it alone."""
+        weight = torch.linspace(-1, 1, 30)[torch.randperm(30, generator=torch.Generator().manual_seed(1))]
+        model = linear_model([weight.tolist()])
+        region = LinfBall(0.1).region(torch.full((1, 1, 1, 30), 0.5))
+        stand_in.answer = lambda model, given, rows: exact(model, given, rows) * 0.99
+        with pytest.raises(InputError, match="above the model's own value"):
+            lirpa_rows(model, region, torch.ones(1, 1, 1), "crown")
+
+    def test_no_bound_is_above_what_was_seen(self, stand_in):
+        """Not by what rounding may explain, either: the row is 0 at a corner, and a tie is unsafe."""
+        model = linear_model([[1.0, -1.0]])
+        region = Box(torch.tensor([[[[0.0, 0.5]]]]), torch.tensor([[[[0.5, 0.5]]]]))
+        specification = Specification(torch.ones(1, 1, 1), torch.full((1, 1), 0.5), torch.tensor([0]))
+        stand_in.answer = lambda model, given, rows: exact(model, given, rows) + 1e-7
+        problem = Problem(model, region, specification, torch.arange(1))
+        assert alone(LirpaStage(), problem).statuses == [None]
+
+    @pytest.mark.parametrize("wrong", [0.01, -0.01])
+    def test_a_model_that_it_evaluates_otherwise(self, stand_in, wrong):
+        stand_in.answer, stand_in.wrong = lambda model, given, rows: exact(model, given, rows) - 1, wrong
+        with pytest.raises(InputError, match="evaluates otherwise than it runs"):
+            alone(LirpaStage(), linear_problem())
+
+    def test_its_own_evaluation_is_compared_away_from_the_middle_and_the_ends(self, stand_in):
+        """A product of two centred inputs is right at the centre, and so is a difference at both ends."""
+        stand_in.answer = lambda model, given, rows: exact(model, given, rows) - 1
+        for wrong in (Apply(lambda _, x: x.prod(-1)), Apply(lambda _, x: x[..., 0] - x[..., 1])):
+            stand_in.BoundedModule.__call__ = lambda self, x, wrong=wrong: self.model(x) + wrong(x).flatten(1)
+            region = Box(torch.full((1, 1, 1, 2), -1.0), torch.full((1, 1, 1, 2), 1.0))
+            with pytest.raises(InputError, match="evaluates otherwise than it runs"):
+                lirpa_rows(linear_model([[1.0, 1.0]]), region, torch.ones(1, 1, 1), "crown")
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(
+        ("name", "attributes", "taken"),
+        [
+            ("Relu", {}, True),
+            ("Erf", {}, False),
+            ("Sin", {}, False),
+            ("Cos", {}, False),
+            ("Tan", {}, False),
+            ("Tile", {}, False),
+            ("MaxPool", {"pads": [0, 0, 0, 0], "dilations": [1, 1], "ceil_mode": 0}, True),
+            ("MaxPool", {"pads": [0, 0, 0, 0]}, True),
+            ("MaxPool", {"pads": [1, 1, 1, 1], "dilations": [1, 1], "ceil_mode": 0}, False),
+            ("MaxPool", {"pads": [0, 1, 0, 1]}, False),
+            ("MaxPool", {"pads": [0, 0, 0, 0], "dilations": [2, 1]}, False),
+            ("MaxPool", {"pads": [0, 0, 0, 0], "ceil_mode": 1}, False),
+            ("AveragePool", {"pads": [0, 0, 0, 0], "count_include_pad": 0}, True),
+            ("AveragePool", {}, True),
+            ("AveragePool", {"pads": [1, 1, 1, 1], "count_include_pad": 1}, True),
+            ("AveragePool", {"pads": [1, 1, 1, 1], "count_include_pad": 0}, False),
+            ("AveragePool", {"pads": [0, 1, 0, 1]}, False),
+            ("AveragePool", {"pads": [0, 0, 0, 0], "ceil_mode": 1}, False),
+            ("LeakyRelu", {"alpha": 0.1}, True),
+            ("LeakyRelu", {"alpha": 1.0}, True),
+            ("LeakyRelu", {"alpha": 1.5}, False),
+            ("LeakyRelu", {"alpha": -0.1}, False),
+            ("Pow", {"exponent": 3.0}, True),
+            ("Pow", {"exponent": 0.5}, True),
+            ("Pow", {"exponent": 2.0}, False),
+            ("Pow", {"exponent": 4.0}, False),
+            ("Pow", {"exponent": None}, False),
+        ],
+    )
+    def test_operations_that_are_taken(self, stand_in, name, attributes, taken, method):
+        stand_in.answer = exact
+        power = attributes.get("exponent")
+        exponent = SimpleNamespace(value=None if power is None else torch.tensor(power))
+        node = named(f"Bound{name}")(attr=attributes, inputs=[None, exponent], lower=None, upper=None, get_bias=max)
+        stand_in.nodes.append(node)
+        if taken:
+            assert any(decided(alone(LirpaStage(method), linear_problem())))
+            return
+        with pytest.raises(InputError, match=rf"found {name}, whose bounds by auto_LiRPA 0\.7\.9") as caught:
+            alone(LirpaStage(method), linear_problem())
+        assert "\n" not in str(caught.value) and not stand_in.calls
+
+    @pytest.mark.parametrize(
+        ("name", "attributes", "mode"),
+        [
+            ("Relu", {}, "patches"),
+            ("Conv", {"group": 1, "dilations": [1, 1]}, "patches"),
+            ("Conv", {"group": 2, "dilations": [1, 1]}, "matrix"),
+            ("Conv", {"group": 1, "dilations": [1, 2]}, "matrix"),
+            ("Add", {"from_input": (True, True)}, "patches"),
+            ("Add", {"from_input": (True, False)}, "matrix"),
+            ("Tanh", {}, "matrix"),
+            ("MaxPool", {}, "matrix"),
+        ],
+    )
+    def test_the_mode_is_one_that_is_right(self, stand_in, name, attributes, mode):
+        stand_in.answer = exact
+        inputs = [SimpleNamespace(from_input=given) for given in attributes.get("from_input", ())]
+        node = named(f"Bound{name}")(attr=attributes, inputs=inputs, lower=None, upper=None, get_bias=max)
+        stand_in.nodes.append(node)
+        alone(LirpaStage(), linear_problem())
+        assert [call[4]["conv_mode"] for call in stand_in.calls] == [mode]
+
+    def test_a_softmax_with_a_share_near_nothing_proves_nothing(self, stand_in):
+        """0.7.1 adds 1e-8 under logarithms of its shares."""
+        stand_in.answer = exact
+        given = SimpleNamespace(
+            lower=torch.tensor([[-1.0, 0.0], [-6.0, 0.0]]), upper=torch.tensor([[0.0, 1.0], [0.0, 6.0]])
+        )
+        node = named("BoundSoftmax")(axis=-1, inputs=[given], attr={}, lower=None, upper=None, get_bias=max)
+        stand_in.nodes.append(node)
+        assert decided(alone(LirpaStage(), linear_problem())) == [True, False]
 
     def test_its_errors_say_which_model_and_method(self, stand_in):
         def answer(model, given, rows):
