@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import devices
 from .errors import InputError
 
 ACCEPTED = "whole numbers, one for each image"
@@ -114,5 +115,5 @@ def check_logits(logits: Any, labels: Tensor) -> None:
         InputError: see ``classes_of`` and ``check_labels``.
     """
     classes = classes_of(logits)
-    if labels.device.type == "cpu":
+    if not devices.waits(labels):
         check_labels(labels, classes)

@@ -96,10 +96,8 @@ def sessions(kind: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 
 def points() -> Tensor:
     every = np.arange(0, 1 << 32, STRIDE, dtype=np.uint64).astype(np.uint32).view(np.float32)
-    starts = np.float32([-88.5, -16, -15.8, -9.1, -5.9, -3.9, -1.3, -0.75, 0.02, 0.6, 1.0, 4.0, 8.9, 15.9]).view(
-        np.uint32
-    )
-    runs = (starts[:, None] + np.arange(1 << 16, dtype=np.uint32)).ravel().view(np.float32)
+    starts = np.array([-88.5, -16, -15.8, -9.1, -5.9, -3.9, -1.3, -0.75, 0.02, 0.6, 1, 4, 8.9, 15.9], dtype=np.float32)
+    runs = (starts.view(np.uint32)[:, None] + np.arange(1 << 16, dtype=np.uint32)).ravel().view(np.float32)
     even = np.linspace(-20, 20, 1 << 22, dtype=np.float32)
     found = torch.from_numpy(np.concatenate([every, runs, even]))
     return found[found.abs() < torch.finfo(torch.float32).max / 4]  # beyond, nothing is certified

@@ -9,6 +9,7 @@ from loss_cases import gradient, make_batch, make_model, make_step
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from certtrain import devices
 from certtrain.attacks import Ascent, CrossEntropy, KullbackLeibler, Linearisation, SquaredEuclidean, gradient_of
 from certtrain.bounds import L2Ball, LinfBall
 from certtrain.config import structure
@@ -547,12 +548,13 @@ HOST_FREE = [cls for name, cls in AdversarialLoss.members().items() if name not 
 
 @both_balls
 @pytest.mark.parametrize("method", HOST_FREE, ids=lambda cls: cls.__name__)
-def test_no_step_waits_for_the_device(method, ball):
+def test_no_step_waits_for_the_device(method, ball, monkeypatch):
     """Tensors without values: a branch, a number or a shape that depended on one would raise."""
     if "teacher" in method.__dataclass_fields__:
         pytest.skip("its network is read from a file; its formula is TRADES' own")
     if ball is L2Ball and method in (FastBat, FgsmGa):
         pytest.skip("knows l_inf balls alone, or needs a weight")
+    monkeypatch.setattr(devices, "waits", lambda values: True)
     with FakeTensorMode():
         model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
         batch = Batch(torch.rand(12, 1, 8, 8), torch.arange(12) % 5, torch.arange(12))

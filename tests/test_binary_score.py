@@ -21,6 +21,8 @@ from certtrain.verifiers import Certify
 from certtrain.verifiers.vnncomp import answer
 from certtrain.verifiers.vnnlib import write_property
 
+ATTACKS = sorted(name for name, cls in Attack.members().items() if cls.__module__.startswith("certtrain."))
+
 BALLS = {"linf": LinfBall(0.15), "l2": L2Ball(0.3), "l1": L1Ball(0.4), "sparse": SparseBall(2)}
 ENDINGS = {"logit": ((), 0.0), "sigmoid": ((nn.Sigmoid(),), 0.5), "shifted": ((), 0.37), "below": ((), -1.25)}
 
@@ -197,7 +199,7 @@ def test_a_score_at_the_threshold_is_wrong_for_both():
     assert [v.status for v in certify(model, images, [0, 1], 0.0)] == ["misclassified"] * 2
 
 
-@pytest.mark.parametrize("name", sorted(Attack.members()))
+@pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_find_what_is_there(name):
     images = random_images(8)
     network = centred(score_network(5), images)

@@ -106,7 +106,8 @@ class TestInterpolation:
         floats = Batch(batch.images.float(), batch.labels, batch.index)
         interpolation(model, floats, SPARSE, noise, attack=Corners(value=0.1), shares=(0.0, 1.0))
         ends = Corners(value=0.1)(model, floats, SPARSE, Step.evaluation(SPARSE, noise)).images
-        assert torch.equal(seen[0], floats.images) and torch.equal(seen[1], ends)
+        clean, attacked = seen[-2:]  # before them, one image shows whether there are logits
+        assert torch.equal(clean, floats.images) and torch.equal(attacked, ends)
 
     def test_by_hand(self):
         """One pixel goes from 0 to 1; logits (0, 1 - 2 |x - 1/2|·2): right in the middle alone, wrong where tied."""

@@ -134,12 +134,12 @@ class TestStages:
 
         def replay(image):
             seen.append(image.shape)
-            return torch.tensor([1.0, 0.0]) if len(seen) == 1 else torch.tensor([0.0, 0.0])
+            return torch.tensor([[1.0, 0.0] if len(seen) == 1 else [0.0, 0.0]])
 
         finding = alone(AttackStage(Pgd(), judge=Judge(replay)), problem)
         assert decided(finding) == [False, True, False]  # refused; a tie is unsafe; never a suspect
         assert seen == [(1, 1, 1)] * 2
-        refusing = Judge(lambda image: torch.tensor([1.0, 0]))
+        refusing = Judge(lambda image: torch.tensor([[1.0, 0]]))
         verdict = run_cascade(problem, [CleanStage(), AttackStage(Pgd(), judge=refusing)])
         assert all(v.status == "unknown" and v.counterexample is None for v in verdict)
         for stage in (AlphaStage(judge=refusing), BabStage(judge=refusing)):
@@ -154,7 +154,7 @@ class TestStages:
 
         def replay(image):
             seen.append(float(image))
-            return torch.tensor([0.0, 0.0])
+            return torch.zeros(1, 2)
 
         for stage in (
             AttackStage(Pgd(), judge=Judge(replay)),
@@ -169,7 +169,7 @@ class TestStages:
         model = linear_model([[1.0], [0.0]], [-0.5, 0.0])
         problem = problem_of(model, torch.full((1, 1, 1, 1), 0.52), torch.tensor([0]), LinfBall(0.1), 2)
         exact = linear_model([[1.0], [0.0]], [-0.5, 0.0], torch.float64)
-        judge = Judge(lambda image: exact(image[None].double())[0])
+        judge = Judge(lambda image: exact(image[None].double()))
         assert all(decided(alone(AttackStage(Pgd(), judge=judge), problem)))
 
     def test_specifications_of_several_rows_in_the_ibp_stage(self):

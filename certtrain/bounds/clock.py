@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ..errors import Portable
+
 T = TypeVar("T")
 
 LONG = 1e-3
@@ -26,7 +28,7 @@ LAG = 0.05
 LAG_WORK = 1e9
 
 
-class OutOfTime(Exception):
+class OutOfTime(Portable, Exception):
     """The time is up, or what comes next would end too late."""
 
 

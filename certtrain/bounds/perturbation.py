@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..config import Component
 from ..errors import InputError, check
 from ..noise import Noise
@@ -69,7 +70,7 @@ class PerturbationSet(Component):
         if self._each_its_own() and len(self.epsilon) != len(images):
             found = f"{len(self.epsilon)} numbers for {len(images)} images"
             raise InputError(f"{self.size}: found {found}; accepted: one, or one for each")
-        if images.device.type == "cpu":
+        if not devices.waits(images):
             check_pixels(images)
         return Around(self, images)
 
@@ -151,7 +152,7 @@ class NormBall(PerturbationSet):
     def _check_radii(self, radii: Tensor) -> None:
         shape = f"{radii.dtype} of shape {(*radii.shape,)}"
         check(radii.is_floating_point() and radii.ndim <= 1, "epsilon", shape, "a number, or floats (B,)")
-        if radii.device.type != "cpu":  # looking into a device's tensor would wait for it; see ``cut_box``
+        if devices.waits(radii):  # see ``cut_box``
             return
         for radius in radii[~((radii >= 0) & (radii < torch.inf))].tolist():
             check(False, "epsilon", radius, self._accepted())
@@ -160,7 +161,7 @@ class NormBall(PerturbationSet):
                 check(False, "epsilon", radius, self._accepted(radius))
 
     def _accepted(self, *meant: float) -> str:
-        size = "a number >= 0" if self.largest == math.inf else f"a number from 0 to {self.largest:g}"
+        size = "a number >= 0" + ("" if self.largest == math.inf else f", at most {self.largest:g}")
         return f"{size}, in pixel units of [0, 1]" + "".join(f"; did you mean {size:g}/255?" for size in meant)
 
     def radius(self, like: Tensor, dtype: torch.dtype | None = None) -> float | Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ... import devices
 from ...step import Batch
 from ..objective import Objective, lead
 
@@ -44,7 +45,7 @@ class Found:
         Batch norm that takes the batch's statistics has to see the whole batch; and a GPU is asked in some steps only,
         since each look waits for it.
         """
-        if mode not in ("eval", "clean") or (rows.device.type != "cpu" and number % STRETCH):
+        if mode not in ("eval", "clean") or (devices.waits(rows) and number % STRETCH):
             return None
         left = self.found_at[rows] < 0
         return None if bool(left.all()) else left

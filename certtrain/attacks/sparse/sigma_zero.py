@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ... import devices
 from ...bounds import PerturbationSet, SparseBall
 from ...errors import check
 from ...step import Batch, Step
@@ -63,7 +64,7 @@ class SigmaZero(Attack):
         allowed = allowed.expand(len(batch))
         changed, found_at = torch.full_like(descent.rows, -1), torch.full_like(descent.rows, -1)
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
-        stretch = 1 if batch.images.device.type == "cpu" else STRETCH
+        stretch = STRETCH if devices.waits(batch.images) else 1
         for number in range(self.steps + 1):
             if alone and number % stretch == 0:
                 known = changed[descent.rows]

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ... import kernels
+from ... import devices, kernels
 from ...bounds import PerturbationSet, SparseBall
 from ...errors import check
 from ...noise import Noise
@@ -74,7 +74,7 @@ class SparseRs(Attack):
         queries = torch.ones_like(found_at)
         searched &= k > 0
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
-        stretch = 1 if center.device.type == "cpu" else STRETCH
+        stretch = STRETCH if devices.waits(center) else 1
         for restart in range(self.restarts):
             walk = Walk.starting(center, k, step.again(restart).noise)
             for number in range(self.queries):

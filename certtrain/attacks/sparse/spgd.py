@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ... import kernels
+from ... import devices, kernels
 from ...bounds import PerturbationSet, SparseBall
 from ...errors import check
 from ...noise import Noise, key_of
@@ -106,7 +106,7 @@ class SparsePgd(Attack):
         best = Best.starting(walk.center, batch.labels, reference, logits, climbed(logits, reference))
         images, found_at = torch.empty_like(walk.center), best.found_at.clone()
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
-        stretch = STRETCH if waits(images) else 1
+        stretch = STRETCH if devices.waits(images) else 1
         for number in range(self.steps + 1):
             if alone and number % stretch == 0:
                 left = best.found_at < 0
@@ -150,7 +150,7 @@ class SparsePgd(Attack):
         walk = replace(walk, still=torch.where(stuck, 0, still))
         if number + 1 < self.patience:
             return walk
-        if waits(stuck):  # to draw for all is cheaper than to ask for whom
+        if devices.waits(stuck):  # to draw for all is cheaper than to ask for whom
             fresh = walk.noise.normal(m.shape[1:], f"logits/{number}", m.dtype)
             m = torch.where(stuck[:, None], fresh, m)
             points, mask = kernels.sparse_apply(walk.center, p, m, walk.k)
@@ -224,7 +224,7 @@ class Best:
         wrong = ~(lead(logits, self.labels) > 0)
         left = self.found_at < 0
         better = left & (wrong | (values >= self.values))
-        if waits(better):
+        if devices.waits(better):
             best = torch.where(better[:, None, None], points, self.points)
         else:  # whole rows: a few of them are copied faster than all are compared
             index = better.nonzero().flatten()
@@ -235,11 +235,6 @@ class Best:
     def take(self, chosen: Tensor) -> Best:
         """Of some images alone: (B,) bool."""
         return replace(self, **_picked(self, chosen.nonzero().flatten()))
-
-
-def waits(values: Tensor) -> bool:
-    """Whether a look at them has to wait for their device."""
-    return values.device.type != "cpu"
 
 
 def _of(noise: Noise, index: Tensor) -> Noise:

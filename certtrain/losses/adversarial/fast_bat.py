@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attacks import Attack, AttackResult, Linearisation
-from ...bounds import LinfBall, PerturbationSet, SparseBall
+from ...bounds import LinfBall, NormBall, PerturbationSet, SparseBall
 from ...errors import InputError, check
 from ...step import Batch, Step
 from .base import AdversarialTraining, Passes
@@ -69,6 +69,7 @@ class FastBat(AdversarialTraining):
         with torch.no_grad():
             change = self.step_size * gradient
             if self.sign:
+                assert isinstance(step.ball, NormBall)
                 change = self.sign_size * step.ball.radius(gradient) * gradient.sign()
             target = found.images + change
             images = step.ball.project(batch.images, target)
