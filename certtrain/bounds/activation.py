@@ -21,8 +21,8 @@ KERNEL_ERROR = 5
 """Times eps and max(1, |x|): how far smooth activations, as they are run, may be from the functions; paid for by
 intervals and lines. It covers two kernels, torch's at an interval's end and the running network's inside it. Over 13
 million float32 numbers, vector bodies and scalar tails (``scripts/measure_activations.py``; torch 2.15.0 with AVX512,
-onnxruntime 1.31.1, with its optimisations and without), torch is off by 2.9 eps at most (GELU), onnxruntime by 1.8; in float64
-torch by 1.0."""
+onnxruntime 1.31.1, with its optimisations and without), torch is off by 2.9 eps at most (GELU), onnxruntime by 1.8; in
+float64 torch by 1.0."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from .activation import STRAIGHT, Activation
 
 HALVINGS = 30
 ROUNDING, NEAR = 4, 6
-"""Times eps, what lines are moved outward by: ``ROUNDING`` times the largest |x| (or 1), and ``NEAR``. The roundings of h, of slopes and of constants
-needed 1.1 at most, in float32 on three million intervals, at 61 points each in float64; the rest is for what is run, up
-to 2.9 |x| from the function where |x| is about 3, to 1.8 elsewhere, by ``scripts/measure_activations.py``
-(``KERNEL_ERROR`` in ``activation.py``)."""
+"""Times eps, what lines are moved outward by: ``ROUNDING`` times the largest |x| (or 1), and ``NEAR``. The roundings
+of h, of slopes and of constants needed 1.1 |x| at most, in float32 on three million intervals, at 61 points each in
+float64; the rest is for what is run, up to 2.9 |x| from the function where |x| is about 3, to 1.8 |x| elsewhere, by
+``scripts/measure_activations.py`` (``KERNEL_ERROR`` in ``activation.py``)."""
 
 
 @dataclass(frozen=True)
