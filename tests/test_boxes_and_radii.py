@@ -1,6 +1,7 @@
 """Boxes that do not exist are refused, and never bounded; radii of one for each image; radii that cannot be meant."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -259,3 +260,36 @@ class TestSlips:
     def test_on_the_command_line(self, words, capsys):
         assert main(["train", *words]) == 2
         assert "did you mean" in capsys.readouterr().err
+
+
+def test_fractions_are_radii():
+    assert LinfBall(Fraction(8, 255)).epsilon == 8 / 255
+
+
+@pytest.mark.parametrize("radius", [8.0, torch.tensor(8.0), np.float32(8), Fraction(8)])
+def test_certify_asks_about_a_slip_of_255(radius):
+    with pytest.raises(InputError, match="did you mean 8/255"):
+        certtrain.certify(make_net(), make_images(), [0, 1, 2, 0], radius)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_certify_refuses_half_precision(dtype):
+    with pytest.raises(InputError, match="accepted: images, and a model"):
+        certtrain.certify(make_net().to(dtype), make_images().to(dtype), [0, 1, 2, 0], 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, -1e-3])
+@pytest.mark.parametrize("at", [0, 500, 999])
+def test_one_wrong_number_is_found(dtype, wrong, at):
+    good, bad = torch.rand(1000).to(dtype), torch.rand(1000).to(dtype)
+    bad[at] = wrong
+    with pytest.raises(InputError):
+        Interval.box(bad, 0.1)
+    with pytest.raises(InputError):
+        Interval(good, bad).check()
+    if wrong != -1e-3:
+        with pytest.raises(InputError):
+            Interval(bad, good).check()
+    largest = torch.full_like(good, torch.finfo(dtype).max)
+    Interval(largest, good).check()

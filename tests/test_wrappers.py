@@ -56,6 +56,7 @@ CASES = {
     "compiled in DataParallel": lambda: nn.DataParallel(compiled(plain())),
     "behind a normalisation": lambda: nn.Sequential(nn.Identity(), nn.DataParallel(plain())),
     "a compiled part": lambda: nn.Sequential(compiled(plain()[:3]), plain()[3:]),
+    "a graph of torch.fx": lambda: torch.fx.symbolic_trace(plain()),
     "an averaged model": lambda: torch.optim.swa_utils.AveragedModel(plain()),
     "compiled in place": lambda: (lambda model: (model.compile(backend="eager"), model)[1])(plain()),
     "pruned": old(half_and_bias, 0, 4, 6),
@@ -147,3 +148,12 @@ def test_hooks_beside_those_that_compute_weights_are_refused():
         (model[0] if isinstance(model, nn.Sequential) else model).register_forward_pre_hook(lambda m, inputs: None)
         with pytest.raises(UnsupportedNode, match="hooks"):
             trace(model)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.rand(2, 4))])
+def test_compiled_by_torchscript_is_refused(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them deprecated
+        model = make(nn.Sequential(nn.Linear(4, 3)))
+    with pytest.raises(UnsupportedNode):
+        compute_bounds(model, Interval.box(torch.rand(2, 4), 0.1))

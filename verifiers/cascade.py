@@ -269,7 +269,8 @@ def certify(
 
     Args:
         model: maps (B, C, H, W) in [0, 1] to logits, its normalisation inside. Judged in evaluation mode.
-        x: (B, C, H, W) in [0, 1]; y: (B,) whole numbers: a tensor, an array or a list.
+        x: (B, C, H, W) in [0, 1], float32 or float64 as the model; y: (B,) whole numbers: a tensor, an array
+            or a list.
         epsilon: radius of the l-infinity ball in pixel units of [0, 1], or radii (B,), one for each image; or any
             perturbation set, which may have a size for each image too.
         settings: stages and attack; the default attacks, then bounds.
@@ -277,12 +278,17 @@ def certify(
     Returns:
         one ``Verdict`` an image. ``verified`` holds in the arithmetic that the verdict names.
     Raises:
-        InputError: pixels outside [0, 1] or NaN; labels outside the logits' range; a set that these images do not have:
-            a negative radius, one above 1, other than one or one for each image;
+        InputError: pixels outside [0, 1], NaN, or of another dtype; labels outside the range;
+            a set that these images do not have: a negative radius, one above 1, other than one or one for each image;
             a network of one output (see ``certtrain.BinaryScore``), or of anything but logits (B, K).
         UnsupportedNode: the model holds an operation without a rule.
     """
+    if x.dtype not in (torch.float32, torch.float64):
+        # of fewer digits the rounding error, which ``nearest`` leaves out, is as large as margins are
+        raise InputError(f"x: found {x.dtype}; accepted: images, and a model, of torch.float32 or torch.float64")
     check_pixels(x, "x")
+    if isinstance(epsilon, Tensor) and not epsilon.ndim and epsilon.is_floating_point():
+        epsilon = epsilon.item()
     ball = epsilon if isinstance(epsilon, PerturbationSet) else LinfBall(epsilon)  # type: ignore[arg-type]
     ball.region(x).check()
     labels = as_labels(y, len(x), device=x.device, where="y")

@@ -86,7 +86,10 @@ def refuse_hidden_forward(path: str, module: nn.Module) -> None:
     refuse_hooks(where, module)
     if "forward" in vars(module):
         raise p.UnsupportedNode(f"{where} has a forward of its own beside its class'; accepted: the class' forward")
-    if type(module).__call__ is not nn.Module.__call__:
+    kind = type(module)
+    if isinstance(module, fx.GraphModule):  # torch.fx makes each a class, whose __call__ explains errors
+        kind = kind.__mro__[1]
+    if kind.__call__ is not nn.Module.__call__:
         raise p.UnsupportedNode(f"{where} overrides __call__; accepted: a class that defines forward alone")
 
 

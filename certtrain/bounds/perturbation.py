@@ -162,7 +162,7 @@ class NormBall(PerturbationSet):
 
     def _accepted(self, *meant: float) -> str:
         size = "a number >= 0" + ("" if self.largest == math.inf else f", at most {self.largest:g}")
-        return f"{size}, in pixel units of [0, 1]" + "".join(f"; did you mean {size:g}/255?" for size in meant)
+        return f"{size}, in pixel units of [0, 1]" + "".join(f"; did you mean {float(size):g}/255?" for size in meant)
 
     def radius(self, like: Tensor, dtype: torch.dtype | None = None) -> float | Tensor:
         """``epsilon`` as it is combined with ``like`` (B, …): broadcast where every image has its own, and of the dtype

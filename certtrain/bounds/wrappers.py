@@ -28,7 +28,7 @@ def inner(module: nn.Module) -> nn.Module:
 
 
 def is_wrapper(module: nn.Module | None) -> bool:
-    compiled = module is not None and list(module._modules) == ["_orig_mod"]
+    compiled = module is not None and [name for name, _ in module.named_children()] == ["_orig_mod"]
     return compiled or isinstance(module, (nn.DataParallel, DistributedDataParallel, AveragedModel))
 
 
