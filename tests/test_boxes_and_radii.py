@@ -247,7 +247,8 @@ class TestSlips:
         with pytest.raises(FieldError):
             LinfBall(0.5).scaled(-1)
 
-    @pytest.mark.parametrize("fields", [{"mean": (127.5,), "std": (0.5,)}, {"mean": (0.5,), "std": (63.75,)},
+    @pytest.mark.parametrize("fields", [{"mean": (127.5,)}, {"std": (63.75,)}, {"mean": (127.5,), "std": (0.5,)},
+                                        {"mean": (0.5,), "std": (63.75,)},
                                         {"mean": (125.3, 123.0, 113.9), "std": (63.0, 62.1, 66.7)}])  # fmt: skip
     @pytest.mark.parametrize("kind", Architecture.members().values())
     def test_normalisation_in_bytes(self, kind, fields):

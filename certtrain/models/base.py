@@ -54,12 +54,12 @@ class Architecture(Component):
     activation: Literal["relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu", "softplus"] = "relu"
 
     def __post_init__(self) -> None:
-        check(len(self.mean) == len(self.std), "mean", self.mean, f"as many numbers as std, {len(self.std)}")
-        check(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
         for name, values in (("mean", self.mean), ("std", self.std)):
             bytes_ = [value for value in values if value > 1]
             meant = ", ".join(f"{value:g}/255" for value in values)
             check(not bytes_, name, values, f"numbers up to 1, for images in [0, 1]; did you mean {meant}?")
+        check(len(self.mean) == len(self.std), "mean", self.mean, f"as many numbers as std, {len(self.std)}")
+        check(all(value > 0 for value in self.std), "std", self.std, "numbers > 0")
         check(self.activation in ACTIVATIONS, "activation", self.activation, ", ".join(ACTIVATIONS))
 
     @abstractmethod
