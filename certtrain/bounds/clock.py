@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,11 +33,30 @@ class OutOfTime(Portable, Exception):
 
 
 @dataclass
-class Pace:
-    """Seconds and amounts of the work so far, by kind."""
+class Work:
+    """Of one kind, so far: seconds and amount in all, and of the piece that was slowest for its size."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
-    work: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    amount: float = 0.0
+    slowest: tuple[float, float] = (0.0, 1.0)
+
+    def add(self, seconds: float, amount: float) -> None:
+        self.seconds, self.amount = self.seconds + seconds, self.amount + amount
+        if seconds * self.slowest[1] > self.slowest[0] * amount:
+            self.slowest = (seconds, amount)
+
+    def expected(self, amount: float) -> float:
+        """Seconds, by all pieces but the slowest one, which may have loaded code (1 to 2 s in a process' first call) or
+        waited for the processor; 0 of a single piece, which says nothing then."""
+        seconds, done = self.seconds - self.slowest[0], self.amount - self.slowest[1]
+        return seconds / done * amount if done > 0 else 0.0
+
+
+@dataclass
+class Pace:
+    """The work so far, by kind."""
+
+    known: defaultdict[str, Work] = field(default_factory=lambda: defaultdict(Work))
     pending: tuple[str, float, float] | None = None  # kind, amount, since when
 
     def begin(self, kind: str, work: float, now: float) -> None:
@@ -48,13 +67,12 @@ class Pace:
         if self.pending is not None:
             kind, work, since = self.pending
             if now - since >= LONG:
-                self.seconds[kind] += now - since  # type: ignore[assignment]
-                self.work[kind] += work  # type: ignore[assignment]
+                self.known[kind].add(now - since, work)
             self.pending = None
 
     def expected(self, work: Mapping[str, float]) -> float:
         """Seconds; of kinds that are unknown, none."""
-        return sum(self.seconds[kind] / self.work[kind] * amount for kind, amount in work.items() if self.work[kind])
+        return sum(self.known[kind].expected(amount) for kind, amount in work.items() if kind in self.known)
 
 
 @dataclass
