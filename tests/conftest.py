@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
+from pathlib import Path
 
 # one thread for each pytest worker: two workers of two threads on two cores made the suite eight times as slow
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +14,8 @@ if not torch.cuda.is_available():  # before triton is imported: its kernels are 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from certtrain.data import Dataset, Digits
+from certtrain.pipeline import train
+from certtrain.recipe import load_config
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,3 +31,17 @@ def planted(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def digits_dataset() -> Dataset:
     return Digits().load()
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the smallest recipe, to be read alone."""
+    recipe = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+    return train(load_config(recipe), tmp_path_factory.mktemp("smoke") / "run", quiet=True).path
+
+
+@pytest.fixture
+def run(smoke: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    shutil.copytree(smoke, tmp_path / "run")
+    return tmp_path / "run"

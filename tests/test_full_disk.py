@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +18,7 @@ from certtrain.command_line import main
 from certtrain.data.download import fetch
 from certtrain.errors import InputError, Unwritable
 from certtrain.export.onnx_file import export_onnx
-from certtrain.pipeline import resume, train
-from certtrain.recipe import load_config
+from certtrain.pipeline import resume
 from certtrain.run_folder import JsonLines, write_atomically
 from certtrain.runs import save_weights
 from certtrain.training import checkpoint
@@ -36,18 +34,6 @@ from certtrain.command_line import main
 sys.exit(main(sys.argv[2:]))
 """
 """The command line, where no file may be longer than so many bytes: a write fails half-way, as on a full disk."""
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("smoke") / "run"
-    return train(load_config(ROOT / "configs" / "smoke.yaml"), folder, quiet=True).path
-
-
-@pytest.fixture
-def run(smoke, tmp_path) -> Path:
-    shutil.copytree(smoke, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def big() -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,18 +36,6 @@ with alone(Path(sys.argv[1]), "it"):
 
 def start(code: str, *words: str | Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("smoke") / "run"
-    return train(load_config(ROOT / "configs" / "smoke.yaml"), folder, quiet=True).path
-
-
-@pytest.fixture
-def run(smoke, tmp_path) -> Path:
-    shutil.copytree(smoke, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture

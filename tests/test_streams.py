@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +14,7 @@ import pytest
 import yaml
 
 from certtrain.command_line import main
-from certtrain.pipeline import train
 from certtrain.progress import console
-from certtrain.recipe import load_config
 from certtrain.streams import Lasting, lasting_streams
 
 ROOT = Path(__file__).parents[1]
@@ -29,18 +26,6 @@ ENCODINGS = {
     "locale C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
 }  # fmt: skip
 SMALL = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--certify.images", "20", "--export.images", "2"]
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("smoke") / "run"
-    return train(load_config(ROOT / "configs" / "smoke.yaml"), folder, quiet=True).path
-
-
-@pytest.fixture
-def run(smoke, tmp_path) -> Path:
-    shutil.copytree(smoke, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @contextlib.contextmanager

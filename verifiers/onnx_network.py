@@ -95,7 +95,7 @@ def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
     """Logits (R, K) of one input (*shape), float32, as onnxruntime computes them on the CPU: the file's own operators,
     unfused, in the shape that it declares; and with its default optimisations, as VNN-COMP's scorer runs it.
 
-    This is what counterexamples are replayed with. The two differ: convolutions of three or more channels are summed in
+    This is what counterexamples are replayed with. The two differ: convolutions of several channels are summed in
     another order, by 1e-6 of their size. Where onnxruntime refuses the second run there is the first alone, (1, K).
     """
     plain = session(model)
