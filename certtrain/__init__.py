@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .bounds import Bounds, Box, Interval, L1Ball, L2Ball, LinfBall, SparseBall, compute_bounds
-    from .comparison import compare
-    from .diagnosis import diagnose
     from .export import export_onnx
     from .importing import import_checkpoint
     from .models import BinaryScore
-    from .pipeline import train
     from .recipe import Config
-    from .robustness import evaluate
-    from .runs import load_model
-    from .verification import verify
     from .verifiers import certify
+    from .workflows.compare import compare
+    from .workflows.diagnose import diagnose
+    from .workflows.evaluate import evaluate
+    from .workflows.run import load_model
+    from .workflows.train import train
+    from .workflows.verify import verify
 
 _HOMES = {
     "BinaryScore": "models", "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L1Ball": "bounds",
     "L2Ball": "bounds", "LinfBall": "bounds", "SparseBall": "bounds", "compute_bounds": "bounds",
-    "Config": "recipe", "certify": "verifiers", "compare": "comparison", "diagnose": "diagnosis",
-    "evaluate": "robustness", "export_onnx": "export", "import_checkpoint": "importing", "load_model": "runs",
-    "train": "pipeline", "verify": "verification",
+    "Config": "recipe", "certify": "verifiers", "compare": "workflows.compare", "diagnose": "workflows.diagnose",
+    "evaluate": "workflows.evaluate", "export_onnx": "export", "import_checkpoint": "importing",
+    "load_model": "workflows.run", "train": "workflows.train", "verify": "workflows.verify",
 }  # fmt: skip
 
 __all__ = [

@@ -41,13 +41,13 @@ from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.models import Cnn7, PreActResNet, initialise_for_ibp
 from certtrain.run_folder import write_atomically
-from certtrain.runs import load_model
 from certtrain.streams import lasting_streams
 from certtrain.verifiers import Certify, Specification, certify
 from certtrain.verifiers.cascade import robustness
 from certtrain.verifiers.known import Known
 from certtrain.verifiers.vnncomp import answer
 from certtrain.verifiers.vnnlib import write_property
+from certtrain.workflows.run import load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from planted import planted_pairs  # type: ignore[import-not-found]

@@ -14,8 +14,8 @@ if not torch.cuda.is_available():  # before triton is imported: its kernels are 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from certtrain.data import Dataset, Digits
-from certtrain.pipeline import train
 from certtrain.recipe import load_config
+from certtrain.workflows.train import train
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

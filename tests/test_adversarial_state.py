@@ -20,11 +20,11 @@ from certtrain.losses import Atta, Fgsm, FgsmPgi, FreeAt, Loss, Qub, Trades
 from certtrain.losses.adversarial.qub import quadratic_upper_bound
 from certtrain.models import SmallCnn
 from certtrain.noise import Noise, key_of
-from certtrain.pipeline import train
 from certtrain.recipe import Config
 from certtrain.step import Augmentation, Batch, State, Step
 from certtrain.training import Descend, Smoothed, Training
 from certtrain.verifiers import Certify
+from certtrain.workflows.train import train
 
 BALLS = [LinfBall(0.1), L2Ball(0.6)]
 every_ball = pytest.mark.parametrize("ball", BALLS, ids=lambda ball: type(ball).__name__)

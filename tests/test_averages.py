@@ -16,14 +16,14 @@ from certtrain.export import Export
 from certtrain.losses import CcIbp, Ibp
 from certtrain.losses.certified import margin_loss
 from certtrain.models import SmallCnn
-from certtrain.pipeline import resume, train
 from certtrain.recipe import Config
-from certtrain.runs import load_model
 from certtrain.step import Batch
 from certtrain.training import AdamW, Averaging, Descend, Measure, RAdam, Smoothed, Training
 from certtrain.training import loop as loop_module
 from certtrain.training.averages import WeightAverage, recompute_statistics
 from certtrain.verifiers import Certify
+from certtrain.workflows.run import load_model
+from certtrain.workflows.train import resume, train
 
 
 def config(**training) -> Config:

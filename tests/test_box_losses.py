@@ -12,7 +12,6 @@ from loss_cases import gradient, make_batch, make_model, make_step
 from networks import Residual
 from torch import nn
 
-from certtrain import pipeline
 from certtrain.attacks import Pgd
 from certtrain.bounds import Interval, LinfBall, compute_bounds, compute_margins, forward, split
 from certtrain.bounds.crown import best_forms, bound_forms, interval_bounds, interval_forms
@@ -25,11 +24,12 @@ from certtrain.losses.crown_ibp import fused_loss
 from certtrain.losses.sabr import small_box
 from certtrain.losses.taps import Classifier, connected
 from certtrain.models import SmallCnn
-from certtrain.pipeline import train
 from certtrain.recipe import Config
 from certtrain.run_folder import RunFolder
 from certtrain.training import Smoothed, Training
 from certtrain.verifiers import Certify
+from certtrain.workflows import train as pipeline
+from certtrain.workflows.train import train
 
 SHARES = (0.0, 0.1, 0.4, 0.6, 0.9, 1.0)
 

@@ -16,10 +16,10 @@ import torch
 import yaml
 from PIL import Image
 
-import certtrain.comparison.running as running_module
 import certtrain.training.loop as loop_module
+import certtrain.workflows.compare as compare_module
 from certtrain.command_line import main
-from certtrain.comparison import Curve, compare, read_study
+from certtrain.comparison import Curve, read_study
 from certtrain.comparison.curves import value_at
 from certtrain.comparison.figure import against_epsilon, trained_at
 from certtrain.comparison.numbers import Statistic, radius
@@ -28,9 +28,10 @@ from certtrain.comparison.study import changed, slug_of
 from certtrain.config import unstructure
 from certtrain.errors import InputError
 from certtrain.locking import alone
-from certtrain.pipeline import train
 from certtrain.run_folder import JsonLines, RunFolder, sha256
 from certtrain.training import Interrupted, TrainingStopped
+from certtrain.workflows.compare import compare
+from certtrain.workflows.train import train
 
 BASE = {
     "threads": 1,
@@ -373,7 +374,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys
             raise TrainingStopped("step 3: the loss is not finite")
         return train(config, path, **options)
 
-    monkeypatch.setattr(running_module, "train", diverges)
+    monkeypatch.setattr(compare_module, "train", diverges)
     path = written(tmp_path, rows=ROWS[:1])
     assert main(["compare", str(path), "--out", str(tmp_path / "out")]) == 1
     assert "failed: FGSM-RS, seed 0: step 3: the loss is not finite" in capsys.readouterr().err

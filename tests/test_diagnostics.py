@@ -19,7 +19,6 @@ from certtrain.bounds import L2Ball, LinfBall
 from certtrain.command_line import main
 from certtrain.config import structure, unstructure
 from certtrain.data import Split
-from certtrain.diagnosis import diagnose
 from certtrain.diagnostics import (
     DIAGNOSTICS,
     Subject,
@@ -43,6 +42,7 @@ from certtrain.noise import Noise
 from certtrain.run_folder import RunFolder
 from certtrain.step import Batch, Step
 from certtrain.training.diagnosing import Diagnose
+from certtrain.workflows.diagnose import diagnose
 
 BALL = LinfBall(0.1)
 KNOWN = those_for(BALL)
@@ -467,7 +467,7 @@ class TestFinishedRun:
 
     def test_the_numbers_are_those_along_training(self, run):
         found = diagnose(run, images=30, what=("alignment", "split"), quiet=True)
-        from certtrain.runs import load_model
+        from certtrain.workflows.run import load_model
 
         model, config = load_model(run)
         line = Diagnose(images=30, what=("alignment", "split"))(
@@ -530,7 +530,7 @@ class TestFigures:
 
     def test_no_shared_state_of_the_library(self):
         code = (
-            "import sys, certtrain.diagnosis, certtrain.diagnostics.figures as f\n"
+            "import sys, certtrain.workflows.diagnose, certtrain.diagnostics.figures as f\n"
             "assert 'matplotlib' not in sys.modules\n"
             "f.draw_split({'divergence': 1.0, 'divergence_split': [0.5, 0.6]}, 't')\n"
             "sys.exit('matplotlib.pyplot' in sys.modules)"

@@ -32,11 +32,11 @@ from certtrain.evaluation import (
 )
 from certtrain.evaluation.adversary import is_right, lead
 from certtrain.noise import Noise
-from certtrain.pipeline import resume
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines, RunFolder, sha256
-from certtrain.runs import load_model
 from certtrain.step import Batch, Step
+from certtrain.workflows.run import load_model
+from certtrain.workflows.train import resume
 
 ROOT = Path(__file__).parents[1]
 TINY = {"model.type": "Mlp", "model.hidden": "[16]", "certify.images": "4", "export.enabled": "false",
@@ -363,7 +363,7 @@ def test_rows_say_how_and_by_what_they_were_computed(run, monkeypatch):
     assert "pyautoattack" not in table["last", "pgd-3-2", 0.05]["versions"][0]
     assert first["versions"]["pyautoattack"] == [versions["pyautoattack"]]
 
-    monkeypatch.setattr("certtrain.robustness.device_name", lambda device: "another")
+    monkeypatch.setattr("certtrain.workflows.evaluate.device_name", lambda device: "another")
     settings = Evaluate(attacks=("pgd-3-2",), step_size=0.5)
     second = certtrain.evaluate("run", settings=settings, images=15, quiet=True)
     table = rows(second)

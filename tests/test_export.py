@@ -16,16 +16,13 @@ import yaml
 from torch import Tensor
 
 import certtrain
-from certtrain import pipeline, runs
 from certtrain.bounds import LinfBall
 from certtrain.command_line import main
 from certtrain.config import override, unstructure
 from certtrain.data import Digits
 from certtrain.export import current_network, onnx_file, run
-from certtrain.pipeline import resume, train
 from certtrain.recipe import load_config
 from certtrain.run_folder import RunFolder
-from certtrain.runs import load_model
 from certtrain.verifiers import Certify
 from certtrain.verifiers.abcrown import configuration
 from certtrain.verifiers.cascade import robustness, run_cascade
@@ -33,6 +30,10 @@ from certtrain.verifiers.onnx_network import read_onnx
 from certtrain.verifiers.problem import Specification
 from certtrain.verifiers.vnncomp import answer
 from certtrain.verifiers.vnnlib_reader import read_property
+from certtrain.workflows import run as runs
+from certtrain.workflows import train as pipeline
+from certtrain.workflows.run import load_model
+from certtrain.workflows.train import resume, train
 
 ROOT = Path(__file__).parents[1]
 

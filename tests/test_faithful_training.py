@@ -14,11 +14,11 @@ from certtrain.evaluation import Intervals
 from certtrain.export import Export
 from certtrain.models import SmallCnn
 from certtrain.noise import Noise
-from certtrain.pipeline import train
 from certtrain.recipe import Config
 from certtrain.step import Batch, Step
 from certtrain.training import Smoothed, Training, evaluation
 from certtrain.verifiers import Certify
+from certtrain.workflows.train import train
 
 TINY = Config(
     data=Digits(validation=0.1),

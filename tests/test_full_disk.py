@@ -18,12 +18,12 @@ from certtrain.command_line import main
 from certtrain.data.download import fetch
 from certtrain.errors import InputError, Unwritable
 from certtrain.export.onnx_file import export_onnx
-from certtrain.pipeline import resume
 from certtrain.run_folder import JsonLines, write_atomically
-from certtrain.runs import save_weights
 from certtrain.training import checkpoint
 from certtrain.verifiers import Certify
 from certtrain.verifiers.vnnlib import write_property
+from certtrain.workflows.run import save_weights
+from certtrain.workflows.train import resume
 
 ROOT = Path(__file__).parents[1]
 LIMITED = """

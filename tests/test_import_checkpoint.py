@@ -27,7 +27,7 @@ from certtrain.importing.parity import GEOMETRY, evaluate
 from certtrain.models import Architecture, Cnn3, Cnn5, Cnn7, Gowal, Mlp, ResNet, SmallCnn
 from certtrain.recipe import Config
 from certtrain.run_folder import RunFolder
-from certtrain.runs import load_model
+from certtrain.workflows.run import load_model
 
 ROOT = Path(__file__).parents[1]
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

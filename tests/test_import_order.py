@@ -13,7 +13,7 @@ from certtrain.command_line import main
 from certtrain.errors import InputError
 from certtrain.importing import import_checkpoint
 from certtrain.models import Cnn3, Mlp
-from certtrain.runs import load_model
+from certtrain.workflows.run import load_model
 from tests.test_import_checkpoint import cnn3, convolutional, imported, recipe, trained
 
 SHAPE = (1, 8, 8)

@@ -174,7 +174,7 @@ class TestRequire:
         code = f"""
 import sys
 sys.path.insert(0, {str(path)!r})
-import certtrain.pipeline, certtrain.command_line, certtrain.verifiers.lirpa
+import certtrain.workflows.train, certtrain.command_line, certtrain.verifiers.lirpa
 assert "auto_LiRPA" not in sys.modules
 """
         root = Path(__file__).parents[1]

@@ -16,12 +16,12 @@ from certtrain.export import Export
 from certtrain.losses import CcIbp, Loss
 from certtrain.models import SmallCnn, initialise_for_ibp
 from certtrain.noise import Noise
-from certtrain.pipeline import resume, train
 from certtrain.recipe import Config
 from certtrain.step import Batch, State, Step
 from certtrain.training import Adam, Descend, Smoothed, Training
 from certtrain.training import loop as loop_module
 from certtrain.verifiers import Certify
+from certtrain.workflows.train import resume, train
 
 LOSSES = [cls for cls in Loss.members().values() if cls.__module__.startswith("certtrain.")]
 EXCEPTIONS: dict[str, str] = {}

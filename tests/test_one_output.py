@@ -23,12 +23,12 @@ from certtrain.export import write_files
 from certtrain.losses import Loss
 from certtrain.models import Architecture, FeedForward, Mlp
 from certtrain.noise import Noise
-from certtrain.pipeline import train
 from certtrain.recipe import Config
 from certtrain.run_folder import JsonLines
 from certtrain.step import Batch, Step
 from certtrain.verifiers import Certify, Problem, Question, Specification, run_cascade, sweep
 from certtrain.verifiers.stages import AttackStage, IbpStage
+from certtrain.workflows.train import train
 
 ATTACKS = sorted(name for name, cls in Attack.members().items() if cls.__module__.startswith("certtrain."))
 

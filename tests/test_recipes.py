@@ -13,10 +13,10 @@ from certtrain.data import Arrays, Augment
 from certtrain.errors import InputError
 from certtrain.models import Cnn7
 from certtrain.noise import Noise
-from certtrain.pipeline import build_model, train
 from certtrain.recipe import Config, load_config
-from certtrain.runs import load_model
 from certtrain.step import Batch, State, Step
+from certtrain.workflows.run import load_model
+from certtrain.workflows.train import build_model, train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -16,10 +16,10 @@ from certtrain.command_line import main
 from certtrain.config import structure, unstructure
 from certtrain.errors import InputError, Unwritable
 from certtrain.locking import alone, lock_of
-from certtrain.pipeline import export, resume, train
 from certtrain.recipe import Config, load_config
 from certtrain.run_folder import JsonLines, RunFolder
 from certtrain.verifiers import Certify
+from certtrain.workflows.train import export, resume, train
 
 ROOT = Path(__file__).parents[1]
 HOLD = """

@@ -16,19 +16,19 @@ from fake_abcrown import FakeAbcrown
 from torch import Tensor
 
 import certtrain
-from certtrain import second_opinion
 from certtrain.command_line import main
 from certtrain.config import override
 from certtrain.data import Digits, Split
 from certtrain.errors import InputError
-from certtrain.pipeline import train
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines, RunFolder
-from certtrain.runs import load_model
-from certtrain.second_opinion import Agreement, compare, verify_with_abcrown
 from certtrain.verifiers.abcrown import HOME, PYTHON, Abcrown, configuration
 from certtrain.verifiers.problem import Status
 from certtrain.verifiers.records import read_verdicts
+from certtrain.workflows import verify_with_abcrown as second_opinion
+from certtrain.workflows.run import load_model
+from certtrain.workflows.train import train
+from certtrain.workflows.verify_with_abcrown import Agreement, compare, verify_with_abcrown
 
 ROOT = Path(__file__).parents[1]
 COUNT = 30

@@ -7,7 +7,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from certtrain import pipeline
 from certtrain.attacks import Ascent
 from certtrain.bounds import LinfBall
 from certtrain.command_line import main
@@ -18,13 +17,14 @@ from certtrain.export import Export
 from certtrain.losses import Fgsm
 from certtrain.models import SmallCnn
 from certtrain.models.base import Architecture
-from certtrain.pipeline import resume, train
 from certtrain.recipe import Config
 from certtrain.training import Cycle, Diagnose, Guard, Linear, Select, Sgd, Training
 from certtrain.training import loop as loop_module
 from certtrain.training.evaluation import attacked_accuracy, evaluate
 from certtrain.training.selection import SCORE, Best
 from certtrain.verifiers import Certify
+from certtrain.workflows import train as pipeline
+from certtrain.workflows.train import resume, train
 
 TINY = Config(
     data=Digits(validation=0.1),

@@ -16,7 +16,6 @@ from certtrain.bounds import L2Ball, LinfBall, SparseBall
 from certtrain.bounds.l1 import L1Ball
 from certtrain.command_line import main
 from certtrain.data import Split
-from certtrain.diagnosis import diagnose
 from certtrain.diagnostics import (
     DIAGNOSTICS,
     Subject,
@@ -36,6 +35,7 @@ from certtrain.errors import InputError
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
 from certtrain.training.diagnosing import Diagnose
+from certtrain.workflows.diagnose import diagnose
 
 SPARSE = SparseBall(3)
 BALLS = [SPARSE, SparseBall(1, unit="row"), LinfBall(0.1), L2Ball(0.5), L1Ball(1.0)]

@@ -16,7 +16,6 @@ import certtrain
 from certtrain.attacks import Attack, AttackResult, CornerSearch, Pgd0, Saif, SigmaZero, SparsePgd, SparseRs, in_mode
 from certtrain.bounds import L2Ball, LinfBall, PerturbationSet, SparseBall, size_name, sized
 from certtrain.command_line import main
-from certtrain.comparison import compare
 from certtrain.data import Split
 from certtrain.errors import InputError
 from certtrain.evaluation import (
@@ -38,8 +37,9 @@ from certtrain.noise import Noise
 from certtrain.progress import console
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines, RunFolder
-from certtrain.runs import load_model
 from certtrain.step import Batch, Step
+from certtrain.workflows.compare import compare
+from certtrain.workflows.run import load_model
 
 ROOT = Path(__file__).parents[1]
 CASCADE = "sparse-autoattack-8-30"

@@ -19,12 +19,12 @@ from certtrain.bounds import LinfBall
 from certtrain.command_line import main
 from certtrain.data import Split
 from certtrain.errors import InputError
-from certtrain.pipeline import train
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines
 from certtrain.verifiers import Certify, Question, cascade, sweep
 from certtrain.verifiers.records import by_stage, certified, reasons, worth_another_try
 from certtrain.verifiers.sweep import images_of
+from certtrain.workflows.train import train
 
 ROOT = Path(__file__).parents[1]
 CHEAP = Certify(stages=("attack", "ibp"), batch_size=8)

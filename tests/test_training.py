@@ -23,11 +23,11 @@ from certtrain.data import Augment, Digits
 from certtrain.export import Export
 from certtrain.losses import CcIbp, Loss, LossTerms
 from certtrain.models import SmallCnn
-from certtrain.pipeline import build_model, resume, train
 from certtrain.recipe import Config
 from certtrain.step import StateSpec
 from certtrain.training import Adam, Interrupted, Sgd, Smoothed, Training, TrainingStopped, checkpoint
 from certtrain.verifiers import Certify
+from certtrain.workflows.train import build_model, resume, train
 
 TINY = Config(
     data=Digits(validation=0.1),
@@ -148,7 +148,7 @@ def test_really_killed_and_resumed(tmp_path):
     out = tmp_path / "cut"
     code = (
         "import os, sys; from tests.test_training import TINY, with_training\n"
-        "from certtrain.pipeline import train, resume; out = sys.argv[1]\n"
+        "from certtrain.workflows.train import train, resume; out = sys.argv[1]\n"
         "c = with_training(TINY, epochs=40, milestones=(20,))\n"
         "resume(out, quiet=True) if os.path.exists(out + '/run.json') else train(c, out, quiet=True)"
     )

@@ -30,11 +30,11 @@ from certtrain.losses import (
     Trades,
 )
 from certtrain.models import SmallCnn
-from certtrain.pipeline import resume, train
 from certtrain.recipe import Config
 from certtrain.training import Adam, AdamW, Awp, Descend, Lap, NonFinite, Sgd, Smoothed, Training, UpdateRule
 from certtrain.training import loop as loop_module
 from certtrain.verifiers import Certify
+from certtrain.workflows.train import resume, train
 
 OPTIMISERS = {
     "sgd": Sgd(lr=0.05, momentum=0.0),

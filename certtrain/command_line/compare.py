@@ -32,8 +32,8 @@ def add(commands) -> None:
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
-    from ..comparison import compare
     from ..errors import InputError
+    from ..workflows.compare import compare
 
     options.go_on = "the same call"
     what, usage = "study", "STUDY.yaml, a file like those in configs/studies"
@@ -77,8 +77,9 @@ def _whole(option: str, words: list[str]) -> list[int]:
 def _list(path: Path, out: str | None) -> int:
     from rich.table import Table
 
-    from ..comparison import Comparison, read_study
+    from ..comparison import read_study
     from ..progress import console
+    from ..workflows.compare import Comparison
 
     study = read_study(path)
     found = Comparison(study, study.folder if out is None else Path(out))

@@ -42,12 +42,12 @@ def add(commands) -> None:
 def _diagnose(options: argparse.Namespace, rest: list[str]) -> int:
     from ..bounds import sized
     from ..config import override, structure, unstructure
-    from ..diagnosis import diagnose
     from ..errors import InputError
     from ..progress import console
     from ..recipe import Config
     from ..run_folder import RunFolder
-    from ..runs import recorded_config
+    from ..workflows.diagnose import diagnose
+    from ..workflows.run import recorded_config
 
     options.go_on = "the same call"
     path, fields = one_word_and_pairs("diagnose", rest)

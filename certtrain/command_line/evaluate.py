@@ -37,9 +37,9 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..recipe import Config
-    from ..robustness import evaluate
     from ..run_folder import RunFolder
-    from ..runs import recorded_config
+    from ..workflows.evaluate import evaluate
+    from ..workflows.run import recorded_config
 
     options.go_on = "the same call"
     path, overrides = one_word_and_pairs("evaluate", rest)

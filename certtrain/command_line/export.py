@@ -26,9 +26,9 @@ def add(commands) -> None:
 
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
     from ..errors import InputError
-    from ..pipeline import export
     from ..progress import console
     from ..run_folder import RunFolder
+    from ..workflows.train import export
 
     path, refused = one_word_and_pairs("export", rest)
     if refused:

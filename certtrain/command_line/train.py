@@ -28,8 +28,8 @@ def add(commands) -> None:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    from ..pipeline import new_folder, resume, train
     from ..recipe import load_config
+    from ..workflows.train import new_folder, resume, train
 
     overrides = pairs(rest)
     if options.resume:

@@ -153,7 +153,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from ..errors import InputError
     from ..recipe import Config
     from ..run_folder import RunFolder
-    from ..runs import recorded_config
+    from ..workflows.run import recorded_config
 
     path, overrides = one_word_and_pairs("verify", rest)
     for name in overrides:
@@ -192,7 +192,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 def _embedded(path: Path, config, limits: dict[str, Any]):
     from ..bounds import sized
     from ..progress import console
-    from ..verification import verify
+    from ..workflows.verify import verify
 
     found = verify(path, certify=config.certify, **limits)
     size = sized(type(config.perturbation).__name__, found.epsilon)
@@ -205,8 +205,8 @@ def _embedded(path: Path, config, limits: dict[str, Any]):
 
 
 def _abcrown(options: argparse.Namespace, path: Path, config, limits: dict[str, Any]):
-    from ..second_opinion import verify_with_abcrown
     from ..verifiers.abcrown import Abcrown
+    from ..workflows.verify_with_abcrown import verify_with_abcrown
 
     abcrown = Abcrown.find(options.abcrown_python, options.abcrown_home)
     found = verify_with_abcrown(path, abcrown, timeout=config.certify.timeout, **limits)
@@ -216,7 +216,7 @@ def _abcrown(options: argparse.Namespace, path: Path, config, limits: dict[str, 
 
 
 def _compared(own, other) -> int:
-    from ..second_opinion import compare
+    from ..workflows.verify_with_abcrown import compare
 
     found = compare(own.records, other.records)
     agreement(found, "embedded", "α-β-CROWN")

@@ -10,24 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import flatten, unstructure
-from ..errors import InputError
 from ..evaluation import read_rows
 from ..evaluation import unanswered as unanswered_by
 from ..recipe import Config
 from ..run_folder import RunFolder, sha256
-from ..runs import recorded_config
 from .study import Trial
 
 Stage = Literal["missing", "interrupted", "trained", "evaluated"]
 Key = tuple[str, str, float | None]
 """Checkpoint, attack (``clean``, ``ibp`` and ``certified`` among them), epsilon; None for ``clean``."""
-
-ASKED = {
-    f"evaluate.{name}"
-    for name in ("enabled", "attacks", "epsilons", "images", "step_size", "batch_size", "checkpoints")
-}
-"""What may be asked anew of a network that was trained already."""
 
 
 @dataclass(frozen=True)
@@ -131,21 +122,6 @@ def epsilons_of(config: Config) -> tuple[float, ...]:
 
 def key_of_row(row: Mapping[str, Any]) -> Key:
     return row["checkpoint"], row["attack"], None if row["attack"] == "clean" else row["epsilon"]
-
-
-def check_recipe(trial: Trial) -> None:
-    """
-    Raises:
-        InputError: the folder's run was started with another recipe; names the field.
-    """
-    folder, description = RunFolder.open(trial.path)
-    found, wanted = (flatten(unstructure(c)) for c in (recorded_config(folder, description), trial.config))
-    for field in [*wanted, *found]:
-        if field not in ASKED and found.get(field) != wanted.get(field):
-            raise InputError(
-                f"{trial.path}: {field}: found a run with {found.get(field)!r}; accepted: {wanted.get(field)!r}, as "
-                "the study says, or another --out"
-            )
 
 
 def _seconds(folder: RunFolder) -> float | None:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ..bounds.folding import fold
 from ..config import structure, unstructure
 from ..data import Split
+from ..environment import surroundings
 from ..errors import InputError, check
 from ..models import Architecture, Gowal
-from ..pipeline import new_folder
 from ..progress import console
 from ..recipe import Config
 from ..run_folder import RunFolder, sha256
-from ..runs import describe, save_weights
-from ..surroundings import surroundings
+from ..workflows.run import describe, save_weights
+from ..workflows.train import new_folder
 from .layers import Layer, layers_of, naming
 from .matching import KNOWN, expected_layers, fit
 from .normalisation import Normalisation, normalisation_of

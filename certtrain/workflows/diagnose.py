@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .bounds import PerturbationSet
-from .config import structure, unstructure
-from .diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread, those_for
-from .diagnostics.figures import FIGURES, draw_epochs, save
-from .errors import check
-from .locking import alone, lock_of
-from .noise import Noise, key_of
-from .progress import Progress
-from .recipe import Config
-from .run_folder import RunFolder, sha256, write_atomically
-from .runs import check_data, load_model
-from .surroundings import device_name, surroundings, versions
-from .training import StopRequest
+from ..bounds import PerturbationSet
+from ..config import structure, unstructure
+from ..diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread, those_for
+from ..diagnostics.figures import FIGURES, draw_epochs, save
+from ..environment import device_name, surroundings, versions
+from ..errors import check
+from ..locking import alone, lock_of
+from ..noise import Noise, key_of
+from ..progress import Progress
+from ..recipe import Config
+from ..run_folder import RunFolder, sha256, write_atomically
+from ..training import StopRequest
+from .run import check_data, load_model
 
 Checkpoint = Literal["last", "best"]
 CHECKPOINTS = ("last", "best")

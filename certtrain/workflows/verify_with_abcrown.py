@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .bounds import LinfBall
-from .config import structure, unstructure
-from .errors import InputError
-from .export import current_network
-from .pipeline import export
-from .recipe import Config
-from .run_folder import RunFolder
-from .runs import check_data, load_model
-from .surroundings import device_name, versions
-from .training import StopRequest
-from .verification import Verification
-from .verifiers.abcrown import Abcrown
-from .verifiers.abcrown_question import VERIFIER, AbcrownQuestion
-from .verifiers.onnx_network import load_onnx, replay_session
-from .verifiers.problem import Status
-from .verifiers.records import Record
-from .verifiers.sweep import images_of, sweep
+from ..bounds import LinfBall
+from ..config import structure, unstructure
+from ..environment import device_name, versions
+from ..errors import InputError
+from ..export import current_network
+from ..recipe import Config
+from ..run_folder import RunFolder
+from ..training import StopRequest
+from ..verifiers.abcrown import Abcrown
+from ..verifiers.abcrown_question import VERIFIER, AbcrownQuestion
+from ..verifiers.onnx_network import load_onnx, replay_session
+from ..verifiers.problem import Status
+from ..verifiers.records import Record
+from ..verifiers.sweep import images_of, sweep
+from .run import check_data, load_model
+from .train import export
+from .verify import Verification
 
 
 def verify_with_abcrown(

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from .config import structure, unstructure
-from .errors import check
-from .progress import console
-from .recipe import Config
-from .run_folder import JsonLines, RunFolder
-from .runs import check_data, load_model, question_of
-from .surroundings import surroundings
-from .training import StopRequest
-from .verifiers import Certify
-from .verifiers.records import Record
-from .verifiers.settings import Arithmetic
-from .verifiers.sweep import VERIFIER, images_of, sweep
+from ..config import structure, unstructure
+from ..environment import surroundings
+from ..errors import check
+from ..progress import console
+from ..recipe import Config
+from ..run_folder import JsonLines, RunFolder
+from ..training import StopRequest
+from ..verifiers import Certify
+from ..verifiers.records import Record
+from ..verifiers.settings import Arithmetic
+from ..verifiers.sweep import VERIFIER, images_of, sweep
+from .run import check_data, load_model, question_of
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .config import structure, unstructure
-from .data import Dataset
-from .errors import InputError
-from .export import current_network
-from .recipe import Config
-from .run_folder import RunFolder, write_atomically
-from .surroundings import device_name, versions
-from .training.checkpoint import load_weights
-from .verifiers.onnx_network import load_onnx, replay_session
-from .verifiers.sweep import Question
+from ..config import structure, unstructure
+from ..data import Dataset
+from ..environment import device_name, versions
+from ..errors import InputError
+from ..export import current_network
+from ..recipe import Config
+from ..run_folder import RunFolder, write_atomically
+from ..training.checkpoint import load_weights
+from ..verifiers.onnx_network import load_onnx, replay_session
+from ..verifiers.sweep import Question
 
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:

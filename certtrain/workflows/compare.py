@@ -6,17 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..comparison.processes import in_processes
+from ..comparison.report import write_figures, write_table
+from ..comparison.results import stage_of, unanswered
+from ..comparison.study import Study, Trial, read_study
+from ..config import flatten, unstructure
 from ..errors import InputError
 from ..locking import alone, lock_of
-from ..pipeline import resume, train
 from ..progress import console
-from ..robustness import evaluate
-from ..run_folder import JsonLines
+from ..run_folder import JsonLines, RunFolder
 from ..training import TrainingStopped
-from .processes import in_processes
-from .report import write_figures, write_table
-from .results import check_recipe, stage_of, unanswered
-from .study import Study, Trial, read_study
+from .evaluate import evaluate
+from .run import recorded_config
+from .train import resume, train
+
+ASKED = {
+    f"evaluate.{name}"
+    for name in ("enabled", "attacks", "epsilons", "images", "step_size", "batch_size", "checkpoints")
+}
+"""What may be asked anew of a network that was trained already."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,21 @@ def finish(trial: Trial, quiet: bool) -> None:
             train(trial.config, trial.path, quiet=quiet)
         if any(unanswered(trial)):
             evaluate(trial.path, settings=trial.config.evaluate, quiet=quiet)
+
+
+def check_recipe(trial: Trial) -> None:
+    """
+    Raises:
+        InputError: the folder's run was started with another recipe; names the field.
+    """
+    folder, description = RunFolder.open(trial.path)
+    found, wanted = (flatten(unstructure(c)) for c in (recorded_config(folder, description), trial.config))
+    for name in [*wanted, *found]:
+        if name not in ASKED and found.get(name) != wanted.get(name):
+            raise InputError(
+                f"{trial.path}: {name}: found a run with {found.get(name)!r}; accepted: {wanted.get(name)!r}, as "
+                "the study says, or another --out"
+            )
 
 
 def _one_by_one(trials: Sequence[Trial], quiet: bool):

@@ -11,27 +11,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attacks import in_mode
-from .bounds import LinfBall, PerturbationSet, UnsupportedNode
-from .bounds.folding import fold
-from .config import structure, unstructure
-from .data import Dataset
-from .errors import InputError, check
-from .evaluation import unanswered
-from .export import Export, write_files
-from .labels import classes_of
-from .models import initialise_for_ibp
-from .noise import key_of
-from .precision import full_float32
-from .progress import console
-from .recipe import Config, load_config
-from .robustness import evaluate_run
-from .run_folder import RunFolder
-from .runs import check_data, describe, load_model, question_of, recorded_config, save_weights
-from .surroundings import surroundings
-from .training import StopRequest, check_images, fit
-from .verifiers.records import decided, reasons, summarise
-from .verifiers.sweep import images_of, sweep
+from ..attacks import in_mode
+from ..bounds import LinfBall, PerturbationSet, UnsupportedNode
+from ..bounds.folding import fold
+from ..config import structure, unstructure
+from ..data import Dataset
+from ..environment import surroundings
+from ..errors import InputError, check
+from ..evaluation import unanswered
+from ..export import Export, write_files
+from ..labels import classes_of
+from ..models import initialise_for_ibp
+from ..noise import key_of
+from ..precision import full_float32
+from ..progress import console
+from ..recipe import Config, load_config
+from ..run_folder import RunFolder
+from ..training import StopRequest, check_images, fit
+from ..verifiers.records import decided, reasons, summarise
+from ..verifiers.sweep import images_of, sweep
+from .evaluate import evaluate_run
+from .run import check_data, describe, load_model, question_of, recorded_config, save_weights
 
 
 def train(

@@ -1,0 +1,1 @@
+"""Workflows: train, verify, evaluate, diagnose, export and compare runs, one file each."""
