@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .bounds import Bounds, Box, Interval, L1Ball, L2Ball, LinfBall, SparseBall, compute_bounds
     from .export import export_onnx
-    from .importing import import_checkpoint
     from .models import BinaryScore
     from .recipe import Config
     from .verifiers import certify
     from .workflows.compare import compare
     from .workflows.diagnose import diagnose
     from .workflows.evaluate import evaluate
+    from .workflows.import_checkpoint import import_checkpoint
     from .workflows.run import load_model
     from .workflows.train import train
     from .workflows.verify import verify
@@ -23,7 +23,7 @@ _HOMES = {
     "BinaryScore": "models", "Bounds": "bounds", "Box": "bounds", "Interval": "bounds", "L1Ball": "bounds",
     "L2Ball": "bounds", "LinfBall": "bounds", "SparseBall": "bounds", "compute_bounds": "bounds",
     "Config": "recipe", "certify": "verifiers", "compare": "workflows.compare", "diagnose": "workflows.diagnose",
-    "evaluate": "workflows.evaluate", "export_onnx": "export", "import_checkpoint": "importing",
+    "evaluate": "workflows.evaluate", "export_onnx": "export", "import_checkpoint": "workflows.import_checkpoint",
     "load_model": "workflows.run", "train": "workflows.train", "verify": "workflows.verify",
 }  # fmt: skip
 

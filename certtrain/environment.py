@@ -1,8 +1,9 @@
-"""The machine and the settings that a run is computed in."""
+"""The machine and the settings that a run is computed with: versions, device, threads, deterministic float32."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +23,8 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def surroundings(threads: int, device: torch.device):
-    """The recorded number of threads, float32 that means float32, and on the CPU the same bits in every run.
+def reproducible(threads: int, device: torch.device) -> Iterator[None]:
+    """Compute with so many threads, float32 that means float32, and on the CPU the same bits in every run.
 
     Without torch's deterministic algorithms two runs of one seed differ there: with several threads the gradient
     of an indexed tensor is summed in whatever order the threads arrive (seen with 2 threads). On CUDA they would

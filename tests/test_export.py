@@ -30,8 +30,8 @@ from certtrain.verifiers.onnx_network import read_onnx
 from certtrain.verifiers.problem import Specification
 from certtrain.verifiers.vnncomp import answer
 from certtrain.verifiers.vnnlib_reader import read_property
-from certtrain.workflows import run as runs
-from certtrain.workflows import train as pipeline
+from certtrain.workflows import export as exporting
+from certtrain.workflows import verify as verifying
 from certtrain.workflows.run import load_model
 from certtrain.workflows.train import resume, train
 
@@ -156,10 +156,10 @@ class TestRun:
         for stale in ("0007.vnnlib.compiled", ".0008.vnnlib.77.tmp"):
             (here.specs / stale).write_text("stale")
         (here.specs / ".ipynb_checkpoints").mkdir()  # somebody else's
-        found = pipeline.export(here.path, images="3:6", epsilon=0.05, timeout=1234567.5, quiet=True)
+        found = exporting.export(here.path, images="3:6", epsilon=0.05, timeout=1234567.5, quiet=True)
         assert found == description(here)["export"] and found["timeout"] == 1234567.5
         assert [row[2] for row in csv.reader(here.instances.open())] == 3 * ["1234567.5"]
-        pipeline.export(here.path, images=range(3, 6), epsilon=0.05, timeout=7, quiet=True)
+        exporting.export(here.path, images=range(3, 6), epsilon=0.05, timeout=7, quiet=True)
         (here.specs / ".ipynb_checkpoints").rmdir()
         assert_bound_together(here, range(3, 6), 0.05, 7.0)
         new = description(here)
@@ -170,7 +170,7 @@ class TestRun:
             f"specs/{n:04d}.vnnlib" for n in range(30)
         }
         assert changed == {"run.json", "instances.csv", "abcrown.yaml", "SHA256SUMS"}
-        pipeline.export(here.path, quiet=True)
+        exporting.export(here.path, quiet=True)
         assert everything_in(here.path) == before
 
     def test_in_another_process_the_same_bytes(self, here):
@@ -217,7 +217,7 @@ class TestRun:
             call()
 
     @pytest.mark.usefixtures("known")
-    @pytest.mark.parametrize("go_on", [resume, pipeline.export])
+    @pytest.mark.parametrize("go_on", [resume, exporting.export])
     def test_interrupted_it_is_finished(self, go_on, here, monkeypatch):
         without_export(here)
         self.interrupted(monkeypatch, lambda: resume(here.path, quiet=True))
@@ -226,9 +226,9 @@ class TestRun:
         assert_bound_together(here, range(COUNT), 0.02, 60.0)
 
     @pytest.mark.usefixtures("known")
-    @pytest.mark.parametrize("go_on", [resume, pipeline.export])
+    @pytest.mark.parametrize("go_on", [resume, exporting.export])
     def test_interrupted_when_it_replaces_another(self, go_on, here, monkeypatch):
-        self.interrupted(monkeypatch, lambda: pipeline.export(here.path, images="0:9", epsilon=0.5, quiet=True))
+        self.interrupted(monkeypatch, lambda: exporting.export(here.path, images="0:9", epsilon=0.5, quiet=True))
         assert not description(here)["export"]  # nothing is said of files that are half old, half new
         assert current_network(here, description(here)) is None
         go_on(here.path, quiet=True)
@@ -237,7 +237,7 @@ class TestRun:
     @pytest.mark.usefixtures("known")
     def test_a_ball_that_is_no_box_has_no_properties(self, here):
         edit(here, {"perturbation.type": "L2Ball", "perturbation.epsilon": "0.02"})
-        found = pipeline.export(here.path, timeout=5.0, quiet=True)
+        found = exporting.export(here.path, timeout=5.0, quiet=True)
         assert found["properties"] == 0
         assert_bound_together(here, range(COUNT), 0.02, 5.0, boxes=False)
 
@@ -246,7 +246,7 @@ class TestRun:
     def test_as_many_images_as_the_recipe_says(self, asked, count, here, monkeypatch):
         monkeypatch.setattr(run, "write_property", lambda path, *_: path.write_text("a property"))
         edit(here, {"export.images": asked, "export.timeout": "2.5"})
-        found = pipeline.export(here.path, quiet=True)
+        found = exporting.export(here.path, quiet=True)
         assert (found["properties"], found["timeout"]) == (count, 2.5) and len(list(here.specs.iterdir())) == count
 
     def test_a_network_that_is_not_current(self, here):
@@ -274,7 +274,7 @@ class TestSecondReader:
     @pytest.mark.usefixtures("known")
     @pytest.mark.parametrize("epsilon", [0.02, 0.04])
     def test_the_front_door_answers_as_certify_does(self, epsilon, here):
-        pipeline.export(here.path, epsilon=epsilon, quiet=True)
+        exporting.export(here.path, epsilon=epsilon, quiet=True)
         model, _ = load_model(here.path)
         test = Digits().load().test
         verdicts = certtrain.certify(model, test.pixels(torch.arange(COUNT)), test.labels[:COUNT], epsilon)
@@ -315,20 +315,20 @@ class TestSecondReader:
             return replay
 
         shutil.copytree(here.path, "other")
-        monkeypatch.setattr(runs, "replay_session", stubborn)
+        monkeypatch.setattr(verifying, "replay_session", stubborn)
         held = certtrain.verify("run", **asked).records
         assert seen and {record["status"] for record in held} == {"misclassified", "unknown"}
         Path("other/model.onnx").unlink()  # nothing to replay in
         assert "falsified" in {record["status"] for record in certtrain.verify("other", **asked).records}
 
     def test_it_is_onnxruntime_that_they_are_replayed_in(self, here, monkeypatch):
-        ran, real = [], runs.replay_session
+        ran, real = [], verifying.replay_session
 
         def watched(proto):
             replay = real(proto)
             return lambda image: ran.append(replay(image)) or ran[-1]
 
-        monkeypatch.setattr(runs, "replay_session", watched)
+        monkeypatch.setattr(verifying, "replay_session", watched)
         found = certtrain.verify(
             "run", epsilon=0.1, images=range(COUNT), certify=Certify(stages=("attack",)), quiet=True
         ).records

@@ -20,13 +20,13 @@ from certtrain.command_line import main
 from certtrain.data import Arrays
 from certtrain.errors import InputError
 from certtrain.export import current_network
-from certtrain.importing import import_checkpoint
 from certtrain.importing.layers import layers_of
 from certtrain.importing.matching import KNOWN
 from certtrain.importing.parity import GEOMETRY, evaluate
 from certtrain.models import Architecture, Cnn3, Cnn5, Cnn7, Gowal, Mlp, ResNet, SmallCnn
 from certtrain.recipe import Config
 from certtrain.run_folder import RunFolder
+from certtrain.workflows.import_checkpoint import import_checkpoint
 from certtrain.workflows.run import load_model
 
 ROOT = Path(__file__).parents[1]

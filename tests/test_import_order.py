@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations, prune
 
 from certtrain.command_line import main
 from certtrain.errors import InputError
-from certtrain.importing import import_checkpoint
 from certtrain.models import Cnn3, Mlp
+from certtrain.workflows.import_checkpoint import import_checkpoint
 from certtrain.workflows.run import load_model
 from tests.test_import_checkpoint import cnn3, convolutional, imported, recipe, trained
 

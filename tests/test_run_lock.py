@@ -19,7 +19,8 @@ from certtrain.locking import alone, lock_of
 from certtrain.recipe import Config, load_config
 from certtrain.run_folder import JsonLines, RunFolder
 from certtrain.verifiers import Certify
-from certtrain.workflows.train import export, resume, train
+from certtrain.workflows.export import export
+from certtrain.workflows.train import resume, train
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -28,7 +29,8 @@ from pathlib import Path
 from certtrain.locking import alone
 with alone(Path(sys.argv[1]), "it"):
     child = os.fork() if len(sys.argv) > 2 else 1
-    print(child or "", flush=True)
+    if child:
+        print(child, flush=True)  # the child says nothing: its line could come first
     time.sleep(600)
 """
 """Holds a lock until it is killed; with a second word a forked child lives on, that inherited all descriptors."""

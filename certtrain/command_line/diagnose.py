@@ -45,22 +45,20 @@ def _diagnose(options: argparse.Namespace, rest: list[str]) -> int:
     from ..errors import InputError
     from ..progress import console
     from ..recipe import Config
-    from ..run_folder import RunFolder
     from ..workflows.diagnose import diagnose
-    from ..workflows.run import recorded_config
+    from ..workflows.run import Run
 
     options.go_on = "the same call"
     path, fields = one_word_and_pairs("diagnose", rest)
     for name in fields:
         if not name.startswith("perturbation."):
             raise InputError(f"--{name}: cannot be changed here; accepted: --perturbation.field value, see --help")
-    perturbation = None
+    run, perturbation = Run.open(path), None
     if fields:
-        recorded = unstructure(recorded_config(*RunFolder.open(path)))
-        perturbation = structure(Config, override(recorded, fields)).perturbation
+        perturbation = structure(Config, override(unstructure(run.config), fields)).perturbation
     what = None if options.what is None else [word.strip() for word in options.what.split(",")]
     found = diagnose(
-        path, checkpoint=options.checkpoint, images=_whole("--images", options.images), what=what,
+        run, checkpoint=options.checkpoint, images=_whole("--images", options.images), what=what,
         top=_whole("--top", options.top), perturbation=perturbation, device=options.device,
     )  # fmt: skip
     size = sized(found.found["perturbation"]["type"], found.found["epsilon"])

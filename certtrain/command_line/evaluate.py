@@ -37,9 +37,8 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..recipe import Config
-    from ..run_folder import RunFolder
     from ..workflows.evaluate import evaluate
-    from ..workflows.run import recorded_config
+    from ..workflows.run import Run
 
     options.go_on = "the same call"
     path, overrides = one_word_and_pairs("evaluate", rest)
@@ -49,13 +48,13 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     for name in ("attacks", "epsilons", "checkpoints"):
         if (words := getattr(options, name)) is not None:
             overrides[f"evaluate.{name}"] = f"[{words}]"
-    recorded = recorded_config(*RunFolder.open(path))
-    config = structure(Config, override(unstructure(recorded), overrides))
+    run = Run.open(path)
+    config = structure(Config, override(unstructure(run.config), overrides))
     images = options.images
     if images is not None and ":" not in images:
         if not (images.isascii() and images.isdigit()):
             raise InputError(f"--images: found {images!r}; accepted: N or START:STOP, such as 1000 or 0:1000")
         images = int(images)
-    evaluate(path, settings=config.evaluate, images=images, device=options.device)
-    accuracies(RunFolder(path))
+    evaluate(run, settings=config.evaluate, images=images, device=options.device)
+    accuracies(run.folder)
     return 0

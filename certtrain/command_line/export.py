@@ -27,16 +27,17 @@ def add(commands) -> None:
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
     from ..errors import InputError
     from ..progress import console
-    from ..run_folder import RunFolder
-    from ..workflows.train import export
+    from ..workflows.export import export
+    from ..workflows.run import Run
 
     path, refused = one_word_and_pairs("export", rest)
     if refused:
         raise InputError(f"--{next(iter(refused))}: cannot be changed here; accepted: see --help")
     epsilon = None if options.epsilon is None else number("--epsilon", options.epsilon, "a radius >= 0")
     timeout = None if options.timeout is None else number("--timeout", options.timeout, "seconds > 0")
-    found = export(path, images=options.images, epsilon=epsilon, timeout=timeout)
-    folder = RunFolder(path)
+    run = Run.open(path)
+    found = export(run, images=options.images, epsilon=epsilon, timeout=timeout)
+    folder = run.folder
     if not found["properties"]:
         console.print(f"checksums: {folder.sums}")
         return 0

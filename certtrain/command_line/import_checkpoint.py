@@ -42,9 +42,9 @@ def _import(options: argparse.Namespace, rest: list[str]) -> int:
     from ..config import override, structure
     from ..data import Source
     from ..errors import InputError
-    from ..importing import import_checkpoint
     from ..importing.matching import KNOWN, known_architecture
     from ..recipe import Config
+    from ..workflows.import_checkpoint import import_checkpoint
 
     file, overrides = one_word_and_pairs("import-checkpoint", rest, "file", USAGE)
     for name in overrides:

@@ -29,7 +29,8 @@ def add(commands) -> None:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from ..recipe import load_config
-    from ..workflows.train import new_folder, resume, train
+    from ..workflows.run import new_folder
+    from ..workflows.train import resume, train
 
     overrides = pairs(rest)
     if options.resume:

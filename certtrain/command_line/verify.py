@@ -6,11 +6,15 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .tables import agreement, say_where, stages
 from .words import number, one_word_and_pairs
+
+if TYPE_CHECKING:
+    from ..recipe import Config
+    from ..workflows.run import Run
+    from ..workflows.verify import Verification
 
 SECONDS = "seconds > 0"
 
@@ -152,8 +156,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..recipe import Config
-    from ..run_folder import RunFolder
-    from ..workflows.run import recorded_config
+    from ..workflows.run import Run
 
     path, overrides = one_word_and_pairs("verify", rest)
     for name in overrides:
@@ -165,8 +168,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.verifier == "abcrown" and ours:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
-    recorded = recorded_config(*RunFolder.open(path))
-    size = size_name(type(recorded.perturbation).__name__)
+    run = Run.open(path)
+    size = size_name(type(run.config.perturbation).__name__)
     given = {
         f"perturbation.{size}": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
         "certify.arithmetic": options.arithmetic,
@@ -174,7 +177,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     overrides |= {name: value for name, value in given.items() if value is not None}
     if options.stages is not None:
         overrides["certify.stages"] = f"[{options.stages}]"
-    config = structure(Config, override(unstructure(recorded), overrides))
+    config = structure(Config, override(unstructure(run.config), overrides))
     seconds = options.total_timeout
     limits = {
         "images": options.images, "epsilon": config.perturbation.epsilon, "device": config.device,
@@ -183,20 +186,20 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     found = {}
     if options.verifier != "embedded":
         with _says_error():
-            found["α-β-CROWN"] = _abcrown(options, path, config, limits)
+            found["α-β-CROWN"] = _abcrown(options, run, config, limits)
     if options.verifier != "abcrown":
-        found["embedded"] = _embedded(path, config, limits)
+        found["embedded"] = _embedded(run, config, limits)
     return _compared(found["embedded"], found["α-β-CROWN"]) if len(found) > 1 else 0
 
 
-def _embedded(path: Path, config, limits: dict[str, Any]):
+def _embedded(run: Run, config: Config, limits: dict[str, Any]) -> Verification:
     from ..bounds import sized
     from ..progress import console
     from ..workflows.verify import verify
 
-    found = verify(path, certify=config.certify, **limits)
+    found = verify(run, certify=config.certify, **limits)
     size = sized(type(config.perturbation).__name__, found.epsilon)
-    stages(found.records, f"{path}: {len(found.records)} test images, {size}")
+    stages(found.records, f"{run.folder.path}: {len(found.records)} test images, {size}")
     if len(found.certificates) > 1:
         counts = (f"{arithmetic} {proved} of {asked}" for arithmetic, (proved, asked) in found.certificates.items())
         console.print(f"certificates by arithmetic: {', '.join(counts)}")
@@ -204,18 +207,19 @@ def _embedded(path: Path, config, limits: dict[str, Any]):
     return found
 
 
-def _abcrown(options: argparse.Namespace, path: Path, config, limits: dict[str, Any]):
+def _abcrown(options: argparse.Namespace, run: Run, config: Config, limits: dict[str, Any]) -> Verification:
     from ..verifiers.abcrown import Abcrown
     from ..workflows.verify_with_abcrown import verify_with_abcrown
 
     abcrown = Abcrown.find(options.abcrown_python, options.abcrown_home)
-    found = verify_with_abcrown(path, abcrown, timeout=config.certify.timeout, **limits)
-    stages(found.records, f"{path}: {len(found.records)} test images by α-β-CROWN, epsilon {found.epsilon:.6g}")
+    found = verify_with_abcrown(run, abcrown, timeout=config.certify.timeout, **limits)
+    asked = f"{len(found.records)} test images by α-β-CROWN, epsilon {found.epsilon:.6g}"
+    stages(found.records, f"{run.folder.path}: {asked}")
     say_where(found.file)
     return found
 
 
-def _compared(own, other) -> int:
+def _compared(own: Verification, other: Verification) -> int:
     from ..workflows.verify_with_abcrown import compare
 
     found = compare(own.records, other.records)

@@ -1,5 +1,7 @@
-"""Networks that other people trained: their checkpoints become run folders."""
+"""Checkpoints that other people trained, read and put into our architectures."""
 
-from .checkpoint import import_checkpoint
+from .checkpoint import Imported, check_architecture, rebuild
+from .layers import layers_of
+from .reading import read
 
-__all__ = ["import_checkpoint"]
+__all__ = ["Imported", "check_architecture", "layers_of", "read", "rebuild"]

@@ -1,33 +1,29 @@
-"""From a checkpoint to a run folder: what is checked on the way, and what is written down about it."""
+"""From a checkpoint to a network of ours: what is checked on the way, and what is recorded about it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bounds.folding import fold
-from ..config import structure, unstructure
-from ..data import Split
-from ..environment import surroundings
-from ..errors import InputError, check
+from ..data import Dataset, Split
+from ..errors import InputError
 from ..models import Architecture, Gowal
-from ..progress import console
 from ..recipe import Config
-from ..run_folder import RunFolder, sha256
-from ..workflows.run import describe, save_weights
-from ..workflows.train import new_folder
+from ..run_folder import sha256
 from .layers import Layer, layers_of, naming
 from .matching import KNOWN, expected_layers, fit
 from .normalisation import Normalisation, normalisation_of
 from .order import arrange
 from .parity import evaluate
-from .reading import IGNORED, read
+from .reading import IGNORED, Tensors
 
 IMAGES = 100
 """Test images on which the model is compared with the file's own tensors."""
@@ -37,85 +33,72 @@ TOLERANCE = 1e-4
 to float32; a wrong stride, padding or stabiliser changes logits by as much as they are."""
 
 
-def import_checkpoint(
-    file: str | Path,
-    config: Config,
-    out: str | Path | None = None,
-    *,
-    class_order: Literal["numbers", "text"] = "numbers",
-    order: Sequence[str] = (),
-    quiet: bool = False,
-) -> RunFolder:
-    """Make a network that somebody else trained a run, which ``verify`` certifies and ``export`` exports.
-
-    The file's tensors are matched with the architecture's by kind, order and shape. A normalisation in the file is
-    taken from there; else it is ``config.model``'s mean and std, or else what is published for the data set.
+@dataclass(frozen=True)
+class Imported:
+    """A checkpoint's network in one of our architectures.
 
     Args:
-        file: a state dict as ``torch.save`` writes it, alone or in a checkpoint, or .safetensors. Read without running
-            code.
-        config: ``model``: the architecture. ``data``: the images it was trained for, which are read. ``perturbation``:
-            what the run is about. ``certify``, ``export``, ``device``, ``threads``, ``seed``: for later.
-        out: a new or empty folder; None for a fresh one under ``runs/``.
-        class_order: of the file's outputs. ``text``: 0, 1, 10, 100, 101, …, as torchvision's ``ImageFolder`` numbers
-            folders that are called 0 to K - 1, which expressive-losses makes of ImageNet64.
-        order: the file's layers (``embed``, or the beginning that several share) in the order in which they are
-            computed. Needed where layers could be exchanged, as far as shapes and numbers in their names tell: a
-            .safetensors file keeps no order. That of a state dict is taken for the order of use.
-        quiet: print nothing.
-    Returns:
-        the run's folder. ``run.json`` has a section ``imported``: the file and its sha256, how its tensors were
-        named and what they are called now, what their order rests on, which weights were computed of parts, where
-        normalisation and batch norm came from, and how far our logits are from those of the file's own tensors in
-        that order.
-    Raises:
-        InputError: something given cannot be used, or does not fit; nothing on disk was changed.
+        config: the recipe that was given, with the normalisation that was found.
+        model: in evaluation mode, on the CPU.
+        record: what ``run.json`` says under ``imported``.
     """
-    file = Path(file)
-    config = structure(Config, unstructure(config))
-    if type(config.model) not in KNOWN.values():
+
+    config: Config
+    model: nn.Module
+    record: dict[str, Any]
+
+
+def check_architecture(architecture: Architecture) -> None:
+    """
+    Raises:
+        InputError: tensors of a file cannot be matched with this architecture.
+    """
+    if type(architecture) not in KNOWN.values():
         accepted = ", ".join(kind.__name__ for kind in KNOWN.values())
-        raise InputError(f"model.type: found {type(config.model).__name__}; accepted for an import: {accepted}")
-    check(class_order in ("numbers", "text"), "class_order", class_order, "numbers, text")
-    tensors = read(file)
-    layers = layers_of(tensors.by_name, str(file))
-    device = config.resolved_device()
-    with surroundings(config.threads, device):
-        dataset = config.data.load()
-        shape, classes = dataset.shape, dataset.classes
-        inside = layers.pop(0) if layers[0].kind == "normalisation" else None
-        if not layers:
-            raise InputError(f"{file}: found a normalisation and no layer behind it; accepted: a whole network")
-        layers, ordering = arrange(
-            layers, expected_layers(config.model, shape, classes), order, tensors.ordered, tensors.prefix, str(file)
-        )
-        fit(layers, config.model, shape, classes, str(file))
-        _check_spreads(layers, file)
-        normalisation = normalisation_of(inside, config, naming(tensors.by_name), shape[0], file)
-        architecture = dataclasses.replace(config.model, mean=normalisation.mean, std=normalisation.std)
-        config = dataclasses.replace(config, model=architecture)
-        # our output k is the file's output rows[k]
-        rows = torch.arange(classes) if class_order == "numbers" else torch.tensor(_places_as_text(classes))
-        model, renaming = _filled(architecture, [*layers[:-1], _reordered(layers[-1], rows)], shape, classes)
-        fold(model, torch.Size(shape))
-        parity = _parity(model, architecture, layers, inside, normalisation, rows, dataset.test, file)
-        imported = {
-            "file": file.name, "sha256": sha256(file),
-            "layout": {"names": naming(tensors.by_name), "wrapper": tensors.wrapper, "prefix": tensors.prefix,
-                       "beside": list(tensors.beside), "ignored": list(tensors.ignored)},
-            "order": ordering, "computed": tensors.computed, "renaming": renaming,
-            "normalisation": {"source": normalisation.source, "mean": list(normalisation.mean),
-                              "std": list(normalisation.std)},
-            "batch_norm": _batch_norm(layers), "class_order": class_order,
-            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.by_name.values()}),
-            "parity": parity,
-        }  # fmt: skip
-        description = {**describe(config, dataset, device), "imported": imported}
-        folder = RunFolder.create(new_folder(config, out), description)
-        save_weights(folder.model, model.state_dict())
-    if not quiet:
-        _say(folder, imported)
-    return folder
+        raise InputError(f"model.type: found {type(architecture).__name__}; accepted for an import: {accepted}")
+
+
+def rebuild(
+    file: Path, tensors: Tensors, layers: list[Layer], config: Config, dataset: Dataset, class_order: str,
+    order: Sequence[str],
+) -> Imported:  # fmt: skip
+    """Put a file's tensors into ``config.model``'s architecture and compare both on test images.
+
+    Args:
+        file: to be named in errors. layers: those of ``tensors``. class_order, order: see ``import_checkpoint``.
+    Raises:
+        InputError: the file does not fit the architecture, or its tensors compute something else than the model.
+    """
+    shape, classes = dataset.shape, dataset.classes
+    layers = list(layers)
+    inside = layers.pop(0) if layers[0].kind == "normalisation" else None
+    if not layers:
+        raise InputError(f"{file}: found a normalisation and no layer behind it; accepted: a whole network")
+    layers, ordering = arrange(
+        layers, expected_layers(config.model, shape, classes), order, tensors.ordered, tensors.prefix, str(file)
+    )
+    fit(layers, config.model, shape, classes, str(file))
+    _check_spreads(layers, file)
+    normalisation = normalisation_of(inside, config, naming(tensors.by_name), shape[0], file)
+    architecture = dataclasses.replace(config.model, mean=normalisation.mean, std=normalisation.std)
+    config = dataclasses.replace(config, model=architecture)
+    # our output k is the file's output rows[k]
+    rows = torch.arange(classes) if class_order == "numbers" else torch.tensor(_places_as_text(classes))
+    model, renaming = _filled(architecture, [*layers[:-1], _reordered(layers[-1], rows)], shape, classes)
+    fold(model, torch.Size(shape))
+    parity = _parity(model, architecture, layers, inside, normalisation, rows, dataset.test, file)
+    record = {
+        "file": file.name, "sha256": sha256(file),
+        "layout": {"names": naming(tensors.by_name), "wrapper": tensors.wrapper, "prefix": tensors.prefix,
+                   "beside": list(tensors.beside), "ignored": list(tensors.ignored)},
+        "order": ordering, "computed": tensors.computed, "renaming": renaming,
+        "normalisation": {"source": normalisation.source, "mean": list(normalisation.mean),
+                          "std": list(normalisation.std)},
+        "batch_norm": _batch_norm(layers), "class_order": class_order,
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.by_name.values()}),
+        "parity": parity,
+    }  # fmt: skip
+    return Imported(config, model, record)
 
 
 def _check_spreads(layers: list[Layer], file: Path) -> None:
@@ -188,16 +171,3 @@ def _parity(
 def _batch_norm(layers: list[Layer]) -> str:
     norms = sum(layer.kind == "batch norm" for layer in layers)
     return f"in the file: {norms} layers with their running statistics" if norms else "none in the file"
-
-
-def _say(folder: RunFolder, imported: dict[str, Any]) -> None:
-    normalisation, parity = imported["normalisation"], imported["parity"]
-    numbers = f", mean {normalisation['mean']}, std {normalisation['std']}" if normalisation["mean"] else ""
-    console.print(f"imported: {folder.path} ({len(imported['renaming'])} tensors of {imported['file']})")
-    console.print(f"normalisation: {normalisation['source']}{numbers}")
-    console.print(f"batch norm: {imported['batch_norm']}")
-    console.print(f"order of layers: {imported['order']}")
-    console.print(
-        f"logits differ from those of the file's tensors in this order by {parity['largest_difference']:.1e} of up to "
-        f"{parity['largest_logit']:.1f}; {parity['correct']} of the first {parity['images']} test images are right"
-    )

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bounds import PerturbationSet
-from ..config import structure, unstructure
+from ..config import unstructure
 from ..diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread, those_for
 from ..diagnostics.figures import FIGURES, draw_epochs, save
-from ..environment import device_name, surroundings, versions
+from ..environment import device_name, reproducible, versions
 from ..errors import check
 from ..locking import alone, lock_of
 from ..noise import Noise, key_of
 from ..progress import Progress
-from ..recipe import Config
 from ..run_folder import RunFolder, sha256, write_atomically
 from ..training import StopRequest
-from .run import check_data, load_model
+from .run import Run
 
 Checkpoint = Literal["last", "best"]
 CHECKPOINTS = ("last", "best")
@@ -44,7 +43,7 @@ class Diagnosis:
 
 
 def diagnose(
-    path: str | Path,
+    path: str | Path | Run,
     *,
     checkpoint: Checkpoint = "last",
     images: int = 1000,
@@ -76,18 +75,17 @@ def diagnose(
     check(checkpoint in CHECKPOINTS, "checkpoint", checkpoint, ", ".join(CHECKPOINTS))
     check(images >= 1, "images", images, "a whole number >= 1")
     check(top >= 1, "top", top, "a whole number >= 1")
-    folder, description = RunFolder.open(Path(path))
-    model, config = load_model(path, checkpoint)
-    config = structure(Config, {**unstructure(config), "device": device or config.device})
+    run = Run.open(path)
+    model, folder = run.model(checkpoint), run.folder
+    config = run.with_config(device=device or run.config.device).config
     ball = config.perturbation if perturbation is None else perturbation
     chosen = those_for(ball) if what is None else list(dict.fromkeys(what))
     check_balls("what", chosen, ball)
     where = config.resolved_device()
     file = folder.path / "diagnostics.json"
     with alone(lock_of(file), str(file)):
-        with surroundings(config.threads, where), StopRequest(at_once=True):
-            dataset = config.data.load()
-            check_data(dataset, description)
+        with reproducible(config.threads, where), StopRequest(at_once=True):
+            dataset = run.dataset()
             ball.check_shape(dataset.shape)
             batch = spread(dataset.train.to(where), images)
             noise = Noise(key_of(config.seed, "diagnose"), batch.index)

@@ -8,20 +8,19 @@ from typing import Any
 
 import torch
 
-from ..config import structure, unstructure
+from ..config import unstructure
 from ..data import Dataset
-from ..environment import device_name, surroundings, versions
+from ..environment import device_name, reproducible, versions
 from ..evaluation import Checkpoint, Evaluate, Evaluation
 from ..progress import console
-from ..recipe import Config
-from ..run_folder import RunFolder, sha256
+from ..run_folder import sha256
 from ..training import StopRequest
 from ..verifiers.sweep import images_of
-from .run import check_data, load_model, recorded_config
+from .run import Run
 
 
 def evaluate(
-    path: str | Path,
+    path: str | Path | Run,
     *,
     attacks: Sequence[str] | None = None,
     epsilons: Sequence[float] | None = None,
@@ -49,43 +48,38 @@ def evaluate(
         Interrupted: SIGINT or SIGTERM; the same call goes on.
         Contradiction: an attack broke an image that bounds certified.
     """
-    folder, description = RunFolder.open(Path(path))
-    config = recorded_config(folder, description)
+    run = Run.open(path)
     asked = {"attacks": attacks, "epsilons": epsilons, "checkpoints": checkpoints}
-    section = {**unstructure(settings or config.evaluate), **{k: v for k, v in asked.items() if v is not None}}
-    changed = {"evaluate": section, "device": device or config.device}
-    config = structure(Config, {**unstructure(config), **changed})
-    where = config.resolved_device()
-    with surroundings(config.threads, where):
-        dataset = config.data.load()
-        check_data(dataset, description)
-        return evaluate_run(folder, dataset, config, images, where, quiet, alone=True)
+    section = {**unstructure(settings or run.config.evaluate), **{k: v for k, v in asked.items() if v is not None}}
+    run = run.with_config(evaluate=section, device=device or run.config.device)
+    where = run.config.resolved_device()
+    with reproducible(run.config.threads, where):
+        return evaluate_run(run, run.dataset(), images, where, quiet, alone=True)
 
 
 def evaluate_run(
-    folder: RunFolder,
+    run: Run,
     dataset: Dataset,
-    config: Config,
     images: str | range | int | None,
     device: torch.device,
     quiet: bool,
     *,
     alone: bool = False,
 ) -> dict[str, Any]:
-    """``evaluate`` by the recipe's own section, for data that are there; the networks are those in the folder.
+    """``evaluate`` by the recipe's own section, for images that are read already; the networks are those in the folder.
 
     Args:
         alone: not at the end of a training, which has remarked on the recipe's own perturbation set already.
     """
-    settings, test = config.evaluate, dataset.test
+    folder, config, test = run.folder, run.config, dataset.test
+    settings = config.evaluate
     if images is None:
         chosen = range(min(settings.images or len(test), len(test)))
     else:
         chosen = images_of(f":{images}" if isinstance(images, int) else images, len(test))
     names = settings.checkpoints or (("last", "best") if folder.best.exists() else ("last",))
     checkpoints = [
-        Checkpoint(name, load_model(folder.path, name)[0].to(device), sha256(folder.weights_of(name)))
-        for name in dict.fromkeys(names)
+        Checkpoint(name, run.model(name).to(device), sha256(folder.weights_of(name))) for name in dict.fromkeys(names)
     ]
     made_by = {**versions(), "device": device_name(device)}
     evaluation = Evaluation(

@@ -1,8 +1,9 @@
-"""What a run's folder holds of the network: its recipe, weights, data, and the question that its verdicts answer."""
+"""A run, opened once and handed on: its folder, recipe and description; its weights and images when asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,6 @@ from ..export import current_network
 from ..recipe import Config
 from ..run_folder import RunFolder, write_atomically
 from ..training.checkpoint import load_weights
-from ..verifiers.onnx_network import load_onnx, replay_session
-from ..verifiers.sweep import Question
 
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
@@ -42,6 +41,93 @@ def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run on disk. Its recipe is read once, weights and images when they are asked for.
+
+    Args:
+        folder: its files.
+        description: ``run.json``, as it was when the run was opened.
+        config: the recipe that it was started with, or that recipe with other settings (``with_config``).
+    """
+
+    folder: RunFolder
+    description: Mapping[str, Any]
+    config: Config
+
+    @classmethod
+    def open(cls, run: str | Path | Run) -> Run:
+        """The run in a folder; a run that is open already is handed back.
+
+        Raises:
+            InputError: no run there, or its ``run.json`` is not as written.
+        """
+        if isinstance(run, Run):
+            return run
+        folder, description = RunFolder.open(Path(run))
+        return cls(folder, description, recorded_config(folder, description))
+
+    @classmethod
+    def create(cls, path: Path, config: Config, dataset: Dataset, device: torch.device, **sections: Any) -> Run:
+        """Begin a run in a new or empty folder; ``sections`` are said in ``run.json`` too.
+
+        Raises:
+            InputError: the folder already holds something.
+        """
+        description = {**describe(config, dataset, device), **sections}
+        return cls(RunFolder.create(path, description), description, config)
+
+    def with_config(self, **fields: Any) -> Run:
+        """The same run, to be asked with other settings than it was started with; checked as a recipe's fields are.
+
+        Args:
+            fields: of ``Config``, each as a value or as the mapping that the YAML file would hold.
+        """
+        mapping = {**unstructure(self.config), **{name: unstructure(value) for name, value in fields.items()}}
+        return replace(self, config=structure(Config, mapping))
+
+    def model(self, checkpoint: Literal["last", "best"] = "last") -> nn.Module:
+        """The trained network, read anew: in evaluation mode, on the CPU.
+
+        Raises:
+            InputError: there are no such weights, or they are of another architecture.
+        """
+        shape, classes = self.description["dataset"]["shape"], self.description["dataset"]["classes"]
+        file = self.folder.weights_of(checkpoint)
+        try:
+            weights = safetensors.torch.load_file(file)
+        except FileNotFoundError as error:
+            accepted = f"a run whose training is finished, see --resume {self.folder.path}"
+            if checkpoint == "best" and self.folder.model.exists():
+                accepted = "the last checkpoint, or a run whose recipe keeps the best one (training.select)"
+            raise InputError(f"{file}: found no weights; accepted: {accepted}") from error
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{file}: cannot be read ({error}); accepted: a finished training's file") from error
+        model = self.config.model.build(tuple(shape), classes)
+        load_weights(model, weights, file)
+        for name, value in weights.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise InputError(f"{file}: {name}: found a value that is not finite; accepted: finite weights")
+        return model.eval()
+
+    def dataset(self) -> Dataset:
+        """The images that the run was started with, on the CPU.
+
+        Raises:
+            InputError: what is there now are other images.
+        """
+        dataset = self.config.data.load()
+        check_data(dataset, self.description)
+        return dataset
+
+    def exported_network(self) -> Path | None:
+        """``model.onnx``, if it was exported of the weights that are there; else None.
+
+        Read anew: an export may have taken place since the run was opened.
+        """
+        return current_network(self.folder, RunFolder.open(self.folder.path)[1])
+
+
 def load_model(path: str | Path, checkpoint: Literal["last", "best"] = "last") -> tuple[nn.Module, Config]:
     """The trained network of a run, in evaluation mode on the CPU, and the run's recipe.
 
@@ -51,25 +137,8 @@ def load_model(path: str | Path, checkpoint: Literal["last", "best"] = "last") -
     Raises:
         InputError: no run there, no such weights in it, or weights of another architecture.
     """
-    folder, description = RunFolder.open(Path(path))
-    config = recorded_config(folder, description)
-    shape, classes = description["dataset"]["shape"], description["dataset"]["classes"]
-    file = folder.weights_of(checkpoint)
-    try:
-        weights = safetensors.torch.load_file(file)
-    except FileNotFoundError as error:
-        accepted = f"a run whose training is finished, see --resume {path}"
-        if checkpoint == "best" and folder.model.exists():
-            accepted = "the last checkpoint, or a run whose recipe keeps the best one (training.select)"
-        raise InputError(f"{file}: found no weights; accepted: {accepted}") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); accepted: a finished training's file") from error
-    model = config.model.build(tuple(shape), classes)
-    load_weights(model, weights, file)
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{file}: {name}: found a value that is not finite; accepted: finite weights")
-    return model.eval(), config
+    run = Run.open(path)
+    return run.model(checkpoint), run.config
 
 
 def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
@@ -93,23 +162,16 @@ def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:
         )
 
 
-def question_of(
-    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device
-) -> Question:
-    """The run's own question about its test split; the weights are those in the folder. Where they were exported,
-    counterexamples have to fool onnxruntime too."""
-    rests_on = {
-        "weights": folder.weights_sha256(), "versions": versions(),
-        "device": device_name(device),
-    }  # fmt: skip
-    network = current_network(folder, folder.open(folder.path)[1])
-    replay = None if network is None else replay_session(load_onnx(network))
-    return Question(
-        model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on, replay
-    )
-
-
 def save_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
     """``model.safetensors``, or another checkpoint, whole or not at all."""
     found = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     write_atomically(file, lambda temporary: temporary.write_bytes(safetensors.torch.save(found)))
+
+
+def new_folder(config: Config, out: str | Path | None) -> Path:
+    """``out``, or a folder under ``runs/`` that does not exist yet, by the recipe's name and the time."""
+    if out is not None:
+        return Path(out)
+    stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = (Path("runs") / (stem + suffix) for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(path for path in candidates if not path.exists())

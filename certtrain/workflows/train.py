@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +9,26 @@ import torch
 from torch import nn
 
 from ..attacks import in_mode
-from ..bounds import LinfBall, PerturbationSet, UnsupportedNode
+from ..bounds import UnsupportedNode
 from ..bounds.folding import fold
 from ..config import structure, unstructure
 from ..data import Dataset
-from ..environment import surroundings
+from ..environment import reproducible
 from ..errors import InputError, check
 from ..evaluation import unanswered
-from ..export import Export, write_files
 from ..labels import classes_of
 from ..models import initialise_for_ibp
 from ..noise import key_of
-from ..precision import full_float32
 from ..progress import console
 from ..recipe import Config, load_config
 from ..run_folder import RunFolder
 from ..training import StopRequest, check_images, fit
 from ..verifiers.records import decided, reasons, summarise
-from ..verifiers.sweep import images_of, sweep
+from ..verifiers.sweep import sweep
 from .evaluate import evaluate_run
-from .run import check_data, describe, load_model, question_of, recorded_config, save_weights
+from .export import export_run
+from .run import Run, check_data, new_folder, save_weights
+from .verify import question_of
 
 
 def train(
@@ -53,13 +50,14 @@ def train(
     recipe = config if isinstance(config, Config) else load_config(None if config is None else Path(config))
     recipe = structure(Config, unstructure(recipe))  # as resume will read it: checked, and 0 is 0.0
     device = recipe.resolved_device()
-    with surroundings(recipe.threads, device):
+    with reproducible(recipe.threads, device):
         dataset, model = _prepare(recipe)
-        folder = RunFolder.create(new_folder(recipe, out), describe(recipe, dataset, device))
+        run = Run.create(new_folder(recipe, out), recipe, dataset, device)
         if not quiet:
-            console.print(f"run folder: {folder.path}")
-        with folder.alone():
-            return _go_on(folder, recipe, dataset, model, device, quiet)
+            console.print(f"run folder: {run.folder.path}")
+        with run.folder.alone():
+            _go_on(run, dataset, model, device, quiet)
+    return run.folder
 
 
 def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) -> RunFolder:
@@ -73,30 +71,30 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
         InputError: no run there, or an imported network; data or checkpoint are not what the run was started with;
             another process trains or exports it. Others as ``train``.
     """
-    folder, description = RunFolder.open(Path(path))
-    if "imported" in description:
+    run = Run.open(path)
+    if "imported" in run.description:
         raise InputError(f"{path}: found an imported network; accepted: verify and export, or a run of train")
-    config = recorded_config(folder, description)
-    if (
-        folder.final()
-        and not _unevaluated(folder, config, description)
-        and (description.get("export") or not config.export.enabled)
-    ):
-        return folder
-    where = device or description["device"].partition(":")[0]
-    config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
-    found = config.resolved_device()
-    with folder.alone(), surroundings(config.threads, found):
-        dataset, model = _prepare(config)
-        check_data(dataset, description)
-        return _go_on(folder, config, dataset, model, found, quiet)
+    if _is_finished(run):
+        return run.folder
+    where = device or run.description["device"].partition(":")[0]
+    run = run.with_config(device=where, threads=run.description["threads"])
+    found = run.config.resolved_device()
+    with run.folder.alone(), reproducible(run.config.threads, found):
+        dataset, model = _prepare(run.config)
+        check_data(dataset, run.description)
+        _go_on(run, dataset, model, found, quiet)
+    return run.folder
 
 
-def _unevaluated(folder: RunFolder, config: Config, description: Mapping[str, Any]) -> bool:
-    """Whether the recipe asks for rows that ``evaluation.json`` does not have: another call's rows are not its own."""
-    asked, count = config.evaluate, description["dataset"].get("test", 0)
+def _is_finished(run: Run) -> bool:
+    """Whether nothing is left to do: train, answer what the recipe asks (the rows of another call are not its own),
+    export."""
+    folder, config, asked = run.folder, run.config, run.config.evaluate
+    if not folder.final() or (config.export.enabled and not run.description.get("export")):
+        return False
+    count = run.description["dataset"].get("test", 0)
     images = count if asked.images is None else min(asked.images, count)
-    return asked.enabled and any(unanswered(folder, asked, config.perturbation, config.seed, images))
+    return not (asked.enabled and any(unanswered(folder, asked, config.perturbation, config.seed, images)))
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:
@@ -147,108 +145,44 @@ def _check_outputs(model: nn.Module, dataset: Dataset) -> None:
     check(outputs == dataset.classes, "model", f"{outputs} outputs", f"{dataset.classes}, one for each class")
 
 
-def _go_on(
-    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool
-) -> RunFolder:
+def _go_on(run: Run, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool) -> None:
+    """Do what is left of a run, up to its last file."""
+    config = run.config
     if not quiet and (remark := config.perturbation.remark(dataset.shape)):
         console.print(remark)
-    if not folder.final():
-        _train_and_certify(folder, config, dataset, model, device, quiet)
+    if not run.folder.final():
+        here = dataset.to(device)
+        _train(run, here, model.to(device), quiet)
+        final = _certify(run, here, model, device, quiet) if config.certify.enabled else {}
+        seconds = [line["seconds"] for line in run.folder.metrics][-1] + final.pop("seconds", 0)
+        line = {"kind": "final", "epsilon": config.perturbation.epsilon, **final, "seconds": round(seconds, 3)}
+        run.folder.metrics.append(line)
     if config.evaluate.enabled:
-        evaluate_run(folder, dataset, config, None, device, quiet)
+        evaluate_run(run, dataset, None, device, quiet)
     if config.export.enabled:
-        _export(folder, dataset, config.perturbation, None, config.export, quiet)
-    return folder
+        export_run(run, dataset, config.perturbation, None, config.export, quiet)
 
 
-def _train_and_certify(
-    folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool
-) -> None:
-    model.to(device)
-    here = dataset.to(device)
+def _train(run: Run, dataset: Dataset, model: nn.Module, quiet: bool) -> None:
+    folder, config = run.folder, run.config
     with StopRequest() as stop:
         best = fit(
-            model, here, loss=config.loss, ball=config.perturbation, settings=config.training, seed=config.seed,
+            model, dataset, loss=config.loss, ball=config.perturbation, settings=config.training, seed=config.seed,
             folder=folder, stop=stop, quiet=quiet,
         )  # fmt: skip
         save_weights(folder.model, model.state_dict())
         if best.weights:
             save_weights(folder.best, best.weights)
         stop.raise_if_asked()
-    final = {"kind": "final", "epsilon": config.perturbation.epsilon}
-    seconds = [line["seconds"] for line in folder.metrics][-1]
-    if config.certify.enabled:
-        images = range(min(config.certify.images or len(here.test), len(here.test)))
-        with StopRequest(at_once=True):
-            question = question_of(folder, config, here, model, device)
-            records = sweep(question, folder.verdicts, folder.settings, images, quiet=quiet)
-        final |= {**summarise(records), "decided": decided(records), "undecided": reasons(records),
-                  "images": len(records)}  # fmt: skip
-        seconds += sum(record["seconds"] for record in records)
-    folder.metrics.append({**final, "seconds": round(seconds, 3)})
 
 
-def export(
-    path: str | Path,
-    *,
-    images: str | range | None = None,
-    epsilon: float | None = None,
-    timeout: float | None = None,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Write a run's files for other verifiers: ``model.onnx``, ``specs/``, ``instances.csv``, ``abcrown.yaml``.
-
-    Args:
-        path: the folder of a run whose training is finished.
-        images: of which test images to write properties, ``"start:stop"`` or a range; None for the recipe's.
-        epsilon: their radius in pixel units; None for the run's.
-        timeout: seconds that they ask for; None for the recipe's.
-    Returns:
-        what ``run.json`` then says under ``export``.
-    Raises:
-        InputError: something given cannot be used, the network cannot be exported, or another process trains or exports
-            this run; nothing on disk was changed.
-    """
-    folder, description = RunFolder.open(Path(path))
-    config = recorded_config(folder, description)
-    ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
-    settings = config.export if timeout is None else dataclasses.replace(config.export, timeout=timeout)
-    dataset = config.data.load()
-    check_data(dataset, description)
-    with folder.alone():
-        return _export(folder, dataset, ball, images, settings, quiet)
-
-
-def _export(
-    folder: RunFolder,
-    dataset: Dataset,
-    ball: PerturbationSet,
-    images: str | range | None,
-    settings: Export,
-    quiet: bool,
-) -> dict[str, Any]:
-    """The network is the one in the folder, whatever was trained just now."""
-    model, _ = load_model(folder.path)
-    count = len(dataset.test)
-    default = range(count if settings.images is None else min(settings.images, count))
-    chosen = default if images is None else images_of(images, count)
-    with full_float32():
-        found = write_files(folder, model, dataset.test, dataset.classes, ball, chosen, settings.timeout)
-    if not quiet:
-        network = found["network"]
-        properties = f"{found['properties']} properties at epsilon {found['epsilon']:.6g}"
-        if not isinstance(ball, LinfBall):
-            properties = f"no properties, which state boxes: found a {type(ball).__name__}"
-        console.print(
-            f"exported: {folder.onnx} (onnxruntime differs by {network['difference']:.1e} of logits up to "
-            f"{network['magnitude']:.1f}), {properties}"
-        )
-    return found
-
-
-def new_folder(config: Config, out: str | Path | None) -> Path:
-    if out is not None:
-        return Path(out)
-    stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    candidates = (Path("runs") / (stem + suffix) for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-    return next(path for path in candidates if not path.exists())
+def _certify(run: Run, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool) -> dict[str, Any]:
+    """For the run's last line: the verdicts' summary, and the seconds that they took."""
+    images = range(min(run.config.certify.images or len(dataset.test), len(dataset.test)))
+    with StopRequest(at_once=True):
+        question = question_of(run, dataset, model, device)
+        records = sweep(question, run.folder.verdicts, run.folder.settings, images, quiet=quiet)
+    return {
+        **summarise(records), "decided": decided(records), "undecided": reasons(records), "images": len(records),
+        "seconds": sum(record["seconds"] for record in records),
+    }  # fmt: skip

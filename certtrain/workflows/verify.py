@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ..config import structure, unstructure
-from ..environment import surroundings
+import torch
+from torch import nn
+
+from ..data import Dataset
+from ..environment import device_name, reproducible, versions
 from ..errors import check
 from ..progress import console
-from ..recipe import Config
-from ..run_folder import JsonLines, RunFolder
+from ..run_folder import JsonLines
 from ..training import StopRequest
 from ..verifiers import Certify
+from ..verifiers.onnx_network import load_onnx, replay_session
 from ..verifiers.records import Record
 from ..verifiers.settings import Arithmetic
-from ..verifiers.sweep import VERIFIER, images_of, sweep
-from .run import check_data, load_model, question_of
+from ..verifiers.sweep import VERIFIER, Question, images_of, sweep
+from .run import Run
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Verification:
 
 
 def verify(
-    path: str | Path,
+    path: str | Path | Run,
     *,
     images: str | range | None = None,
     epsilon: float | None = None,
@@ -70,28 +72,29 @@ def verify(
         Interrupted: SIGINT or SIGTERM; the same call goes on.
     """
     check(total_timeout is None or 0 < total_timeout < math.inf, "total_timeout", total_timeout, "seconds > 0")
-    folder, description = RunFolder.open(Path(path))
-    model, config = load_model(path)
-    recorded = config
-    ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
-    changed = {"perturbation": ball, "certify": certify or config.certify, "device": device or config.device}
-    config = structure(Config, unstructure(dataclasses.replace(config, **changed)))
+    recorded = Run.open(path)
+    model, folder = recorded.model(), recorded.folder
+    ball = recorded.config.perturbation
+    ball = ball if epsilon is None else ball.with_epsilon(float(epsilon))
+    run = recorded.with_config(
+        perturbation=ball, certify=certify or recorded.config.certify, device=device or recorded.config.device
+    )
+    config = run.config
     config.certify.check_ball(ball)
     where = config.resolved_device()
 
     def file_of(arithmetic: Arithmetic) -> JsonLines:
-        if ball == recorded.perturbation and arithmetic == recorded.certify.arithmetic:
+        if ball == recorded.config.perturbation and arithmetic == recorded.config.certify.arithmetic:
             return folder.verdicts
         return folder.other_verdicts(VERIFIER, float(ball.epsilon), arithmetic)
 
     file = file_of(config.certify.arithmetic)
-    with surroundings(config.threads, where), StopRequest(at_once=True):
-        dataset = config.data.load()
-        check_data(dataset, description)
+    with reproducible(config.threads, where), StopRequest(at_once=True):
+        dataset = run.dataset()
         if not quiet and (remark := ball.remark(dataset.shape)):
             console.print(remark)
         chosen = images_of(images, len(dataset.test))
-        question = question_of(folder, config, dataset.to(where), model.to(where), where)
+        question = question_of(run, dataset.to(where), model.to(where), where)
         records = sweep(question, file, folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
     certificates = {}
     for arithmetic in get_args(Arithmetic):
@@ -99,3 +102,14 @@ def verify(
         if verdicts:
             certificates[arithmetic] = list(verdicts.values()).count("verified"), len(verdicts)
     return Verification(file.path, float(ball.epsilon), chosen, records, certificates)
+
+
+def question_of(run: Run, dataset: Dataset, model: nn.Module, device: torch.device) -> Question:
+    """The question of ``run.config`` about the test split, for ``model``, whose weights are those in the folder. Where
+    they were exported, counterexamples have to fool onnxruntime too."""
+    config, network = run.config, run.exported_network()
+    rests_on = {"weights": run.folder.weights_sha256(), "versions": versions(), "device": device_name(device)}
+    replay = None if network is None else replay_session(load_onnx(network))
+    return Question(
+        model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on, replay
+    )

@@ -8,12 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..bounds import LinfBall
-from ..config import structure, unstructure
 from ..environment import device_name, versions
 from ..errors import InputError
-from ..export import current_network
-from ..recipe import Config
-from ..run_folder import RunFolder
 from ..training import StopRequest
 from ..verifiers.abcrown import Abcrown
 from ..verifiers.abcrown_question import VERIFIER, AbcrownQuestion
@@ -21,13 +17,13 @@ from ..verifiers.onnx_network import load_onnx, replay_session
 from ..verifiers.problem import Status
 from ..verifiers.records import Record
 from ..verifiers.sweep import images_of, sweep
-from .run import check_data, load_model
-from .train import export
+from .export import export_run
+from .run import Run
 from .verify import Verification
 
 
 def verify_with_abcrown(
-    path: str | Path,
+    path: str | Path | Run,
     abcrown: Abcrown,
     *,
     images: str | range | None = None,
@@ -50,20 +46,20 @@ def verify_with_abcrown(
         InputError: something given cannot be used, or α-β-CROWN cannot be run.
         Interrupted: SIGINT or SIGTERM; the same call goes on.
     """
-    folder, description = RunFolder.open(Path(path))
-    _, config = load_model(path)
+    run = Run.open(path)
+    folder, config = run.folder, run.config
+    run.model()  # refused here, not by the export
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
     if not isinstance(ball, LinfBall):
         raise InputError(f"perturbation: found {type(ball).__name__}; accepted for α-β-CROWN: LinfBall")
-    dataset = config.data.load()
-    check_data(dataset, description)
+    dataset = run.dataset()
     chosen = images_of(images, len(dataset.test))
-    given = {} if device is None else {"device": device}
     certify = config.certify if timeout is None else replace(config.certify, timeout=timeout)
-    where = structure(Config, {**unstructure(config), **given}).resolved_device()
-    network = current_network(folder, description)
+    where = run.with_config(device=device or config.device).config.resolved_device()
+    network = run.exported_network()
     if network is None:
-        export(path, quiet=quiet)
+        with folder.alone():
+            export_run(run, dataset, config.perturbation, None, config.export, quiet)
         network = folder.onnx
     weights = folder.weights_sha256()
     question = AbcrownQuestion(

@@ -1,0 +1,67 @@
+"""Write a run's files for other verifiers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..bounds import LinfBall, PerturbationSet
+from ..data import Dataset
+from ..export import Export, write_files
+from ..precision import full_float32
+from ..progress import console
+from ..verifiers.sweep import images_of
+from .run import Run
+
+
+def export(
+    path: str | Path | Run,
+    *,
+    images: str | range | None = None,
+    epsilon: float | None = None,
+    timeout: float | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Write a run's files for other verifiers: ``model.onnx``, ``specs/``, ``instances.csv``, ``abcrown.yaml``.
+
+    Args:
+        path: the folder of a run whose training is finished.
+        images: of which test images to write properties, ``"start:stop"`` or a range; None for the recipe's.
+        epsilon: their radius in pixel units; None for the run's.
+        timeout: seconds that they ask for; None for the recipe's.
+    Returns:
+        what ``run.json`` then says under ``export``.
+    Raises:
+        InputError: something given cannot be used, the network cannot be exported, or another process trains or exports
+            this run; nothing on disk was changed.
+    """
+    run = Run.open(path)
+    ball = run.config.perturbation if epsilon is None else run.config.perturbation.with_epsilon(float(epsilon))
+    settings = run.config.export if timeout is None else replace(run.config.export, timeout=timeout)
+    dataset = run.dataset()
+    with run.folder.alone():
+        return export_run(run, dataset, ball, images, settings, quiet)
+
+
+def export_run(
+    run: Run, dataset: Dataset, ball: PerturbationSet, images: str | range | None, settings: Export, quiet: bool
+) -> dict[str, Any]:
+    """``export`` for images that are read already, by who holds the folder's lock. The network is the one in the
+    folder, whatever was trained just now."""
+    model, folder = run.model(), run.folder
+    count = len(dataset.test)
+    default = range(count if settings.images is None else min(settings.images, count))
+    chosen = default if images is None else images_of(images, count)
+    with full_float32():
+        found = write_files(folder, model, dataset.test, dataset.classes, ball, chosen, settings.timeout)
+    if not quiet:
+        network = found["network"]
+        properties = f"{found['properties']} properties at epsilon {found['epsilon']:.6g}"
+        if not isinstance(ball, LinfBall):
+            properties = f"no properties, which state boxes: found a {type(ball).__name__}"
+        console.print(
+            f"exported: {folder.onnx} (onnxruntime differs by {network['difference']:.1e} of logits up to "
+            f"{network['magnitude']:.1f}), {properties}"
+        )
+    return found
