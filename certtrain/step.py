@@ -1,13 +1,14 @@
-"""What passes between rooms during one step: the batch, the step's circumstances, and declared state."""
+"""What passes between rooms during one step: the batch, the step's circumstances, declared state, other processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bounds import PerturbationSet
 from .labels import as_labels
@@ -123,6 +124,42 @@ class State:
         self.tensors[name][self.rows(name, batch)] = value.detach().to(self.tensors[name].dtype)
 
 
+class Exchange(ABC):
+    """How the processes that share the steps of a training make one gradient and one set of figures of theirs.
+
+    Every process makes the same calls in the same order.
+    """
+
+    @abstractmethod
+    def samples(self, count: int) -> int:
+        """The size of the global batch, of which this process has ``count`` samples."""
+
+    @abstractmethod
+    def gradient(self, parameters: Sequence[nn.Parameter], figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Leave in ``.grad`` the sum over all processes. Called once for every gradient that is taken, when this
+        process' backward passes are done and before anything is made of it: before it is clipped, weights are moved
+        along it, or the optimiser steps. Does not look at a value: no step waits for its device here.
+
+        Args:
+            figures: 0-d; each this process' share of a mean over the global batch.
+        Returns:
+            ``figures``, summed over all processes.
+        """
+
+
+class Alone(Exchange):
+    """One process has the whole batch: everything stays as it is."""
+
+    def samples(self, count: int) -> int:
+        return count
+
+    def gradient(self, parameters: Sequence[nn.Parameter], figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(figures)
+
+
+ALONE = Alone()
+
+
 @dataclass(frozen=True)
 class Step:
     """The circumstances of one step.
@@ -136,6 +173,7 @@ class Step:
         clean: whether epsilon is still 0, known without asking the device.
         noise: keyed random numbers for the batch's samples.
         state: what the loss and its attack declared.
+        exchange: what this process shares with others that train the same model.
     """
 
     ball: PerturbationSet
@@ -149,6 +187,7 @@ class Step:
     clean: bool = False
     epoch: int = 0
     epochs: int = 1
+    exchange: Exchange = ALONE
 
     def part(self, rows: slice) -> Step:
         """The step of some of the batch's samples: their noise, and their state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..losses import Loss
 from ..noise import Noise, key_of
 from ..progress import Progress, describe
 from ..run_folder import RunFolder
-from ..step import Batch, State, Step
+from ..step import ALONE, Batch, Exchange, State, Step
 from . import checkpoint
 from .averages import WeightAverage, recompute_statistics
 from .evaluation import check_program
@@ -60,6 +61,7 @@ def fit(
     seed: int,
     folder: RunFolder,
     stop: StopRequest,
+    exchange: Exchange = ALONE,
     quiet: bool = False,
 ) -> Best:
     """Train ``model`` (on its device, where ``dataset`` lives too) from the start or from ``folder``'s checkpoint.
@@ -73,97 +75,143 @@ def fit(
         Interrupted: a signal asked to stop; the checkpoint is up to date.
         TrainingStopped: the loss or its gradient was not finite.
     """
-    device = dataset.train.labels.device
-    loader = Loader(dataset.train, settings.batch_size, settings.augment, seed)
-    optimizer = settings.optimiser.build(model)
-    specs = loss.declare_state(dataset.shape, dataset.classes)
-    tensors = {
-        name: spec.allocate(len(dataset.train), settings.batch_size, device, settings.augment.pad)
-        for name, spec in sorted(specs.items())
-    }
-    parts = [unstructure(part) for part in (loss, ball, settings)]
-    recipe = checkpoint.fingerprint([*parts, seed, dataset.checksum, loss.files()])
-    average = WeightAverage(model, settings.averaging, len(loader))
-    watch = Watch(settings, dataset, ball, seed)
-    position, sums = Position(), _Means()
-    if folder.resume.exists():
-        position, sums = _restore(folder, recipe, device, model, optimizer, (average, watch), tensors)
-    folder.metrics.truncate(position.metrics_bytes)
-
-    steps, size = settings.epochs * len(loader), size_name(type(ball).__name__)
-    started = saved = time.monotonic()
-    before = position.seconds
+    run = _Fit(model, dataset, loss, ball, settings, seed, folder, exchange)
     check_program(model, dataset.train)
     model.train()
-    with Progress("training", steps, done=position.step, quiet=quiet) as progress:
-        for epoch in range(position.epoch, 0 if watch.halted else settings.epochs):
-            for batch in loader.epoch(epoch, start=position.batch):
-                settings.set_rate(optimizer, position.step / len(loader))
-                torch.manual_seed(key_of(seed, "torch", position.step))  # for layers such as dropout
-                epsilon = settings.epsilon(ball.epsilon, position.step, len(loader))
-                step = _step(ball, epsilon, settings, seed, position.step, len(loader), batch, State(tensors, specs))
-                if settings.noise is not None:
-                    batch = settings.noise(batch, step)
-                figures: dict[str, float] = {}
-                try:
-                    for replay in range(loss.replays):
-                        parts = _split(batch, step if replay == 0 else step.again(replay), settings)
-                        figures = settings.update(model, optimizer, loss, parts, settings.clip)
-                except NonFinite as error:
-                    raise TrainingStopped(_stopped(position, error, folder)) from error
-                sums.add(figures, len(batch))
-                position.batch, position.step = position.batch + 1, position.step + 1
-                average.update(model, position.step)
-                progress.advance(1, {**{name: figures[name] for name in SHOWN if name in figures}, size: epsilon})
-
-                if position.batch == len(loader):
-                    averaged = position.step == steps and average.put_into(model)
-                    if averaged or settings.precise_bn:
-                        recompute_statistics(model, loader.epoch(epoch))
-                    rate = optimizer.param_groups[0]["lr"]
-                    looked = time.monotonic()
-                    seen = watch.look(model, epoch + 1)
-                    looking = round(time.monotonic() - looked, 3)
-                    line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "learning_rate": rate}
-                    line |= {**sums.means(), "epsilon": epsilon, **seen.figures}
-                    line |= {"seconds": round(before + time.monotonic() - started, 3), "spent": {"looking": looking}}
-                    folder.metrics.append(line, *({**more, "seconds": line["seconds"]} for more in seen.lines))
-                    progress.line(_said(line, settings.epochs, size))
-                    if seen.alarm:
-                        progress.alarm(seen.alarm)
-                    position.epoch, position.batch, position.metrics_bytes = epoch + 1, 0, folder.metrics.size()
-                    sums = _Means()
-
-                asked, now = stop.signal, time.monotonic()
-                if asked or watch.halted or position.step == steps or now - saved >= settings.checkpoint_seconds:
-                    position.seconds, saved = before + now - started, now
-                    _save(folder, recipe, position, sums, model, optimizer, (average, watch), tensors)
+    with Progress("training", run.steps, done=run.position.step, quiet=quiet) as progress:
+        for epoch in range(run.position.epoch, 0 if run.watch.halted else settings.epochs):
+            for batch in run.loader.epoch(epoch, start=run.position.batch):
+                progress.advance(1, run.step(batch))
+                if run.position.batch == len(run.loader):
+                    run.end_epoch(epoch, progress)
+                asked = stop.signal
+                if asked or run.is_due:
+                    run.save()
                 if asked:
                     raise Interrupted(asked)
-            if watch.halted:
+            if run.watch.halted:
                 break
-    return watch.best
+    return run.watch.best
 
 
-def _step(
-    ball: PerturbationSet, epsilon: float, settings: Training, seed: int, number: int, steps_per_epoch: int,
-    batch: Batch, state: State,
-) -> Step:  # fmt: skip
-    device = batch.labels.device
-    radius = torch.tensor(epsilon, device=device)
-    return Step(
-        ball=ball.with_epsilon(radius),
-        epsilon=radius,
-        epsilon_max=torch.tensor(ball.epsilon * settings.epsilon_multiplier, device=device),
-        progress=number / (settings.epochs * steps_per_epoch),
-        noise=Noise(key_of(seed, "noise", number), torch.arange(len(batch), device=device)),
-        state=state,
-        ramp=settings.schedule.done(number, steps_per_epoch),
-        reached=settings.schedule.fraction(number, steps_per_epoch),
-        clean=epsilon == 0,
-        epoch=number // steps_per_epoch,
-        epochs=settings.epochs,
-    )
+class _Fit:
+    """One training: what stays along it, and what moves and is kept in its checkpoint."""
+
+    def __init__(
+        self, model: nn.Module, dataset: Dataset, loss: Loss, ball: PerturbationSet, settings: Training, seed: int,
+        folder: RunFolder, exchange: Exchange,
+    ):  # fmt: skip
+        """Set up a training, or take it up where ``folder``'s checkpoint left it."""
+        self.model, self.loss, self.ball, self.settings = model, loss, ball, settings
+        self.seed, self.folder, self.exchange = seed, folder, exchange
+        device = dataset.train.labels.device
+        self.loader = Loader(dataset.train, settings.batch_size, settings.augment, seed)
+        self.steps = settings.epochs * len(self.loader)
+        self.size = size_name(type(ball).__name__)
+        self.optimizer = settings.optimiser.build(model)
+        specs = loss.declare_state(dataset.shape, dataset.classes)
+        tensors = {
+            name: spec.allocate(len(dataset.train), settings.batch_size, device, settings.augment.pad)
+            for name, spec in sorted(specs.items())
+        }
+        self.state = State(tensors, specs)
+        parts = [unstructure(part) for part in (loss, ball, settings)]
+        self.recipe = checkpoint.fingerprint([*parts, seed, dataset.checksum, loss.files()])
+        self.average = WeightAverage(model, settings.averaging, len(self.loader))
+        self.watch = Watch(settings, dataset, ball, seed)
+        self.position, self.sums = Position(), _Means()
+        if folder.resume.exists():
+            beside = self.average, self.watch
+            self.position, self.sums = _restore(folder, self.recipe, device, model, self.optimizer, beside, tensors)
+        folder.metrics.truncate(self.position.metrics_bytes)
+        self.before = self.position.seconds
+        self.started = self.saved = time.monotonic()
+
+    def seconds(self, now: float) -> float:
+        """Of training up to ``now``, by all processes that took part after one another."""
+        return self.before + now - self.started
+
+    def epsilon(self, number: int) -> float:
+        """The radius of a 0-based step."""
+        return self.settings.epsilon(self.ball.epsilon, number, len(self.loader))
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Change the weights once (or once for every replay) and move on. Returns what to show of it.
+
+        Raises:
+            TrainingStopped: the loss or its gradient was not finite.
+        """
+        settings, position = self.settings, self.position
+        settings.set_rate(self.optimizer, position.step / len(self.loader))
+        torch.manual_seed(key_of(self.seed, "torch", position.step))  # for layers such as dropout
+        step = self._circumstances(batch)
+        if settings.noise is not None:
+            batch = settings.noise(batch, step)
+        figures: dict[str, float] = {}
+        try:
+            for replay in range(self.loss.replays):
+                parts = _split(batch, step if replay == 0 else step.again(replay), settings)
+                figures = settings.update(self.model, self.optimizer, self.loss, parts, settings.clip)
+        except NonFinite as error:
+            raise TrainingStopped(_stopped(position, error, self.folder)) from error
+        self.sums.add(figures, self.exchange.samples(len(batch)))
+        shown = {name: figures[name] for name in SHOWN if name in figures} | {self.size: self.epsilon(position.step)}
+        position.batch, position.step = position.batch + 1, position.step + 1
+        self.average.update(self.model, position.step)
+        return shown
+
+    def _circumstances(self, batch: Batch) -> Step:
+        settings, number, steps_per_epoch = self.settings, self.position.step, len(self.loader)
+        device, epsilon = batch.labels.device, self.epsilon(number)
+        radius = torch.tensor(epsilon, device=device)
+        return Step(
+            ball=self.ball.with_epsilon(radius),
+            epsilon=radius,
+            epsilon_max=torch.tensor(self.ball.epsilon * settings.epsilon_multiplier, device=device),
+            progress=number / self.steps,
+            noise=Noise(key_of(self.seed, "noise", number), torch.arange(len(batch), device=device)),
+            state=self.state,
+            ramp=settings.schedule.done(number, steps_per_epoch),
+            reached=settings.schedule.fraction(number, steps_per_epoch),
+            clean=epsilon == 0,
+            epoch=number // steps_per_epoch,
+            epochs=settings.epochs,
+            exchange=self.exchange,
+        )
+
+    def end_epoch(self, epoch: int, progress: Progress) -> None:
+        """Look at the weights, write the epoch's line (and those of measurements), and begin the next one."""
+        settings, position, folder = self.settings, self.position, self.folder
+        averaged = position.step == self.steps and self.average.put_into(self.model)
+        if averaged or settings.precise_bn:
+            recompute_statistics(self.model, self.loader.epoch(epoch))
+        rate = self.optimizer.param_groups[0]["lr"]
+        looked = time.monotonic()
+        seen = self.watch.look(self.model, epoch + 1)
+        looking = round(time.monotonic() - looked, 3)
+        line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "learning_rate": rate}
+        line |= {**self.sums.means(), "epsilon": self.epsilon(position.step - 1), **seen.figures}
+        line |= {"seconds": round(self.seconds(time.monotonic()), 3), "spent": {"looking": looking}}
+        folder.metrics.append(line, *({**more, "seconds": line["seconds"]} for more in seen.lines))
+        progress.line(_said(line, settings.epochs, self.size))
+        if seen.alarm:
+            progress.alarm(seen.alarm)
+        position.epoch, position.batch, position.metrics_bytes = epoch + 1, 0, folder.metrics.size()
+        self.sums = _Means()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint: the end, or long enough after the last one."""
+        ended = self.watch.halted or self.position.step == self.steps
+        return ended or time.monotonic() - self.saved >= self.settings.checkpoint_seconds
+
+    def save(self) -> None:
+        self.saved = time.monotonic()
+        self.position.seconds = self.seconds(self.saved)
+        beside = self.average, self.watch
+        _save(
+            self.folder, self.recipe, self.position, self.sums, self.model, self.optimizer, beside, self.state.tensors
+        )
 
 
 def _split(batch: Batch, step: Step, settings: Training) -> list[tuple[Batch, Step]]:
@@ -232,12 +280,12 @@ class _Means:
 
 def _save(
     folder: RunFolder, recipe: str, position: Position, sums: _Means, model: nn.Module,
-    optimizer: torch.optim.Optimizer, beside: Beside, tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer, beside: Beside, tensors: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     average, watch = beside
     content = {"recipe": recipe, "position": vars(position), "sums": sums.sums, "model": model.state_dict(),
                "optimizer": optimizer.state_dict(), "average": average.state(), "watch": watch.state(),
-               "state": tensors}  # fmt: skip
+               "state": dict(tensors)}  # fmt: skip
     checkpoint.save(folder.resume, content)
 
 

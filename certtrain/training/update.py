@@ -62,15 +62,16 @@ class Descend(UpdateRule):
         parts: Sequence[tuple[Batch, Step]],
         clip: float | None,
     ) -> dict[str, float]:
-        sizes = [len(batch) for batch, _ in parts]
-        sums = accumulate(optimizer, sizes, (loss(model, batch, step) for batch, step in parts))
+        sums = accumulate(optimizer, parts, (loss(model, batch, step) for batch, step in parts))
         result = clipped(model, sums, clip)
         optimizer.step()
         return result
 
 
-def accumulate(optimizer: torch.optim.Optimizer, sizes: Sequence[int], terms: Iterable[LossTerms]) -> dict[str, Tensor]:
-    """Leave in ``.grad`` the gradient of a global batch' loss, whose parts have these sizes.
+def accumulate(
+    optimizer: torch.optim.Optimizer, parts: Sequence[tuple[Batch, Step]], terms: Iterable[LossTerms]
+) -> dict[str, Tensor]:
+    """Leave in ``.grad`` the gradient of the global batch' loss: that of all parts, and of all processes.
 
     Args:
         terms: of each part in turn; one is asked for when the backward pass of the one before is done.
@@ -78,13 +79,15 @@ def accumulate(optimizer: torch.optim.Optimizer, sizes: Sequence[int], terms: It
         ``loss`` and the loss' named parts, 0-d means over the global batch.
     """
     optimizer.zero_grad()
+    exchange = parts[0][1].exchange
+    samples = exchange.samples(sum(len(batch) for batch, _ in parts))
     sums: dict[str, Tensor] = {}
-    for size, found in zip(sizes, terms, strict=True):
-        share = size / sum(sizes)
+    for (batch, _), found in zip(parts, terms, strict=True):
+        share = len(batch) / samples
         (found.total * share).backward()
         for name, value in {"loss": found.total.detach(), **found.parts}.items():
             sums[name] = sums.get(name, 0) + value * share
-    return sums
+    return exchange.gradient([weight for group in optimizer.param_groups for weight in group["params"]], sums)
 
 
 def clipped(model: nn.Module, sums: dict[str, Tensor], clip: float | None) -> dict[str, float]:

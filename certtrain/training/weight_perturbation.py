@@ -162,7 +162,7 @@ class Lap(WeightPerturbation):
                 yield LossTerms(F.cross_entropy(model(result.trace["start"]), batch.labels))
 
         with buffers_kept(model):
-            accumulate(optimizer, [len(batch) for batch, _ in parts], terms())
+            accumulate(optimizer, parts, terms())
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         changes = _changes(optimizer)
@@ -183,7 +183,7 @@ class Lap(WeightPerturbation):
 
 def _backward(model: nn.Module, optimizer, loss: AdversarialLoss, parts, found) -> dict[str, Tensor]:
     terms = (loss.given(model, batch, step, result) for (batch, step), result in zip(parts, found, strict=True))
-    return accumulate(optimizer, [len(batch) for batch, _ in parts], terms)
+    return accumulate(optimizer, parts, terms)
 
 
 def _matrices(model: nn.Module) -> list[nn.Parameter]:
