@@ -59,7 +59,7 @@ def diagnose(
     there. Numbers are those that ``training.diagnose`` writes along training; the test split is not looked at.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, or the run opened.
         checkpoint: the ``last`` weights or the ``best``.
         images: how many; of a smaller split all.
         what: some of ``certtrain.diagnostics.DIAGNOSTICS``; None for all that know the perturbation set.

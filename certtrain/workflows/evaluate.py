@@ -36,7 +36,7 @@ def evaluate(
     ``evaluation.json``. What an argument leaves open is as ``settings`` say, or the recipe's ``evaluate`` section.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, or the run opened.
         attacks: such as ``pgd-50-10`` and ``autoattack``, or ``sparse-autoattack``; epsilons: radii in pixel units, or
             whole numbers k; checkpoints: of ``last`` and ``best``: see ``Evaluate``.
         images: ``"start:stop"``, a range, or how many of the first; None for the settings'.

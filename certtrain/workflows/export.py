@@ -26,7 +26,7 @@ def export(
     """Write a run's files for other verifiers: ``model.onnx``, ``specs/``, ``instances.csv``, ``abcrown.yaml``.
 
     Args:
-        path: the folder of a run whose training is finished.
+        path: the folder of a run whose training is finished, or the run opened.
         images: of which test images to write properties, ``"start:stop"`` or a range; None for the recipe's.
         epsilon: their radius in pixel units; None for the run's.
         timeout: seconds that they ask for; None for the recipe's.

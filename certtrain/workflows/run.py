@@ -48,11 +48,13 @@ class Run:
     Args:
         folder: its files.
         description: ``run.json``, as it was when the run was opened.
-        config: the recipe that it was started with, or that recipe with other settings (``with_config``).
+        recorded: the recipe that it was started with.
+        config: the recipe in force: the recorded one, or that with other settings (``with_config``).
     """
 
     folder: RunFolder
     description: Mapping[str, Any]
+    recorded: Config
     config: Config
 
     @classmethod
@@ -65,7 +67,8 @@ class Run:
         if isinstance(run, Run):
             return run
         folder, description = RunFolder.open(Path(run))
-        return cls(folder, description, recorded_config(folder, description))
+        config = recorded_config(folder, description)
+        return cls(folder, description, config, config)
 
     @classmethod
     def create(cls, path: Path, config: Config, dataset: Dataset, device: torch.device, **sections: Any) -> Run:
@@ -75,7 +78,7 @@ class Run:
             InputError: the folder already holds something.
         """
         description = {**describe(config, dataset, device), **sections}
-        return cls(RunFolder.create(path, description), description, config)
+        return cls(RunFolder.create(path, description), description, config, config)
 
     def with_config(self, **fields: Any) -> Run:
         """The same run, to be asked with other settings than it was started with; checked as a recipe's fields are.

@@ -61,7 +61,7 @@ def verify(
     again where the settings now offer more.
 
     Args:
-        path: the run's folder.
+        path: the run's folder, or the run opened.
         images: ``"start:stop"`` or a range; None for all.
         epsilon: radius in pixel units; None for the run's.
         certify: stages and limits; None for the recipe's. Its ``images`` is not looked at.
@@ -72,36 +72,34 @@ def verify(
         Interrupted: SIGINT or SIGTERM; the same call goes on.
     """
     check(total_timeout is None or 0 < total_timeout < math.inf, "total_timeout", total_timeout, "seconds > 0")
-    recorded = Run.open(path)
-    model, folder = recorded.model(), recorded.folder
-    ball = recorded.config.perturbation
-    ball = ball if epsilon is None else ball.with_epsilon(float(epsilon))
-    run = recorded.with_config(
-        perturbation=ball, certify=certify or recorded.config.certify, device=device or recorded.config.device
-    )
-    config = run.config
-    config.certify.check_ball(ball)
-    where = config.resolved_device()
-
-    def file_of(arithmetic: Arithmetic) -> JsonLines:
-        if ball == recorded.config.perturbation and arithmetic == recorded.config.certify.arithmetic:
-            return folder.verdicts
-        return folder.other_verdicts(VERIFIER, float(ball.epsilon), arithmetic)
-
-    file = file_of(config.certify.arithmetic)
-    with reproducible(config.threads, where), StopRequest(at_once=True):
+    run = Run.open(path)
+    model = run.model()
+    ball = run.config.perturbation if epsilon is None else run.config.perturbation.with_epsilon(float(epsilon))
+    run = run.with_config(perturbation=ball, certify=certify or run.config.certify, device=device or run.config.device)
+    run.config.certify.check_ball(ball)
+    where = run.config.resolved_device()
+    file = verdicts_of(run, run.config.certify.arithmetic)
+    with reproducible(run.config.threads, where), StopRequest(at_once=True):
         dataset = run.dataset()
         if not quiet and (remark := ball.remark(dataset.shape)):
             console.print(remark)
         chosen = images_of(images, len(dataset.test))
         question = question_of(run, dataset.to(where), model.to(where), where)
-        records = sweep(question, file, folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
+        records = sweep(question, file, run.folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
     certificates = {}
     for arithmetic in get_args(Arithmetic):
-        verdicts = {line["index"]: line["status"] for line in file_of(arithmetic) if line["index"] in chosen}
+        verdicts = {line["index"]: line["status"] for line in verdicts_of(run, arithmetic) if line["index"] in chosen}
         if verdicts:
             certificates[arithmetic] = list(verdicts.values()).count("verified"), len(verdicts)
     return Verification(file.path, float(ball.epsilon), chosen, records, certificates)
+
+
+def verdicts_of(run: Run, arithmetic: Arithmetic) -> JsonLines:
+    """The file of the verdicts about ``run.config``'s perturbation; the recorded question has one of its own."""
+    ball = run.config.perturbation
+    if ball == run.recorded.perturbation and arithmetic == run.recorded.certify.arithmetic:
+        return run.folder.verdicts
+    return run.folder.other_verdicts(VERIFIER, float(ball.epsilon), arithmetic)
 
 
 def question_of(run: Run, dataset: Dataset, model: nn.Module, device: torch.device) -> Question:
