@@ -28,7 +28,7 @@ from certtrain.verifiers.records import read_verdicts
 from certtrain.workflows import verify_with_abcrown as second_opinion
 from certtrain.workflows.run import load_model
 from certtrain.workflows.train import train
-from certtrain.workflows.verify_with_abcrown import Agreement, compare, verify_with_abcrown
+from certtrain.workflows.verify_with_abcrown import Agreement, agreement_between, verify_with_abcrown
 
 ROOT = Path(__file__).parents[1]
 COUNT = 30
@@ -432,7 +432,7 @@ def records(**statuses: str) -> list[dict]:
 class TestCompare:
     @pytest.mark.parametrize(("one", "two"), list(itertools.product(get_args(Status), repeat=2)))
     def test_a_proof_against_a_refutation_is_a_contradiction(self, one, two):
-        found = compare(records(_7=one), records(_7=two))
+        found = agreement_between(records(_7=one), records(_7=two))
         refuted = {"falsified", "misclassified"}
         wrong = "verified" in (one, two) and bool(refuted & {one, two})
         assert found == Agreement({(one, two): 1}, [7] if wrong else [])
@@ -440,15 +440,15 @@ class TestCompare:
     def test_it_is_symmetric(self):
         one = records(_4="verified", _2="falsified", _9="unknown", _1="verified", _3="verified", _8="timeout")
         two = records(_1="misclassified", _2="verified", _4="falsified", _3="verified", _8="verified", _6="error")
-        found, other = compare(one, two), compare(two, one)
+        found, other = agreement_between(one, two), agreement_between(two, one)
         assert found.contradictions == other.contradictions == [1, 2, 4]
         assert found.counts == {(first, second): count for (second, first), count in other.counts.items()}
         assert sum(found.counts.values()) == 5  # what only one has seen does not count
         assert found.counts["verified", "verified"] == 1 == found.counts["timeout", "verified"]
 
     def test_nothing_in_common(self):
-        assert compare(records(_1="verified"), records(_2="falsified")) == Agreement({}, [])
-        assert compare([], []) == Agreement({}, [])
+        assert agreement_between(records(_1="verified"), records(_2="falsified")) == Agreement({}, [])
+        assert agreement_between([], []) == Agreement({}, [])
 
 
 @pytest.mark.abcrown

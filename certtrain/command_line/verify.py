@@ -220,9 +220,9 @@ def _abcrown(options: argparse.Namespace, run: Run, config: Config, limits: dict
 
 
 def _compared(own: Verification, other: Verification) -> int:
-    from ..workflows.verify_with_abcrown import compare
+    from ..workflows.verify_with_abcrown import agreement_between
 
-    found = compare(own.records, other.records)
+    found = agreement_between(own.records, other.records)
     agreement(found, "embedded", "α-β-CROWN")
     if found.contradictions:
         print(

@@ -39,6 +39,7 @@ def verify_with_abcrown(
     network is the run's ``model.onnx``, exported first if there is none of the run's weights.
 
     Args:
+        path: the run's folder, or the run opened.
         abcrown: where it is installed.
         timeout: seconds for an image; None for the recipe's.
         device: cpu or cuda; None for the recipe's. Others as for ``certtrain.verify``.
@@ -86,7 +87,7 @@ class Agreement:
     contradictions: list[int]
 
 
-def compare(first: Sequence[Record], second: Sequence[Record]) -> Agreement:
+def agreement_between(first: Sequence[Record], second: Sequence[Record]) -> Agreement:
     """Of the images that both have a verdict on. A wrong certificate shows as a contradiction."""
     other = {record["index"]: record["status"] for record in second}
     pairs = {r["index"]: (r["status"], other[r["index"]]) for r in first if r["index"] in other}
