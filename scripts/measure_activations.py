@@ -2,9 +2,10 @@
 
     python scripts/measure_activations.py
 
-What ``bounds/activation.py`` pays for (``KERNEL_ERROR``) was chosen by this. Float32: every 509th of all numbers
-up to 8.5e37, four million even ones in [-20, 20] and runs of 65536 neighbours in between, as one long tensor (vector
-bodies), in pieces of 1 to 17 (scalar tails) and, in torch, with a stride. Float64: 30,000 numbers against 50 digits.
+What ``bounds/operations/entrywise.py`` pays for (``KERNEL_ERROR``) was chosen by this. Float32: every 509th of all
+numbers up to 8.5e37, four million even ones in [-20, 20] and runs of 65536 neighbours in between, as one long tensor
+(vector bodies), in pieces of 1 to 17 (scalar tails) and, in torch, with a stride. Float64: 30,000 numbers against 50
+digits.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from certtrain.bounds.activation import KERNEL_ERROR, Activation
+from certtrain.bounds.operations import Gelu, GeluTanh, Sigmoid, Silu, Tanh
+from certtrain.bounds.operations.entrywise import KERNEL_ERROR
 
 STRIDE, PIECES = 509, 3000
+OWN = {kind.kind: kind for kind in (Gelu, GeluTanh, Sigmoid, Silu, Tanh)}
 ROOT = math.sqrt(2 / math.pi)
 
 
@@ -134,7 +137,7 @@ def main() -> None:
     print(f"{len(x)} numbers; torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), "
           f"onnxruntime {onnxruntime.__version__}; error / max(1, |x|)")  # fmt: skip
     for kind in GRAPHS:
-        own = Activation(kind)
+        own = OWN[kind]("", (0,))
         strided = lambda x, own=own: own(torch.stack([x, x], 1)[:, 0])  # noqa: E731
         kernels = [("torch", own), ("torch, strided", strided), *sessions(kind)]
         for name, kernel in kernels:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from certtrain.bounds.folded import Convolution, Dense, Nonlinear, Rearrangement
+from certtrain.bounds.operations import Convolution, Dense, Nonlinear, Rearrangement
 
 
 def exactly(network, x: list[Fraction]) -> tuple[dict[int, list[Fraction]], list[Fraction]]:
@@ -19,7 +19,7 @@ def exactly(network, x: list[Fraction]) -> tuple[dict[int, list[Fraction]], list
             x = [sum((w * v for w, v in zip(row, x)), b) for row, b in zip(weight, bias)]
         elif isinstance(operation, Nonlinear):
             seen[number] = x
-            slope = Fraction(operation.activation.slope)
+            slope = Fraction(operation.kink)
             x = [v if v > 0 else slope * v for v in x]
         else:
             assert isinstance(operation, Rearrangement)
@@ -58,7 +58,7 @@ def in_some_order(network, x: np.ndarray, generator) -> np.ndarray:
             side = network.shapes[network.operations.index(operation)]
             x = total(np.concatenate([products, full])).reshape(side)
         elif isinstance(operation, Nonlinear):
-            x = np.where(x > 0, x, np.float32(operation.activation.slope) * x).astype(np.float32)
+            x = np.where(x > 0, x, np.float32(operation.kink) * x).astype(np.float32)
         else:
             x = operation(torch.from_numpy(x)[None])[0].numpy()
     return x

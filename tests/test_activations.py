@@ -6,6 +6,7 @@ import math
 import mpmath
 import pytest
 import torch
+from activation_kinds import TROUGHS, by_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Joined
@@ -13,12 +14,9 @@ from torch import Tensor, nn
 
 import certtrain
 from certtrain.bounds import Bounds, Interval, compute_bounds, compute_margins
-from certtrain.bounds.activation import STRAIGHT, TROUGHS, Activation
-from certtrain.bounds.folded import Nonlinear
 from certtrain.bounds.folding import fold
-from certtrain.bounds.forward_linear import RULES as FORWARD
-from certtrain.bounds.forward_linear import Between
-from certtrain.bounds.relaxation_gated import GATES
+from certtrain.bounds.operations.gates import GATES, STRAIGHT
+from certtrain.bounds.relaxation import InputLines
 from certtrain.errors import InputError
 from certtrain.verifiers import Certify
 
@@ -69,7 +67,7 @@ class TestConstants:
 
     def test_torch_does_not_fall_below_the_bound(self, kind):
         """Among the numbers next to the minimum, where torch's own rounding may go below it."""
-        place, activation = TROUGHS[kind].place, Activation(kind)
+        place, activation = TROUGHS[kind].place, by_name(kind)
         for dtype, width in ((torch.float32, 0.02), (torch.float64, 1e-6)):
             x = torch.linspace(place - width, place + width, 1_000_001, dtype=torch.float64).to(dtype)
             assert float(activation(x).min()) >= TROUGHS[kind].below(dtype)
@@ -86,7 +84,7 @@ class TestImages:
     @properties
     def test_hold_every_value_and_no_more(self, kind, dtype, ends):
         lower, upper = (torch.tensor(end, dtype=dtype) for end in zip(*((a, a + w) for a, w in ends)))
-        found, activation = Activation(kind).image(Bounds(lower, upper)), Activation(kind)
+        found, activation = by_name(kind).image(Bounds(lower, upper)), by_name(kind)
         shares = torch.cat([torch.linspace(0, 1, 401), torch.logspace(-12, 0, 60)]).double().unsqueeze(1)
         x = lower.double() + shares * (upper.double() - lower.double())
         x = torch.cat([x, torch.full_like(x[:1], TROUGHS[kind].place)]).clamp(lower.double(), upper.double())
@@ -109,7 +107,7 @@ class TestImages:
         inside = 0
         for first in range(len(numbers)):
             for last in range(first, len(numbers)):
-                lower = Activation(kind).image(Bounds(numbers[first], numbers[last])).lower
+                lower = by_name(kind).image(Bounds(numbers[first], numbers[last])).lower
                 if float(numbers[first]) <= TROUGHS[kind].place <= float(numbers[last]) and first < last:
                     inside += 1
                     assert float(lower) < least
@@ -119,7 +117,7 @@ class TestImages:
     def test_infinite_ends(self, kind, dtype):
         lower = torch.tensor([-math.inf, -math.inf, -math.inf, 2.0, -math.inf], dtype=dtype)
         upper = torch.tensor([math.inf, -3.0, 0.0, math.inf, -math.inf], dtype=dtype)
-        found, activation = Activation(kind).image(Bounds(lower, upper)), Activation(kind)
+        found, activation = by_name(kind).image(Bounds(lower, upper)), by_name(kind)
         least, point = TROUGHS[kind].below(dtype), torch.tensor([-3.0, 2.0], dtype=dtype)
         low, high = activation(point).tolist()
         assert found.lower.tolist() == pytest.approx([least, low, least, high, 0])
@@ -127,21 +125,21 @@ class TestImages:
 
     def test_nan_stays(self, kind):
         ends = torch.tensor([math.nan, 0.0, math.nan]), torch.tensor([1.0, math.nan, math.nan])
-        found = Activation(kind).image(Bounds(*ends))
+        found = by_name(kind).image(Bounds(*ends))
         assert found.lower.isnan().tolist() == [True, True, True] and found.upper.isnan().all()
 
     @DTYPES
     def test_beyond_its_formula_it_is_straight(self, kind, dtype):
         """Up to there, the two agree: x above, 0 below."""
         x = torch.tensor([STRAIGHT, 0.5 * STRAIGHT], dtype=dtype)
-        assert torch.equal(Activation(kind)(x), x)
-        assert float(Activation(kind)(-x).abs().max()) < 1e-100
+        assert torch.equal(by_name(kind)(x), x)
+        assert float(by_name(kind)(-x).abs().max()) < 1e-100
 
     def test_gradients(self, kind):
         """To the end where a bound is attained; none to the minimum; at ends that are one number, to both."""
         lower = torch.tensor([-4.0, -3.0, -2.0, 0.5, -9.0, 1.0, -1e30, 2.0], dtype=torch.float64).requires_grad_()
         upper = torch.tensor([-3.0, 0.1, 5.0, 1.0, -8.0, 1.0, 1e30, 1e30], dtype=torch.float64).requires_grad_()
-        found, slope = Activation(kind).image(Bounds(lower, upper)), GATES[kind].slope
+        found, slope = by_name(kind).image(Bounds(lower, upper)), GATES[kind].slope
         at_lower, at_upper = (0.5 + slope(end.detach()) for end in (lower, upper))
         of_lower = torch.autograd.grad(found.lower.sum(), (lower, upper), retain_graph=True)
         of_upper = torch.autograd.grad(found.upper.sum(), (lower, upper))
@@ -154,7 +152,7 @@ class TestImages:
         for size in (1e3, 1e10, 1e38):
             for lower, upper in ((-size, size), (-size, -size / 2), (size / 2, size)):
                 ends = [torch.tensor([end], requires_grad=True) for end in (lower, upper)]
-                found = Activation(kind).image(Bounds(*ends))
+                found = by_name(kind).image(Bounds(*ends))
                 assert all(g.isfinite().all() for g in torch.autograd.grad((found.lower + found.upper).sum(), ends))
 
     def test_one_layer_by_hand(self, kind):
@@ -173,12 +171,12 @@ def test_forward_lines_may_fall(kind):
     slopes, gap = torch.randn(50, 2, 7, dtype=torch.float64) / 4, torch.rand(50, 1, 7, dtype=torch.float64)
     middle = torch.tensor([-3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 2.0], dtype=torch.float64).expand(50, 1, 7)
     lower, upper = torch.cat([slopes, middle - gap], 1), torch.cat([slopes, middle + gap], 1)
-    x = Between(lower, upper)
-    found = FORWARD[Nonlinear](Nonlinear("", (0,), Activation(kind)), x, x.bounds())
+    x = InputLines(lower, upper)
+    found = by_name(kind).relax(x.bounds()).forward(x)
     for _ in range(200):
         at = torch.cat([2 * torch.rand(50, 2, 1, dtype=torch.float64) - 1, torch.ones(50, 1, 1)], 1)
         low, high = (lower * at).sum(1), (upper * at).sum(1)
-        value = Activation(kind)(low + torch.rand_like(low).round() * (high - low))
+        value = by_name(kind)(low + torch.rand_like(low).round() * (high - low))
         assert ((found.lower * at).sum(1) <= value + 1e-12).all()
         assert (value <= (found.upper * at).sum(1) + 1e-12).all()
 

@@ -175,7 +175,7 @@ class TestSplit:
             split(model, 7)
         with pytest.raises(InputError, match="leaves 0 activations; accepted: a network with"):
             split(nn.Linear(4, 3), 0)
-        assert len(split(model, 2).classifier.nodes) > len(split(model, 0).classifier.nodes)
+        assert len(split(model, 2).classifier.operations) > len(split(model, 0).classifier.operations)
 
 
 def test_gradients_to_the_sides():

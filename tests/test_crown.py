@@ -11,9 +11,8 @@ from networks import Apply, Joined, Residual, networks, points_inside, rounding,
 from test_folded import LAYERS, MAX_POOLS, SHAPE, build
 from torch import Tensor, nn
 
-from certtrain.bounds import Interval, L2Ball, LinfBall, Region, compute_bounds, compute_rows, crown
+from certtrain.bounds import Interval, L2Ball, LinfBall, Network, Region, compute_bounds, compute_rows, crown
 from certtrain.bounds.crown import backward, bound_forms, crown_bounds, interval_bounds, relax_all
-from certtrain.bounds.folded import Folded
 from certtrain.bounds.folding import fold
 from certtrain.bounds.windows import Windows
 
@@ -30,7 +29,7 @@ def make_region(ball=LinfBall(0.05), count=2, seed=0, shape=(2, 6, 6)) -> Region
     return ball.region(torch.rand(count, *shape, generator=generator, dtype=torch.float64))
 
 
-def random_forms(network: Folded, count=2, rows=3, seed=0) -> Tensor:
+def random_forms(network: Network, count=2, rows=3, seed=0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, rows, *network.shapes[-1], generator=generator, dtype=torch.float64)
 
@@ -48,7 +47,7 @@ def values_of(forms: Tensor, logits: Tensor) -> Tensor:
     return (forms * logits.unsqueeze(1)).flatten(2).sum(-1)
 
 
-def assert_sound(model: nn.Module, network: Folded, region: Region, slack: float) -> None:
+def assert_sound(model: nn.Module, network: Network, region: Region, slack: float) -> None:
     """Neurons' inputs and linear forms of the logits, at points of the region; CROWN within the intervals."""
     intervals, linear = interval_bounds(network, region), crown_bounds(network, region)
     forms = random_forms(network, len(region.images))

@@ -9,9 +9,8 @@ import torch
 from planted import KINDS, random_network
 from torch import nn
 
-from certtrain.bounds import Bounds, L2Ball, LinfBall, Region
+from certtrain.bounds import Bounds, L2Ball, LinfBall, Network, Region
 from certtrain.bounds.crown import bound_forms, crown_bounds, interval_bounds
-from certtrain.bounds.folded import Folded
 from certtrain.bounds.folding import fold
 from certtrain.errors import InputError
 from certtrain.verifiers import Specification, lp
@@ -28,7 +27,7 @@ def _without_gradients():
         yield
 
 
-def small_case(seed: int, kind: str, epsilon: float = 0.2) -> tuple[Folded, Region]:
+def small_case(seed: int, kind: str, epsilon: float = 0.2) -> tuple[Network, Region]:
     """A random network with 2 to 3 logits over a box around a random image."""
     draw = torch.Generator().manual_seed(seed)
     shape = torch.Size((1, 3, 3) if kind in ("conv", "residual", "max_pool") else (1, 1, 2 + seed % 3))
@@ -48,18 +47,18 @@ def samples(region: Region, count: int, seed: int = 0) -> torch.Tensor:
     return region.ball.project(region.images, hull.center + share * hull.radius)
 
 
-def inputs_of(network: Folded, points: torch.Tensor) -> torch.Tensor:
+def inputs_of(network: Network, points: torch.Tensor) -> torch.Tensor:
     """(B, N) of the neurons."""
     values = network.values(points)
     return torch.cat([values[network.operations[place].inputs[0]].flatten(1) for place in network.nonlinear], 1)
 
 
-def ends(network: Folded, bounds: dict[int, Bounds]) -> tuple[torch.Tensor, torch.Tensor]:
+def ends(network: Network, bounds: dict[int, Bounds]) -> tuple[torch.Tensor, torch.Tensor]:
     neurons = Neurons.of(network)
     return tuple(neurons.together({k: getattr(b, end) for k, b in bounds.items()})[0] for end in ("lower", "upper"))
 
 
-def leaf_of(network: Folded, bounds: dict[int, Bounds], signs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def leaf_of(network: Network, bounds: dict[int, Bounds], signs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(lower, upper, signs) of the leaf in which neurons have ``signs``, of which those that are open are assumed."""
     lower, upper = ends(network, bounds)
     signs = torch.where((lower < 0) & (upper > 0), signs, 0).to(torch.int8)
@@ -70,7 +69,7 @@ def identity(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.eye(count, dtype=torch.float64)[None], torch.zeros(1, count, dtype=torch.float64)
 
 
-def few_open(kind: str) -> tuple[Folded, Region, dict[int, Bounds]]:
+def few_open(kind: str) -> tuple[Network, Region, dict[int, Bounds]]:
     """A network with 4 to 7 open neurons."""
     for seed in range(200):
         network, region = small_case(seed, kind, epsilon=0.05 + 0.05 * (seed % 5))

@@ -17,8 +17,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from certtrain.bounds import UnsupportedNode, trace
-from certtrain.bounds.folded import Convolution, Dense, Diagonal
 from certtrain.bounds.folding import fold
+from certtrain.bounds.operations import Convolution, Dense, Scale
 from certtrain.data import Digits
 from certtrain.errors import InputError
 from certtrain.export import export_onnx, onnx_file
@@ -216,7 +216,7 @@ class TestNetwork:
         for operation in fold(exported.model.eval(), exported.images.shape[1:]).operations:
             if isinstance(operation, (Dense, Convolution)):
                 expected += [operation.weight, *([] if operation.bias is None else [operation.bias])]
-            if isinstance(operation, Diagonal):
+            if isinstance(operation, Scale):
                 assert exported.name in ("SmallCnn", "Mlp", "Cnn7", "residual", "circular", "grey to RGB")
                 scale, shift, channels = operation.scale, operation.shift, exported.images.shape[1]
                 if scale.shape[-2:] in ((), (1, 1)) and shift.shape[-2:] in ((), (1, 1)):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from networks import Apply, Elementwise, Joined, Residual, networks, randomise_norms, rounding, small_cnn
 from torch import Tensor, nn
 
-from certtrain.bounds import Interval, UnsupportedNode, forward
-from certtrain.bounds.folded import Concat, Folded, Input, Nonlinear, Sum
+from certtrain.bounds import Interval, Network, UnsupportedNode, forward
 from certtrain.bounds.folding import fold
+from certtrain.bounds.operations import Input, Nonlinear, Relu
 
 SEEDS = st.integers(0, 1000)
 properties = settings(
@@ -96,7 +96,7 @@ def build(layers: list[nn.Module]) -> nn.Module:
     return randomise_norms(nn.Sequential(*copy.deepcopy(layers))).double().eval()
 
 
-def assert_adjoint(network: Folded) -> None:
+def assert_adjoint(network: Network) -> None:
     """<A, op(z)> = <adjoint(A), z> + constant(A), for each linear operation; of several inputs, added up."""
     generator = torch.Generator().manual_seed(1)
     for operation, shape in zip(network.operations, network.shapes):
@@ -105,10 +105,7 @@ def assert_adjoint(network: Folded) -> None:
         sources = [network.shapes[read] for read in operation.inputs]
         z = [torch.randn(2, *source, generator=generator, dtype=torch.float64) for source in sources]
         forms = torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64)
-        if isinstance(operation, (Sum, Concat)):
-            adjoints, constant = operation.adjoints(forms, *sources), 0.0
-        else:
-            adjoints, constant = [operation.adjoint(forms, *sources)], operation.constant(forms)
+        adjoints, constant = operation.adjoints(forms, *sources), operation.constant(forms)
         assert [adjoint.shape for adjoint in adjoints] == [(2, 3, *source) for source in sources]
         found = sum((adjoint * part.unsqueeze(1)).flatten(2).sum(-1) for adjoint, part in zip(adjoints, z)) + constant
         torch.testing.assert_close(found, (forms * operation(*z).unsqueeze(1)).flatten(2).sum(-1), **EXACT)
@@ -146,7 +143,7 @@ class TestIsTheModel:
         images = torch.randint(-3, 3, (count, *SHAPE), generator=torch.Generator().manual_seed(0)).double()
         assert torch.equal(network(images), model(images))
         assert network.piecewise_linear
-        assert all(network.operations[i].activation.kind == "relu" for i in network.nonlinear)
+        assert all(isinstance(network.operations[i], Relu) for i in network.nonlinear)
         assert_adjoint(network)
 
     def test_a_pool_window_that_sees_nothing_is_refused(self):
@@ -171,7 +168,7 @@ class TestStructure:
     def test_operations_of_a_small_cnn(self):
         network = fold(small_cnn().eval(), torch.Size((2, 6, 6)))
         names = [type(operation).__name__ for operation in network.operations]
-        assert names == ["Input", "Convolution", "Nonlinear", "Rearrangement", "Dense", "Nonlinear", "Dense"]
+        assert names == ["Input", "Convolution", "Relu", "Rearrangement", "Dense", "Relu", "Dense"]
         assert [tuple(shape) for shape in network.shapes[1:]] == [(3, 3, 3), (3, 3, 3), (27,), (8,), (8,), (4,)]
         assert network.nonlinear == (2, 5) and network.piecewise_linear
         assert [operation.path for operation in network.operations[1:]] == ["0", "0", "3", "4", "4", "7"]
@@ -186,7 +183,7 @@ class TestStructure:
 
 class TestWeights:
     def test_another_dtype_holds_the_same_numbers(self):
-        """Folded in the model's own arithmetic, then converted: the network that runs is the one that is proved."""
+        """Network in the model's own arithmetic, then converted: the network that runs is the one that is proved."""
         model = small_cnn().eval().float()
         single, double = fold(model, torch.Size((2, 6, 6))), fold(model, torch.Size((2, 6, 6)), dtype=torch.float64)
         images = make_images(shape=(2, 6, 6))
@@ -233,11 +230,11 @@ class TestWeights:
     def test_gradients_through_adjoints(self, case):
         network = fold(build(LAYERS[case]()), SHAPE)
         for operation, shape in zip(network.operations, network.shapes):
-            if isinstance(operation, (Input, Nonlinear, Sum, Concat)):
+            if isinstance(operation, (Input, Nonlinear)) or len(operation.inputs) > 1:
                 continue
             source = network.shapes[operation.inputs[0]]
             forms = torch.randn(1, 1, *shape, dtype=torch.float64, requires_grad=True)
             z = torch.randn(1, 1, *source, dtype=torch.float64)
-            total = (operation.adjoint(forms, source) * z).sum() + operation.constant(forms)
+            total = (operation.adjoints(forms, source)[0] * z).sum() + operation.constant(forms)
             (found,) = torch.autograd.grad(total.sum(), forms)
             torch.testing.assert_close(found, operation(z[0])[None], **EXACT)

@@ -33,6 +33,7 @@ from certtrain.bounds import (
     forward,
     trace,
 )  # fmt: skip
+from certtrain.bounds.operations import BatchNorm, Rearrangement
 
 EPSILONS = st.sampled_from([0.0, 1e-4, 0.05, 0.5])
 SEEDS = st.integers(0, 1000)
@@ -202,7 +203,7 @@ class TestExactness:
         """Each output's largest value is at the corner that its weights' signs say."""
         layers = [copy.deepcopy(layer), *([nn.BatchNorm1d(layer.out_channels)] if norm else [])]
         model = randomise_norms(nn.Sequential(*layers)).double().eval()
-        assert len(trace(model).nodes) == 2
+        assert len(trace(model).steps) == 1 + isinstance(trace(model).operations[1], Rearrangement)  # the padding
         box = Interval.box(make_images(1, shape=(4, 13)), 0.1)
         bounds = compute_bounds(model, box)
         jacobian = torch.func.jacrev(lambda x: model(x)[0])(box.center).squeeze(2)
@@ -270,10 +271,10 @@ def test_keep_names_each_relu_and_the_first_layers_input():
     model, images = small_cnn().eval(), make_images()
     region = LinfBall(0.1).region(images)
     _, activity = compute_margins(model, region, make_labels(2, 4), keep=True)
-    nodes = trace(model).nodes
-    assert [nodes[i].path for i in activity.preactivations] == ["0", "4"]
+    network = trace(model)
+    assert [network.affine_before(i).path for i in activity.preactivations] == ["0", "4"]
     assert torch.equal(activity.first.center, region.hull.center)
-    first = activity.preactivations[1]
+    first = next(iter(activity.preactivations.values()))
     expected = compute_bounds(model[:2], region)
     torch.testing.assert_close(first.lower, expected.lower, **EXACT)
     torch.testing.assert_close(first.upper, expected.upper, **EXACT)
@@ -323,8 +324,8 @@ class TestStatistics:
     def test_no_statistics_means_the_running_ones(self):
         model, box = small_cnn(), Interval.box(make_images(), 0.1)
         running = {
-            position: BatchStatistics(node.norm.running_mean, node.norm.running_var)
-            for position, node in enumerate(trace(model).nodes) if getattr(node, "norm", None)
+            position: BatchStatistics(operation.norm.running_mean, operation.norm.running_var)
+            for position, operation in enumerate(trace(model).operations) if isinstance(operation, BatchNorm)
         }  # fmt: skip
         assert len(running) == 2
         found, expected = compute_bounds(model, box, running), compute_bounds(model, box)

@@ -5,15 +5,15 @@ import math
 import onnxruntime
 import pytest
 import torch
+from activation_kinds import TROUGHS, by_name, relax
 from onnx import TensorProto, helper, save
 from torch import Tensor, nn
 
 import certtrain
 from certtrain.bounds import Bounds, Interval, compute_bounds
-from certtrain.bounds.activation import TROUGHS, Activation
 from certtrain.bounds.interval import Interval as Plain
-from certtrain.bounds.relaxation import Lines, relax
-from certtrain.bounds.relaxation_gated import GATES
+from certtrain.bounds.operations.gates import GATES
+from certtrain.bounds.relaxation import Lines
 from certtrain.verifiers import Certify
 from certtrain.verifiers.vnncomp import answer
 
@@ -125,7 +125,7 @@ def test_lines_around_every_switch(kind, dtype):
     """With no tolerance: what is paid for kernels is a hundred times what this oracle is off by, in float32; in float64
     a few times."""
     for lower, upper in zip(*(ends.split(20_000) for ends in switches(kind, dtype))):
-        lines = relax(Activation(kind), lower, upper)
+        lines = relax(by_name(kind), lower, upper)
         below, above = least_gaps(kind, lines, lower, upper)
         assert (below >= 0).all() and (above >= 0).all()
         if kind in ("sigmoid", "tanh"):  # forward lines rely on it
@@ -142,7 +142,7 @@ def test_kinked_lines_around_every_switch(name, dtype):
     sizes = torch.cat([10**powers, torch.tensor([info.tiny, 1.0, info.max], dtype=torch.float64)]).to(dtype)
     below, upper = (t.reshape(-1, 1) for t in torch.meshgrid(sizes, sizes, indexing="ij"))
     for lower in (-below, 0 * below):
-        lines = relax(Activation("relu" if low == 0 else "leaky_relu", low), lower, upper)
+        lines = relax(by_name("relu" if low == 0 else "leaky_relu", low), lower, upper)
         parts = [part.double() for part in (lines.lower_slope, lines.upper_slope, lines.upper_intercept)]
         for share in (0.0, 0.3, 1.0):
             x = (lower.double() * (1 - share) + upper.double() * share).clamp(max=torch.finfo(torch.float64).max)
@@ -228,7 +228,7 @@ def test_what_runs_lies_within_bounds(kind):
     graph = helper.make_graph(nodes, kind, ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    activation = Activation(kind)
+    activation = by_name(kind)
     table = [(-16.0, -15.8), (15.8, 16.0), (8.9, 9.1), (-9.1, -8.9), (4.0, 30.0), (-30.0, -4.0), (-90.0, -80.0),
              (-1e4, 1e4), (0.9, 1.1), (-1.1, -0.9), (-0.8, -0.7), (-1e-30, 1e-30), (1.005, 1.009), (3.0, 3.0),
              (4.1, 4.2), (8.0, 8.3), (1e30, 2e30), (-2e30, -1e30), (-1e36, 1e36)]  # fmt: skip
@@ -328,7 +328,7 @@ def test_large_numbers_that_fit_are_certified():
 def test_image_of_bounds_holds_ends_of_relu():
     """The intervals of LeakyReLU and ReLU have nothing to pay for."""
     x = Bounds(torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 1.0]))
-    for activation in (Activation("relu"), Activation("leaky_relu", 0.25)):
+    for activation in (by_name("relu"), by_name("leaky_relu", 0.25)):
         found = activation.interval(x.interval())
         assert torch.equal(found.upper, torch.tensor([2.0, 1.0]))
     assert compute_bounds(nn.Sequential(nn.ReLU()), x.interval()).lower.tolist() == [0.0, 0.5]

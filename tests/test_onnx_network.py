@@ -14,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from certtrain.bounds import Interval, LinfBall, UnsupportedNode, compute_bounds
-from certtrain.bounds import program as p
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
+from certtrain.bounds.operations import Dense, Input, Operation
 from certtrain.errors import InputError
 from certtrain.verifiers.onnx_network import OnnxNetwork, read_onnx, replay_session
 from certtrain.verifiers.onnx_operators import RULES
@@ -82,8 +82,8 @@ def read(tmp_path_factory):
     return read
 
 
-def agrees(network: OnnxNetwork, seed: int = 0) -> list[p.Node]:
-    """Checks numbers against onnxruntime's, and that bounds enclose those; gives the program's nodes."""
+def agrees(network: OnnxNetwork, seed: int = 0) -> list[Operation]:
+    """Checks numbers against onnxruntime's, and that bounds enclose those; gives the network's operations."""
     replay, noise = replay_session(network.model), torch.Generator().manual_seed(seed)
     x = torch.rand(3, *network.shape, generator=noise)
     logits = torch.stack([replay(image)[0] for image in x])
@@ -106,7 +106,7 @@ def agrees(network: OnnxNetwork, seed: int = 0) -> list[p.Node]:
         forms = torch.randn(3, 4, network.outputs, dtype=torch.float64, generator=noise)
         least = bound_forms(wide, region, forms, crown_bounds(wide, region))
         assert (least - 1e-4 * size * forms.abs().sum(-1) <= torch.einsum("brk,sbk->sbr", forms, inside.double())).all()
-    return list(network.module.program.nodes)
+    return list(network.module.network.operations)
 
 
 def dense(graph, x, inputs, outputs, activation=""):
@@ -414,29 +414,24 @@ def test_shape_is_that_of_one_input(read):
 def test_layers_are_fused_and_shapes_cost_nothing(read):
     def kinds(build, shape):
         graph = Graph(shape)
-        nodes = agrees(read(graph.model(build(graph))))
-        return [(type(node), getattr(node, "norm", None) and "norm", getattr(node, "activation", None) and "act")
-                for node in nodes[1:]]  # fmt: skip
+        network = read(graph.model(build(graph)))
+        operations = agrees(network)
+        return [" ".join(type(operations[number]).__name__ for number in step) for step in network.module.network.steps]
 
-    plain, flat = (p.Affine, None, None), (p.Reshape, None, None)
-    layer = (p.Affine, None, "act")
-    assert kinds(old_torch, IMAGE) == [layer, flat, plain]
+    assert kinds(old_torch, IMAGE) == ["Convolution Relu", "Rearrangement", "Dense"]
     assert kinds(norms, IMAGE) == [
-        (p.Affine, "norm", "act"),
-        flat,
-        (p.Norm, "norm", None),
-        (p.Affine, "norm", "act"),
-        plain,
-    ]
-    assert kinds(without_batch, [5])[0] == layer  # MatMul, Add and Relu
-    assert kinds(keras, ["batch", 6, 6, 3])[0] == (p.Scale, None, None)  # Sub and Div
-    assert kinds(keras, ["batch", 6, 6, 3])[-1] == plain
-    assert kinds(NETWORKS["same upper"][0], IMAGE)[0] == flat  # the padding, which has two sides
-    assert kinds(NETWORKS["dilation"][0], IMAGE) == [plain, flat]
-    assert kinds(old_gelu, ROW) == [layer, *[(p.Scale, None, None)] * 2, plain]  # twice gelu, and half of it
-    assert kinds(gelu(), ROW) == kinds(gelu_by_tanh(), ROW) == [(p.Activate, None, "act")]
-    joined = (p.Concat, None, None)
-    assert kinds(channels, IMAGE) == [layer, joined, plain, (p.Scale, None, None), joined, flat]
+        "Convolution BatchNorm Relu", "Rearrangement", "BatchNorm", "Dense BatchNorm Relu", "Dense",
+    ]  # fmt: skip
+    assert kinds(without_batch, [5])[0] == "Dense Relu"  # MatMul, Add and Relu
+    assert kinds(keras, ["batch", 6, 6, 3])[0] == "Scale"  # Sub and Div
+    assert kinds(keras, ["batch", 6, 6, 3])[-1] == "Dense"
+    assert kinds(NETWORKS["same upper"][0], IMAGE)[0] == "Rearrangement"  # the padding, which has two sides
+    assert kinds(NETWORKS["dilation"][0], IMAGE) == ["Convolution", "Rearrangement"]
+    assert kinds(old_gelu, ROW) == ["Dense", "Gelu", "Scale", "Scale", "Dense"]  # twice gelu, and half of it
+    assert kinds(gelu(), ROW) == ["Gelu"] and kinds(gelu_by_tanh(), ROW) == ["GeluTanh"]
+    assert kinds(channels, IMAGE) == [
+        "Convolution Relu", "Concat", "Convolution", "Scale", "Concat", "Rearrangement",
+    ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.export's and the old exporter's own
@@ -485,7 +480,7 @@ def test_what_the_output_does_not_need_is_not_looked_at(read):
     graph("Exp", y)
     only_its_shape = graph("Shape", graph("Exp", "x"))
     network = read(graph.model(graph("Reshape", graph("Relu", y), graph("Mul", only_its_shape, integers(0, 0)))))
-    assert [type(node) for node in agrees(network)] == [p.Input, p.Affine]
+    assert [type(operation) for operation in agrees(network)] == [Input, Dense]
 
 
 def test_weights_that_are_not_finite_are_refused_by_fold(read):

@@ -7,9 +7,8 @@ from networks import networks, specification
 from test_crown import CLOSE, SEEDS, inside, make_region, properties, random_forms, slack_of, values_of
 from torch import Tensor, nn
 
-from certtrain.bounds import L2Ball, LinfBall, Region
+from certtrain.bounds import L2Ball, LinfBall, Network, Region
 from certtrain.bounds.crown import bound_forms, crown_bounds
-from certtrain.bounds.folded import Folded
 from certtrain.bounds.folding import fold
 from certtrain.verifiers.optimise import Neurons, Subproblems, maximise, starting_slopes
 
@@ -20,18 +19,18 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), *layers).double()
 
 
-def frozen(model: nn.Module, region: Region) -> Folded:
+def frozen(model: nn.Module, region: Region) -> Network:
     """Its weights are constants, as for every verifier."""
     with torch.no_grad():
         return fold(model.requires_grad_(False), region.images.shape[1:])
 
 
-def kinked(network: Folded) -> bool:
+def kinked(network: Network) -> bool:
     """Whether there is a slope to choose."""
-    return any(network.operations[i].activation.kind in ("relu", "leaky_relu") for i in network.nonlinear)
+    return any(network.relaxed(i).piecewise_linear for i in network.nonlinear)
 
 
-def subproblems(network: Folded, region: Region, forms: Tensor, bounds) -> Subproblems:
+def subproblems(network: Network, region: Region, forms: Tensor, bounds) -> Subproblems:
     neurons = Neurons.of(network)
     lower, upper = (neurons.together({p: getattr(b, end) for p, b in bounds.items()}) for end in ("lower", "upper"))
     return Subproblems(region, forms, torch.zeros(forms.shape[:2], dtype=forms.dtype), lower, upper)

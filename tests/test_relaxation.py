@@ -1,25 +1,27 @@
 """Lines enclose their activation, whatever the interval and the slopes asked for."""
 
 import math
+from inspect import isabstract
 
 import mpmath
 import pytest
 import torch
+from activation_kinds import by_name, relax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from certtrain.bounds import relaxation_gated
-from certtrain.bounds.program import Activation
-from certtrain.bounds.relaxation import RELAXATIONS, Lines, relax
-from certtrain.bounds.relaxation_gated import GATES
+from certtrain.bounds import operations
+from certtrain.bounds.operations import Entrywise, gates
+from certtrain.bounds.operations.gates import GATES
+from certtrain.bounds.relaxation import Lines
 
 ACTIVATIONS = {
-    "relu": Activation("relu"),
-    **{f"leaky_relu {slope}": Activation("leaky_relu", slope) for slope in (0.0, 0.01, 0.5, 1.0)},
-    "sigmoid": Activation("sigmoid"),
-    "tanh": Activation("tanh"),
-    **{kind: Activation(kind) for kind in GATES},
+    "relu": by_name("relu"),
+    **{f"leaky_relu {slope}": by_name("leaky_relu", slope) for slope in (0.0, 0.01, 0.5, 1.0)},
+    "sigmoid": by_name("sigmoid"),
+    "tanh": by_name("tanh"),
+    **{kind: by_name(kind) for kind in GATES},
 }
 KINKED, SMOOTH = list(ACTIVATIONS)[:5], list(ACTIVATIONS)[5:]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -54,7 +56,7 @@ def samples(lower: Tensor, upper: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(torch.cat(points, 1), lower), upper)
 
 
-def gaps(activation: Activation, lines: Lines, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gaps(activation: Entrywise, lines: Lines, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """At samples (B, S), in float64: how far the function is above the lower and below the upper line; and the
     numbers' size, to which rounding is relative."""
     x = samples(lower, upper)
@@ -71,19 +73,19 @@ def gaps(activation: Activation, lines: Lines, lower: Tensor, upper: Tensor) -> 
     return value - sum(low), sum(up) - value, size
 
 
-def assert_encloses(activation: Activation, lines: Lines, lower: Tensor, upper: Tensor) -> None:
+def assert_encloses(activation: Entrywise, lines: Lines, lower: Tensor, upper: Tensor) -> None:
     below, above, size = gaps(activation, lines, lower, upper)
     tolerance = 4 * torch.finfo(lower.dtype).eps * size
     assert (below >= -tolerance).all() and (above >= -tolerance).all()
 
 
-def rise_of(activation: Activation, lower: Tensor, upper: Tensor) -> Tensor:
+def rise_of(activation: Entrywise, lower: Tensor, upper: Tensor) -> Tensor:
     """(B, 1): the largest of the function's values less the smallest."""
     values = activation(samples(lower, upper))
     return values.amax(1, keepdim=True) - values.amin(1, keepdim=True)
 
 
-def straight_sides(activation: Activation, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def straight_sides(activation: Entrywise, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Where the function is convex throughout, and where it is concave: the line above, or below, is its chord."""
     if activation.kind in GATES:
         bend = GATES[activation.kind].bend
@@ -92,7 +94,8 @@ def straight_sides(activation: Activation, lower: Tensor, upper: Tensor) -> tupl
 
 
 def test_every_activation_is_here():
-    assert {activation.kind for activation in ACTIVATIONS.values()} == set(RELAXATIONS)
+    kinds = [kind for kind in vars(operations).values() if isinstance(kind, type) and issubclass(kind, Entrywise)]
+    assert {activation.kind for activation in ACTIVATIONS.values()} == {k.kind for k in kinds if not isabstract(k)}
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -259,7 +262,7 @@ class TestGated:
     def test_float32_lines_enclose_the_exact_function(self, kind):
         """3 million points."""
         lower, upper = self.intervals(kind, 50_000)
-        lines, activation = relax(Activation(kind), lower, upper), Activation(kind)
+        lines, activation = relax(by_name(kind), lower, upper), by_name(kind)
         below, above = (
             (slope.double(), intercept.double())
             for slope, intercept in (
@@ -280,7 +283,7 @@ class TestGated:
             "silu": lambda x: mpmath.tanh(x / 2),
         }[kind]
         lower, upper = (end[:: len(end) // 200].double() for end in self.intervals(kind, 50_001))
-        lines = relax(Activation(kind), lower, upper)
+        lines = relax(by_name(kind), lower, upper)
         rows = zip(lower.tolist(), upper.tolist(), *(v.tolist() for v in vars(lines).values()), strict=True)
         for first, last, low, high, high_at_0, low_at_0 in rows:
             for share in (0, 1e-9, 0.1, 0.3, 0.5, 0.8, 1 - 1e-7, 1):
@@ -291,9 +294,9 @@ class TestGated:
     @pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
     def test_whatever_bisection_finds_is_made_sound(self, kind, share, monkeypatch):
         """Tangents anywhere on their piece: their constants hold all the same."""
-        monkeypatch.setattr(relaxation_gated, "_bisected", lambda _, good, wanted: wanted + share * (good - wanted))
+        monkeypatch.setattr(gates, "_bisected", lambda _, good, wanted: wanted + share * (good - wanted))
         lower, upper = (end.double().unsqueeze(1) for end in self.intervals(kind, 3000))
-        assert_encloses(Activation(kind), relax(Activation(kind), lower, upper), lower, upper)
+        assert_encloses(by_name(kind), relax(by_name(kind), lower, upper), lower, upper)
 
     def test_the_constants_of_any_slope(self, kind):
         """Those that soundness rests on: whatever the slope, and wherever it was found."""
@@ -301,8 +304,8 @@ class TestGated:
         first, last = torch.where(first + last < 0, -last, first), torch.where(first + last < 0, -first, last)
         slope, share = 4 * torch.rand(len(first), dtype=torch.float64) - 2, torch.rand(len(first), dtype=torch.float64)
         place = first + share * (last - first)
-        above = relaxation_gated._least_above(GATES[kind], first, last, slope, place)
-        below = relaxation_gated._most_below(GATES[kind], first, last, slope, place)
+        above = gates._least_above(GATES[kind], first, last, slope, place)
+        below = gates._most_below(GATES[kind], first, last, slope, place)
         slack = 4e-16 * 3 * torch.maximum(first.abs(), last.abs())
         for point in torch.linspace(0, 1, 41, dtype=torch.float64):
             x = first + point * (last - first)
@@ -320,9 +323,9 @@ class TestGated:
             (3e38, 3e38),
         ]
         lower, upper = torch.tensor(ends).split(1, 1)
-        lines = relax(Activation(kind), lower, upper)
+        lines = relax(by_name(kind), lower, upper)
         x = torch.tensor([-1e30, -3.0, -0.7, 0.0, 5.0, 1e30])
-        value = Activation(kind)(x)
+        value = by_name(kind)(x)
         assert lines.lower_intercept is not None
         for row, (first, last) in enumerate(ends):
             inside = ~((x < first) | (x > last))
@@ -336,12 +339,12 @@ class TestGated:
 
     def test_of_a_wide_interval(self, kind):
         """By hand: in the middle the tangent at 0, which is x / 2, from below; the chord from above."""
-        lines = relax(Activation(kind), torch.tensor([[-50.0]]), torch.tensor([[50.0]]))
+        lines = relax(by_name(kind), torch.tensor([[-50.0]]), torch.tensor([[50.0]]))
         assert float(lines.lower_slope) == pytest.approx(0.5) and float(lines.lower_intercept) == pytest.approx(
             0, abs=1e-4
         )
         assert float(lines.upper_slope) == pytest.approx(0.5) and float(lines.upper_intercept) == pytest.approx(25)
 
     def test_of_no_interval(self, kind):
-        lines = relax(Activation(kind), torch.zeros(0, 3), torch.zeros(0, 3))
+        lines = relax(by_name(kind), torch.zeros(0, 3), torch.zeros(0, 3))
         assert lines.upper_slope.shape == lines.lower_slope.shape == (0, 3)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..bounds import Bounds
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.crown import crown_bounds, rows_at_a_time
-from ..bounds.folded import Folded
+from ..bounds.network import Network
 from .branching import look_ahead, minimiser, scores
 from .known import Known
 from .lp import rounded_bound, solve_leaf
@@ -29,7 +29,7 @@ from .tree import Tree, columns_of, in_turns, rows_of, scattered
 def branch_and_bound(
     problem: Problem,
     known: Known,
-    exact: Folded,
+    exact: Network,
     search: Search,
     timeout: float,
     violates: Callable[[int, Tensor], bool],
@@ -46,7 +46,7 @@ def branch_and_bound(
 
 
 class _Search:
-    def __init__(self, problem: Problem, known: Known, exact: Folded, search: Search, timeout: float, violates):
+    def __init__(self, problem: Problem, known: Known, exact: Network, search: Search, timeout: float, violates):
         self.problem, self.network, self.exact = problem, known.network, exact
         self.search, self.timeout, self.violates = search, timeout, violates
         self.region = known.region_of(problem)

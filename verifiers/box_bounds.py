@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..bounds import Bounds, Region
 from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, slack_of
-from ..bounds.folded import Folded
 from ..bounds.forward_linear import forward_bounds
+from ..bounds.network import Network
 from .optimise import finite, with_offsets
 
 AFFORDABLE = 30
@@ -31,7 +31,7 @@ class BoxBounds:
         outer: bounds of every non-linear operation's input over each problem's whole set; may be empty.
     """
 
-    network: Folded
+    network: Network
     rows: Tensor
     offsets: Tensor
     members: Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Region
-from ..bounds.folded import Folded
+from ..bounds.network import Network
 from .optimise import Neurons, Optimised
 
 
@@ -23,7 +23,7 @@ def minimiser(found: Optimised, region: Region, row: Tensor) -> Tensor:
     return torch.where(chosen > 0, hull.lower, torch.where(chosen < 0, hull.upper, hull.center))
 
 
-def scores(network: Folded, found: Optimised, lower: Tensor, upper: Tensor, row: Tensor, point: Tensor) -> Tensor:
+def scores(network: Network, found: Optimised, lower: Tensor, upper: Tensor, row: Tensor, point: Tensor) -> Tensor:
     """(D, N) what each neuron's relaxation costs the bound: at the worst, and at the bound's own minimiser.
 
     Args:
@@ -41,7 +41,7 @@ def scores(network: Folded, found: Optimised, lower: Tensor, upper: Tensor, row:
     unstable = (lower < 0) & (upper > 0)
     width = torch.where(unstable, upper - lower, 1.0)
     kinks = torch.cat([
-        torch.full((shape.numel(),), network.operations[place].activation.slope, dtype=lower.dtype)
+        torch.full((shape.numel(),), network.relaxed(place).kink, dtype=lower.dtype)
         for place, shape in zip(neurons.places, neurons.shapes, strict=True)
     ]).to(lower.device)  # fmt: skip
     intercept = (1 - kinks) * -lower * upper / width

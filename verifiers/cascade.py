@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, checked_logits, trace
 from ..bounds.clock import OutOfTime, now, until
-from ..bounds.folded import Folded
 from ..bounds.folding import fold
 from ..bounds.interval import check_pixels
+from ..bounds.network import Network, NetworkModule
+from ..bounds.operations import Input, Opaque
 from ..bounds.overflow import fits
-from ..bounds.program import Input, ProgramModule, Whole
 from ..bounds.rounding import check as check_rounding
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in, classes_of
@@ -85,11 +85,11 @@ def _runnable(network: nn.Module) -> nn.Module:
     try:
         trace(network)
     except UnsupportedNode as why:
-        return ProgramModule([Input("input", ()), Whole("network", (0,), network, why)])
+        return NetworkModule([Input("input", ()), Opaque("network", (0,), network, why)])
     return network
 
 
-def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Folded, torch.dtype]:
+def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Network, torch.dtype]:
     """The network to be bounded, and the precision to do it in."""
     images = problem.region.images
     if arithmetic == "nearest":
@@ -103,7 +103,7 @@ def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Folded, torch.dty
     return _speaking_of(problem, network), torch.float64
 
 
-def _speaking_of(problem: Problem, network: Folded) -> Folded:
+def _speaking_of(problem: Problem, network: Network) -> Network:
     """The network, if its outputs are those that the specification speaks of."""
     count, specification = len(problem), problem.specification
     found, wanted = (count, *network.shapes[-1]), (count, specification.rows.shape[2])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bounds import forward
 from ..bounds.clock import OutOfTime, fitting, look, looking, now, until
 from ..bounds.effort import work_of
-from ..bounds.folded import Folded
+from ..bounds.network import Network
 from ..noise import Noise, key_of
 from .known import Known
 from .problem import Problem, Specification, Status
@@ -85,7 +85,7 @@ class FalsifyStage:
         return found
 
 
-def _step_of(network: Folded) -> dict[str, float]:
+def _step_of(network: Network) -> dict[str, float]:
     """What a step of one point takes, about: the network once, and twice as much for the gradient."""
     last = len(network.operations) - 1
     return {kind: 3 * work for kind, work in work_of(network, last, lambda at: network.shapes[at].numel()).items()}

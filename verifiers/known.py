@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Bounds, Region
-from ..bounds.folded import Folded
+from ..bounds.network import Network
 from .optimise import finite
 from .problem import Problem, Specification
 
@@ -24,7 +24,7 @@ class Known:
         alphas: (B, R, N) slopes that a stage found good; None before.
     """
 
-    network: Folded
+    network: Network
     rows: Tensor
     bounds: dict[int, Bounds]
     alphas: Tensor | None = None

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..bounds import Bounds, Interval, Region
 from ..bounds.clock import OutOfTime, look
-from ..bounds.program import ProgramModule, Whole
+from ..bounds.network import NetworkModule
 from ..errors import InputError, check
 from ..models.base import Normalise
 from ..precision import full_float32
@@ -172,8 +172,7 @@ class LirpaStage:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    program = model.program.nodes if isinstance(model, ProgramModule) else ()
-    return program[1].module if len(program) == 2 and isinstance(program[1], Whole) else model
+    return (model.runs or model) if isinstance(model, NetworkModule) else model
 
 
 def _evaluating(model: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..bounds import Bounds, Region, clock
 from ..bounds.crown import backward, relax_all, rows_at_a_time
-from ..bounds.folded import Folded
+from ..bounds.network import Network
 from ..errors import InputError
 from .optimise import Neurons, Subproblems, maximise
 
@@ -164,7 +164,7 @@ def check_box(region: Region) -> None:
 
 @torch.no_grad()
 def leaf_program(
-    network: Folded, region: Region, rows: Tensor, offsets: Tensor, lower: Tensor, upper: Tensor, signs: Tensor
+    network: Network, region: Region, rows: Tensor, offsets: Tensor, lower: Tensor, upper: Tensor, signs: Tensor
 ) -> LinearProgram:
     """The linear program of a leaf; arguments as for ``solve_leaf``."""
     check_box(region)
@@ -186,7 +186,7 @@ def leaf_program(
 
 
 def solve_leaf(
-    network: Folded,
+    network: Network,
     region: Region,
     rows: Tensor,
     offsets: Tensor,
@@ -216,7 +216,7 @@ def solve_leaf(
     return replace(leaf, point=point)
 
 
-def rounded_bound(network: Folded, inside: Subproblems, leaf: Leaf) -> float:
+def rounded_bound(network: Network, inside: Subproblems, leaf: Leaf) -> float:
     """A leaf's bound in the arithmetic that ``network.rounding`` describes, of which its program knows nothing: the
     program's multipliers, in linear bounds that do. -inf for a clause of several rows, whose weighted sum rounds too.
 

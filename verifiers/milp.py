@@ -19,7 +19,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from ..bounds import Bounds, Region, clock
-from ..bounds.folded import Folded, Nonlinear
+from ..bounds.network import Network
+from ..bounds.operations import Nonlinear
 from ..errors import InputError
 from .lp import check_box
 
@@ -43,7 +44,7 @@ class Exact:
 
 @torch.no_grad()
 def minimum(
-    network: Folded,
+    network: Network,
     region: Region,
     rows: Tensor,
     offsets: Tensor,
@@ -91,7 +92,7 @@ class _Program:
     Every number of the network is affine in u. A stack (1 + columns, *shape) holds its constant, then its coefficients.
     """
 
-    def __init__(self, network: Folded, region: Region, bounds: Mapping[int, Bounds], position: int):
+    def __init__(self, network: Network, region: Region, bounds: Mapping[int, Bounds], position: int):
         self.network, self.region, self.bounds = network, region, bounds
         places = [place for place in network.nonlinear if place <= position]
         self.open = {place: ((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten() for place in places}
@@ -109,7 +110,7 @@ class _Program:
         for number, operation in enumerate(self.network.operations[: position + 1]):
             clock.look()
             if isinstance(operation, Nonlinear):
-                slope = operation.activation.slope if operation.activation.kind == "leaky_relu" else 0.0
+                slope = operation.kink
                 stacks[number] = self._activate(number, slope, stacks[operation.inputs[0]])
             elif number:
                 inputs = [stacks[read] for read in operation.inputs]

@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..bounds import program as p
+from ..bounds.operations import Entrywise, Gelu, GeluTanh, Opaque, Operation, Scale, Silu, Sum, UnsupportedNode
 from .onnx_steps import Construction, Step, Value
 
 TOLERANCE = 3e-7
 """Of numbers, which files hold in float32: a few of its roundings."""
 
 
-class Entrywise(nn.Module):
+KINDS = {kind.kind: kind for kind in (Gelu, GeluTanh, Silu)}
+
+
+class GatePart(nn.Module):
     """A function that gates are made of, and that has no bounds by itself."""
 
     def __init__(self, kind: str, function: Callable[[Tensor], Tensor]):
@@ -42,33 +45,33 @@ def power(step: Step) -> Value:
 
 
 def gelu(step: Step) -> Value:
-    kinds = {b"none": "gelu", b"tanh": "gelu_tanh"}
+    kinds = {b"none": Gelu, b"tanh": GeluTanh}
     form = step.attributes.get("approximate", b"none")
     if form not in kinds:
         step.refuse(f"approximate={form.decode()}", "none, tanh")
-    return step.append(p.Activate, step.value(0), step.shape, p.Activation(kinds[form]))
+    return step.append(kinds[form], step.value(0), step.shape)
 
 
 def product(step: Step) -> Value | None:
     """A Mul of two computed values, if one of them is a gate of the other."""
     for own, other in ((0, 1), (1, 0)):
         for kind, gain, position in _gates(step.run, step.value(own).position, step.value(other).position):
-            done = step.append(p.Activate, Value(position, step.shape), step.shape, p.Activation(kind))
+            done = step.append(KINDS[kind], Value(position, step.shape), step.shape)
             return done if _near(gain, 1.0) else step.scaled(done, gain, 0.0)
     return None
 
 
 def _entrywise(step: Step, kind: str, function: Callable[[Tensor], Tensor]) -> Value:
     place = f"{step.run.path}: {step.node.op_type} {step.path!r}"
-    why = p.UnsupportedNode(f"{place}: found it outside of a GELU; accepted: x * (1 + erf(x / sqrt(2))), or by tanh")
-    return step.append(p.Whole, step.value(0), step.shape, Entrywise(kind, function), why)
+    why = UnsupportedNode(f"{place}: found it outside of a GELU; accepted: x * (1 + erf(x / sqrt(2))), or by tanh")
+    return step.append(Opaque, step.value(0), step.shape, GatePart(kind, function), why)
 
 
 def _gates(run: Construction, own: int, gate: int) -> Iterator[tuple[str, float, int]]:
     """(kind, gain, position) such that the product is gain times that activation of what is at ``position``."""
     factors = {position: factor for factor, shift, position in _chain(run, own) if shift == 0}
     for factor, shift, position in _chain(run, gate):
-        node = run.nodes[position]
+        node = run.operations[position]
         function = _function(node)
         for inner, offset, read in _chain(run, node.inputs[0]) if function else ():
             gain = factor * factors.get(read, math.nan)
@@ -87,21 +90,21 @@ def _gates(run: Construction, own: int, gate: int) -> Iterator[tuple[str, float,
 def _cubic(run: Construction, position: int) -> int | None:
     """Where x is, if sqrt(2 / pi) (x + 0.044715 x^3) is at ``position``."""
     for factor, shift, place in _chain(run, position):
-        node = run.nodes[place]
-        if not (isinstance(node, p.Add) and node.sign == 1 and shift == 0 and _near(factor, math.sqrt(2 / math.pi))):
+        node = run.operations[place]
+        if not (isinstance(node, Sum) and node.sign == 1 and shift == 0 and _near(factor, math.sqrt(2 / math.pi))):
             continue
         for read, other in (node.inputs, node.inputs[::-1]):
             for cube, more, at in _chain(run, other):
-                found = run.nodes[at]
+                found = run.operations[at]
                 if _function(found) == "cube" and found.inputs == (read,) and more == 0 and _near(cube, 0.044715):
                     return read
     return None
 
 
-def _function(node: p.Node) -> str | None:
-    if isinstance(node, p.Whole) and isinstance(node.module, Entrywise):
-        return node.module.kind
-    return node.activation.kind if isinstance(node, p.Activate) else None
+def _function(operation: Operation) -> str | None:
+    if isinstance(operation, Opaque) and isinstance(operation.function, GatePart):
+        return operation.function.kind
+    return operation.kind if isinstance(operation, Entrywise) else None
 
 
 def _chain(run: Construction, position: int) -> Iterator[tuple[float, float, int]]:
@@ -109,7 +112,7 @@ def _chain(run: Construction, position: int) -> Iterator[tuple[float, float, int
     the way back through maps by numbers."""
     factor, shift = 1.0, 0.0
     yield factor, shift, position
-    while isinstance(node := run.nodes[position], p.Scale):
+    while isinstance(node := run.operations[position], Scale):
         numbers = [torch.as_tensor(constant).flatten() for constant in node.coefficients()]
         if any(len(number) == 0 or not bool((number == number[0]).all()) for number in numbers):
             return

@@ -22,8 +22,9 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 from torch import Tensor
 
-from ..bounds import program as p
 from ..bounds.clock import look, looking
+from ..bounds.network import NetworkModule
+from ..bounds.operations import Input, Rearrangement, UnsupportedNode
 from ..errors import InputError
 from .onnx_operators import RULES
 from .onnx_steps import Construction, Shape, Step, Value, evaluate, held, session
@@ -47,7 +48,7 @@ class OnnxNetwork:
         model: the file's content, weights included, without operators that the output does not depend on.
     """
 
-    module: p.ProgramModule
+    module: NetworkModule
     shape: torch.Size
     outputs: int
     model: onnx.ModelProto
@@ -86,8 +87,8 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     value = run.values[outputs[0]]
     logits = run.reshaped(value, (1, math.prod(value.shape)), "output")
     if logits.position == 0:
-        run.nodes.append(p.Reshape("output", (0,), lambda x: x.flatten(1)))
-    module = p.ProgramModule(run.nodes)
+        run.operations.append(Rearrangement("output", (0,), lambda x: x.flatten(1)))
+    module = NetworkModule(run.operations)
     return OnnxNetwork(module, torch.Size(held(shape)), logits.shape[1], model)
 
 
@@ -168,7 +169,7 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
     found, known = [], {name}
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx"):
-            raise p.UnsupportedNode(
+            raise UnsupportedNode(
                 f"{_place(node, path)}: found domain {node.domain!r}; accepted: operators of ONNX: {SUPPORTED}"
             )
         if node.op_type not in ("Shape", "Size") and known & set(node.input):
@@ -177,11 +178,11 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
             continue
         if node.op_type in NOT_CONSTANT:
             accepted = "constants that are made without branches, loops or random numbers"
-            raise p.UnsupportedNode(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
+            raise UnsupportedNode(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
     found = _live(found, model.graph.output[0].name)
     for node in (node for node in found if node.op_type not in RULES):
         hint = HINT if node.op_type in ("Softmax", "LogSoftmax") and node is found[-1] else ""
-        raise p.UnsupportedNode(
+        raise UnsupportedNode(
             f"{_place(node, path)}: found an operator without a bound rule{hint}; accepted: {SUPPORTED}"
         )
     return found
@@ -205,7 +206,7 @@ def _construction(
     computed = {output for node in nodes for output in node.output}
     shapes = {known: array.shape for known, array in found.items() if known in computed}
     constants = weights | {known: array for known, array in found.items() if known not in computed}
-    return Construction(str(path), model, shapes, constants, readers, [p.Input(name, ())], {name: Value(0, shape)})
+    return Construction(str(path), model, shapes, constants, readers, [Input(name, ())], {name: Value(0, shape)})
 
 
 def _place(node: onnx.NodeProto, path: Path) -> str:

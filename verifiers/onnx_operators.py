@@ -1,4 +1,4 @@
-"""ONNX operators → nodes of a program: one small rule per operator, the table last."""
+"""ONNX operators → operations of a network: one small rule per operator, the table last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ import torch.nn.functional as F
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from ..bounds import program as p
+from ..bounds.operations import (
+    AveragePool,
+    BatchNorm,
+    Concat,
+    Convolution,
+    Dense,
+    LeakyRelu,
+    MaxPool,
+    Operation,
+    Rearrangement,
+    Relu,
+    Sigmoid,
+    Tanh,
+)  # fmt: skip
 from . import onnx_gates
 from .onnx_steps import Pair, Shape, Step, Value, evaluate, fixed, numbers
 
@@ -73,8 +86,8 @@ def _concat(step: Step) -> Value:
 
 def _joined(step: Step, values: list[Value], shape: Shape, axis: int) -> Value:
     """Values of ONNX shapes (1, …), one after the other along a later dimension."""
-    step.run.nodes.append(p.Concat(step.path, tuple(value.position for value in values), axis))
-    return Value(len(step.run.nodes) - 1, shape)
+    step.run.operations.append(Concat(step.path, tuple(value.position for value in values), axis))
+    return Value(len(step.run.operations) - 1, shape)
 
 
 def _arithmetic(step: Step) -> Value:
@@ -182,13 +195,13 @@ def _conv(step: Step) -> Value:
     sizes = zip(windows.image, windows.kernel, windows.stride, windows.dilation, padding)
     if windows.output != tuple((i + 2 * b - d * (k - 1) - 1) // s + 1 for i, k, s, d, b in sizes):
         padded = windows.padded(torch.empty(value.shape, device="meta"), 0.0).shape
-        value = step.append(p.Reshape, value, tuple(padded), lambda x: windows.padded(x, 0.0))
+        value = step.append(Rearrangement, value, tuple(padded), lambda x: windows.padded(x, 0.0))
         padding = (0, 0)
-    layer = nn.Conv2d(weight.shape[1] * groups, len(weight), windows.kernel, windows.stride, padding,
-                      windows.dilation, groups, bias=False, device="meta")  # fmt: skip
+    geometry = windows.stride, padding, windows.dilation, groups
+    layer = nn.Conv2d(weight.shape[1] * groups, len(weight), windows.kernel, *geometry, bias=False, device="meta")
     layer.weight = fixed(weight)
-    layer.bias = fixed(step.constant(2)) if step.has(2) else None
-    return step.reshaped(step.append(p.Affine, value, (1, len(weight), *windows.output), layer))
+    layer.register_parameter("bias", fixed(step.constant(2)) if step.has(2) else None)
+    return step.reshaped(step.append(Convolution, value, (1, len(weight), *windows.output), layer, *geometry))
 
 
 def _max_pool(step: Step) -> Value:
@@ -198,7 +211,7 @@ def _max_pool(step: Step) -> Value:
     def pool(x: Tensor) -> Tensor:
         return F.max_pool2d(windows.padded(x, -math.inf), *walk)
 
-    return step.reshaped(step.append(p.Pool, value, (*value.shape[:2], *windows.output), pool, False))
+    return step.reshaped(step.append(MaxPool, value, (*value.shape[:2], *windows.output), pool))
 
 
 def _average_pool(step: Step) -> Value:
@@ -219,7 +232,7 @@ def _average_pool(step: Step) -> Value:
     def pool(x: Tensor) -> Tensor:
         return total(windows.padded(x, 0.0)) / counts.to(x)
 
-    return step.reshaped(step.append(p.Pool, value, (*value.shape[:2], *windows.output), pool, True))
+    return step.reshaped(step.append(AveragePool, value, (*value.shape[:2], *windows.output), pool))
 
 
 def _reduced(step: Step) -> Value:
@@ -236,7 +249,7 @@ def _reduced(step: Step) -> Value:
     value = step.picked(value, moved)
     function = torch.sum if step.node.op_type == "ReduceSum" else torch.mean
     reduced = (*value.shape[:-1], 1)
-    return step.reshaped(step.append(p.Pool, value, reduced, lambda x: function(x, -1, keepdim=True), True))
+    return step.reshaped(step.append(AveragePool, value, reduced, lambda x: function(x, -1, keepdim=True)))
 
 
 def _batch_norm(step: Step) -> Value:
@@ -244,28 +257,28 @@ def _batch_norm(step: Step) -> Value:
         step.refuse("training_mode, or statistics of every place", "a batch norm in evaluation mode, of channels")
     value, epsilon = step.value(0), step.attributes.get("epsilon", 1e-5)
     weight, bias, mean, variance = (step.constant(number) for number in range(1, 5))
-    before = step.run.nodes[value.position]
-    linear = isinstance(before, p.Affine) and isinstance(before.layer, nn.Linear)
+    before = step.run.operations[value.position]
+    linear = isinstance(before, Dense)
     rank = len(value.shape)
     if value.shape[0] == 1 and (rank == 2 or (rank == 4 and not linear)):
         norm = (nn.BatchNorm1d if rank == 2 else nn.BatchNorm2d)(len(weight), epsilon)
         norm.weight, norm.bias, norm.running_mean, norm.running_var = fixed(weight), fixed(bias), mean, variance
-        return step.append(p.Norm, value, step.shape, norm)
+        return step.append(BatchNorm, value, step.shape, norm)
     # channels that are not the last affine layer's outputs; roundings as of a norm that stays apart
     scale = weight.double() / (variance.double() + epsilon).sqrt()
     mean, scale, bias = (vector.reshape(-1, *[1] * (rank - 2)) for vector in (mean, scale, bias))
     return step.scaled(step.scaled(value, 1.0, -mean, roundings=3), scale, bias, roundings=8)
 
 
-def _activation(kind: str) -> Callable[[Step], Value]:
-    return lambda step: step.append(p.Activate, step.value(0), step.shape, p.Activation(kind))
+def _activation(kind: type[Operation]) -> Callable[[Step], Value]:
+    return lambda step: step.append(kind, step.value(0), step.shape)
 
 
 def _leaky(step: Step) -> Value:
     slope = step.attributes.get("alpha", 0.01)
     if not 0 <= slope <= 1:
         step.refuse(f"alpha={slope}", "a slope in [0, 1]")
-    return step.append(p.Activate, step.value(0), step.shape, p.Activation("leaky_relu", slope))
+    return step.append(LeakyRelu, step.value(0), step.shape, slope)
 
 
 RULES: dict[str, Callable[[Step], Value]] = {
@@ -294,15 +307,15 @@ RULES: dict[str, Callable[[Step], Value]] = {
     "Pow": onnx_gates.power,
     "ReduceMean": _reduced,
     "ReduceSum": _reduced,
-    "Relu": _activation("relu"),
+    "Relu": _activation(Relu),
     "Reshape": _reshape,
-    "Sigmoid": _activation("sigmoid"),
+    "Sigmoid": _activation(Sigmoid),
     "Slice": _copied,
     "SpaceToDepth": _copied,
     "Split": _copied,
     "Squeeze": _reshape,
     "Sub": _arithmetic,
-    "Tanh": _activation("tanh"),
+    "Tanh": _activation(Tanh),
     "Transpose": _copied,
     "Unsqueeze": _reshape,
 }

@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from onnx import helper
 from torch import Tensor, nn
 
-from ..bounds import program as p
+from ..bounds.operations import (
+    Affine,
+    Convolution,
+    Dense,
+    Operation,
+    Rearrangement,
+    Scale,
+    Selection,
+    Sum,
+    UnsupportedNode,
+)  # fmt: skip
 
 Shape = tuple[int, ...]
 Pair = tuple[int, int]
@@ -77,7 +87,7 @@ class Construction:
     shapes: Mapping[str, Shape]
     constants: Mapping[str, np.ndarray]
     readers: Mapping[str, int]
-    nodes: list[p.Node]
+    operations: list[Operation]
     values: dict[str, Value] = field(default_factory=dict)
 
     def reshaped(self, value: Value, shape: Shape, path: str) -> Value:
@@ -85,8 +95,8 @@ class Construction:
         target = held(shape)
         if held(value.shape) == target:
             return Value(value.position, shape)
-        self.nodes.append(p.Reshape(path, (value.position,), lambda x: x.reshape(x.shape[0], *target)))
-        return Value(len(self.nodes) - 1, shape)
+        self.operations.append(Rearrangement(path, (value.position,), lambda x: x.reshape(x.shape[0], *target)))
+        return Value(len(self.operations) - 1, shape)
 
     def alone(self, value: Value) -> bool:
         """Whether a node has one reader only, by whatever name."""
@@ -103,7 +113,7 @@ class Step:
 
     def refuse(self, found: str, accepted: str) -> NoReturn:
         place = f"{self.run.path}: {self.node.op_type} {self.path!r}"
-        raise p.UnsupportedNode(f"{place}: found {found}; accepted: {accepted}")
+        raise UnsupportedNode(f"{place}: found {found}; accepted: {accepted}")
 
     def has(self, number: int) -> bool:
         return number < len(self.node.input) and self.node.input[number] != ""
@@ -121,13 +131,13 @@ class Step:
             self.refuse(f"input {number} computed from the network's input", "a constant")
         return torch.tensor(self.run.constants[self.node.input[number]])
 
-    def append(self, kind: type[p.Node], value: Value, shape: Shape, *fields: Any) -> Value:
-        self.run.nodes.append(kind(self.path, (value.position,), *fields))
-        return Value(len(self.run.nodes) - 1, shape)
+    def append(self, kind: type[Operation], value: Value, shape: Shape, *fields: Any) -> Value:
+        self.run.operations.append(kind(self.path, (value.position,), *fields))
+        return Value(len(self.run.operations) - 1, shape)
 
     def add(self, values: list[Value], sign: float = 1.0) -> Value:
-        self.run.nodes.append(p.Add(self.path, tuple(value.position for value in values), sign))
-        return Value(len(self.run.nodes) - 1, self.shape)
+        self.run.operations.append(Sum(self.path, tuple(value.position for value in values), sign))
+        return Value(len(self.run.operations) - 1, self.shape)
 
     def reshaped(self, value: Value, shape: Shape | None = None) -> Value:
         return self.run.reshaped(value, self.shape if shape is None else shape, self.path)
@@ -145,7 +155,7 @@ class Step:
             # gather: its adjoint is a hundred times as fast as that of x[:, index] (one image of 3072 entries: 0.1 ms)
             return F.pad(x.flatten(1), (1, 0)).gather(1, flat.to(x.device).expand(x.shape[0], -1)).unflatten(1, target)
 
-        return self.append(p.Reshape, value, shape, pick)
+        return self.append(Selection, value, shape, pick)
 
     def transposed(self, value: Value) -> Value:
         """The last two dimensions swapped."""
@@ -155,7 +165,7 @@ class Step:
         """``weight`` (H, D) times the last dimension."""
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = fixed(weight)
-        return self.append(p.Affine, value, (*value.shape[:-1], len(weight)), layer)
+        return self.append(Dense, value, (*value.shape[:-1], len(weight)), layer)
 
     def scaled(self, value: Value, scale: Tensor | float, shift: Tensor | float, *, roundings: int = 2) -> Value:
         """scale * value + shift; a float32 shift along the outputs of a layer without bias becomes its bias."""
@@ -163,14 +173,16 @@ class Step:
             self.refuse(f"a constant that widens shape {value.shape} to {self.shape}", "one that keeps the shape")
         value = self.reshaped(value)
         scale, shift = (self._against(torch.as_tensor(constant, dtype=torch.float64)) for constant in (scale, shift))
-        node = self.run.nodes[value.position]
-        if isinstance(node, p.Affine) and node.layer.bias is None and (scale == 1).all() and self.run.alone(value):
-            features = shift.shape[1 if isinstance(node.layer, nn.Conv2d) else -1]
+        before = self.run.operations[value.position]
+        if isinstance(before, Affine) and before.bias is None and (scale == 1).all() and self.run.alone(value):
+            features = shift.shape[1 if isinstance(before, Convolution) else -1]
             if shift.numel() == features and torch.equal(shift.float().double(), shift):
-                node.layer.bias = fixed(shift.float().flatten().expand(len(node.layer.weight)))
+                bias = fixed(shift.float().flatten().expand(len(before.weight)))
+                assert isinstance(before.layer, nn.Module)
+                before.layer.register_parameter("bias", bias)
                 return value
         constants = Constants(scale, shift)
-        return self.append(p.Scale, value, self.shape, constants, constants.exact, roundings)
+        return self.append(Scale, value, self.shape, constants, constants.exact, roundings)
 
     def _against(self, constant: Tensor) -> Tensor:
         """A constant that broadcasts against ``self.shape``, as one that does against (1, *held)."""

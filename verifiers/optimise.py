@@ -13,7 +13,7 @@ from torch import Tensor
 from ..bounds import Bounds, Region
 from ..bounds.clock import OutOfTime, look, now
 from ..bounds.crown import LinearBound, backward, relax_all, slack_of
-from ..bounds.folded import Folded
+from ..bounds.network import Network
 from ..bounds.rounding import OWN
 
 
@@ -25,7 +25,7 @@ class Neurons:
     shapes: tuple[torch.Size, ...]
 
     @classmethod
-    def of(cls, network: Folded) -> Neurons:
+    def of(cls, network: Network) -> Neurons:
         return cls(network.nonlinear, tuple(network.shapes[place] for place in network.nonlinear))
 
     @property
@@ -88,7 +88,7 @@ def finite(lower: Tensor) -> Tensor:
     return lower.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
-def with_offsets(network: Folded, lower: Tensor, offsets: Tensor) -> Tensor:
+def with_offsets(network: Network, lower: Tensor, offsets: Tensor) -> Tensor:
     """Lower bounds with constants added, rounded down where the network has a ``rounding``."""
     found = lower + offsets
     return found if network.rounding is None else found - 4 * OWN * (lower.abs() + offsets.abs()) * (offsets != 0)
@@ -100,7 +100,7 @@ def starting_slopes(lower: Tensor, upper: Tensor, rows: int) -> Tensor:
 
 
 def maximise(
-    network: Folded,
+    network: Network,
     sub: Subproblems,
     alphas: Tensor,
     betas: Tensor | None = None,

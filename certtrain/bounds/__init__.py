@@ -1,13 +1,14 @@
 """Sound bounds of a network's outputs over a set of inputs."""
 
 from .faithful import check_faithful, check_one_image, checked_logits
-from .forward import BatchStatistics, Forward, Statistics, forward
+from .forward import Forward, forward
 from .ibp import Activity, compute_activity, compute_bounds, compute_margins, compute_rows
 from .interval import Bounds, Interval
 from .l1 import L1Ball
+from .network import Network, NetworkModule, Statistics, UnsupportedNode
+from .operations import BatchStatistics, Operation, from_function, from_module
 from .parts import Halves, split
 from .perturbation import L2Ball, LinfBall, NormBall, PerturbationSet
-from .program import Program, UnsupportedNode
 from .region import Box, Region
 from .sizes import size_name, sized
 from .sparse import SparseBall
@@ -15,7 +16,8 @@ from .tracing import trace
 
 __all__ = [
     "Activity", "BatchStatistics", "Bounds", "Box", "Forward", "Halves", "Interval", "L1Ball", "L2Ball", "LinfBall",
-    "NormBall", "PerturbationSet", "Program", "Region", "SparseBall", "Statistics", "UnsupportedNode",
-    "check_faithful", "check_one_image", "checked_logits", "compute_activity", "compute_bounds", "compute_margins",
-    "compute_rows", "forward", "size_name", "sized", "split", "trace",
+    "Network", "NetworkModule", "NormBall", "Operation", "PerturbationSet", "Region", "SparseBall", "Statistics",
+    "UnsupportedNode", "check_faithful", "check_one_image", "checked_logits", "compute_activity", "compute_bounds",
+    "compute_margins", "compute_rows", "forward", "from_function", "from_module", "size_name", "sized", "split",
+    "trace",
 ]  # fmt: skip

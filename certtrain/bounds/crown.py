@@ -5,7 +5,7 @@ CROWN (arXiv 1811.00866) and, with interval bounds of the activations' inputs, C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import clock
-from .effort import work, work_of
-from .folded import Concat, Dense, Folded, Nonlinear, Operation, Sum
+from .effort import work_of
 from .interval import Bounds, Interval
+from .network import Network
+from .operations import Dense, Nonlinear, Sum
 from .region import Region, least
-from .relaxation import Lines, relax
+from .relaxation import Relaxation
 from .rounding import Slack, interval_of, widened
 from .windows import View, Windows
 
@@ -48,10 +49,10 @@ class LinearBound:
 
 
 def backward(
-    network: Folded,
+    network: Network,
     position: int,
     forms: Tensor,
-    lines: Mapping[int, Lines],
+    lines: Mapping[int, Relaxation],
     multipliers: Mapping[int, Tensor] | None = None,
     seen: dict[int, Tensor] | None = None,
     slack: Slack | None = None,
@@ -77,30 +78,26 @@ def backward(
     for number in range(position, 0, -1):
         if number not in pending:
             continue
-        forms, operation = pending.pop(number), (view or network).operation(number)
-        clock.look(type(operation).__name__, work(operation, forms.numel()))
+        forms, operation = pending.pop(number), view.operation(number) if view else network.operations[number]
+        clock.look(type(operation).__name__, operation.work(forms.numel()))
         if met is not None and not pending:
             here = least(forms, met[number]) + constants
             floor = here if floor is None else torch.maximum(floor, here)
         if slack is not None:
             cost, more = slack.charge(number, forms, view.see(number, slack.magnitudes[number]) if view else None)
             constants, size = constants - cost, size + more
+        own = None
         if isinstance(operation, Nonlinear):
             if seen is not None:
                 seen[number] = forms
             own = lines[number].map(partial(view.see, number)) if view else lines[number]
-            forms, constants = own.step(forms, constants)
-            if multipliers is not None and number in multipliers:
-                forms = forms + multipliers[number]
-                if slack is not None:
-                    constants = constants - slack.charge(number, forms)[0]
-            parts = [forms]
-        elif isinstance(operation, Sum | Concat):
-            parts = operation.adjoints(forms, *((view or network).shape(number, read) for read in operation.inputs))
-        else:
-            constants = constants + operation.constant(forms)  # type: ignore[attr-defined]
-            shape = (view or network).shape(number, operation.inputs[0])
-            parts = [operation.adjoint(forms, shape)]  # type: ignore[attr-defined]
+        shapes = [(view or network).shape(number, read) for read in operation.inputs]
+        parts, constants = operation.backward(forms, constants, shapes, own)
+        if multipliers is not None and number in multipliers:
+            (through,) = parts
+            parts = (through + multipliers[number],)
+            if slack is not None:
+                constants = constants - slack.charge(number, parts[0])[0]
         for read, part in zip(operation.inputs, parts, strict=True):
             part = view.fit(number, read, part) if view else part
             pending[read] = pending[read] + part if read in pending else part
@@ -110,16 +107,20 @@ def backward(
     return LinearBound(pending[0], constants, slack, size, floor)
 
 
-def relax_all(network: Folded, bounds: Mapping[int, Bounds], alphas: Mapping[int, Tensor] | None = None):
-    """Lines of the non-linear operations whose inputs have ``bounds``."""
+def relax_all(
+    network: Network, bounds: Mapping[int, Bounds], alphas: Mapping[int, Tensor] | None = None
+) -> dict[int, Relaxation]:
+    """Relaxations of the non-linear operations whose inputs have ``bounds``."""
     return {
-        number: relax(_activation(network, number), found.lower, found.upper, alphas.get(number) if alphas else None)
+        number: network.relaxed(number).relax(
+            *network.apart(number, found), alpha=alphas.get(number) if alphas else None
+        )
         for number, found in bounds.items()
     }
 
 
 def bound_forms(
-    network: Folded, region: Region, forms: Tensor, bounds: Mapping[int, Bounds], position: int | None = None
+    network: Network, region: Region, forms: Tensor, bounds: Mapping[int, Bounds], position: int | None = None
 ) -> Tensor:
     """(B, R) lower bounds of linear forms (B, R, *shape) of an operation's output (the logits by default)."""
     place = len(network.operations) - 1 if position is None else position
@@ -127,7 +128,7 @@ def bound_forms(
     return backward(network, place, forms, relax_all(network, bounds), slack=slack).lower(region)
 
 
-def interval_forms(network: Folded, region: Region, forms: Tensor) -> Tensor:
+def interval_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
     """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone, the forms merged into a last
     dense layer."""
     walk = _Bounding(network, region, refine=False)
@@ -140,32 +141,32 @@ def interval_forms(network: Folded, region: Region, forms: Tensor) -> Tensor:
     if isinstance(operation := network.operations[number], Dense):
         (read,) = operation.inputs
         constants = constants + operation.constant(forms)
-        forms, number = operation.adjoint(forms, network.shapes[read]), read
+        (forms,), number = operation.adjoints(forms, network.shapes[read]), read
     box = walk.intervals[number]
     found = least(forms, box) + constants - cost
     return found if slack is None else found - slack.remainder(forms, size, box)
 
 
-def slack_of(network: Folded, region: Region, bounds: Mapping[int, Bounds]) -> Slack | None:
+def slack_of(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Slack | None:
     """What rounding may cost linear bounds, given bounds of the activations' inputs; None without a ``rounding``."""
     if network.rounding is None:
         return None
     return Slack.of(network, all_intervals(network, region, bounds))
 
 
-def interval_bounds(network: Folded, region: Region) -> dict[int, Bounds]:
+def interval_bounds(network: Network, region: Region) -> dict[int, Bounds]:
     """Interval bounds of every non-linear operation's input. Looks at the clock before each operation."""
     return _Bounding(network, region, refine=False).run()
 
 
-def all_intervals(network: Folded, region: Region, given: Mapping[int, Bounds]) -> dict[int, Interval]:
+def all_intervals(network: Network, region: Region, given: Mapping[int, Bounds]) -> dict[int, Interval]:
     """Intervals of every operation's output, with bounds of non-linear operations' inputs that are known already."""
     walk = _Bounding(network, region, refine=False, given=given)
     walk.run()
     return walk.intervals
 
 
-def best_forms(network: Folded, region: Region, forms: Tensor) -> Tensor:
+def best_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
     """``bound_forms`` of the logits over interval bounds, where each form has the best of its minima over the intervals
     of all operations that it passes through on its way back, instead of the input's alone. No ``rounding``."""
     walk = _Bounding(network, region, refine=False)
@@ -173,7 +174,7 @@ def best_forms(network: Folded, region: Region, forms: Tensor) -> Tensor:
     return backward(network, len(network.operations) - 1, forms, lines, met=walk.intervals).lower(region)
 
 
-def crown_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] | None = None) -> dict[int, Bounds]:
+def crown_bounds(network: Network, region: Region, given: Mapping[int, Bounds] | None = None) -> dict[int, Bounds]:
     """Bounds of every non-linear operation's input, by backward passes for those entries whose sign intervals leave
     open; the best of interval and linear bounds, and of those ``given``, is kept, entry by entry.
 
@@ -187,7 +188,7 @@ def crown_bounds(network: Folded, region: Region, given: Mapping[int, Bounds] | 
 class _Bounding:
     """One walk from the input to the output, with what is known so far."""
 
-    def __init__(self, network: Folded, region: Region, refine: bool, given: Mapping[int, Bounds] | None = None):
+    def __init__(self, network: Network, region: Region, refine: bool, given: Mapping[int, Bounds] | None = None):
         self.network, self.region, self.refine, self.given = network, region, refine, given or {}
         self.keeping, self.late = refine, False
         self.intervals = {0: region.hull if network.rounding is None else widened(region.hull)}
@@ -199,22 +200,31 @@ class _Bounding:
             self._in_time(clock.look)
             behind.append(isinstance(operation, Nonlinear) or any(behind[read] for read in operation.inputs))
             if isinstance(operation, Nonlinear):
-                (read,) = operation.inputs
-                found = self.intervals[read].bounds()
-                if number in self.given:
-                    found = found.intersect(self.given[number])
-                if not self.region.is_box and not behind[read]:
-                    found = self._refined(read, found, torch.ones_like(found.lower, dtype=torch.bool))
-                elif self.refine and behind[read] and not self.late:
-                    found = self._refined(read, found, _open(operation, found))
-                self.bounds[number] = found
-                self.intervals[read] = Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
+                self.bounds[number] = self._entering(number, operation, behind)
             inputs = [self.intervals[read] for read in operation.inputs]
             self.intervals[number] = interval_of(self.network, operation, *inputs)
             if isinstance(operation, Sum) and operation.largest is not None:  # b + relu(a - b) forgets that b is b
                 parts = (self.intervals[i] for i in operation.largest)
                 self.intervals[number] = self.intervals[number].as_largest(*parts)
         return self.bounds
+
+    def _entering(self, number: int, operation: Nonlinear, behind: Sequence[bool]) -> Bounds:
+        """Bounds of what a non-linear operation reads; the intervals of that are tightened to them."""
+        ends = [self.intervals[read].bounds() for read in operation.inputs]
+        if number in self.given:
+            ends = [
+                own.intersect(given)
+                for own, given in zip(ends, self.network.apart(number, self.given[number]), strict=True)
+            ]
+        wanted = operation.open(*ends)
+        for place, read in enumerate(operation.inputs):
+            if not self.region.is_box and not behind[read]:
+                ends[place] = self._refined(read, ends[place], torch.ones_like(ends[place].lower, dtype=torch.bool))
+            elif self.refine and behind[read] and not self.late:
+                ends[place] = self._refined(read, ends[place], wanted[place])
+            found = ends[place]
+            self.intervals[read] = Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
+        return self.network.together(ends)
 
     def _in_time(self, action: Callable[[], object]) -> bool:
         """Whether it ends in time; a walk that refines goes on without, and without further looks."""
@@ -288,12 +298,12 @@ class _Bounding:
                 break
             first += len(part)
 
-    def _lines_and_slack(self) -> tuple[dict[int, Lines], Slack | None]:
+    def _lines_and_slack(self) -> tuple[dict[int, Relaxation], Slack | None]:
         slack = None if self.network.rounding is None else Slack.of(self.network, self.intervals)
         return relax_all(self.network, self.bounds), slack
 
 
-def rows_at_a_time(network: Folded, batch: int, like: Tensor) -> int:
+def rows_at_a_time(network: Network, batch: int, like: Tensor) -> int:
     """How many linear forms of each image fit into memory together."""
     widest = max(shape.numel() for shape in network.shapes)
     return max(1, _budget(like) // max(1, 4 * batch * widest * like.element_size()))
@@ -302,16 +312,3 @@ def rows_at_a_time(network: Folded, batch: int, like: Tensor) -> int:
 def _budget(like: Tensor) -> int:
     """Bytes of coefficients, on its device."""
     return torch.cuda.mem_get_info(like.device)[0] // 4 if like.is_cuda else MEMORY
-
-
-def _open(operation: Nonlinear, found: Bounds) -> Tensor:
-    """Entries over whose interval the function is not linear."""
-    if operation.activation.piecewise_linear:
-        return (found.lower < 0) & (found.upper > 0)
-    return found.lower < found.upper
-
-
-def _activation(network: Folded, number: int):
-    operation: Operation = network.operations[number]
-    assert isinstance(operation, Nonlinear)
-    return operation.activation

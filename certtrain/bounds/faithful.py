@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..precision import full_float32
-from . import program as p
 from .folding import fold
 from .forward import forward
 from .interval import Interval
+from .network import Network, NetworkModule
 from .region import Region
 from .tracing import evaluation_mode, forget
 
@@ -62,13 +62,13 @@ def checked_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_faithful(model: nn.Module | p.Program, box: Interval | Region) -> None:
+def check_faithful(model: nn.Module | Network, box: Interval | Region) -> None:
     """Refuse a model whose program differs from it at the centre, or at a random point, of any of the first boxes.
 
     Raises:
         UnsupportedNode, InputError: as ``checked_logits``.
     """
-    if isinstance(model, p.Program) or _own(model) is None:
+    if isinstance(model, Network) or _own(model) is None:
         return
     hull = box.hull if isinstance(box, Region) else box
     center, radius = hull.center[:IMAGES].detach(), hull.radius[:IMAGES].detach()
@@ -99,13 +99,12 @@ def check_one_image(model: nn.Module, images: Tensor, allows: Callable[[Tensor, 
     return together
 
 
-def _own(model: nn.Module | p.Program) -> nn.Module | None:
+def _own(model: nn.Module | Network) -> nn.Module | None:
     """What runs, if that is not the program itself."""
-    if isinstance(model, p.Program):
+    if isinstance(model, Network):
         return None
-    if isinstance(model, p.ProgramModule):
-        last = model.program.nodes[-1]
-        return last.module if isinstance(last, p.Whole) else None
+    if isinstance(model, NetworkModule):
+        return model.runs
     return model
 
 
@@ -138,7 +137,7 @@ class _Tolerance:
 
     def _rounding(self) -> float:
         """The program's own rounding error on these images: beyond float64 nothing is known, and 0 is the answer."""
-        whole = isinstance(self.model, p.ProgramModule)
+        whole = isinstance(self.model, NetworkModule)
         if self.model is None or whole or self.logits.dtype == torch.float64:
             return 0.0
         exact = fold(self.model, self.images.shape[1:], dtype=torch.float64, whole_pools=True)(self.images.double())

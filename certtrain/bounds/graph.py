@@ -15,12 +15,13 @@ from typing import Any
 import torch.nn.modules.module as of_all
 from torch import Tensor, fx, nn
 
-from . import program as p
+from .operations.base import UnsupportedNode
+from .operations.registry import MODULES
 from .wrappers import computed
 
 
 def signature(model: nn.Module) -> Signature:
-    """What a program depends on besides the values of tensors: modules and their order, their classes, all that their
+    """What a network depends on besides the values of tensors: modules and their order, their classes, all that their
     attributes hold, hooks. Two are equal only if nothing of that has changed."""
     return tuple(
         (path, Same(module), _of_class(type(module)), _attributes(vars(module)), _has_hooks(module))
@@ -43,7 +44,7 @@ class Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-_BOOKKEEPING = {*vars(nn.Module()), "_certtrain_program"}
+_BOOKKEEPING = {*vars(nn.Module()), "_certtrain_network"}
 """What every module has: its mode, its tensors, which are looked up each time, its modules and hooks."""
 _DEPTH = 3
 
@@ -85,17 +86,17 @@ def refuse_hidden_forward(path: str, module: nn.Module) -> None:
     where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
     refuse_hooks(where, module)
     if "forward" in vars(module):
-        raise p.UnsupportedNode(f"{where} has a forward of its own beside its class'; accepted: the class' forward")
+        raise UnsupportedNode(f"{where} has a forward of its own beside its class'; accepted: the class' forward")
     kind = type(module)
     if isinstance(module, fx.GraphModule):  # torch.fx makes each a class, whose __call__ explains errors
         kind = kind.__mro__[1]
     if kind.__call__ is not nn.Module.__call__:
-        raise p.UnsupportedNode(f"{where} overrides __call__; accepted: a class that defines forward alone")
+        raise UnsupportedNode(f"{where} overrides __call__; accepted: a class that defines forward alone")
 
 
 def refuse_hooks(where: str, module: nn.Module) -> None:
     if _has_hooks(module):
-        raise p.UnsupportedNode(f"{where} has forward hooks; accepted: none")
+        raise UnsupportedNode(f"{where} has forward hooks; accepted: none")
 
 
 class _Proxy(fx.Proxy):
@@ -120,6 +121,9 @@ class _Proxy(fx.Proxy):
 class Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else what forward computes of a buffer is frozen while tracing
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in MODULES or super().is_leaf_module(m, module_qualified_name)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -132,7 +136,7 @@ _VIEWS = ("view", "reshape", "flatten", "contiguous", "getitem")
 
 
 def refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
-    """An in-place operation changes what *other* readers of its input see; the program would not, so its
+    """An in-place operation changes what *other* readers of its input see; the network would not, so its
     bounds would be those of another network."""
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -142,7 +146,7 @@ def refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
     value = first_operand(node)
     while in_place and isinstance(value, fx.Node):
         if len(value.users) > 1:
-            raise p.UnsupportedNode(
+            raise UnsupportedNode(
                 f"{name} at {node.name!r} changes {value.name!r} in place while others read it; accepted: inplace=False"
             )
         layer = model.get_submodule(str(value.target)) if value.op == "call_module" else None

@@ -1,10 +1,9 @@
-"""Interval bound propagation: one small rule per node kind, the table last (arXiv 1810.12715)."""
+"""Interval bound propagation (arXiv 1810.12715), by fused kernels where neighbours allow it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..labels import as_labels, check_logits, classes_in
-from . import clock, convolution
-from . import program as p
+from . import clock
 from .faithful import check_faithful
-from .forward import Statistics, check_features, coefficients
+from .first_layer import first_layer
 from .interval import Interval
+from .network import Network, Statistics
+from .operations import Affine, Dense, Relu
 from .region import Region
 from .tracing import is_traced, trace
 
@@ -27,7 +27,7 @@ class Activity:
 
     Args:
         first: the interval that entered the first affine layer, that is in normalised units.
-        preactivations: the interval that entered each ReLU, by the position of its node.
+        preactivations: the interval that entered each ReLU, by the ReLU's position.
     """
 
     first: Interval | None
@@ -35,7 +35,7 @@ class Activity:
 
 
 def compute_bounds(
-    model: nn.Module | p.Program, box: Interval | Region, statistics: Statistics | None = None
+    model: nn.Module | Network, box: Interval | Region, statistics: Statistics | None = None
 ) -> Interval:
     """Sound bounds of the model's logits over a box, or over a perturbation set around a batch of images.
 
@@ -44,7 +44,7 @@ def compute_bounds(
     mode when it was traced.
 
     Args:
-        model: any ``nn.Module`` of supported layers; takes (B, *shape), carries its own normalisation. Or a program.
+        model: any ``nn.Module`` of supported layers; takes (B, *shape), carries its own normalisation. Or a network.
         box: ``Interval.box(images, epsilon)``, or ``LinfBall(epsilon).region(images)``, ``L2Ball(…)…``.
         statistics: batch statistics of a ``forward`` pass, with gradients, for training.
     Returns:
@@ -62,7 +62,7 @@ def compute_bounds(
 
 
 def compute_margins(
-    model: nn.Module | p.Program,
+    model: nn.Module | Network,
     box: Interval | Region,
     labels: Tensor,
     statistics: Statistics | None = None,
@@ -96,7 +96,7 @@ def compute_margins(
 
 
 def compute_activity(
-    model: nn.Module | p.Program, box: Interval | Region, statistics: Statistics | None = None, *, shrink: float = 1.0
+    model: nn.Module | Network, box: Interval | Region, statistics: Statistics | None = None, *, shrink: float = 1.0
 ) -> tuple[Interval, Activity]:
     """``compute_bounds``, and what the pass saw on its way. Arguments as in ``compute_margins``."""
     propagation = _Propagation(model, statistics, True, shrink)
@@ -132,11 +132,10 @@ def _difference(logits: Interval, labels: Tensor) -> Tensor:
 
 
 class _Propagation:
-    """One pass: the intervals so far, and what the rules share."""
+    """One pass: the intervals so far, and what is kept of them."""
 
-    def __init__(self, model: nn.Module | p.Program, statistics: Statistics | None, keep: bool, shrink: float = 1.0):
-        self.program = trace(model)
-        self.statistics = statistics
+    def __init__(self, model: nn.Module | Network, statistics: Statistics | None, keep: bool, shrink: float = 1.0):
+        self.network = trace(model).with_statistics(statistics)
         self.keep, self.shrink = keep, shrink
         self.first: Interval | None = None
         self.preactivations: dict[int, Interval] = {}
@@ -148,135 +147,77 @@ class _Propagation:
         self, box: Interval | Region, *, stop_before_last: bool = False
     ) -> tuple[Interval, tuple[Tensor, Tensor | None] | None]:
         """The output interval; or, before a last plain linear layer, its input and that layer's (weight, bias)."""
-        nodes, last_use = self.program.nodes, self.program.last_use()
+        operations, last_use = self.network.operations, self.network.last_use
         self.region = box if isinstance(box, Region) and not box.is_box else None
         values = {0: box.hull if isinstance(box, Region) else box.or_nan()}
-        for position, node in enumerate(nodes[1:], start=1):
+        for step in self.network.steps:
             clock.look()
-            inputs = [values[read] for read in node.inputs]
-            if stop_before_last and position == len(nodes) - 1 and self._is_last_linear(node):
+            operation = operations[step[0]]
+            inputs = [values[read] for read in operation.inputs]
+            if stop_before_last and step[-1] == len(operations) - 1 and (last := self._last_dense(step, inputs)):
                 if self.keep:
                     self.first = self.first or inputs[0]
-                return inputs[0], self.weights(node, position)
-            values[position] = RULES[type(node)](node, position, self, *inputs)
-            for read in {read for read in node.inputs if last_use[read] == position}:
+                return inputs[0], (last.weight, last.bias)
+            values[step[-1]] = self._through(step, inputs)
+            for read in {read for read in operation.inputs if last_use[read] == step[0]}:
                 del values[read]
-        return values[len(nodes) - 1], None
+        return values[len(operations) - 1], None
 
-    def _is_last_linear(self, node: p.Node) -> bool:
-        linear = isinstance(node, p.Affine) and isinstance(node.layer, nn.Linear) and node.activation is None
-        return linear and not self.starts_at(node)
+    def _through(self, step: Sequence[int], inputs: Sequence[Interval]) -> Interval:
+        """The interval behind one of the network's steps."""
+        operation, norm = self.network.operations[step[0]], self.network.norm_of(step)
+        if not isinstance(operation, Affine):
+            return self._separately(step, inputs)
+        (x,) = inputs
+        if self.keep:
+            self.first = self.first or x
+        if norm is not None and not operation.takes_norm(x.center.ndim):
+            return self._separately(step, inputs)
+        rest = step[1:] if norm is None else step[2:]
+        if self._starts_at(operation):
+            merged = operation if norm is None else operation.with_norm(*norm.coefficients())
+            assert self.region is not None
+            return self._separately(rest, [first_layer(self.network, merged, self.region, x)])
+        scale, shift = (None, None) if norm is None else norm.coefficients()
+        if rest and not self.keep and self.shrink == 1:  # a ReLU
+            return operation.fused(x, scale, shift, relu=True)
+        return self._separately(rest, [operation.fused(x, scale, shift)])
 
-    def starts_at(self, node: p.Node) -> bool:
-        """Whether ``node`` is the first affine layer over a set that is not a box."""
-        return self.region is not None and all(isinstance(self.program.nodes[i], (p.Input, p.Scale, p.Reshape))
-                                               for i in self._ancestors(node))  # fmt: skip
+    def _separately(self, step: Sequence[int], inputs: Sequence[Interval]) -> Interval:
+        """Operation by operation."""
+        for number in step:
+            operation = self.network.operations[number]
+            if isinstance(operation, Relu):
+                if self.keep:
+                    self.preactivations[number] = inputs[0]
+                if self.shrink < 1:
+                    inputs = [_shrunk(inputs[0], self.shrink)]
+            inputs = [operation.interval(*inputs)]
+        return inputs[0]
 
-    def _ancestors(self, node: p.Node) -> set[int]:
-        found, queue = set(), list(node.inputs)
-        while queue:
-            read = queue.pop()
-            found.add(read)
-            queue.extend(self.program.nodes[read].inputs)
-        return found
-
-    def coefficients(self, norm: p.BatchNorm | None, position: int) -> tuple[Tensor | None, Tensor | None]:
+    def _last_dense(self, step: Sequence[int], inputs: Sequence[Interval]) -> Dense | None:
+        """The linear layer, with its batch norm in it, that a step consists of."""
+        operation, norm = self.network.operations[step[0]], self.network.norm_of(step)
+        if not isinstance(operation, Dense) or self._starts_at(operation) or len(step) > (1 if norm is None else 2):
+            return None
         if norm is None:
-            return None, None
-        return coefficients(norm, None if self.statistics is None else self.statistics.get(position))
+            return operation
+        return operation.with_norm(*norm.coefficients()) if operation.takes_norm(inputs[0].center.ndim) else None
 
-    def weights(self, node: p.Node, position: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a layer with its batch norm folded in."""
-        assert isinstance(node, p.Affine)
-        weight, bias = node.layer.weight, node.layer.bias
-        scale, shift = self.coefficients(node.norm, position)
-        if scale is None or shift is None:
-            return weight, bias
-        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-        return weight, shift if bias is None else bias * scale + shift
-
-    def activate(self, activation: p.Activation | None, position: int, interval: Interval) -> Interval:
-        if activation is None:
-            return interval
-        if activation.kind == "relu":
-            if self.keep:
-                self.preactivations[position] = interval
-            if self.shrink < 1:
-                interval = _shrunk(interval, self.shrink)
-            return Interval(*kernels.ibp_relu(interval.center, interval.radius))
-        return activation.interval(interval)
+    def _starts_at(self, operation: Affine) -> bool:
+        """Whether it is the first affine operation over a set that is not a box."""
+        if self.region is None:
+            return False
+        queue = list(operation.inputs)
+        while queue:
+            before = self.network.operations[queue.pop()]
+            if not before.entrywise_map:
+                return False
+            queue.extend(before.inputs)
+        return True
 
 
 def _shrunk(interval: Interval, share: float) -> Interval:
     """With ``share`` of the upper end where 0 lies inside."""
     lower, upper = interval.lower, interval.upper
     return Interval.from_bounds(lower, torch.where((lower < 0) & (upper > 0), share * upper, upper))
-
-
-def _affine(node: p.Affine, position: int, run: _Propagation, x: Interval) -> Interval:
-    check_features(node, x.center)
-    if run.first is None and run.keep:
-        run.first = x
-    if run.starts_at(node):
-        from .first_layer import first_layer  # only sets that are not boxes need it
-
-        return run.activate(node.activation, position, first_layer(node, position, run, x))
-    scale, shift = run.coefficients(node.norm, position)
-    fused = node.activation is not None and node.activation.kind == "relu" and not run.keep and run.shrink == 1
-    layer = node.layer
-    if isinstance(layer, nn.Linear):
-        ends = kernels.ibp_linear(x.center, x.radius, layer.weight, layer.bias, scale=scale, shift=shift, relu=fused)
-        y = Interval(*ends)
-    else:
-        if layer.padding_mode != "zeros":  # the border repeats known intervals: pad both alike
-            x = x.map(lambda t: F.pad(t, layer._reversed_padding_repeated_twice, mode=layer.padding_mode))
-        padding = layer.padding if layer.padding_mode == "zeros" else (0,) * (layer.weight.ndim - 2)
-        y = convolution.interval(
-            x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups,
-            scale=scale, shift=shift, relu=fused,
-        )  # fmt: skip
-    return y if fused else run.activate(node.activation, position, y)
-
-
-def _norm(node: p.Norm, position: int, run: _Propagation, x: Interval) -> Interval:
-    scale, shift = run.coefficients(node.norm, position)
-    assert scale is not None and shift is not None
-    return run.activate(node.activation, position, Interval(*kernels.ibp_affine(x.center, x.radius, scale, shift)))
-
-
-def _pool(node: p.Pool, position: int, run: _Propagation, x: Interval) -> Interval:
-    if node.linear:
-        return Interval(node.function(x.center), node.function(x.radius).abs())  # a divisor may be negative
-    return Interval.from_bounds(node.function(x.lower), node.function(x.upper))
-
-
-def _scale(node: p.Scale, position: int, run: _Propagation, x: Interval) -> Interval:
-    center = node(x.center)
-    return Interval(center, node.radius(x.radius).expand_as(center))
-
-
-def _add(node: p.Add, position: int, run: _Propagation, x: Interval, y: Interval) -> Interval:
-    return Interval(x.center + node.sign * y.center, x.radius + y.radius)
-
-
-def _concat(node: p.Concat, position: int, run: _Propagation, *parts: Interval) -> Interval:
-    dim = node.along(parts[0].center.ndim)
-    return Interval(torch.cat([x.center for x in parts], dim), torch.cat([x.radius for x in parts], dim))
-
-
-def _whole(node: p.Whole, position: int, run: _Propagation, x: Interval) -> NoReturn:
-    raise node.why
-
-
-RULES: dict[type[p.Node], Callable[..., Interval]] = {
-    p.Affine: _affine,
-    p.Norm: _norm,
-    p.Activate: lambda node, position, run, x: run.activate(node.activation, position, x),
-    p.Pool: _pool,
-    p.Reshape: lambda node, position, run, x: x.map(node.function),
-    p.Add: _add,
-    p.Concat: _concat,
-    p.Scale: _scale,
-    p.Dropout: lambda node, position, run, x: x,
-    p.Whole: _whole,
-}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .crown import all_intervals
-from .folded import Folded, Nonlinear, Opaque, Operation, Rearrangement
 from .interval import Bounds
+from .network import Network
+from .operations import Opaque
 from .region import Region
 from .rounding import FLOAT32
 
@@ -21,7 +22,7 @@ SPARE = 4
 """What a format's largest number is divided by: for roundings, and for our differences of two ends' sums."""
 
 
-def fits(network: Folded, region: Region, bounds: Mapping[int, Bounds]) -> Tensor:
+def fits(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Tensor:
     """(B,) bool: every number of the network's evaluation, partial sums included, stays finite on the whole region,
     and so do interval bounds of it.
 
@@ -37,21 +38,12 @@ def fits(network: Folded, region: Region, bounds: Mapping[int, Bounds]) -> Tenso
     most = torch.finfo(torch.float32 if network.rounding == FLOAT32 else hull.center.dtype).max / SPARE
     sizes = [(hull.center.abs() + hull.radius).amax(0, keepdim=True)]
     for operation in network.operations[1:]:
-        sizes.append(_size(operation, [sizes[read] for read in operation.inputs]))
-        if isinstance(operation, Nonlinear) and not operation.activation.piecewise_linear:
-            sizes[-1] = sizes[-1].clamp(min=1)  # sigmoid(0) is 1/2
+        sizes.append(operation.peak(*(sizes[read] for read in operation.inputs)))
     if all(bool((size <= most).all()) for size in sizes):  # for all images at once, as if nothing ever cancelled
         return everything
     intervals = all_intervals(network, region, bounds)
     for number, operation in enumerate(network.operations[1:], start=1):
         ends = [intervals[read].center.abs() + intervals[read].radius for read in operation.inputs]
-        for size in (*ends, _size(operation, ends), intervals[number].center.abs() + intervals[number].radius):
+        for size in (*ends, operation.peak(*ends), intervals[number].center.abs() + intervals[number].radius):
             everything = everything & (size <= most).flatten(1).all(1)  # NaN is not
     return everything
-
-
-def _size(operation: Operation, ends: list[Tensor]) -> Tensor:
-    size = operation.magnitude(*ends)  # type: ignore[attr-defined]
-    if isinstance(operation, Rearrangement) and not operation.reorders:  # an average's sum, before it is divided
-        size = size * operation.terms(ends[0].shape[1:])
-    return size

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import program as p
 from .interval import Interval
+from .operations.base import UnsupportedNode
 
 if TYPE_CHECKING:
-    from .folded import Folded, Operation
+    from .network import Network
+    from .operations.base import Operation
 
 OWN = 2.0**-53
 """Unit roundoff of our own arithmetic, float64."""
@@ -57,7 +58,7 @@ FLOAT32 = Rounding(2.0**-24, 2.0**-149)
 
 def gamma(terms: int, unit: float) -> float:
     if terms * unit >= 0.5:
-        raise p.UnsupportedNode(f"a sum of {terms} terms: too long for a bound of its rounding at unit {unit:g}")
+        raise UnsupportedNode(f"a sum of {terms} terms: too long for a bound of its rounding at unit {unit:g}")
     return terms * unit / (1 - terms * unit) * SAFETY
 
 
@@ -66,16 +67,16 @@ def widened(x: Interval) -> Interval:
     return Interval(x.center, (x.radius + 4 * OWN * (x.center.abs() + x.radius)) * (1 + 4 * OWN) + TINY)
 
 
-def check(network: Folded) -> None:
+def check(network: Network) -> None:
     """
     Raises:
         UnsupportedNode: rounding of an operation is not bounded here.
     """
     for number in network.nonlinear:
-        operation = network.operations[number]
-        if not operation.activation.piecewise_linear:  # type: ignore[attr-defined]
-            raise p.UnsupportedNode(
-                f"{operation.path}: found {operation.activation.kind}; accepted in this arithmetic: relu, leaky_relu"  # type: ignore[attr-defined]
+        operation = network.relaxed(number)
+        if not operation.piecewise_linear:
+            raise UnsupportedNode(
+                f"{operation.path}: found {operation.kind}; accepted in this arithmetic: relu, leaky_relu"
             )
 
 
@@ -89,7 +90,7 @@ class Slack:
     longest: int
 
     @classmethod
-    def of(cls, network: Folded, intervals: Mapping[int, Interval]) -> Slack:
+    def of(cls, network: Network, intervals: Mapping[int, Interval]) -> Slack:
         """Given an interval of every operation's output, as far as they are known."""
         assert network.rounding is not None
         magnitudes, factors = {}, {}
@@ -100,7 +101,7 @@ class Slack:
             ends = [(intervals[i].center.abs() + intervals[i].radius) * SAFETY for i in operation.inputs]
             repeats = network.shapes[number].numel() // min(network.shapes[i].numel() for i in operation.inputs)
             count = operation.terms(network.shapes[operation.inputs[0]]) + repeats + 4
-            size = operation.magnitude(*ends)  # type: ignore[attr-defined]
+            size = operation.magnitude(*ends)
             magnitudes[number] = size * SAFETY + TINY + network.rounding.least
             # forms are off by our adjoint, by an addition where they meet, by lines and multipliers (16 roundings of a
             # number below the magnitude cover those); values by the network's own rounding
@@ -125,13 +126,13 @@ class Slack:
         return gamma(2 * self.longest, OWN) * (size + reach) * 2 * SAFETY + TINY
 
 
-def interval_of(network: Folded, operation: Operation, *inputs: Interval) -> Interval:
+def interval_of(network: Network, operation: Operation, *inputs: Interval) -> Interval:
     """An operation's interval; with a rounding, it holds what the output should be and what the network makes of it."""
-    found = operation.interval(*inputs)  # type: ignore[attr-defined]
+    found = operation.interval(*inputs)
     if network.rounding is None:
         return found
     rounding, shape = network.rounding, inputs[0].center.shape[1:]
     ends = [(x.center.abs() + x.radius) * SAFETY for x in inputs]
-    size = operation.magnitude(*ends) * SAFETY + TINY + rounding.least  # type: ignore[attr-defined]
+    size = operation.magnitude(*ends) * SAFETY + TINY + rounding.least
     error = (2 * gamma(operation.terms(shape) + 4, OWN) + rounding.network(operation, shape)) * size
     return widened(Interval(found.center, found.radius + SAFETY * error))

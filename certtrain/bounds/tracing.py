@@ -1,4 +1,4 @@
-"""nn.Module → program, by torch.fx."""
+"""nn.Module → network, by torch.fx."""
 
 from __future__ import annotations
 
@@ -11,43 +11,68 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import program as p
-from .functional import FUNCTIONS, SUPPORTED, BatchSize, concat
-from .graph import Tracer, first_operand, refuse_hidden_forward, refuse_hooks, refuse_shared_mutation, signature
+from .graph import (
+    Signature,
+    Tracer,
+    first_operand,
+    refuse_hidden_forward,
+    refuse_hooks,
+    refuse_shared_mutation,
+    signature,
+)
+from .network import Network, NetworkModule, ending_with
+from .operations import Input, Operation, Scale, Sum, UnsupportedNode
+from .operations.concat import concat
+from .operations.registry import FUNCTIONS, BatchSize, rule_of, supported
+from .operations.scale import Coefficients
 from .wrappers import is_wrapper, unwrapped, with_computed_tensors
 
 
-def trace(model: nn.Module | p.Program) -> p.Program:
-    """The program of a model that maps a batch (B, *shape) to logits (B, K). Traced once, kept on the model.
+@dataclass(frozen=True, eq=False)
+class _Traced:
+    """A network, and the signature of the model that it was traced from. A copied or pickled model is traced anew."""
 
-    Traced in evaluation mode: that is the network which bounds enclose. A program, such as a part of one, is its own.
+    network: Network
+    signature: Signature
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def trace(model: nn.Module | Network) -> Network:
+    """The network of a model that maps a batch (B, *shape) to logits (B, K). Traced once, kept on the model.
+
+    Traced in evaluation mode: that is the network which bounds enclose. A network, such as a part of one, is its own.
 
     Raises:
         UnsupportedNode: an operation without a rule, named with its path in the model.
     """
-    if isinstance(model, p.Program):
+    if isinstance(model, Network):
         return model
-    if isinstance(model, p.ProgramModule):
-        return model.program
+    if isinstance(model, NetworkModule):
+        return model.network
     if not is_traced(model):
         for path, module in model.named_modules():
             if is_wrapper(module):
                 refuse_hooks(f"{type(module).__name__} at {path!r}", module)
         with evaluation_mode(model), unwrapped(model) as inside:
-            nodes = Tracing(inside).nodes_of_model()
-        model.__dict__["_certtrain_program"] = p.Program(nodes, signature(model))
-    return model.__dict__["_certtrain_program"]
+            operations = Tracing(inside).operations_of_model()
+        model.__dict__[_KEPT] = _Traced(Network(operations), signature(model))
+    return model.__dict__[_KEPT].network
+
+
+_KEPT = "_certtrain_network"
 
 
 def is_traced(model: nn.Module) -> bool:
-    """Whether there is a program, made of the model as it is now."""
-    program = model.__dict__.get("_certtrain_program")
-    return program is not None and program.signature == signature(model)
+    """Whether there is a network, made of the model as it is now."""
+    traced = model.__dict__.get(_KEPT)
+    return traced is not None and traced.signature == signature(model)
 
 
 def forget(model: nn.Module) -> None:
     """Trace the model anew at the next ``trace``: a closure or a global that its forward reads may have changed."""
-    model.__dict__.pop("_certtrain_program", None)
+    model.__dict__.pop(_KEPT, None)
 
 
 @contextmanager
@@ -74,10 +99,10 @@ class Tracing:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.nodes: list[p.Node] = []
+        self.operations: list[Operation] = []
         self.values: dict[fx.Node, Any] = {}
 
-    def nodes_of_model(self) -> tuple[p.Node, ...]:
+    def operations_of_model(self) -> tuple[Operation, ...]:
         refuse_hidden_forward("", self.model)
         tracer = Tracer()
         # a single layer as the whole model: torch.fx would look inside it
@@ -87,7 +112,7 @@ class Tracing:
         try:
             graph = tracer.trace(self.root)
         except Exception as error:  # whatever the model's own forward raises when it meets a proxy
-            raise p.UnsupportedNode(
+            raise UnsupportedNode(
                 f"{type(self.model).__name__}: its forward cannot be traced ({error}); "
                 "accepted: a forward without branches on values"
             ) from error
@@ -100,66 +125,37 @@ class Tracing:
             self.values[node] = self._visit(node)
         value = output.args[0]
         if not isinstance(value, fx.Node) or type(self.values[value]) is not int:
-            raise p.UnsupportedNode(f"output: found {value}; accepted: one tensor of logits")
-        return p.fuse(self.nodes, self.values[value])
+            raise UnsupportedNode(f"output: found {value}; accepted: one tensor of logits")
+        return ending_with(self.operations, self.values[value])
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            if not self.nodes:
-                return self.append(p.Input("input", ()))
+            if not self.operations:
+                return self.append(Input("input", ()))
             if node.users or not node.args:
-                raise p.UnsupportedNode(f"{node.name}: a second input; accepted: a model of one input")
+                raise UnsupportedNode(f"{node.name}: a second input; accepted: a model of one input")
             return None
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             if name.startswith("_tensor_constant"):
-                raise p.UnsupportedNode("a tensor made inside forward; accepted: buffers, parameters and numbers")
+                raise UnsupportedNode("a tensor made inside forward; accepted: buffers, parameters and numbers")
             return _Constant(self.root.get_submodule(owner), name)
         return self._module(node) if node.op == "call_module" else self._function(node)
 
-    def append(self, node: p.Node) -> int:
-        self.nodes.append(node)
-        return len(self.nodes) - 1
+    def append(self, operation: Operation) -> int:
+        self.operations.append(operation)
+        return len(self.operations) - 1
 
     def _module(self, node: fx.Node) -> int:
         path, module = str(node.target), self.root.get_submodule(str(node.target))
         refuse_hidden_forward(path, module)
         source = self.position(node, first_operand(node))
-        match module := with_computed_tensors(module):
-            case nn.Linear() | nn.Conv1d() | nn.Conv2d():
-                return self.append(p.Affine(path, (source,), module))
-            case nn.BatchNorm1d() | nn.BatchNorm2d():
-                return self.append(p.Norm(path, (source,), module))
-            case nn.ReLU():
-                return self.activate(path, source, p.Activation("relu"))
-            case nn.LeakyReLU():
-                return self.leaky(path, source, module.negative_slope)
-            case nn.Sigmoid():
-                return self.activate(path, source, p.Activation("sigmoid"))
-            case nn.Tanh():
-                return self.activate(path, source, p.Activation("tanh"))
-            case nn.SiLU():
-                return self.activate(path, source, p.Activation("silu"))
-            case nn.GELU():
-                return self.gelu(path, source, module.approximate)
-            case nn.MaxPool1d() | nn.AdaptiveMaxPool1d() if not module.return_indices:
-                return self.append(p.Pool(path, (source,), module, linear=False, dimensions=1))
-            case nn.MaxPool2d() | nn.AdaptiveMaxPool2d() if not module.return_indices:
-                return self.append(p.Pool(path, (source,), module, linear=False))
-            case nn.AvgPool1d() | nn.AdaptiveAvgPool1d():
-                return self.append(p.Pool(path, (source,), module, linear=True, dimensions=1))
-            case nn.AvgPool2d() | nn.AdaptiveAvgPool2d():
-                return self.append(p.Pool(path, (source,), module, linear=True))
-            case nn.Flatten() if module.start_dim >= 1:
-                return self.append(p.Reshape(path, (source,), module))
-            case nn.ChannelShuffle() if not isinstance(self.nodes[source], (p.Input, p.Scale, p.Reshape)):
-                # elsewhere the first layer over a set that is not a box would take its input for the image
-                return self.append(p.Reshape(path, (source,), module))
-            case nn.Dropout() | nn.Dropout1d() | nn.Dropout2d():
-                return self.append(p.Dropout(path, (source,), module))
-            case nn.Identity():
-                return source
-        raise p.UnsupportedNode(f"{type(module).__name__} at {path!r} has no bound rule; supported: {SUPPORTED}")
+        module = with_computed_tensors(module)
+        rule = rule_of(module)
+        done = None if rule is None else rule(self, path, source, module)
+        if done is None:
+            raise UnsupportedNode(f"{type(module).__name__} at {path!r} has no bound rule; supported: {supported()}")
+        return done
 
     def _function(self, node: fx.Node) -> Any:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -181,7 +177,7 @@ class Tracing:
             return concat(self, node)
         if name in FUNCTIONS:
             return FUNCTIONS[name](self, node, self.position(node, first))
-        raise p.UnsupportedNode(f"{name} at {_place(node)} has no bound rule; supported: {SUPPORTED}")
+        raise UnsupportedNode(f"{name} at {_place(node)} has no bound rule; supported: {supported()}")
 
     def _computed(self, node: fx.Node) -> _Constant:
         """A constant made of constants, computed when it is asked for, because buffers may change."""
@@ -189,7 +185,7 @@ class Tracing:
         if node.kwargs or any(
             type(a) is int and isinstance(n, fx.Node) for a, n in zip(arguments, node.args, strict=True)
         ):
-            raise p.UnsupportedNode(f"{node.name!r}: accepted: a constant made of constants alone")
+            raise UnsupportedNode(f"{node.name!r}: accepted: a constant made of constants alone")
 
         def compute() -> Any:
             values = [a.value() if isinstance(a, _Constant) else a for a in arguments]
@@ -202,44 +198,32 @@ class Tracing:
     def position(self, node: fx.Node, argument: Any) -> int:
         value = self.values.get(argument) if isinstance(argument, fx.Node) else argument
         if type(value) is not int or not isinstance(argument, fx.Node):
-            raise p.UnsupportedNode(f"{node.name!r}: its input is not a tensor computed from the images")
+            raise UnsupportedNode(f"{node.name!r}: its input is not a tensor computed from the images")
         return value
-
-    def activate(self, path: str, source: int, activation: p.Activation) -> int:
-        return self.append(p.Activate(path, (source,), activation))
-
-    def leaky(self, path: str, source: int, slope: float) -> int:
-        if not 0 <= slope <= 1:
-            raise p.UnsupportedNode(f"LeakyReLU at {path!r}: found slope {slope}; accepted: a slope in [0, 1]")
-        return self.activate(path, source, p.Activation("leaky_relu", slope))
-
-    def gelu(self, path: str, source: int, form: Any) -> int:
-        kinds = {"none": "gelu", "tanh": "gelu_tanh"}
-        if not isinstance(form, str) or form not in kinds:
-            raise p.UnsupportedNode(f"GELU at {path!r}: found approximate={form!r}; accepted: {', '.join(kinds)}")
-        return self.activate(path, source, p.Activation(kinds[form]))
 
     def _arithmetic(self, node: fx.Node, kind: str) -> Any:
         if node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"} or len(node.args) != 2:
-            raise p.UnsupportedNode(f"{kind} at {node.name!r}: accepted: two operands and no options")
+            raise UnsupportedNode(f"{kind} at {node.name!r}: accepted: two operands and no options")
         left, right = (self.values[a] if isinstance(a, fx.Node) else _Constant.number(a) for a in node.args)
         positions = [value for value in (left, right) if type(value) is int]
         if not positions:
             return self._computed(node)
         if len(positions) == 2 and kind in ("add", "sub"):
-            return self.append(p.Add(node.name, (positions[0], positions[1]), 1.0 if kind == "add" else -1.0))
+            return self.append(Sum(node.name, (positions[0], positions[1]), 1.0 if kind == "add" else -1.0))
+        if len(positions) == 2 and kind in FUNCTIONS:
+            return FUNCTIONS[kind](self, node, positions[0])
         constant = right if type(left) is int else left
         if len(positions) != 1 or not isinstance(constant, _Constant) or (kind == "div" and constant is left):
-            raise p.UnsupportedNode(
-                f"{kind} at {_place(node)} has no bound rule for these operands; supported: {SUPPORTED}"
+            raise UnsupportedNode(
+                f"{kind} at {_place(node)} has no bound rule for these operands; supported: {supported()}"
             )
-        coefficients: dict[str, p.Coefficients] = {
+        coefficients: dict[str, Coefficients] = {
             "add": lambda: (1.0, constant.value()),
             "sub": lambda: (1.0, -constant.value()) if constant is right else (-1.0, constant.value()),
             "mul": lambda: (constant.value(), 0.0),
             "div": lambda: (1.0 / constant.value(), 0.0),
         }
-        return self.append(p.Scale(node.name, (positions[0],), coefficients[kind]))
+        return self.append(Scale(node.name, (positions[0],), coefficients[kind]))
 
 
 def _place(node: fx.Node) -> str:
@@ -259,7 +243,7 @@ class _Constant:
     @classmethod
     def number(cls, value: Any) -> _Constant:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise p.UnsupportedNode(f"found the constant {value!r}; accepted: a number, a parameter or a buffer")
+            raise UnsupportedNode(f"found the constant {value!r}; accepted: a number, a parameter or a buffer")
         return cls(value)
 
     def value(self) -> Any:

@@ -8,53 +8,28 @@ reaches over the border of an image belongs to zero padding, and is dropped.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .folded import Concat, Convolution, Diagonal, Folded, Nonlinear, Operation, Sum
+from .network import Network
+from .operations import Nonlinear, Operation
 from .region import Region
-
-Pair = tuple[int, int]
-"""Rows and columns."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """The places that the entry at p sees, of one operation's output."""
-
-    jump: Pair = (1, 1)
-    start: Pair = (0, 0)
-    size: Pair = (1, 1)
-
-    def behind(self, layer: Convolution) -> Window:
-        """What a convolution reads to compute these places."""
-        kernel, dilation = layer.weight.shape[2:], layer.dilation
-        return Window(
-            _pair(j * s for j, s in zip(self.jump, layer.stride, strict=True)),
-            _pair(a * s - p for a, s, p in zip(self.start, layer.stride, layer.padding, strict=True)),
-            _pair((n - 1) * s + d * (k - 1) + 1
-                  for n, s, d, k in zip(self.size, layer.stride, dilation, kernel, strict=True)),
-        )  # fmt: skip
-
-    def joined(self, other: Window) -> Window:
-        start = _pair(map(min, self.start, other.start))
-        ends = zip(start, self.start, self.size, other.start, other.size, strict=True)
-        return Window(self.jump, start, _pair(max(a + n, b + m) - first for first, a, n, b, m in ends))
+from .window import Window, pair
 
 
 @dataclass(frozen=True)
 class Windows:
     """Of every operation that a convolution's output depends on."""
 
-    network: Folded
+    network: Network
     position: int
     of: Mapping[int, Window]
 
     @classmethod
-    def behind(cls, network: Folded, position: int) -> Windows | None:
+    def behind(cls, network: Network, position: int) -> Windows | None:
         """None where an operation on the way is not local, or windows would save less than half of the entries."""
         found = {position: Window()}
         for number in range(position, 0, -1):
@@ -62,9 +37,9 @@ class Windows:
                 continue
             operation, window = network.operations[number], found[number]
             shapes = [network.shapes[read] for read in (number, *operation.inputs)]
-            if any(len(shape) != 3 for shape in shapes) or not _is_local(operation, shapes):
+            before = operation.window(window, shapes) if all(len(shape) == 3 for shape in shapes) else None
+            if before is None:
                 return None
-            before = window.behind(operation) if isinstance(operation, Convolution) else window
             for read in operation.inputs:
                 found[read] = found[read].joined(before) if read in found else before
         windows = cls(network, position, found)
@@ -103,20 +78,25 @@ class View:
 
     def operation(self, number: int) -> Operation:
         """As it acts on windows, which bring their padding along."""
-        operation = self.windows.network.operations[number]
-        return replace(operation, padding=(0, 0)) if isinstance(operation, Convolution) else operation
+        return self.windows.network.operations[number].on_windows()
 
     def shape(self, number: int, read: int) -> torch.Size:
         """Of the forms that ``number`` makes of what it reads."""
-        operation, window = self.windows.network.operations[number], self.windows.of[number]
-        return self.windows.shape(read, window.behind(operation) if isinstance(operation, Convolution) else window)
+        return self.windows.shape(read, self._part(number))
+
+    def _part(self, number: int) -> Window:
+        """The window of its inputs that an operation's own depends on."""
+        network, operation = self.windows.network, self.windows.network.operations[number]
+        found = operation.window(self.windows.of[number], [network.shapes[i] for i in (number, *operation.inputs)])
+        assert found is not None
+        return found
 
     def see(self, number: int, values: Tensor) -> Tensor:
         """(B, C, H, W) of an operation's output → (M, C, rows, columns), 0 where a window reaches over the border."""
         window, sizes = self.windows.of[number], values.shape[2:]
         _, *grid = self.windows.network.shapes[self.windows.position]
-        before = _pair(max(0, -a) for a in window.start)
-        after = _pair(
+        before = pair(max(0, -a) for a in window.start)
+        after = pair(
             max(0, (g - 1) * j + a + n - size)
             for g, j, a, n, size in zip(grid, window.jump, window.start, window.size, sizes, strict=True)
         )
@@ -127,14 +107,12 @@ class View:
 
     def fit(self, number: int, read: int, forms: Tensor) -> Tensor:
         """Forms that ``number`` made of what it reads, in that operation's own windows."""
-        network, window = self.windows.network, self.windows.of[number]
-        operation = network.operations[number]
-        part = window.behind(operation) if isinstance(operation, Convolution) else window
+        network, part = self.windows.network, self._part(number)
         whole = self.windows.of[read]
         if part != whole:
             (top, left), (rows, columns) = (
-                _pair(a - b for a, b in zip(part.start, whole.start, strict=True)),
-                _pair(n - m for n, m in zip(whole.size, part.size, strict=True)),
+                pair(a - b for a, b in zip(part.start, whole.start, strict=True)),
+                pair(n - m for n, m in zip(whole.size, part.size, strict=True)),
             )
             forms = F.pad(forms, (left, columns - left, top, rows - top))
         if isinstance(network.operations[read], Nonlinear):  # its lines are 0 over the border
@@ -152,18 +130,3 @@ class View:
 
     def region(self, region: Region) -> Region:
         return region.windows(self.image, lambda values: self.see(0, values))
-
-
-def _is_local(operation: Operation, shapes: list[torch.Size]) -> bool:
-    if isinstance(operation, Diagonal):
-        return all(v.ndim == 4 and v.shape[2:].numel() == 1 for v in (operation.scale, operation.shift))
-    if isinstance(operation, Concat):
-        return operation.dim == 1
-    return isinstance(operation, Convolution) or (
-        isinstance(operation, Nonlinear | Sum) and all(shape == shapes[0] for shape in shapes)
-    )
-
-
-def _pair(values) -> Pair:
-    first, second = values
-    return first, second

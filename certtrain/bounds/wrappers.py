@@ -61,6 +61,13 @@ def computed(module: nn.Module) -> dict[str, Callable[[Any], Any]]:
     return found
 
 
+class ComputedLayer:
+    """A view of a layer, whose tensors are computed when they are read."""
+
+    def iterate(self) -> None:
+        """What happens before a pass in training mode: one step of spectral norms' power iteration."""
+
+
 def with_computed_tensors(module: nn.Module) -> nn.Module:
     """The layer itself; where hooks compute a tensor of it, a view that computes it whenever it is read, with its
     gradients. The view shares everything else with the layer."""
@@ -69,13 +76,12 @@ def with_computed_tensors(module: nn.Module) -> nn.Module:
         return module
     iterated = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
 
-    def call(view: nn.Module, *inputs: Any) -> Any:
+    def iterate(view: nn.Module) -> None:
         for hook in iterated if view.training else ():
             hook.compute_weight(view, do_power_iteration=True)
-        return view.forward(*inputs)
 
     properties = {name: property(compute) for name, compute in tensors.items()}
-    kind = type(type(module).__name__, (type(module),), {**properties, "__call__": call})
+    kind = type(type(module).__name__, (ComputedLayer, type(module)), {**properties, "iterate": iterate})
     view = object.__new__(kind)
     object.__setattr__(view, "__dict__", module.__dict__)
     return view

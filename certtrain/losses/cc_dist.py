@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..bounds import Activity, Forward, Program, compute_activity, compute_margins, forward, split
+from ..bounds import Activity, Forward, Network, compute_activity, compute_margins, forward, split
 from ..errors import check
 from ..step import Batch, Step
 from .base import value_at
@@ -60,6 +60,6 @@ class CcDist(CcIbp):
         parts = attacked_parts(margins) | verified_parts(verified) | {"distance": distance}
         return self.combine(margins, verified, alpha) + self.weight * distance, parts, activity
 
-    def _target(self, model: nn.Module) -> Program:
+    def _target(self, model: nn.Module) -> Network:
         """What computes the teacher's features."""
         return split(load_teacher(model, self.teacher), 0).extractor

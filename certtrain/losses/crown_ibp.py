@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from ..bounds import Activity, Forward
 from ..bounds.crown import best_forms, bound_forms, interval_bounds, interval_forms
-from ..bounds.folded import Folded
 from ..bounds.folding import fold
+from ..bounds.network import Network
 from ..bounds.region import Region
 from ..step import Batch, Step
 from .base import Ramp, check_share, value_at
@@ -54,13 +54,13 @@ class CrownIbp(CertifiedLoss):
         return margin_loss(verified).mean(), verified_parts(verified), activity
 
 
-def _bounded(network: Folded, region: Region, forms: Tensor, best_layer: bool) -> Tensor:
+def _bounded(network: Network, region: Region, forms: Tensor, best_layer: bool) -> Tensor:
     if best_layer:
         return best_forms(network, region, forms)
     return bound_forms(network, region, forms, interval_bounds(network, region))
 
 
-def fused_loss(network: Folded, region: Region, rows: Tensor, best_layer: bool = False) -> Tensor:
+def fused_loss(network: Network, region: Region, rows: Tensor, best_layer: bool = False) -> Tensor:
     """(B,) upper bounds of log(1 + sum_j e^(-z_j)) over the region, z = rows · logits, rows (B, K - 1, K).
 
     Over the interval [a, b] of a margin, e^(-z) is below its chord e^(-a) - s (z - a). The sum of chords is one linear

@@ -7,7 +7,7 @@ from ..bounds import (
     Activity,
     Forward,
     Interval,
-    Program,
+    Network,
     Region,
     Statistics,
     compute_activity,
@@ -131,7 +131,7 @@ class Taps(CertifiedLoss):
 class Classifier:
     """Points of features (B, K - 1, *shape), one for each wrong class → that class' margin there, (B, K - 1)."""
 
-    program: Program
+    program: Network
     labels: Tensor
     statistics: Statistics
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..bounds import program as p
+from ..bounds.operations import Affine, BatchNorm, Entrywise, Sum
 from ..bounds.tracing import trace
 
 
@@ -30,14 +30,14 @@ def initialise_for_ibp(model: nn.Module) -> None:
 
 def fed_by_sums(model: nn.Module) -> list[nn.Linear | nn.Conv1d | nn.Conv2d]:
     """The affine layers whose input is a sum of two branches, perhaps behind batch norms and activations; each once."""
-    nodes = trace(model).nodes
+    operations = trace(model).operations
     found: dict[nn.Linear | nn.Conv1d | nn.Conv2d, None] = {}
-    for node in nodes:
-        if not isinstance(node, p.Affine):
+    for operation in operations:
+        if not isinstance(operation, Affine) or not isinstance(operation.layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             continue
-        source = nodes[node.inputs[0]]
-        while isinstance(source, (p.Norm, p.Activate)):
-            source = nodes[source.inputs[0]]
-        if isinstance(source, p.Add):
-            found[node.layer] = None
+        source = operations[operation.inputs[0]]
+        while isinstance(source, (BatchNorm, Entrywise)):
+            source = operations[source.inputs[0]]
+        if isinstance(source, Sum):
+            found[operation.layer] = None
     return list(found)

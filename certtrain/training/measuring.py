@@ -70,7 +70,7 @@ class Measure:
         losses = torch.stack([margin_loss(mix(attacked, verified, alpha)) for alpha in self.alphas], 1)
         falls = losses[:, 1:] < losses[:, :-1] - ROUNDING * (1 + losses[:, :-1].abs())
         plain, shifted = (F.cross_entropy(z, batch.labels, reduction="none") for z in (logits, logits + SHIFT))
-        layers = [(trace(model).nodes[place].path, found) for place, found in activity.preactivations.items()]
+        layers = [(trace(model).affine_before(place).path, found) for place, found in activity.preactivations.items()]
         return {
             "alphas": list(self.alphas), "cc_losses": losses.mean(0).tolist(),
             "ordered": float((~falls).all(1).float().mean()), "shift_error": float((shifted - plain).abs().max()),

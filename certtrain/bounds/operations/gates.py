@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activation import STRAIGHT, Activation
-
+STRAIGHT = 1000.0
+"""Beyond it GELU and SiLU equal 0 or x in every floating-point format; their formulas give NaN at infinity, and their
+derivatives for large numbers."""
 HALVINGS = 30
 ROUNDING, NEAR = 4, 6
 """Times eps, what lines are moved outward by: ``ROUNDING`` times the largest |x| (or 1), and ``NEAR``. The roundings
 of h, of slopes and of constants needed 1.1 |x| at most, in float32 on three million intervals, at 61 points each in
 float64; the rest is for what is run, up to 2.9 |x| from the function where |x| is about 3, to 1.8 |x| elsewhere, by
-``scripts/measure_activations.py`` (``KERNEL_ERROR`` in ``activation.py``)."""
+``scripts/measure_activations.py`` (``KERNEL_ERROR`` in ``entrywise.py``)."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,12 @@ Line = tuple[Tensor, Tensor]
 """(slope, constant)."""
 
 
-def gated(activation: Activation, lower: Tensor, upper: Tensor) -> tuple[Line, Line]:
+def gated(gate: Gate, lower: Tensor, upper: Tensor) -> tuple[Line, Line]:
     """The lines below and above the function on [lower, upper], each end (B, *shape).
 
     As far as floating point tells them they are sound on any interval; where an end is infinite or NaN they are NaN, or
     infinitely far away, and prove nothing. Each is the one that leaves the smallest area, among tangents and the chord.
     """
-    gate = GATES[activation.kind]
     mirrored = lower + upper < 0
     first, last = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
     middle, width = (first + last) / 2, last - first

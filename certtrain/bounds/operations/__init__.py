@@ -1,0 +1,26 @@
+"""The operations of networks, one class in one file each; importing this registers how the tracer finds them."""
+
+from .affine import Affine, Weights
+from .base import Function, Input, Linear, Nonlinear, Operation, Unbounded, UnsupportedNode
+from .batch_norm import BatchNorm, BatchStatistics
+from .concat import Concat
+from .convolution import Convolution
+from .dropout import Dropout
+from .entrywise import Entrywise
+from .gated import Gelu, GeluTanh, Silu
+from .linear import Dense
+from .opaque import Opaque
+from .pooling import AveragePool, MaxPool
+from .rearrangement import Rearrangement, Selection
+from .registry import from_function, from_module
+from .relu import LeakyRelu, Relu
+from .scale import Constants, Scale
+from .sigmoid import Sigmoid, Tanh
+from .sum import Sum
+
+__all__ = [
+    "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Concat", "Constants", "Convolution", "Dense",
+    "Dropout", "Entrywise", "Function", "Gelu", "GeluTanh", "Input", "LeakyRelu", "Linear", "MaxPool", "Nonlinear",
+    "Opaque", "Operation", "Rearrangement", "Relu", "Scale", "Selection", "Sigmoid", "Silu", "Sum", "Tanh",
+    "Unbounded", "UnsupportedNode", "Weights", "from_function", "from_module",
+]  # fmt: skip

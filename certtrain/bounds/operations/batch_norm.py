@@ -1,0 +1,123 @@
+"""Batch norms: by their batch's statistics in training, else an affine map of each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ... import kernels
+from ..interval import Interval
+from .base import Unbounded, UnsupportedNode
+from .registry import Tracing, from_module
+from .scale import Constants, Scale
+
+if TYPE_CHECKING:
+    from ..folding import Folding
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """Mean and *biased* variance per channel of one batch norm's input, each (C,), with their gradients."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(Unbounded):
+    """A batch norm of a model, over dimension 1. Folding makes it part of the layer before, or a ``Scale``.
+
+    Args:
+        statistics: of a batch, which it uses instead of the running ones.
+    """
+
+    norm: nn.BatchNorm1d | nn.BatchNorm2d
+    statistics: BatchStatistics | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether it uses the statistics of the batch that it meets, and updates the running ones."""
+        return self.norm.training and self.statistics is None
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift), each (C,), with the given statistics, or the running ones."""
+        norm, statistics = self.norm, self.statistics
+        if statistics is None:
+            if norm.running_mean is None or norm.running_var is None:
+                raise UnsupportedNode("a batch norm without running statistics; accepted: track_running_stats=True")
+            statistics = BatchStatistics(norm.running_mean, norm.running_var)
+        scale = torch.rsqrt(statistics.variance + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = -statistics.mean * scale
+        return scale, shift if norm.bias is None else shift + norm.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale, shift = (values.reshape(-1, *[1] * (x.ndim - 2)) for values in self.coefficients())
+        return x * scale + shift
+
+    def of_batch(self, x: Tensor, ops: ModuleType = kernels) -> tuple[Tensor, BatchStatistics]:
+        """The output by the batch's own statistics, and these; updates the running ones as torch does.
+
+        Args:
+            ops: ``kernels``, or ``kernels.reference``, which is differentiable twice.
+        """
+        y, mean, variance = ops.batch_statistics_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        self._update(mean, variance, x.numel() // x.shape[1])
+        return y, BatchStatistics(mean, variance)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        norm = self.norm
+        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+            return
+        norm.num_batches_tracked += 1
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.detach(), momentum)
+        norm.running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)  # torch keeps the unbiased one
+
+    def interval(self, x: Interval) -> Interval:
+        return Interval(*kernels.ibp_affine(x.center, x.radius, *self.coefficients()))
+
+    def refusal(self) -> UnsupportedNode:
+        return UnsupportedNode(f"BatchNorm at {self.path!r}: found it in linear bounds; accepted: a folded network")
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return self.norm
+
+    def fold(self, folding: Folding, *sources: int) -> int:
+        (source,) = sources
+        rest = [1] * (len(folding.shapes[source]) - 1)
+        if folding.as_written:
+            return self._apart(folding, source, rest)
+        scale, shift = (folding.tensor(v, self.path).reshape(1, -1, *rest) for v in self.coefficients())
+        return folding.append(Scale(self.path, sources, Constants(scale, shift)))
+
+    def _apart(self, folding: Folding, source: int, rest: Sequence[int]) -> int:
+        """A batch norm as its operator: (x - mean) times a scale, plus a bias; computed in float64.
+
+        onnxruntime 1.31 evaluates x s + (bias - mean s) with a rounded s = weight / sqrt(variance + epsilon), whose
+        error acts on x - mean alone. Besides it, x is rounded twice, mean three times and bias twice; s is off by 4
+        roundings at most if its four steps round correctly, and 8 are paid for.
+        """
+        norm = self.norm
+        mean, variance, weight, bias = (
+            folding.finite(torch.as_tensor(value, dtype=torch.float64, device=folding.device), self.path)
+            for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        vectors = -mean, weight / (variance + norm.eps).sqrt(), bias
+        negative, scale, shift = (v.reshape(1, -1, *rest) for v in vectors)
+        centred = Constants(torch.ones_like(negative), negative)
+        place = folding.append(Scale(self.path, (source,), centred, rounds=3))
+        scaled = Constants(folding.finite(scale, self.path), shift)
+        return folding.append(Scale(self.path, (place,), scaled, rounds=8))
+
+
+@from_module(nn.BatchNorm1d, nn.BatchNorm2d)
+def _batch_norm(tracing: Tracing, path: str, source: int, module: nn.BatchNorm1d | nn.BatchNorm2d) -> int:
+    return tracing.append(BatchNorm(path, (source,), module))

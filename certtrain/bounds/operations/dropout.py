@@ -1,0 +1,48 @@
+"""Dropout: random in training; bounds enclose the evaluation network, where it does nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..interval import Interval
+from .base import Unbounded, UnsupportedNode
+from .registry import Tracing, from_function, from_module
+
+if TYPE_CHECKING:
+    from ..folding import Folding
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout(Unbounded):
+    """A dropout layer of a model; folding leaves it out."""
+
+    layer: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def interval(self, x: Interval) -> Interval:
+        return x
+
+    def refusal(self) -> UnsupportedNode:
+        return UnsupportedNode(f"{self.path}: found dropout in linear bounds; accepted: a folded network")
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return nn.Identity()
+
+    def fold(self, folding: Folding, *sources: int) -> int:
+        return sources[0]
+
+
+@from_module(nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+def _dropout(tracing: Tracing, path: str, source: int, module: nn.Module) -> int:
+    return tracing.append(Dropout(path, (source,), module))
+
+
+@from_function("dropout")
+def _function(tracing: Tracing, node: fx.Node, source: int) -> int:
+    raise UnsupportedNode(f"F.dropout at {node.name!r} freezes its mode when traced; accepted: nn.Dropout")

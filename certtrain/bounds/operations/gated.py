@@ -1,0 +1,132 @@
+"""GELU (by erf, and by tanh) and SiLU: a number times a gate of it. Their lines are found in ``gates.py``."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..interval import Bounds
+from ..relaxation import Lines
+from .base import UnsupportedNode
+from .entrywise import Entrywise
+from .gates import GATES, STRAIGHT, gated
+from .registry import Tracing, from_function, from_module
+
+
+@dataclass(frozen=True)
+class Trough:
+    """The minimum of a function that falls up to it and rises from it on; both numbers rounded to nearest."""
+
+    place: float
+    value: float
+
+    def lies_in(self, x: Bounds) -> Tensor:
+        """Whether it may lie within the ends: never False where it does. Rounding is monotone, so the two neighbours of
+        ``place``, in whichever format they are compared, enclose the true one."""
+        return (x.lower <= math.nextafter(self.place, math.inf)) & (x.upper >= math.nextafter(self.place, -math.inf))
+
+    def below(self, dtype: torch.dtype) -> float:
+        """A number below the minimum, and below what torch computes near it, of which 4 eps leave enough: of all
+        float32 in [-2, -0.25] the lowest value is 1.1 eps (relative) below the minimum at most."""
+        return self.value * (1 + 4 * torch.finfo(dtype).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Gated(Entrywise):
+    """A function that falls up to its one minimum and rises from there."""
+
+    trough: ClassVar[Trough]
+
+    def image(self, x: Bounds) -> Bounds:
+        """A minimum inside is rounded down, and its gradient is 0."""
+        first, last = self._anywhere(x.lower), self._anywhere(x.upper)
+        least = torch.where(self.trough.lies_in(x), self.trough.below(x.lower.dtype), torch.minimum(first, last))
+        return Bounds(least, torch.maximum(first, last))
+
+    def _anywhere(self, x: Tensor) -> Tensor:
+        return torch.where(x > STRAIGHT, x, self.value(x.clamp(-STRAIGHT, STRAIGHT)))
+
+    def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
+        """They leave room for what kernels make of the function."""
+        (lower_slope, lower_intercept), (upper_slope, upper_intercept) = gated(GATES[self.kind], lower, upper)
+        return Lines(lower_slope, upper_slope, upper_intercept, lower_intercept)
+
+    @abstractmethod
+    def module(self, shape: torch.Size) -> nn.Module: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Gelu(Gated):
+    """x (1 + erf(x / sqrt(2))) / 2."""
+
+    kind: ClassVar[str] = "gelu"
+    trough: ClassVar[Trough] = Trough(-0.7517915246935644575, -0.1699712074799036617)  # by 50-digit arithmetic:
+    # the roots of the derivatives, here and below
+
+    def value(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return nn.GELU()
+
+
+@dataclass(frozen=True, eq=False)
+class GeluTanh(Gated):
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
+
+    kind: ClassVar[str] = "gelu_tanh"
+    trough: ClassVar[Trough] = Trough(-0.7524614220710162585, -0.1700407505712540506)
+
+    def value(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return nn.GELU("tanh")
+
+
+@dataclass(frozen=True, eq=False)
+class Silu(Gated):
+    """x sigmoid(x)."""
+
+    kind: ClassVar[str] = "silu"
+    trough: ClassVar[Trough] = Trough(-1.2784645427610737951, -0.2784645427610737951)
+
+    def value(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return nn.SiLU()
+
+
+def gelu(path: str, source: int, form: Any) -> Gelu | GeluTanh:
+    """The GELU that torch and ONNX call ``approximate=form``."""
+    kinds: dict[Any, type[Gelu | GeluTanh]] = {"none": Gelu, "tanh": GeluTanh}
+    if not isinstance(form, str) or form not in kinds:
+        raise UnsupportedNode(f"GELU at {path!r}: found approximate={form!r}; accepted: {', '.join(kinds)}")
+    return kinds[form](path, (source,))
+
+
+@from_module(nn.GELU)
+def _gelu(tracing: Tracing, path: str, source: int, module: nn.GELU) -> int:
+    return tracing.append(gelu(path, source, module.approximate))
+
+
+@from_function("gelu")
+def _gelu_function(tracing: Tracing, node: fx.Node, source: int) -> int:
+    return tracing.append(gelu(node.name, source, node.kwargs.get("approximate", "none")))
+
+
+@from_module(nn.SiLU)
+def _silu(tracing: Tracing, path: str, source: int, module: nn.SiLU) -> int:
+    return tracing.append(Silu(path, (source,)))
+
+
+@from_function("silu")
+def _silu_function(tracing: Tracing, node: fx.Node, source: int) -> int:
+    return tracing.append(Silu(node.name, (source,)))

@@ -1,0 +1,42 @@
+"""Functions that are run, and not looked into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..interval import Interval
+from .base import Function, Unbounded, UnsupportedNode
+
+if TYPE_CHECKING:
+    from ..folding import Folding
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque(Unbounded):
+    """A function that can be evaluated, but not bounded; asked for more it raises ``why``."""
+
+    function: Callable[[Tensor], Tensor]
+    why: UnsupportedNode
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def interval(self, x: Interval) -> Interval:
+        raise self.why
+
+    def refusal(self) -> UnsupportedNode:
+        return self.why
+
+    def terms(self, shape: torch.Size) -> int:
+        raise self.why
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return Function(self.function)
+
+    def fold(self, folding: Folding, *sources: int) -> int:
+        return folding.append(replace(self, inputs=sources))

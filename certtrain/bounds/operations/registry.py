@@ -1,0 +1,63 @@
+"""Where operations say which modules and functions of a model they come from. The tracer looks them up here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+if TYPE_CHECKING:
+    from ..tracing import Tracing
+else:
+    Tracing = Any
+
+ModuleRule = Callable[[Tracing, str, int, Any], "int | None"]
+"""(tracing, path, position of the input, module) → position of the output; None: this module has no rule."""
+FunctionRule = Callable[[Tracing, fx.Node, int], int]
+"""(tracing, step of torch.fx's graph, position of its first operand) → position of the output."""
+
+MODULES: dict[type[nn.Module], ModuleRule] = {}
+FUNCTIONS: dict[str, FunctionRule] = {}
+
+
+class BatchSize:
+    """Stands for x.size(0) while tracing."""
+
+
+def from_module(*kinds: type[nn.Module]) -> Callable[[ModuleRule], ModuleRule]:
+    """Register how modules of these classes, and of classes derived from them, become operations.
+
+    torch.fx does not look inside them. The rule appends operations to ``tracing`` and returns the last one's position.
+    """
+
+    def register(rule: ModuleRule) -> ModuleRule:
+        MODULES.update(dict.fromkeys(kinds, rule))
+        return rule
+
+    return register
+
+
+def from_function(*names: str) -> Callable[[FunctionRule], FunctionRule]:
+    """Register how functions and methods of tensors of these names become operations."""
+
+    def register(rule: FunctionRule) -> FunctionRule:
+        FUNCTIONS.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def rule_of(module: nn.Module) -> ModuleRule | None:
+    """That of the module's class, or of the nearest that it is derived from."""
+    return next((MODULES[kind] for kind in type(module).__mro__ if kind in MODULES), None)
+
+
+def supported() -> str:
+    """All modules and functions that have a rule, for messages."""
+    modules = ", ".join(kind.__name__ for kind in MODULES)
+    functions = ", ".join(name for name in FUNCTIONS if not name.endswith("_"))
+    return (
+        f"{modules}; the functions {functions} that keep the batch dimension, cat of computed values along any other, "
+        "and + - * / with another computed value (+ and - only) or with constants"
+    )

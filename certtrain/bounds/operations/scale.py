@@ -1,0 +1,135 @@
+"""Products and sums with constants, entry by entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..interval import Interval
+from ..relaxation import InputLines, Relaxation
+from ..window import Window
+from .affine import with_weights
+from .base import Linear, summed_onto
+
+if TYPE_CHECKING:
+    from ..folding import Folding
+
+Coefficients = Callable[[], tuple[Tensor | float, Tensor | float]]
+"""(scale, shift), looked up each time: buffers are replaced when a model moves."""
+
+
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """Fixed ones, of a folded network: both broadcast against (1, *shape)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.shift
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Linear):
+    """Elementwise ``scale * x + shift`` with constants of the model: numbers, parameters or buffers.
+
+    Two in a row stay two: one in their place, in float32, would be another network (x + 8192 - 8192 is not x).
+
+    Args:
+        exact: the same in float64, where the model's own dtype would round them.
+        rounds: roundings that the network makes of one output at most, relative to |scale x| + |shift|.
+    """
+
+    coefficients: Coefficients
+    exact: Coefficients | None = None
+    rounds: int = 2
+
+    entrywise_map: ClassVar[bool] = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale, shift = self.coefficients()  # a number is looked at, a tensor never: that would wait for a GPU
+        x = x if isinstance(scale, float) and scale == 1 else x * scale
+        return x if isinstance(shift, float) and shift == 0 else x + shift
+
+    def interval(self, x: Interval) -> Interval:
+        center, (scale, _) = self(x.center), self.coefficients()
+        radius = x.radius if isinstance(scale, float) and abs(scale) == 1 else x.radius * abs(scale)
+        return Interval(center, radius.expand_as(center))
+
+    def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, shift) as tensors: those of a folded network themselves."""
+        scale, shift = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in self.coefficients())
+        return scale, shift
+
+    def adjoints(self, forms: Tensor, *shapes: torch.Size) -> tuple[Tensor, ...]:
+        return (summed_onto(forms * self.tensors(forms)[0], shapes[0]),)
+
+    def constant(self, forms: Tensor) -> Tensor:
+        return (forms * self.tensors(forms)[1]).flatten(2).sum(-1)
+
+    def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
+        (x,) = inputs
+        scale, shift = self.tensors(x.lower)
+        scale = scale.unsqueeze(1) if scale.ndim == x.lower.ndim - 1 else scale
+        up, down = scale.clamp(min=0), scale.clamp(max=0)
+        shape = self(x.lower[:, -1]).shape[1:]
+        lower, upper = (
+            (up * same + down * other).expand(*same.shape[:2], *shape).clone()
+            for same, other in ((x.lower, x.upper), (x.upper, x.lower))
+        )
+        return InputLines(lower, upper).shifted(shift)
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        scale, shift = self.tensors(x)
+        return x * scale.abs() + shift.abs()
+
+    def roundings(self, shape: torch.Size) -> int:
+        return self.rounds
+
+    def window(self, window: Window, shapes: Sequence[torch.Size]) -> Window | None:
+        local = all(isinstance(v, Tensor) and v.ndim == 4 and v.shape[2:].numel() == 1 for v in self.coefficients())
+        return window if local else None
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        """A 1×1 convolution where each channel has its own two numbers: its zeros add nothing, not even a rounding. A
+        linear layer where a single feature has: of a binary score it makes two logits."""
+        scale, shift = (torch.as_tensor(v) for v in self.coefficients())
+        vectors = [v.reshape(-1) for v in (scale, shift)]
+        if shape == (1,) and max(v.ndim for v in (scale, shift)) == 1:
+            weight, bias = torch.broadcast_tensors(*vectors)
+            layer = nn.Linear(1, len(weight), device="meta")
+            return with_weights(layer, weight.reshape(-1, 1).clone(), bias.clone())
+        places = [v.shape[-2:].numel() if v.ndim >= 2 else v.numel() for v in (scale, shift)]
+        if len(shape) != 3 or places != [1, 1]:
+            return _Elementwise(scale, shift)
+        inputs, outputs = shape[0], max(shape[0], *map(len, vectors))  # numbers for RGB make three of one grey channel
+        scale, shift = (v.expand(outputs) for v in vectors)
+        weight = torch.diag(scale) if inputs == outputs else scale
+        layer = nn.Conv2d(inputs, outputs, 1, device="meta")
+        return with_weights(layer, weight.reshape(outputs, inputs, 1, 1), shift.clone() if shift.any() else None)
+
+    def fold(self, folding: Folding, *sources: int) -> int:
+        if self.exact is not None and folding.as_written:
+            scale, shift = (folding.finite(torch.as_tensor(v, device=folding.device), self.path) for v in self.exact())
+        else:
+            scale, shift = (folding.tensor(value, self.path) for value in self.coefficients())
+        return folding.append(Scale(self.path, sources, Constants(scale, shift), rounds=self.rounds))
+
+
+class _Elementwise(nn.Module):
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.scales, self.shifts = bool((scale != 1).any()), bool(shift.any())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale if self.scales else x
+        return x + self.shift if self.shifts else x

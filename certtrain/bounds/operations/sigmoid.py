@@ -1,0 +1,147 @@
+"""Sigmoid and tanh, enclosed by tangents and chords (arXiv 1811.00866, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..interval import Bounds
+from ..relaxation import Lines
+from .entrywise import KERNEL_ERROR, Entrywise
+from .registry import Tracing, from_function, from_module
+
+ROUNDING = 4
+"""Times eps and the numbers' size: what lines above tanh are lifted by, for the roundings of tanh and of a slope times
+x. Ends around every switch, in both dtypes, needed 2.8 at most (``tests/test_lines.py``)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Saturating(Entrywise):
+    """A function that rises between two limits."""
+
+    def image(self, x: Bounds) -> Bounds:
+        return Bounds(self(x.lower), self(x.upper))
+
+    def kernel_error(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return KERNEL_ERROR * torch.finfo(lower.dtype).eps * torch.ones_like(lower.detach())
+
+    def _widened(self, lower: Tensor, upper: Tensor, ends: tuple[Tensor, Tensor, Tensor, Tensor]) -> Lines:
+        """Lines, given (lower slope, upper slope, upper intercept, lower intercept), around what kernels make of it."""
+        error = self.kernel_error(lower, upper)
+        lower_slope, upper_slope, above, below = ends
+        return Lines(lower_slope, upper_slope, above + error, below - error, rising=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Tanh(Saturating):
+    """The hyperbolic tangent."""
+
+    kind: ClassVar[str] = "tanh"
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
+        slope, intercept = _above_tanh(lower, upper)
+        mirrored, below = _above_tanh(-upper, -lower)
+        return self._widened(lower, upper, (mirrored, slope, intercept, -below))
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return nn.Tanh()
+
+
+@dataclass(frozen=True, eq=False)
+class Sigmoid(Saturating):
+    """1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2."""
+
+    kind: ClassVar[str] = "sigmoid"
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
+        slope, intercept = _above_tanh(lower / 2, upper / 2)
+        mirrored, below = _above_tanh(-upper / 2, -lower / 2)
+        return self._widened(lower, upper, (mirrored / 4, slope / 4, (1 + intercept) / 2, (1 - below) / 2))
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return nn.Sigmoid()
+
+
+def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """(slope, intercept) of a line above tanh: a chord, or a tangent at a point right of 0.
+
+    Whichever slope is chosen, and however rounding made it, the intercept is the largest of tanh(x) - slope x: which
+    slope is best may be decided wrongly next to a switch, the line is above the function all the same.
+    """
+    at_lower, at_upper = torch.tanh(lower), torch.tanh(upper)
+
+    def tangent(point: Tensor) -> tuple[Tensor, Tensor]:
+        value = torch.tanh(point)
+        slope = 1 - value * value
+        return slope, value - slope * point
+
+    with torch.no_grad():
+        low, high = torch.zeros_like(lower), upper.clamp(min=0)
+        slope, intercept = tangent(high)
+        # a tangent right of 0 is above the concave half; where not even the one at ``upper`` is at ``lower``: a chord
+        use_chord = (upper <= 0) | ((lower < 0) & (slope * lower + intercept < at_lower))
+        for _ in range(30):
+            middle = (low + high) / 2
+            slope, intercept = tangent(middle)
+            above = slope * lower + intercept >= at_lower
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        slope, intercept = tangent(high)
+        # of the tangent's height at ``lower``, by its point
+        derivative = (2 * torch.tanh(high) * slope * (high - lower)).clamp(min=1e-30)
+    # the point moves with ``lower``: the implicit function's gradient, and no change of value
+    height = slope * lower + intercept - at_lower
+    touching = high - (height - height.detach()) / derivative
+    # tangents further right are above it as well; the one in the middle leaves the smallest area
+    slope, intercept = tangent(torch.maximum(touching, lower / 2 + upper / 2))
+    width = upper - lower
+    chord = torch.where(width > 0, (at_upper - at_lower) / torch.where(width > 0, width, 1.0), 1 - at_lower * at_lower)
+    slope = torch.where(use_chord, chord, slope)
+    # it rises, whatever rounding makes of a chord; and can be halved, and halved again, without a loss
+    slope = torch.where(slope < 8 * torch.finfo(lower.dtype).tiny, 0.0, slope)
+    intercept = torch.where(use_chord, at_lower - slope * lower, intercept)
+    with torch.no_grad():
+        lift = _largest_above(slope, lower, upper, at_lower, at_upper) - intercept
+    return slope, intercept + lift
+
+
+def _largest_above(slope: Tensor, lower: Tensor, upper: Tensor, at_lower: Tensor, at_upper: Tensor) -> Tensor:
+    """tanh(x) - slope x on [lower, upper] at most, for any slope >= 0.
+
+    Left of 0 it is convex, so largest at an end; right of 0 it is concave, and largest where the slope is tanh's own,
+    at atanh(sqrt(1 - slope)), or as near as the interval comes. An error of that point counts by its square.
+    """
+    root = (1 - slope).clamp(min=0).sqrt()
+    peak = torch.minimum(torch.maximum(torch.log1p(root) - slope.clamp(max=1).log() / 2, lower), upper)
+    found = torch.maximum(at_lower - slope * lower, at_upper - slope * upper)
+    found = torch.maximum(found, torch.tanh(peak) - slope * peak)
+    size = 1 + slope * torch.maximum(lower.abs(), upper.abs())
+    return found + ROUNDING * torch.finfo(lower.dtype).eps * size
+
+
+@from_module(nn.Tanh)
+def _tanh(tracing: Tracing, path: str, source: int, module: nn.Tanh) -> int:
+    return tracing.append(Tanh(path, (source,)))
+
+
+@from_function("tanh")
+def _tanh_function(tracing: Tracing, node: fx.Node, source: int) -> int:
+    return tracing.append(Tanh(node.name, (source,)))
+
+
+@from_module(nn.Sigmoid)
+def _sigmoid(tracing: Tracing, path: str, source: int, module: nn.Sigmoid) -> int:
+    return tracing.append(Sigmoid(path, (source,)))
+
+
+@from_function("sigmoid")
+def _sigmoid_function(tracing: Tracing, node: fx.Node, source: int) -> int:
+    return tracing.append(Sigmoid(node.name, (source,)))

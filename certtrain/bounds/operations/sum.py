@@ -1,0 +1,55 @@
+"""Sums and differences of two values: residual connections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..interval import Interval
+from ..relaxation import InputLines, Relaxation
+from ..window import Window
+from .base import Function, Linear, summed_onto
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Linear):
+    """The first input plus ``sign`` times the second.
+
+    Args:
+        sign: 1 or -1.
+        largest: two positions, if this is the maximum of what is there.
+    """
+
+    sign: float = 1.0
+    largest: tuple[int, int] | None = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + self.sign * y
+
+    def interval(self, x: Interval, y: Interval) -> Interval:
+        return Interval(x.center + self.sign * y.center, x.radius + y.radius)
+
+    def adjoints(self, forms: Tensor, *shapes: torch.Size) -> tuple[Tensor, ...]:
+        first, second = shapes
+        return summed_onto(forms, first), summed_onto(self.sign * forms, second)
+
+    def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
+        x, y = inputs
+        if self.sign > 0:
+            return InputLines(x.lower + y.lower, x.upper + y.upper)
+        return InputLines(x.lower + -y.upper, x.upper + -y.lower)
+
+    def magnitude(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def roundings(self, shape: torch.Size) -> int:
+        return 1
+
+    def window(self, window: Window, shapes: Sequence[torch.Size]) -> Window | None:
+        return window if all(shape == shapes[0] for shape in shapes) else None
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return Function(torch.add if self.sign > 0 else torch.sub)
