@@ -20,6 +20,7 @@ from .errors import InputError, check
 from .evaluation import unanswered
 from .export import Export, write_files
 from .labels import classes_of
+from .ledger import Ledger, images_of
 from .models import initialise_for_ibp
 from .noise import key_of
 from .precision import full_float32
@@ -31,7 +32,6 @@ from .runs import check_data, describe, load_model, question_of, recorded_config
 from .surroundings import surroundings
 from .training import StopRequest, check_images, fit
 from .verifiers.records import decided, reasons, summarise
-from .verifiers.sweep import images_of, sweep
 
 
 def train(
@@ -181,7 +181,7 @@ def _train_and_certify(
         images = range(min(config.certify.images or len(here.test), len(here.test)))
         with StopRequest(at_once=True):
             question = question_of(folder, config, here, model, device)
-            records = sweep(question, folder.verdicts, folder.settings, images, quiet=quiet)
+            records = Ledger(folder.verdicts, folder.settings).ask(question, images, quiet=quiet)
         final |= {**summarise(records), "decided": decided(records), "undecided": reasons(records),
                   "images": len(records)}  # fmt: skip
         seconds += sum(record["seconds"] for record in records)

@@ -11,13 +11,13 @@ import torch
 from .config import structure, unstructure
 from .data import Dataset
 from .evaluation import Checkpoint, Evaluate, Evaluation
+from .ledger import images_of
 from .progress import console
 from .recipe import Config
 from .run_folder import RunFolder, sha256
 from .runs import check_data, load_model, recorded_config
 from .surroundings import device_name, surroundings, versions
 from .training import StopRequest
-from .verifiers.sweep import images_of
 
 
 def evaluate(

@@ -20,8 +20,8 @@ from .recipe import Config
 from .run_folder import RunFolder, write_atomically
 from .surroundings import device_name, versions
 from .training.checkpoint import load_weights
+from .verifiers.embedded_question import EmbeddedQuestion
 from .verifiers.onnx_network import load_onnx, replay_session
-from .verifiers.sweep import Question
 
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
@@ -95,7 +95,7 @@ def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:
 
 def question_of(
     folder: RunFolder, config: Config, dataset: Dataset, model: nn.Module, device: torch.device
-) -> Question:
+) -> EmbeddedQuestion:
     """The run's own question about its test split; the weights are those in the folder. Where they were exported,
     counterexamples have to fool onnxruntime too."""
     rests_on = {
@@ -104,7 +104,7 @@ def question_of(
     }  # fmt: skip
     network = current_network(folder, folder.open(folder.path)[1])
     replay = None if network is None else replay_session(load_onnx(network))
-    return Question(
+    return EmbeddedQuestion(
         model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on, replay
     )
 

@@ -11,6 +11,7 @@ from .bounds import LinfBall
 from .config import structure, unstructure
 from .errors import InputError
 from .export import current_network
+from .ledger import Ledger, images_of
 from .pipeline import export
 from .recipe import Config
 from .run_folder import RunFolder
@@ -23,7 +24,6 @@ from .verifiers.abcrown_question import VERIFIER, AbcrownQuestion
 from .verifiers.onnx_network import load_onnx, replay_session
 from .verifiers.problem import Status
 from .verifiers.records import Record
-from .verifiers.sweep import images_of, sweep
 
 
 def verify_with_abcrown(
@@ -71,10 +71,10 @@ def verify_with_abcrown(
         certify.timeout, where.type, folder.path / "verdicts" / VERIFIER,
         {"weights": weights, "versions": versions(), "device": device_name(where)},
     )  # fmt: skip
-    file = folder.other_verdicts(VERIFIER, float(ball.epsilon), "nearest")
+    ledger = Ledger(folder.other_verdicts(VERIFIER, float(ball.epsilon), "nearest"), folder.settings)
     with StopRequest(at_once=True):
-        records = sweep(question, file, folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
-    return Verification(file.path, float(ball.epsilon), chosen, records, {})
+        records = ledger.ask(question, chosen, total_timeout=total_timeout, quiet=quiet)
+    return Verification(ledger.file.path, float(ball.epsilon), chosen, records, {})
 
 
 @dataclass(frozen=True)

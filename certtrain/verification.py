@@ -10,6 +10,7 @@ from typing import get_args
 
 from .config import structure, unstructure
 from .errors import check
+from .ledger import Ledger, images_of
 from .progress import console
 from .recipe import Config
 from .run_folder import JsonLines, RunFolder
@@ -17,9 +18,9 @@ from .runs import check_data, load_model, question_of
 from .surroundings import surroundings
 from .training import StopRequest
 from .verifiers import Certify
+from .verifiers.embedded_question import VERIFIER
 from .verifiers.records import Record
 from .verifiers.settings import Arithmetic
-from .verifiers.sweep import VERIFIER, images_of, sweep
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def verify(
             console.print(remark)
         chosen = images_of(images, len(dataset.test))
         question = question_of(folder, config, dataset.to(where), model.to(where), where)
-        records = sweep(question, file, folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
+        ledger = Ledger(file, folder.settings)
+        records = ledger.ask(question, chosen, total_timeout=total_timeout, quiet=quiet)
     certificates = {}
     for arithmetic in get_args(Arithmetic):
         verdicts = {line["index"]: line["status"] for line in file_of(arithmetic) if line["index"] in chosen}

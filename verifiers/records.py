@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from ..config import structure
+from ..data import Split
 from ..errors import InputError
-from ..run_folder import JsonLines
+from ..ledger import Question, mistyped
 from .problem import UNDECIDED, Status
 from .settings import Certify
 
 Record = Mapping[str, Any]
-FIELDS = {"index": int, "label": int, "status": str, "stage": str, "seconds": float, "spent": dict, "settings": str}
 
 
-def read_verdicts(file: JsonLines, labels: Sequence[int], settings: Mapping[str, Record], weights: str):
-    """``{index: record}``; the last of several lines on one image counts.
+class VerdictQuestion(Question):
+    """Is each image of a split safe on the whole set around it? Its lines are verdicts.
+
+    A decided image stays decided, whichever settings decided it; only verdicts on other weights are refused. An
+    undecided image is asked about again where the settings now offer more.
 
     Args:
-        labels: of the images that were asked about, by number.
-        settings: what verdicts can rest on, by name.
-        weights: of the network, their checksum.
-    Raises:
-        InputError: a line that is none of ours, or on other images or another network.
+        rests_on: part of the basis; ``weights`` is the network's checksum.
     """
-    known: dict[int, Record] = {}
-    for number, record in enumerate(file, start=1):
-        where = f"{file.path}, line {number}"
-        for field, kind in FIELDS.items():
-            value = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(value, kind):
-                raise InputError(f"{where}: found {field} {value!r}; accepted: the file as written")
-        index, status, name = record["index"], record["status"], record["settings"]
-        if not 0 <= index < len(labels):
-            raise InputError(f"{where}: found index {index}; accepted: 0 to {len(labels) - 1}, the images of the data")
-        if record["label"] != labels[index] or status not in get_args(Status):
-            found = f"label {record['label']}, status {status!r}"
-            raise InputError(f"{where}: found {found}; accepted: label {labels[index]}, {', '.join(get_args(Status))}")
-        if name not in settings:
-            raise InputError(f"{where}: found settings {name!r}; accepted: what verdicts/settings.jsonl describes")
-        if settings[name].get("weights") != weights:
-            raise InputError(f"{where}: found a verdict on other weights; accepted: verdicts on this model.safetensors")
-        known[index] = record
-    return known
+
+    split: Split
+    rests_on: Mapping[str, Any]
+    title = "certifying"
+    fields: ClassVar[Mapping[str, type]] = {"status": str, "stage": str, "seconds": float, "spent": dict}
+
+    @property
+    def labels(self) -> list[int]:
+        return self.split.labels.tolist()
+
+    def refuses_basis(self, basis: Record) -> str:
+        if basis.get("weights") == self.rests_on["weights"]:
+            return ""
+        return "found a verdict on other weights; accepted: verdicts on this model.safetensors"
+
+    def refuses_line(self, line: Record) -> str:
+        known = get_args(Status)
+        if (fault := mistyped(line, self.fields)) or line["status"] in known:
+            return fault
+        return f"found status {line['status']!r}; accepted: {', '.join(known)}"
+
+    def may_improve(self, line: Record, basis: Record) -> bool:
+        return undecided(line) and self.offers_more(line, basis)
+
+    @abstractmethod
+    def offers_more(self, record: Record, before: Record) -> bool:
+        """Whether an undecided image may hope for more than it has had on the basis ``before``."""
+
+    def merge(self, line: Record, before: Record | None) -> Record:
+        """The new verdict, with the better lower bound of the two."""
+        bounds = [r.get("lower_bound") for r in (line, before) if r is not None]
+        return {**line, "lower_bound": max((bound for bound in bounds if bound is not None), default=None)}
+
+    def figures(self, lines: Sequence[Record]) -> str:
+        return so_far(lines)
+
+    def conclusion(self, lines: Sequence[Record]) -> str:
+        return f"certified {len(lines)} images  {so_far(lines)}"
 
 
 def undecided(record: Record) -> bool:
@@ -69,12 +88,6 @@ def worth_another_try(record: Record, settings: Certify, before: Record) -> bool
         or (record["status"] == "timeout" and settings.timeout > had.timeout)
         or any(stage not in had.stages or later.get(stage) for stage in settings.stages)
     )
-
-
-def best_of(record: Record, before: Record | None) -> Record:
-    """``record`` with the better lower bound of two verdicts on one image."""
-    bounds = [r.get("lower_bound") for r in (record, before) if r is not None]
-    return {**record, "lower_bound": max((bound for bound in bounds if bound is not None), default=None)}
 
 
 def summarise(records: Sequence[Record]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..ledger import add_once
 from ..locking import alone, lock_of
 from ..pipeline import resume, train
 from ..progress import console
@@ -152,8 +153,5 @@ def _one_by_one(trials: Sequence[Trial], quiet: bool):
 def _remember(folder: Path, command: str) -> None:
     """Which calls made the numbers, for the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    calls = JsonLines(folder / "calls.jsonl")
-    with calls.alone(wait=True):
-        calls.drop_half_line()
-        if command and command not in [call["command"] for call in calls]:
-            calls.append({"command": command})
+    if command:
+        add_once(JsonLines(folder / "calls.jsonl"), {"command": command}, "command")

@@ -18,10 +18,11 @@ from ..attacks import in_mode
 from ..bounds import PerturbationSet, sized
 from ..data import Split
 from ..errors import InputError, Portable
+from ..ledger import Ledger
 from ..locking import alone, lock_of
 from ..run_folder import RunFolder, sha256, write_atomically
 from .adversary import Adversary, Clean, Intervals
-from .records import Question, Record, after_each, asked_of, measure, versions_behind
+from .question import AdversaryQuestion, Record, after_each, asked_of, versions_behind
 from .settings import CHECKPOINTS, Evaluate
 
 PLACE = ("checkpoint", "attack", "epsilon")
@@ -104,17 +105,17 @@ class Evaluation:
         self, checkpoint: Checkpoint, adversary: Adversary, epsilon: float, images: range,
         right: Mapping[int, Record] | None, quiet: bool,
     ) -> tuple[dict[str, Any], list[Record]]:  # fmt: skip
-        question = Question(
+        size = "" if adversary.name == "clean" else f", {sized(self.kind, epsilon, 4)}"
+        question = AdversaryQuestion(
             checkpoint.model, self.split, self.ball.with_epsilon(epsilon), adversary, self.seed,
             self.settings.batch_size, {"weights": checkpoint.sha256, "data": self.data}, self.versions, right,
+            title=f"{checkpoint.name} {adversary.name}{size}",
         )  # fmt: skip
-        size = "" if adversary.name == "clean" else f", {sized(self.kind, epsilon, 4)}"
-        title = f"{checkpoint.name} {adversary.name}{size}"
-        file = self.folder.evaluated(checkpoint.name, adversary.name, epsilon)
-        lines = measure(question, file, images, title, quiet=quiet)
+        ledger = Ledger(self.folder.evaluated(checkpoint.name, adversary.name, epsilon))
+        lines = ledger.ask(question, images, quiet=quiet)
         behind = {
             "settings": asked_of(adversary, self.seed, self.settings.batch_size),
-            "versions": versions_behind(file, lines),
+            "versions": versions_behind(ledger, lines),
         }
         return row_of(checkpoint, adversary, epsilon, lines) | behind, lines
 
