@@ -126,9 +126,7 @@ class Ledger:
         known: dict[int, Line] = {}
         bases, labels = self.bases(), question.labels
         refused = {name: question.refuses_basis(basis) for name, basis in bases.items()}
-        describes = "an earlier line"
-        if self.shared is not None:
-            describes = f"{self.shared.path.parent.name}/{self.shared.path.name}"
+        described = "an earlier line" if self.shared is None else "/".join(self.shared.path.parts[-2:])
         for number, line in enumerate(self.file, start=1):
             if self._is_basis(line):
                 continue
@@ -139,7 +137,7 @@ class Ledger:
                 elif label != labels[index]:
                     fault = f"found label {label}; accepted: label {labels[index]}"
                 elif name not in bases:
-                    fault = f"found settings {name!r}; accepted: what {describes} describes"
+                    fault = f"found settings {name!r}; accepted: what {described} describes"
                 else:
                     fault = question.refuses_line(line) or refused[name]
             if fault:
@@ -182,8 +180,6 @@ class Ledger:
             with Progress(question.title, len(images), done=len(images) - left, quiet=quiet) as progress:
                 said = started
                 for batch in question.batches(fresh, again):
-                    if time.perf_counter() >= deadline:
-                        break
                     for answers in question.answer(batch, deadline, progress.now):
                         lines = [question.merge(line, known.get(line["index"])) for line in answers]
                         self.file.append(*lines)
@@ -195,6 +191,8 @@ class Ledger:
                             said = time.perf_counter()
                             done = f"{progress.done}/{len(images)}"
                             progress.line(f"{question.title}: {done}  {figures}  {progress.pace()}")
+                    if time.perf_counter() >= deadline:
+                        break
                 found = _among(known, images)
                 progress.line(question.conclusion(found))
             self._tidy()
