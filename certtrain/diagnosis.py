@@ -17,7 +17,7 @@ from .locking import alone, lock_of
 from .noise import Noise, key_of
 from .progress import Progress
 from .recipe import Config
-from .run_folder import RunFolder, sha256, write_atomically
+from .run_folder import RunFolder, sha256, write_json
 from .runs import check_data, load_model
 from .surroundings import device_name, surroundings, versions
 from .training import StopRequest
@@ -120,8 +120,7 @@ def _written(file: Path, folder: RunFolder, chosen: list[str], found: dict[str, 
             save(drawn[name], place)
         else:
             place.unlink(missing_ok=True)
-    text = json.dumps(found, indent=2) + "\n"
-    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(file, found)
     return Diagnosis(file, [figures / f"{name}.png" for name in drawn], found)
 
 

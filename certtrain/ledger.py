@@ -200,7 +200,7 @@ class Ledger:
             console.print(f"stopped after {total_timeout:g} s with {left} images to go; the same call goes on")
         return found
 
-    def _is_basis(self, line: object) -> bool:
+    def _is_basis(self, line: Any) -> bool:
         return self.shared is None and isinstance(line, dict) and line.get("kind") == "settings"
 
     def _open(self, question: Question, images: Sequence[int], quiet: bool) -> tuple[dict[int, Line], list[int]]:
@@ -245,7 +245,7 @@ def add_once(file: JsonLines, record: Line, field: str) -> None:
             file.append(record)
 
 
-def mistyped(line: object, fields: Mapping[str, type]) -> str:
+def mistyped(line: Any, fields: Mapping[str, type]) -> str:
     """The first field of a line that is missing or of another type (``found …; accepted: …``); else empty."""
     for field, kind in fields.items():
         value = line.get(field) if isinstance(line, dict) else None

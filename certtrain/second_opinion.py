@@ -11,7 +11,7 @@ from .bounds import LinfBall
 from .config import structure, unstructure
 from .errors import InputError
 from .export import current_network
-from .ledger import Ledger, images_of
+from .ledger import Ledger, Line, images_of
 from .pipeline import export
 from .recipe import Config
 from .run_folder import RunFolder
@@ -23,7 +23,6 @@ from .verifiers.abcrown import Abcrown
 from .verifiers.abcrown_question import VERIFIER, AbcrownQuestion
 from .verifiers.onnx_network import load_onnx, replay_session
 from .verifiers.problem import Status
-from .verifiers.records import Record
 
 
 def verify_with_abcrown(
@@ -90,7 +89,7 @@ class Agreement:
     contradictions: list[int]
 
 
-def compare(first: Sequence[Record], second: Sequence[Record]) -> Agreement:
+def compare(first: Sequence[Line], second: Sequence[Line]) -> Agreement:
     """Of the images that both have a verdict on. A wrong certificate shows as a contradiction."""
     other = {record["index"]: record["status"] for record in second}
     pairs = {r["index"]: (r["status"], other[r["index"]]) for r in first if r["index"] in other}

@@ -10,7 +10,7 @@ from typing import get_args
 
 from .config import structure, unstructure
 from .errors import check
-from .ledger import Ledger, images_of
+from .ledger import Ledger, Line, images_of
 from .progress import console
 from .recipe import Config
 from .run_folder import JsonLines, RunFolder
@@ -19,7 +19,6 @@ from .surroundings import surroundings
 from .training import StopRequest
 from .verifiers import Certify
 from .verifiers.embedded_question import VERIFIER
-from .verifiers.records import Record
 from .verifiers.settings import Arithmetic
 
 
@@ -39,7 +38,7 @@ class Verification:
     file: Path
     epsilon: float
     images: range
-    records: list[Record]
+    records: list[Line]
     certificates: dict[str, tuple[int, int]]
 
 

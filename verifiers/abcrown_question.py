@@ -15,10 +15,10 @@ import torch
 
 from ..bounds import LinfBall
 from ..data import Split
-from ..ledger import Report
+from ..ledger import Line, Report
 from .abcrown import Abcrown, Answer, configuration
 from .problem import Specification, Status
-from .records import Record, VerdictQuestion
+from .records import VerdictQuestion
 from .stages import Replay, holds
 from .vnnlib import write_property
 
@@ -57,7 +57,7 @@ class AbcrownQuestion(VerdictQuestion):
     def configuration(self) -> dict[str, Any]:
         return configuration(self.timeout, self.device)
 
-    def offers_more(self, record: Record, before: Record) -> bool:
+    def offers_more(self, record: Line, before: Line) -> bool:
         return record["status"] == "error" or self.timeout > before.get("timeout", 0.0)
 
     def batches(self, fresh: Sequence[int], again: Sequence[int]) -> list[list[int]]:
@@ -65,7 +65,7 @@ class AbcrownQuestion(VerdictQuestion):
 
     def answer(
         self, images: Sequence[int], deadline: float = math.inf, report: Report = lambda text: None
-    ) -> Iterator[list[Record]]:
+    ) -> Iterator[list[Line]]:
         name = self.name
         with TemporaryDirectory(prefix="certtrain-specs-") as folder:
             properties = [Path(folder) / f"{number}.vnnlib" for number in images]

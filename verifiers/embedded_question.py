@@ -13,11 +13,11 @@ from torch import nn
 from ..bounds import PerturbationSet
 from ..config import unstructure
 from ..data import Split
-from ..ledger import Report, in_fixed_batches
+from ..ledger import Line, Report, in_fixed_batches
 from .cascade import robustness, run_cascade
 from .limits import TOTAL_TIMEOUT, Limits
 from .lirpa import require
-from .records import Record, VerdictQuestion, worth_another_try
+from .records import VerdictQuestion, worth_another_try
 from .settings import Certify
 from .stages import Replay
 
@@ -52,7 +52,7 @@ class EmbeddedQuestion(VerdictQuestion):
         other = {"auto_LiRPA": require().__version__} if "lirpa" in self.settings.stages else {}
         return {"certify": certify, "seed": self.seed, **other, **self.rests_on}
 
-    def offers_more(self, record: Record, before: Record) -> bool:
+    def offers_more(self, record: Line, before: Line) -> bool:
         return worth_another_try(record, self.settings, before.get("certify", {}))
 
     def batches(self, fresh: Sequence[int], again: Sequence[int]) -> list[Sequence[int]]:
@@ -61,7 +61,7 @@ class EmbeddedQuestion(VerdictQuestion):
 
     def answer(
         self, images: Sequence[int], deadline: float = math.inf, report: Report = lambda text: None
-    ) -> Iterator[list[Record]]:
+    ) -> Iterator[list[Line]]:
         index = torch.tensor(images, device=self.split.labels.device)
         pixels, labels = self.split.pixels(index), self.split.labels[index]
         problem = robustness(self.network, pixels, labels, index, self.classes, self.ball)

@@ -17,12 +17,10 @@ from ..attacks import in_mode, lead
 from ..bounds import PerturbationSet
 from ..config import unstructure
 from ..data import Split
-from ..ledger import Ledger, Question, Report, in_fixed_batches, mistyped
+from ..ledger import Ledger, Line, Question, Report, in_fixed_batches, mistyped
 from ..noise import Noise, key_of
 from ..step import Batch, Step
 from .adversary import DETAILS, Adversary, Lost, rows_of
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class AdversaryQuestion(Question):
     batch_size: int
     rests_on: Mapping[str, Any]
     versions: Mapping[str, str]
-    clean: Mapping[int, Record] | None = None
+    clean: Mapping[int, Line] | None = None
     title: str = "evaluating"
 
     fields: ClassVar[Mapping[str, type]] = {"prediction": int, "robust": bool, "seconds": float}
@@ -66,12 +64,12 @@ class AdversaryQuestion(Question):
     def basis(self) -> dict[str, Any]:
         return {**self.identity, "versions": {**self.versions, **self.adversary.versions()}}
 
-    def refuses_basis(self, basis: Record) -> str:
+    def refuses_basis(self, basis: Line) -> str:
         identity = self.identity
         other = [key for key in identity if basis.get(key) != identity[key]]
         return f"found answers on other {', '.join(other)}; accepted: answers to this question" if other else ""
 
-    def refuses_line(self, line: Record) -> str:
+    def refuses_line(self, line: Line) -> str:
         return mistyped(line, {**self.fields, **{field: kind for field, kind in DETAILS.items() if field in line}})
 
     def batches(self, fresh: Sequence[int], again: Sequence[int]) -> list[list[int]]:
@@ -105,12 +103,12 @@ class AdversaryQuestion(Question):
             for row, (number, label, prediction) in enumerate(zip(images, batch.labels.tolist(), predictions))
         ]  # fmt: skip
 
-    def figures(self, lines: Sequence[Record]) -> str:
+    def figures(self, lines: Sequence[Line]) -> str:
         after = (f"{100 * share:.2f} after {part}" for part, share in after_each(self.adversary.parts, lines).items())
         text = f"{100 * sum(line['robust'] for line in lines) / max(1, len(lines)):.2f} %"
         return f"{text} ({', '.join(after)})" if self.adversary.parts else text
 
-    def conclusion(self, lines: Sequence[Record]) -> str:
+    def conclusion(self, lines: Sequence[Line]) -> str:
         return f"{self.title}: {self.figures(lines)} of {len(lines)} images"
 
 
@@ -119,7 +117,7 @@ def asked_of(adversary: Adversary, seed: int, batch_size: int) -> dict[str, Any]
     return {"seed": seed, **adversary.basis(batch_size)}
 
 
-def versions_behind(ledger: Ledger, lines: Sequence[Record]) -> list[dict[str, str]]:
+def versions_behind(ledger: Ledger, lines: Sequence[Line]) -> list[dict[str, str]]:
     """What computed these lines of the ledger; more than one where versions or devices changed on the way."""
     used, found = {line["settings"] for line in lines}, []
     for name, basis in ledger.bases().items():
@@ -128,7 +126,7 @@ def versions_behind(ledger: Ledger, lines: Sequence[Record]) -> list[dict[str, s
     return found
 
 
-def after_each(parts: Sequence[str], lines: Sequence[Record]) -> dict[str, float]:
+def after_each(parts: Sequence[str], lines: Sequence[Line]) -> dict[str, float]:
     """The share of images that are right after each of several attacks, one after the other."""
     lost = Counter(line["lost_to"] for line in lines)
     left, shares = lost[None] + sum(lost[part] for part in parts), {}
