@@ -54,6 +54,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON and a newline, whole or not at all."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -271,7 +277,7 @@ class RunFolder:
             raise InputError(f"{path}: cannot be made a folder ({error.strerror}); accepted: --out DIR") from error
         with folder.alone():
             folder._refuse_contents()  # another process may have begun a run meanwhile
-            folder._write_description(description)
+            write_json(folder.run, description)
         return folder
 
     def _refuse_contents(self) -> None:
@@ -282,11 +288,7 @@ class RunFolder:
 
     def describe(self, section: str, content: Mapping[str, Any]) -> None:
         """Say more in ``run.json``: a section, new or anew."""
-        self._write_description({**self.open(self.path)[1], section: content})
-
-    def _write_description(self, description: Mapping[str, Any]) -> None:
-        text = json.dumps(description, indent=2) + "\n"
-        write_atomically(self.run, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_json(self.run, {**self.open(self.path)[1], section: content})
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, dict[str, Any]]:

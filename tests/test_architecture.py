@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "labels", "noise", "config", "devices", "precision", "environment", "locking", "run_folder", "streams",
-     "progress", "kernels"},
+     "progress", "ledger", "kernels"},
     {"bounds"},
     {"step", "data", "models", "attacks", "losses"},
     {"training", "verifiers", "evaluation", "diagnostics", "export"},

@@ -23,7 +23,7 @@ from certtrain.comparison import Curve, read_study
 from certtrain.comparison.curves import value_at
 from certtrain.comparison.figure import against_epsilon, trained_at
 from certtrain.comparison.numbers import Statistic, radius
-from certtrain.comparison.results import Result, unanswered
+from certtrain.comparison.results import TrialResult, unanswered
 from certtrain.comparison.study import changed, slug_of
 from certtrain.config import unstructure
 from certtrain.errors import InputError
@@ -596,7 +596,7 @@ def test_networks_are_shown_at_the_epsilon_that_they_were_trained_with(tmp_path)
     for trial in study.trials(tmp_path / "out"):
         own = float(trial.config.perturbation.epsilon)
         found = {("last", "pgd-2", own): planted[trial.row.label][trial.seed], ("last", "pgd-2", 0.5): 0.0}
-        results.append(Result(trial, found, {}, None, {}, {}, ""))
+        results.append(TrialResult(trial, found, {}, None, {}, {}, ""))
     found = trained_at(study, results)
     assert set(found) == {"A"}
     (first, mean, deviation), (second, other, none) = found["A"]

@@ -19,18 +19,18 @@ from certtrain.data import Split
 from certtrain.errors import InputError
 from certtrain.evaluation import (
     Adversary,
+    AdversaryQuestion,
     Checkpoint,
     Clean,
     Evaluate,
     Evaluation,
     Intervals,
     Lost,
-    Question,
     RestartedPgd,
-    measure,
     unanswered,
 )
 from certtrain.evaluation.adversary import is_right, lead
+from certtrain.ledger import Ledger
 from certtrain.noise import Noise
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines, RunFolder, sha256
@@ -157,8 +157,8 @@ def test_the_network_comes_back_as_it_was():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     split, basis = Split(images, labels, 1), {"weights": "a", "data": "b"}
     for adversary in (Clean(), Intervals(), RestartedPgd("", 3, 2)):
-        question = Question(model, split, LinfBall(0.1), adversary, 0, 4, basis, {})
-        assert len(question.answers(range(6))) == 6
+        question = AdversaryQuestion(model, split, LinfBall(0.1), adversary, 0, 4, basis, {})
+        assert [len(lines) for lines in question.answer(range(6))] == [6]
         assert ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]) == flags
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -185,13 +185,14 @@ class Spy(Adversary):
         return [Lost("oddity" if number % 2 else None) for number in batch.index.tolist()]
 
 
-def question(adversary: Adversary, weights: str = "a", size: int = 4, clean=None, seed: int = 0) -> Question:
+def question(adversary: Adversary, weights: str = "a", size: int = 4, clean=None, seed: int = 0) -> AdversaryQuestion:
     images = torch.linspace(0, 1, 30).reshape(30, 1, 1, 1)
     labels = (images.flatten() < 0.81).long()  # the last five are wrong
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     model[1].weight.data, model[1].bias.data = torch.tensor([[0.0], [0.0]]), torch.tensor([0.0, 1.0])
     basis = {"weights": weights, "data": "b"}
-    return Question(model, Split(images, labels, 1), LinfBall(0.1), adversary, seed, size, basis, {"torch": "1"}, clean)
+    split, versions = Split(images, labels, 1), {"torch": "1"}
+    return AdversaryQuestion(model, split, LinfBall(0.1), adversary, seed, size, basis, versions, clean)
 
 
 def without_times(file: JsonLines) -> list[dict]:
@@ -201,7 +202,7 @@ def without_times(file: JsonLines) -> list[dict]:
 def test_what_is_wrong_anyway_is_not_attacked_and_never_robust(tmp_path):
     spy = Spy()
     wrong = [number for number, label in enumerate(question(spy).split.labels.tolist()) if label == 0]
-    lines = measure(question(spy), JsonLines(tmp_path / "spy.jsonl"), range(30), "spy", quiet=True)
+    lines = Ledger(JsonLines(tmp_path / "spy.jsonl")).ask(question(spy), range(30), quiet=True)
     assert sorted([*spy.seen, *wrong]) == list(range(30)) and len(wrong) == 6
     assert [line["index"] for line in lines] == list(range(30))
     assert [n for n, line in enumerate(lines) if line["lost_to"] == "clean"] == wrong
@@ -211,26 +212,26 @@ def test_what_is_wrong_anyway_is_not_attacked_and_never_robust(tmp_path):
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path):
     whole, file = JsonLines(tmp_path / "whole.jsonl"), JsonLines(tmp_path / "file.jsonl")
-    measure(question(Spy()), whole, range(3, 30), "", quiet=True)
+    Ledger(whole).ask(question(Spy()), range(3, 30), quiet=True)
     with pytest.raises(KeyboardInterrupt):
-        measure(question(Spy(patience=8)), file, range(3, 30), "", quiet=True)
+        Ledger(file).ask(question(Spy(patience=8)), range(3, 30), quiet=True)
     kept = without_times(file)
     assert [line["index"] for line in kept[1:]] == list(range(3, 12))  # one batch up to 4, then of four
     with file.path.open("ab") as half:
         half.write(b'{"index": 12, "lab')
     spy = Spy()
-    measure(question(spy), file, range(3, 30), "", quiet=True)
+    Ledger(file).ask(question(spy), range(3, 30), quiet=True)
     assert min(spy.seen) == 12 and len(spy.seen) == len(set(spy.seen))
     assert without_times(file) == without_times(whole)
     again = Spy()
-    measure(question(again), file, range(3, 30), "", quiet=True)
+    Ledger(file).ask(question(again), range(3, 30), quiet=True)
     assert not again.seen
 
 
 def test_more_images_later_end_in_one_ordered_file(tmp_path):
     file = JsonLines(tmp_path / "spy.jsonl")
-    measure(question(Spy()), file, range(10, 20), "", quiet=True)
-    found = measure(question(Spy()), file, range(2, 12), "", quiet=True)
+    Ledger(file).ask(question(Spy()), range(10, 20), quiet=True)
+    found = Ledger(file).ask(question(Spy()), range(2, 12), quiet=True)
     assert [line["index"] for line in found] == list(range(2, 12))
     lines = list(file)
     assert lines[0]["kind"] == "settings" and lines[0]["weights"] == "a"
@@ -240,22 +241,22 @@ def test_more_images_later_end_in_one_ordered_file(tmp_path):
 @pytest.mark.parametrize("change", [{"weights": "other"}, {"seed": 1}])
 def test_answers_about_another_network_are_not_mixed_in(change, tmp_path, capsys):
     file = JsonLines(tmp_path / "spy.jsonl")
-    measure(question(Spy()), file, range(20), "", quiet=True)
+    Ledger(file).ask(question(Spy()), range(20), quiet=True)
     spy = Spy()
-    measure(question(spy, **change), file, range(10), "", quiet=False)
+    Ledger(file).ask(question(spy, **change), range(10), quiet=False)
     assert "begun anew" in capsys.readouterr().out
     assert sorted(spy.seen) == list(range(10)) and len(list(file)) == 11
     fresh = JsonLines(tmp_path / "fresh.jsonl")
-    measure(question(Spy(), **change), fresh, range(10), "", quiet=True)
+    Ledger(fresh).ask(question(Spy(), **change), range(10), quiet=True)
     assert without_times(file) == without_times(fresh)
 
 
 def test_other_versions_go_on_and_say_so(tmp_path):
     file = JsonLines(tmp_path / "spy.jsonl")
-    measure(question(Spy()), file, range(4), "", quiet=True)
+    Ledger(file).ask(question(Spy()), range(4), quiet=True)
     later = question(Spy())
-    later = Question(**{**vars(later), "versions": {"torch": "2"}})
-    measure(later, file, range(8), "", quiet=True)
+    later = AdversaryQuestion(**{**vars(later), "versions": {"torch": "2"}})
+    Ledger(file).ask(later, range(8), quiet=True)
     first, second, *lines = file
     assert (first["versions"], second["versions"]) == ({"torch": "1"}, {"torch": "2"})
     assert [line["settings"] for line in lines] == [first["settings"]] * 4 + [second["settings"]] * 4
@@ -267,19 +268,19 @@ def test_other_versions_go_on_and_say_so(tmp_path):
 )
 def test_a_file_that_was_tampered_with_is_refused(spoil, tmp_path):
     file = JsonLines(tmp_path / "spy.jsonl")
-    measure(question(Spy()), file, range(8), "", quiet=True)
+    Ledger(file).ask(question(Spy()), range(8), quiet=True)
     lines = list(file)
     file.rewrite([*lines[:3], {**lines[3], **spoil}, *lines[4:]])
     before = file.path.read_bytes()
     with pytest.raises(InputError, match=r"spy\.jsonl, line 4: found .*; accepted: "):
-        measure(question(Spy()), file, range(8), "", quiet=True)
+        Ledger(file).ask(question(Spy()), range(8), quiet=True)
     assert file.path.read_bytes() == before
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
     file = JsonLines(tmp_path / "spy.jsonl")
     with file.alone(), pytest.raises(InputError, match="one at a time"):
-        measure(question(Spy()), file, range(8), "", quiet=True)
+        Ledger(file).ask(question(Spy()), range(8), quiet=True)
 
 
 def test_the_batch_size_changes_no_answer(run, tmp_path):
@@ -287,8 +288,8 @@ def test_the_batch_size_changes_no_answer(run, tmp_path):
     split, basis = config.data.load().test, {"weights": "a", "data": "b"}
     found = []
     for size in (7, 64):
-        asked = Question(model, split, LinfBall(0.05), RestartedPgd("pgd", 5, 3), 0, size, basis, {})
-        lines = measure(asked, JsonLines(tmp_path / f"{size}.jsonl"), range(5, 105), "", quiet=True)
+        asked = AdversaryQuestion(model, split, LinfBall(0.05), RestartedPgd("pgd", 5, 3), 0, size, basis, {})
+        lines = Ledger(JsonLines(tmp_path / f"{size}.jsonl")).ask(asked, range(5, 105), quiet=True)
         found.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
     assert found[0] == found[1]
     assert len({line["lost_to"] for line in found[0]}) >= 3  # clean, a restart, None
@@ -335,13 +336,13 @@ def test_a_run_gets_one_table(run):
 def test_a_second_call_adds_to_the_table_and_computes_nothing_twice(run, monkeypatch):
     first = certtrain.evaluate("run", attacks=["pgd-3"], images=20, quiet=True)
     calls = []
-    answers = Question.answers
+    answer = AdversaryQuestion.answer
 
-    def spy(self, numbers):
-        calls.append((self.adversary.name, tuple(numbers)))
-        return answers(self, numbers)
+    def spy(self, images, *rest):
+        calls.append((self.adversary.name, tuple(images)))
+        return answer(self, images, *rest)
 
-    monkeypatch.setattr(Question, "answers", spy)
+    monkeypatch.setattr(AdversaryQuestion, "answer", spy)
     second = certtrain.evaluate("run", attacks=["pgd-4"], images=20, quiet=True)
     assert calls == [("pgd-4", tuple(range(20)))]
     assert set(rows(second)) == set(rows(first)) | {("last", "pgd-4", 0.05)}

@@ -20,13 +20,14 @@ from certtrain.errors import InputError
 from certtrain.evaluation.adversary import Intervals, RestartedPgd, is_right
 from certtrain.evaluation.relaxations import Relaxations
 from certtrain.export import write_files
+from certtrain.ledger import Ledger
 from certtrain.losses import Loss
 from certtrain.models import Architecture, FeedForward, Mlp
 from certtrain.noise import Noise
 from certtrain.recipe import Config
 from certtrain.run_folder import JsonLines
 from certtrain.step import Batch, Step
-from certtrain.verifiers import Certify, Problem, Question, Specification, run_cascade, sweep
+from certtrain.verifiers import Certify, EmbeddedQuestion, Problem, Specification, run_cascade
 from certtrain.verifiers.stages import AttackStage, IbpStage
 from certtrain.workflows.train import train
 
@@ -118,11 +119,11 @@ def test_a_network_that_the_specification_does_not_speak_of(kind, classes):
 def test_a_sweep_writes_no_verdict(kind, tmp_path):
     file = JsonLines(tmp_path / "verdicts.jsonl")
     for classes in (1, 2):
-        question = Question(
+        question = EmbeddedQuestion(
             ODD[kind], SPLIT, classes, LinfBall(0.1), Certify(stages=("ibp",)), 0, {"weights": "w"}
         )  # fmt: skip
         with pytest.raises(InputError, match=r"^model: found an output of shape"):
-            sweep(question, file, JsonLines(tmp_path / "verdicts" / "settings.jsonl"), range(4), quiet=True)
+            Ledger(file, JsonLines(tmp_path / "verdicts" / "settings.jsonl")).ask(question, range(4), quiet=True)
         assert not list(file)
 
 

@@ -20,11 +20,12 @@ from certtrain.command_line import main
 from certtrain.config import override
 from certtrain.data import Digits, Split
 from certtrain.errors import InputError
+from certtrain.ledger import Ledger
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines, RunFolder
 from certtrain.verifiers.abcrown import HOME, PYTHON, Abcrown, configuration
+from certtrain.verifiers.embedded_question import EmbeddedQuestion
 from certtrain.verifiers.problem import Status
-from certtrain.verifiers.records import read_verdicts
 from certtrain.workflows import verify_with_abcrown as second_opinion
 from certtrain.workflows.run import load_model
 from certtrain.workflows.train import train
@@ -130,10 +131,13 @@ class TestVerdicts:
 
         known = {line["settings"]: line for line in run.settings}
         weights = run.weights_sha256()
-        found = read_verdicts(JsonLines(VERDICTS), test_split.labels.tolist(), known, weights)
+        model, config = load_model(run.path)
+        own_question = EmbeddedQuestion(
+            model, test_split, 10, config.perturbation, config.certify, 0, {"weights": weights}
+        )  # fmt: skip
+        found = Ledger(JsonLines(VERDICTS), run.settings).read(own_question)
         assert list(found.values()) == list(lines().values())
         (own,) = list(run.verdicts)[:1]
-        model, _ = load_model(run.path)
         with torch.no_grad():
             predictions = model(test_split.pixels(torch.arange(COUNT))).argmax(1).tolist()
         for number, record in found.items():

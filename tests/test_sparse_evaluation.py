@@ -19,20 +19,20 @@ from certtrain.command_line import main
 from certtrain.data import Split
 from certtrain.errors import InputError
 from certtrain.evaluation import (
+    AdversaryQuestion,
     Checkpoint,
     Evaluate,
     Evaluation,
     Intervals,
     Lost,
-    Question,
     Relaxations,
     RestartedPgd,
     Searching,
     adversary_of,
     change_of,
-    measure,
     rebuilt,
 )
+from certtrain.ledger import Ledger
 from certtrain.noise import Noise
 from certtrain.progress import console
 from certtrain.recipe import load_config
@@ -419,11 +419,14 @@ def test_relaxations_certify_where_intervals_know_nothing_and_never_less(small):
 # files
 
 
-def question(model: nn.Module, batch: Batch, name: str = CASCADE, size: int = 8, k: int = 1, wrong=()) -> Question:
+def question(
+    model: nn.Module, batch: Batch, name: str = CASCADE, size: int = 8, k: int = 1, wrong=()
+) -> AdversaryQuestion:
     labels = batch.labels.clone()
     labels[list(wrong)] = (labels[list(wrong)] + 1) % 5
     split = Split(batch.images, labels, 1)
-    return Question(model, split, SparseBall(k), named(name), 0, size, {"weights": "a", "data": "b"}, {"torch": "1"})
+    basis, versions = {"weights": "a", "data": "b"}, {"torch": "1"}
+    return AdversaryQuestion(model, split, SparseBall(k), named(name), 0, size, basis, versions)
 
 
 def without_times(lines) -> list[dict]:
@@ -435,11 +438,11 @@ def test_neither_batch_size_nor_order_changes_a_line(small, tmp_path):
     found = []
     for size in (7, 64):
         asked_so, file = question(model, batch, size=size, wrong=(3, 20)), JsonLines(tmp_path / f"{size}.jsonl")
-        lines = measure(asked_so, file, range(50), "", quiet=True)
+        lines = Ledger(file).ask(asked_so, range(50), quiet=True)
         found.append(without_times(lines))
     assert found[0] == found[1]
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0)).tolist()
-    shuffled = question(model, batch, wrong=(3, 20)).answers(order)
+    (shuffled,) = question(model, batch, wrong=(3, 20)).answer(order)
     assert without_times(sorted(shuffled, key=lambda line: line["index"])) == [
         {**line, "settings": shuffled[0]["settings"]} for line in found[0]
     ]
@@ -449,7 +452,7 @@ def test_neither_batch_size_nor_order_changes_a_line(small, tmp_path):
 def test_a_killed_evaluation_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
     model, batch = small
     whole, file = JsonLines(tmp_path / "whole.jsonl"), JsonLines(tmp_path / "file.jsonl")
-    measure(question(model, batch), whole, range(40), "", quiet=True)
+    Ledger(whole).ask(question(model, batch), range(40), quiet=True)
     call, calls = Searching.__call__, []
 
     def killed(self, *rest):
@@ -460,9 +463,9 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(small, tmp_path, monkeypat
 
     monkeypatch.setattr(Searching, "__call__", killed)
     with pytest.raises(KeyboardInterrupt):
-        measure(question(model, batch), file, range(40), "", quiet=True)
+        Ledger(file).ask(question(model, batch), range(40), quiet=True)
     assert len(list(file)) == 1 + 16
-    measure(question(model, batch), file, range(40), "", quiet=True)
+    Ledger(file).ask(question(model, batch), range(40), quiet=True)
     assert calls[3][0] == 16 and without_times(file) == without_times(whole)
 
 
@@ -470,23 +473,23 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(small, tmp_path, monkeypat
 def test_a_file_that_was_tampered_with_is_refused(spoil, small, tmp_path):
     model, batch = small
     file = JsonLines(tmp_path / "file.jsonl")
-    measure(question(model, batch), file, range(8), "", quiet=True)
+    Ledger(file).ask(question(model, batch), range(8), quiet=True)
     lines = list(file)
     file.rewrite([*lines[:3], {**lines[3], **spoil}, *lines[4:]])
     with pytest.raises(InputError, match=rf"file\.jsonl, line 4: found {next(iter(spoil))} .*; accepted: "):
-        measure(question(model, batch), file, range(8), "", quiet=True)
+        Ledger(file).ask(question(model, batch), range(8), quiet=True)
 
 
 def test_lines_without_details_are_read(small, tmp_path, monkeypatch):
     model, batch = small
     file = JsonLines(tmp_path / "file.jsonl")
-    measure(question(model, batch), file, range(8), "", quiet=True)
+    Ledger(file).ask(question(model, batch), range(8), quiet=True)
     extra = ("queries", "found_at", "changed", "change")
     bare = [{key: value for key, value in line.items() if key not in extra} for line in file]
     assert bare != list(file)
     file.rewrite(bare)
     monkeypatch.setattr(Searching, "__call__", None)
-    assert measure(question(model, batch), file, range(8), "", quiet=True) == bare[1:]
+    assert Ledger(file).ask(question(model, batch), range(8), quiet=True) == bare[1:]
 
 
 # a run

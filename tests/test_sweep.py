@@ -19,25 +19,25 @@ from certtrain.bounds import LinfBall
 from certtrain.command_line import main
 from certtrain.data import Split
 from certtrain.errors import InputError
+from certtrain.ledger import Ledger, images_of
 from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines
-from certtrain.verifiers import Certify, Question, cascade, sweep
+from certtrain.verifiers import Certify, EmbeddedQuestion, cascade
 from certtrain.verifiers.records import by_stage, certified, reasons, worth_another_try
-from certtrain.verifiers.sweep import images_of
 from certtrain.workflows.train import train
 
 ROOT = Path(__file__).parents[1]
 CHEAP = Certify(stages=("attack", "ibp"), batch_size=8)
 
 
-def small_question(settings: Certify = CHEAP, count: int = 40, epsilon: float = 0.03) -> Question:
+def small_question(settings: Certify = CHEAP, count: int = 40, epsilon: float = 0.03) -> EmbeddedQuestion:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
     images = torch.rand(count, 1, 4, 4)
     with torch.no_grad():
         labels = network(images).argmax(1)
     labels[::5] = (labels[::5] + 1) % 4
-    return Question(network, Split(images, labels, 1), 4, LinfBall(epsilon), settings, 0, {"weights": "w"})
+    return EmbeddedQuestion(network, Split(images, labels, 1), 4, LinfBall(epsilon), settings, 0, {"weights": "w"})
 
 
 @pytest.fixture
@@ -71,14 +71,14 @@ class TestResume:
     def test_cut_at_any_byte_it_ends_as_if_never_cut(self, keep, files, monkeypatch):
         file, settings = files
         question = small_question()
-        whole = sweep(question, file, settings, range(40), quiet=True)
+        whole = Ledger(file, settings).ask(question, range(40), quiet=True)
         assert [record["index"] for record in whole] == list(range(40)) == [r["index"] for r in file]
         bytes_ = file.path.read_bytes()
         cut = bytes_[: int(keep * len(bytes_))]
         file.path.write_bytes(cut)
         asked, answer = [], cascade._answer
         monkeypatch.setattr(cascade, "_answer", lambda *a: asked.extend(a[1].index.tolist()) or answer(*a))
-        again = sweep(question, file, settings, range(40), quiet=True)
+        again = Ledger(file, settings).ask(question, range(40), quiet=True)
         assert file.path.read_bytes().startswith(cut[: cut.rfind(b"\n") + 1])  # no verdict was lost
         assert not set(asked) & set(range(cut.count(b"\n")))  # nor repeated
         for one, two in zip(timeless(whole), timeless(again), strict=True):
@@ -88,25 +88,25 @@ class TestResume:
     def test_a_finished_sweep_is_not_touched(self, files, monkeypatch):
         file, settings = files
         question = small_question()
-        expected = sweep(question, file, settings, range(40), quiet=True)
+        expected = Ledger(file, settings).ask(question, range(40), quiet=True)
         with file.path.open("ab") as half:
             half.write(b'{"index": 3')
-        sweep(question, file, settings, range(40), quiet=True)
+        Ledger(file, settings).ask(question, range(40), quiet=True)
         before = [(f.path.read_bytes(), f.path.stat().st_mtime_ns) for f in files]
         assert before[0][0].endswith(b"}\n")
         monkeypatch.setattr(cascade, "_answer", refuse_to_work)
-        assert sweep(question, file, settings, range(40), quiet=True) == expected
-        assert sweep(question, file, settings, range(5, 9), quiet=True) == expected[5:9]
+        assert Ledger(file, settings).ask(question, range(40), quiet=True) == expected
+        assert Ledger(file, settings).ask(question, range(5, 9), quiet=True) == expected[5:9]
         assert [(f.path.read_bytes(), f.path.stat().st_mtime_ns) for f in files] == before
 
     def test_parts_in_any_order_make_the_whole(self, files, tmp_path):
         file, settings = files
         for part in (range(30, 40), range(3, 20), range(40)):
-            found = sweep(small_question(), file, settings, part, quiet=True)
+            found = Ledger(file, settings).ask(small_question(), part, quiet=True)
             assert [record["index"] for record in found] == list(part)
         assert [record["index"] for record in file] == list(range(40))
         other = JsonLines(tmp_path / "other.jsonl")
-        whole = sweep(small_question(), other, settings, range(40), quiet=True)
+        whole = Ledger(other, settings).ask(small_question(), range(40), quiet=True)
         assert [r["status"] for r in file] == [r["status"] for r in whole]
         assert len(list(settings)) == 1
 
@@ -154,17 +154,18 @@ class TestBetterSettings:
     def test_more_seconds_retry_what_ran_out_of_time_and_nothing_else(self, files, monkeypatch):
         file, settings = files
         full = Certify(batch_size=16, attack=dataclasses.replace(Certify().attack, steps=1))
-        hasty = sweep(small_question(dataclasses.replace(full, timeout=1e-9)), file, settings, range(40), quiet=True)
+        less = small_question(dataclasses.replace(full, timeout=1e-9))
+        hasty = Ledger(file, settings).ask(less, range(40), quiet=True)
         left = {r["index"] for r in hasty if r["status"] == "timeout"}
         assert len(left) > 10 and {r["reason"] for r in hasty if r["index"] in left} == {"timeout"}
         asked, answer = set(), cascade._answer
         monkeypatch.setattr(cascade, "_answer", lambda *a: asked.update(a[1].index.tolist()) or answer(*a))
-        done = sweep(small_question(full), file, settings, range(40), quiet=True)
+        done = Ledger(file, settings).ask(small_question(full), range(40), quiet=True)
         assert asked == left and not any(r["status"] == "timeout" for r in done)
         assert [r for r in done if r["index"] not in left] == [r for r in hasty if r["index"] not in left]
         assert [r["index"] for r in file] == list(range(40)) and list(file) == done  # one line an image again
         assert len({r["settings"] for r in done}) == 2 == len(list(settings))  # each says what it rests on
-        assert sweep(small_question(dataclasses.replace(full, timeout=1e-9)), file, settings, range(40)) == done
+        assert Ledger(file, settings).ask(less, range(40)) == done
 
     def test_what_is_worth_another_try(self):
         section = dataclasses.asdict(Certify(stages=("ibp", "crown"), timeout=5.0))
@@ -184,8 +185,9 @@ class TestBetterSettings:
     def test_the_better_bound_of_two_is_kept(self, files):
         file, settings = files
         question = small_question(Certify(stages=("crown",)), epsilon=0.1)
-        first = sweep(question, file, settings, range(40), quiet=True)
-        second = sweep(dataclasses.replace(question, settings=Certify(stages=("ibp",))), file, settings, range(40))
+        first = Ledger(file, settings).ask(question, range(40), quiet=True)
+        other = dataclasses.replace(question, settings=Certify(stages=("ibp",)))
+        second = Ledger(file, settings).ask(other, range(40))
         assert any(r["settings"] != s["settings"] for r, s in zip(first, second, strict=True))
         for one, two in zip(first, second, strict=True):
             assert one["lower_bound"] is None or two["lower_bound"] >= one["lower_bound"]
@@ -196,11 +198,11 @@ class TestTime:
         file, settings = files
         answer = cascade._answer
         monkeypatch.setattr(cascade, "_answer", lambda *a: time.sleep(0.05) or answer(*a))
-        found = sweep(small_question(), file, settings, range(40), total_timeout=0.35, quiet=True)
+        found = Ledger(file, settings).ask(small_question(), range(40), total_timeout=0.35, quiet=True)
         assert 0 < len(found) < 40 and list(file) == found
         assert not any(r["status"] == "timeout" for r in found)  # time that nobody had is no verdict
         monkeypatch.setattr(cascade, "_answer", answer)
-        rest = sweep(small_question(), file, settings, range(40), total_timeout=60, quiet=True)
+        rest = Ledger(file, settings).ask(small_question(), range(40), total_timeout=60, quiet=True)
         assert len(rest) == 40 and [r for r in rest if r in found] == found
 
 
@@ -215,11 +217,11 @@ class TestMemory:
             return answer(stage, problem, known)
 
         monkeypatch.setattr(cascade, "_answer", full)
-        found = sweep(small_question(), file, settings, range(40), quiet=True)
+        found = Ledger(file, settings).ask(small_question(), range(40), quiet=True)
         assert len(found) == 40 and [r["index"] for r in found if r["reason"] == "out of memory"] == [7]
         assert reasons(found)["out of memory"] == 1
         monkeypatch.setattr(cascade, "_answer", answer)
-        found = sweep(small_question(), file, settings, range(40), quiet=True)
+        found = Ledger(file, settings).ask(small_question(), range(40), quiet=True)
         assert not [r for r in found if r["reason"] == "out of memory"]
 
 

@@ -6,6 +6,7 @@ if __name__ == "verifiers":  # imported by its folder's name in a checkout: hand
     hand_over("verifiers")
 else:
     from .cascade import certify, run_cascade
+    from .embedded_question import EmbeddedQuestion
     from .limits import Limits
     from .problem import Problem, Specification, Verdict
     from .search import Search
@@ -23,11 +24,9 @@ else:
         LocationStage,
         Stage,
     )
-    from .sweep import Question, sweep
 
     __all__ = [
-        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "Finding", "IbpStage",
-        "InputSplitStage", "Judge",
-        "Limits", "LocationStage", "Problem", "Question", "Search", "Specification", "Stage", "Verdict", "certify",
-        "run_cascade", "sweep",
+        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "EmbeddedQuestion",
+        "Finding", "IbpStage", "InputSplitStage", "Judge", "Limits", "LocationStage", "Problem", "Search",
+        "Specification", "Stage", "Verdict", "certify", "run_cascade",
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -14,11 +15,11 @@ import torch
 
 from ..bounds import LinfBall
 from ..data import Split
+from ..ledger import Line, Report
 from .abcrown import Abcrown, Answer, configuration
 from .problem import Specification, Status
-from .records import Record
+from .records import VerdictQuestion
 from .stages import Replay, holds
-from .sweep import Now, named
 from .vnnlib import write_property
 
 VERIFIER = "abcrown"
@@ -26,7 +27,7 @@ ARITHMETIC = "nearest float32"
 
 
 @dataclass(frozen=True)
-class AbcrownQuestion:
+class AbcrownQuestion(VerdictQuestion):
     """Is each image of a split safe on the whole ball around it? α-β-CROWN answers, on the exported network.
 
     Args:
@@ -50,30 +51,35 @@ class AbcrownQuestion:
     @property
     def basis(self) -> dict[str, Any]:
         own = {"verifier": VERIFIER, "timeout": self.timeout, "configuration": self.configuration}
-        return named({**own, **self.rests_on, "abcrown": self.abcrown.versions()})
+        return {**own, **self.rests_on, "abcrown": self.abcrown.versions()}
 
     @property
     def configuration(self) -> dict[str, Any]:
         return configuration(self.timeout, self.device)
 
-    def offers_more(self, record: Record, before: Record) -> bool:
+    def offers_more(self, record: Line, before: Line) -> bool:
         return record["status"] == "error" or self.timeout > before.get("timeout", 0.0)
 
-    def answers(self, fresh: Sequence[int], again: Sequence[int], deadline: float, now: Now) -> Iterator[list[Record]]:
-        numbers, name = [*fresh, *again], self.basis["settings"]
+    def batches(self, fresh: Sequence[int], again: Sequence[int]) -> list[list[int]]:
+        return [[*fresh, *again]] if fresh or again else []
+
+    def answer(
+        self, images: Sequence[int], deadline: float = math.inf, report: Report = lambda text: None
+    ) -> Iterator[list[Line]]:
+        name = self.name
         with TemporaryDirectory(prefix="certtrain-specs-") as folder:
-            properties = [Path(folder) / f"{number}.vnnlib" for number in numbers]
-            for number, path in zip(numbers, properties, strict=True):
-                image = self.split.pixels(torch.tensor([number]))[0]
-                write_property(path, *self.ball.ends(image), int(self.split.labels[number]), self.classes)
+            properties = [Path(folder) / f"{number}.vnnlib" for number in images]
+            for number, path in zip(images, properties, strict=True):
+                pixels = self.split.pixels(torch.tensor([number]))[0]
+                write_property(path, *self.ball.ends(pixels), int(self.split.labels[number]), self.classes)
             shape = self.split.pixels(torch.tensor([0])).shape[1:]
-            now(f"α-β-CROWN, {len(numbers)} images")
+            report(f"α-β-CROWN, {len(images)} images")
             run = self.abcrown.run(
                 self.network, properties, shape=shape, settings=self.configuration, logs=self.logs
             )  # fmt: skip
             with closing(run) as answers:
                 for answer in answers:
-                    yield [{**self._record(numbers[answer.number], answer), "settings": name}]
+                    yield [{**self._record(images[answer.number], answer), "settings": name}]
                     if time.perf_counter() >= deadline:
                         return
 

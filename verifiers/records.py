@@ -2,56 +2,74 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from ..config import structure
+from ..data import Split
 from ..errors import InputError
-from ..run_folder import JsonLines
+from ..ledger import Line, Question, mistyped
 from .problem import UNDECIDED, Status
 from .settings import Certify
 
-Record = Mapping[str, Any]
-FIELDS = {"index": int, "label": int, "status": str, "stage": str, "seconds": float, "spent": dict, "settings": str}
 
+class VerdictQuestion(Question):
+    """Is each image of a split safe on the whole set around it? Its lines are verdicts.
 
-def read_verdicts(file: JsonLines, labels: Sequence[int], settings: Mapping[str, Record], weights: str):
-    """``{index: record}``; the last of several lines on one image counts.
+    A decided image stays decided, whichever settings decided it; only verdicts on other weights are refused. An
+    undecided image is asked about again where the settings now offer more.
 
     Args:
-        labels: of the images that were asked about, by number.
-        settings: what verdicts can rest on, by name.
-        weights: of the network, their checksum.
-    Raises:
-        InputError: a line that is none of ours, or on other images or another network.
+        rests_on: part of the basis; ``weights`` is the network's checksum.
     """
-    known: dict[int, Record] = {}
-    for number, record in enumerate(file, start=1):
-        where = f"{file.path}, line {number}"
-        for field, kind in FIELDS.items():
-            value = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(value, kind):
-                raise InputError(f"{where}: found {field} {value!r}; accepted: the file as written")
-        index, status, name = record["index"], record["status"], record["settings"]
-        if not 0 <= index < len(labels):
-            raise InputError(f"{where}: found index {index}; accepted: 0 to {len(labels) - 1}, the images of the data")
-        if record["label"] != labels[index] or status not in get_args(Status):
-            found = f"label {record['label']}, status {status!r}"
-            raise InputError(f"{where}: found {found}; accepted: label {labels[index]}, {', '.join(get_args(Status))}")
-        if name not in settings:
-            raise InputError(f"{where}: found settings {name!r}; accepted: what verdicts/settings.jsonl describes")
-        if settings[name].get("weights") != weights:
-            raise InputError(f"{where}: found a verdict on other weights; accepted: verdicts on this model.safetensors")
-        known[index] = record
-    return known
+
+    split: Split
+    rests_on: Mapping[str, Any]
+    title = "certifying"
+    fields: ClassVar[Mapping[str, type]] = {"status": str, "stage": str, "seconds": float, "spent": dict}
+
+    @property
+    def labels(self) -> list[int]:
+        labels: list[int] = self.split.labels.tolist()
+        return labels
+
+    def refuses_basis(self, basis: Line) -> str:
+        if basis.get("weights") == self.rests_on["weights"]:
+            return ""
+        return "found a verdict on other weights; accepted: verdicts on this model.safetensors"
+
+    def refuses_line(self, line: Line) -> str:
+        known = get_args(Status)
+        if (fault := mistyped(line, self.fields)) or line["status"] in known:
+            return fault
+        return f"found status {line['status']!r}; accepted: {', '.join(known)}"
+
+    def may_improve(self, line: Line, basis: Line) -> bool:
+        return undecided(line) and self.offers_more(line, basis)
+
+    @abstractmethod
+    def offers_more(self, record: Line, before: Line) -> bool:
+        """Whether an undecided image may hope for more than it has had on the basis ``before``."""
+
+    def merge(self, line: Line, before: Line | None) -> Line:
+        """The new verdict, with the better lower bound of the two."""
+        bounds = [r.get("lower_bound") for r in (line, before) if r is not None]
+        return {**line, "lower_bound": max((bound for bound in bounds if bound is not None), default=None)}
+
+    def figures(self, lines: Sequence[Line]) -> str:
+        return so_far(lines)
+
+    def conclusion(self, lines: Sequence[Line]) -> str:
+        return f"certified {len(lines)} images  {so_far(lines)}"
 
 
-def undecided(record: Record) -> bool:
+def undecided(record: Line) -> bool:
     return record["status"] in UNDECIDED
 
 
-def worth_another_try(record: Record, settings: Certify, before: Record) -> bool:
+def worth_another_try(record: Line, settings: Certify, before: Line) -> bool:
     """Whether ``settings`` offer an undecided image something that it has not had.
 
     Args:
@@ -71,19 +89,13 @@ def worth_another_try(record: Record, settings: Certify, before: Record) -> bool
     )
 
 
-def best_of(record: Record, before: Record | None) -> Record:
-    """``record`` with the better lower bound of two verdicts on one image."""
-    bounds = [r.get("lower_bound") for r in (record, before) if r is not None]
-    return {**record, "lower_bound": max((bound for bound in bounds if bound is not None), default=None)}
-
-
-def summarise(records: Sequence[Record]) -> dict[str, float]:
+def summarise(records: Sequence[Line]) -> dict[str, float]:
     """Shares of all images: clean >= attacked >= certified >= IBP-certified, image by image.
 
     ``attacked_accuracy``: right, and no stage found a counterexample.
     """
 
-    def share(holds: Callable[[Record], bool]) -> float:
+    def share(holds: Callable[[Line], bool]) -> float:
         return sum(map(holds, records)) / len(records) if records else 0.0
 
     return {
@@ -94,7 +106,7 @@ def summarise(records: Sequence[Record]) -> dict[str, float]:
     }
 
 
-def by_stage(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+def by_stage(records: Sequence[Line]) -> dict[str, dict[str, Any]]:
     """Of each stage, in their order: the images that it looked at, its decisions by status, its seconds."""
     stages: dict[str, dict[str, Any]] = {}
     for record in sorted(records, key=lambda r: -len(r["spent"])):  # those that went furthest name the order
@@ -108,7 +120,7 @@ def by_stage(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     return stages
 
 
-def decided(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+def decided(records: Sequence[Line]) -> dict[str, dict[str, int]]:
     """How many images each stage decided, by status."""
     counts = {
         stage: {status: row[status] for status in get_args(Status) if status in row}
@@ -117,12 +129,12 @@ def decided(records: Sequence[Record]) -> dict[str, dict[str, int]]:
     return {stage: found for stage, found in counts.items() if found}
 
 
-def reasons(records: Sequence[Record]) -> dict[str, int]:
+def reasons(records: Sequence[Line]) -> dict[str, int]:
     """How many images are undecided, and why; the most frequent reason first."""
     return dict(Counter(r.get("reason") or f"left open by {r['stage']}" for r in records if undecided(r)).most_common())
 
 
-def so_far(records: Sequence[Record]) -> str:
+def so_far(records: Sequence[Line]) -> str:
     """One line on a sweep that is under way."""
     count = Counter("undecided" if undecided(record) else record["status"] for record in records)
     low, high = certified(records)
@@ -130,7 +142,7 @@ def so_far(records: Sequence[Record]) -> str:
     return f"certified {100 * low:.1f} to {100 * high:.1f} %  {'  '.join(words)}"
 
 
-def certified(records: Sequence[Record]) -> tuple[float, float]:
+def certified(records: Sequence[Line]) -> tuple[float, float]:
     """What certified accuracy is at least, and at most: undecided images may still turn out verified."""
     low = sum(record["status"] == "verified" for record in records)
     return tuple((low + more) / max(1, len(records)) for more in (0, sum(map(undecided, records))))  # type: ignore[return-value]

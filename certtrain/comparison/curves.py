@@ -10,7 +10,7 @@ from typing import Any
 from ..run_folder import RunFolder
 from .figure import canvas, colour, height, png
 from .numbers import Statistic, of_row
-from .results import Result
+from .results import TrialResult
 from .study import Curve, Study
 
 Lines = dict[tuple[str, str], dict[int, Statistic]]
@@ -18,7 +18,7 @@ Lines = dict[tuple[str, str], dict[int, Statistic]]
 DASHES = ("-", "--", ":", "-.")
 
 
-def curve_of(curve: Curve, study: Study, results: Sequence[Result]) -> Lines:
+def curve_of(curve: Curve, study: Study, results: Sequence[TrialResult]) -> Lines:
     """The points that are there; rows without any are left out."""
     lines: Lines = {}
     for row in study.rows:

@@ -8,14 +8,14 @@ from typing import Any
 
 from ..bounds import size_name
 from .numbers import PROOFS, accuracies, columns, kind_of, radius
-from .results import Result
+from .results import TrialResult
 from .study import Study
 
 MARKERS = "osD^vPX*<>hp"
 SIZES = {"perturbation.epsilon", "perturbation.k"}
 
 
-def trade_off(study: Study, results: Sequence[Result]) -> bytes | None:
+def trade_off(study: Study, results: Sequence[TrialResult]) -> bytes | None:
     """A PNG: for each epsilon clean accuracy and that under the study's ``robustness`` attack, of the last checkpoint.
 
     A sweep of numbers is joined by a line. None where no row has both numbers.
@@ -43,7 +43,7 @@ def trade_off(study: Study, results: Sequence[Result]) -> bytes | None:
     return png(figure)
 
 
-def against_epsilon(study: Study, results: Sequence[Result]) -> bytes | None:
+def against_epsilon(study: Study, results: Sequence[TrialResult]) -> bytes | None:
     """A PNG: accuracy under the study's ``robustness`` attack, each network attacked at the epsilon that it was trained
     with, over that epsilon. None where no row's epsilon is swept."""
     points = trained_at(study, results)
@@ -62,7 +62,7 @@ def against_epsilon(study: Study, results: Sequence[Result]) -> bytes | None:
     return png(figure)
 
 
-def trained_at(study: Study, results: Sequence[Result]) -> dict[str, list[tuple[float, ...]]]:
+def trained_at(study: Study, results: Sequence[TrialResult]) -> dict[str, list[tuple[float, ...]]]:
     """By group: epsilon, accuracy and its deviation in %, of the rows whose epsilon is swept."""
     points: dict[str, list[tuple[float, ...]]] = {}
     for row in study.rows:
@@ -79,7 +79,7 @@ def _named(study: Study) -> str:
     return f"accuracy under {study.robustness}"
 
 
-def _points(study: Study, results: Sequence[Result], epsilon: float | None):
+def _points(study: Study, results: Sequence[TrialResult], epsilon: float | None):
     """By group: clean accuracy, its deviation, robust accuracy, its deviation, in %; of rows that have both."""
     points: dict[str, list[tuple[float, ...]]] = {}
     for row in study.rows:

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from ..bounds import size_name, sized
 from ..evaluation import united
-from .results import Key, Result, epsilons_of
+from .results import Key, TrialResult, epsilons_of
 from .study import Row, Study
 
 CHECKPOINTS = ("last", "best")
@@ -35,7 +35,7 @@ class Statistic:
         return cls(statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else None, len(there))
 
 
-def columns(study: Study, results: Iterable[Result]) -> list[Key]:
+def columns(study: Study, results: Iterable[TrialResult]) -> list[Key]:
     """What the study asks of the last checkpoint, and all else that was found, in the order of the table."""
     found = {key for result in results for key in result.accuracies}
     for row in study.rows:
@@ -49,16 +49,16 @@ def columns(study: Study, results: Iterable[Result]) -> list[Key]:
     return sorted(found, key=lambda key: (CHECKPOINTS.index(key[0]), order.index(key[1]), key[2] or 0.0))
 
 
-def accuracies(row: Row, key: Key, results: Iterable[Result]) -> Statistic | None:
+def accuracies(row: Row, key: Key, results: Iterable[TrialResult]) -> Statistic | None:
     return Statistic.of(result.accuracies.get(key) for result in of_row(row, results))
 
 
-def seconds(row: Row, results: Iterable[Result]) -> Statistic | None:
+def seconds(row: Row, results: Iterable[TrialResult]) -> Statistic | None:
     """Of training, for an epoch."""
     return Statistic.of(result.seconds for result in of_row(row, results))
 
 
-def ratio(row: Row, reference: str, results: Iterable[Result]) -> float | None:
+def ratio(row: Row, reference: str, results: Iterable[TrialResult]) -> float | None:
     """Mean seconds over those of the reference; None where they are not there, or another machine's."""
     results = list(results)
     own, other = of_row(row, results), [result for result in results if result.trial.row.label == reference]
@@ -69,11 +69,11 @@ def ratio(row: Row, reference: str, results: Iterable[Result]) -> float | None:
     return above.mean / below.mean
 
 
-def of_row(row: Row, results: Iterable[Result]) -> list[Result]:
+def of_row(row: Row, results: Iterable[TrialResult]) -> list[TrialResult]:
     return [result for result in results if result.trial.row.label == row.label]
 
 
-def made_by(results: Iterable[Result]) -> Mapping[str, list[str]]:
+def made_by(results: Iterable[TrialResult]) -> Mapping[str, list[str]]:
     """Every version, device and number of threads that had a part in the numbers."""
     return united(versions for result in results for versions in (result.made_by, *result.evaluated_by))
 

@@ -12,11 +12,11 @@ from ..run_folder import JsonLines, write_atomically
 from .curves import curve_csv, curve_figure, curve_of
 from .figure import against_epsilon, trade_off
 from .numbers import Statistic, accuracies, columns, heading, kind_of, made_by, of_row, ratio, seconds
-from .results import Result, result_of
+from .results import TrialResult, result_of
 from .study import Study
 
 
-def results_of(study: Study, folder: Path) -> list[Result]:
+def results_of(study: Study, folder: Path) -> list[TrialResult]:
     """Of the trials that are trained.
 
     Raises:
@@ -54,7 +54,7 @@ def write_figures(study: Study, folder: Path) -> None:
             put(folder / f"{curve.stem}.png", curve_figure(curve, lines))
 
 
-def markdown(study: Study, results: Sequence[Result], calls: Sequence[str], failures: Mapping[str, str]) -> str:
+def markdown(study: Study, results: Sequence[TrialResult], calls: Sequence[str], failures: Mapping[str, str]) -> str:
     """The table, and below it what made it."""
     keys = columns(study, results)
     two = len({key[0] for key in keys}) > 1
@@ -73,7 +73,7 @@ def markdown(study: Study, results: Sequence[Result], calls: Sequence[str], fail
     return text + "\n" + "\n".join(notes) + "\n" + (f"\nMade by\n\n{made}" if made else "")
 
 
-def _notes(study: Study, results: Sequence[Result], keys: Sequence) -> list[str]:
+def _notes(study: Study, results: Sequence[TrialResult], keys: Sequence) -> list[str]:
     attacked = [key for key in keys if key[1] != "certified"]
     counts = {count for result in results for key, count in result.images.items() if key in attacked}
     images = " or ".join(map(str, sorted(counts))) or "no"
@@ -110,7 +110,7 @@ def _cell(statistic: Statistic | None, runs: int, scale: float) -> str:
     return text if statistic.count == runs else f"{text} (n = {statistic.count})"
 
 
-def table_csv(study: Study, results: Sequence[Result]) -> str:
+def table_csv(study: Study, results: Sequence[TrialResult]) -> str:
     """The same, unrounded; accuracies are shares."""
     keys = columns(study, results)
     titles = [f"{heading(key, True, kind_of(study))}{end}" for key in keys for end in ("", " sd", " n")]

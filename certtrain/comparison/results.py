@@ -22,7 +22,7 @@ Key = tuple[str, str, float | None]
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """One trial's numbers.
 
     Args:
@@ -43,7 +43,7 @@ class Result:
     data: str
 
 
-def result_of(trial: Trial) -> Result | None:
+def result_of(trial: Trial) -> TrialResult | None:
     """What is there; None where nothing is trained yet. Evaluations of other images than the study's, or of other
     weights than those that are there, are left out.
 
@@ -68,7 +68,7 @@ def result_of(trial: Trial) -> Result | None:
         **description.get("versions", {}), "device": description.get("device_name") or description["device"],
         "threads": description["threads"],
     }  # fmt: skip
-    return Result(
+    return TrialResult(
         trial, accuracies, images, _seconds(folder), {name: str(value) for name, value in made_by.items()},
         [versions for row in rows for versions in row.get("versions", [])], description["dataset"]["sha256"],
     )  # fmt: skip

@@ -18,10 +18,11 @@ from ..attacks import in_mode
 from ..bounds import PerturbationSet, sized
 from ..data import Split
 from ..errors import InputError, Portable
+from ..ledger import Ledger, Line
 from ..locking import alone, lock_of
-from ..run_folder import RunFolder, sha256, write_atomically
+from ..run_folder import RunFolder, sha256, write_json
 from .adversary import Adversary, Clean, Intervals
-from .records import Question, Record, after_each, asked_of, measure, versions_behind
+from .question import AdversaryQuestion, after_each, asked_of, versions_behind
 from .settings import CHECKPOINTS, Evaluate
 
 PLACE = ("checkpoint", "attack", "epsilon")
@@ -74,7 +75,7 @@ class Evaluation:
             rows.append(row)
             right = {line["index"]: line for line in clean}
             for epsilon in self.settings.sizes(self.ball):
-                certified: dict[str, list[Record]] = {}
+                certified: dict[str, list[Line]] = {}
                 if reason := self._refusal(checkpoint, Intervals(), self.ball.with_epsilon(epsilon), images):
                     skipped.append({
                         "checkpoint": checkpoint.name, "attack": "ibp", "epsilon": epsilon, "reason": reason,
@@ -102,19 +103,19 @@ class Evaluation:
 
     def _measure(
         self, checkpoint: Checkpoint, adversary: Adversary, epsilon: float, images: range,
-        right: Mapping[int, Record] | None, quiet: bool,
-    ) -> tuple[dict[str, Any], list[Record]]:  # fmt: skip
-        question = Question(
+        right: Mapping[int, Line] | None, quiet: bool,
+    ) -> tuple[dict[str, Any], list[Line]]:  # fmt: skip
+        size = "" if adversary.name == "clean" else f", {sized(self.kind, epsilon, 4)}"
+        question = AdversaryQuestion(
             checkpoint.model, self.split, self.ball.with_epsilon(epsilon), adversary, self.seed,
             self.settings.batch_size, {"weights": checkpoint.sha256, "data": self.data}, self.versions, right,
+            title=f"{checkpoint.name} {adversary.name}{size}",
         )  # fmt: skip
-        size = "" if adversary.name == "clean" else f", {sized(self.kind, epsilon, 4)}"
-        title = f"{checkpoint.name} {adversary.name}{size}"
-        file = self.folder.evaluated(checkpoint.name, adversary.name, epsilon)
-        lines = measure(question, file, images, title, quiet=quiet)
+        ledger = Ledger(self.folder.evaluated(checkpoint.name, adversary.name, epsilon))
+        lines = ledger.ask(question, images, quiet=quiet)
         behind = {
             "settings": asked_of(adversary, self.seed, self.settings.batch_size),
-            "versions": versions_behind(file, lines),
+            "versions": versions_behind(ledger, lines),
         }
         return row_of(checkpoint, adversary, epsilon, lines) | behind, lines
 
@@ -154,12 +155,11 @@ class Evaluation:
             "versions": united(versions for row in rows for versions in row.get("versions", [])),
             "written": datetime.now().astimezone().isoformat(timespec="seconds"),
         }  # fmt: skip
-        text = json.dumps(found, indent=2) + "\n"
-        write_atomically(self.folder.evaluation, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_json(self.folder.evaluation, found)
         return found
 
 
-def row_of(checkpoint: Checkpoint, adversary: Adversary, epsilon: float, lines: Sequence[Record]) -> dict[str, Any]:
+def row_of(checkpoint: Checkpoint, adversary: Adversary, epsilon: float, lines: Sequence[Line]) -> dict[str, Any]:
     """A row of the table: so many of so many images are right, whatever ``adversary`` did.
 
     ``lost_to`` counts what made the others wrong; ``unconfirmed`` those that an attack claimed in vain. Where they are
@@ -231,7 +231,7 @@ class Contradiction(Portable, RuntimeError):
     """A bound and an attack that cannot both be right."""
 
 
-def refuse_contradictions(certified: Mapping[str, Sequence[Record]], attacked: Sequence[Record], where: str) -> None:
+def refuse_contradictions(certified: Mapping[str, Sequence[Line]], attacked: Sequence[Line], where: str) -> None:
     """
     Args:
         certified: by what certified them.

@@ -12,6 +12,7 @@ from ..comparison.results import stage_of, unanswered
 from ..comparison.study import Study, Trial, read_study
 from ..config import flatten, unstructure
 from ..errors import InputError
+from ..ledger import add_once
 from ..locking import alone, lock_of
 from ..progress import console
 from ..run_folder import JsonLines, RunFolder
@@ -175,8 +176,5 @@ def _one_by_one(trials: Sequence[Trial], quiet: bool):
 def _remember(folder: Path, command: str) -> None:
     """Which calls made the numbers, for the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    calls = JsonLines(folder / "calls.jsonl")
-    with calls.alone(wait=True):
-        calls.drop_half_line()
-        if command and command not in [call["command"] for call in calls]:
-            calls.append({"command": command})
+    if command:
+        add_once(JsonLines(folder / "calls.jsonl"), {"command": command}, "command")

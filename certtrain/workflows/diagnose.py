@@ -17,7 +17,7 @@ from ..errors import check
 from ..locking import alone, lock_of
 from ..noise import Noise, key_of
 from ..progress import Progress
-from ..run_folder import RunFolder, sha256, write_atomically
+from ..run_folder import RunFolder, sha256, write_json
 from ..training import StopRequest
 from .run import Run
 
@@ -118,8 +118,7 @@ def _written(file: Path, folder: RunFolder, chosen: list[str], found: dict[str, 
             save(drawn[name], place)
         else:
             place.unlink(missing_ok=True)
-    text = json.dumps(found, indent=2) + "\n"
-    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(file, found)
     return Diagnosis(file, [figures / f"{name}.png" for name in drawn], found)
 
 

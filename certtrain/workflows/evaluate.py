@@ -12,10 +12,10 @@ from ..config import unstructure
 from ..data import Dataset
 from ..environment import device_name, reproducible, versions
 from ..evaluation import Checkpoint, Evaluate, Evaluation
+from ..ledger import images_of
 from ..progress import console
 from ..run_folder import sha256
 from ..training import StopRequest
-from ..verifiers.sweep import images_of
 from .run import Run
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from ..bounds import LinfBall, PerturbationSet
 from ..data import Dataset
 from ..export import Export, write_files
+from ..ledger import images_of
 from ..precision import full_float32
 from ..progress import console
-from ..verifiers.sweep import images_of
 from .run import Run
 
 

@@ -17,6 +17,7 @@ from ..environment import reproducible
 from ..errors import InputError, check
 from ..evaluation import unanswered
 from ..labels import classes_of
+from ..ledger import Ledger
 from ..models import initialise_for_ibp
 from ..noise import key_of
 from ..progress import console
@@ -24,7 +25,6 @@ from ..recipe import Config, load_config
 from ..run_folder import RunFolder
 from ..training import StopRequest, check_images, fit
 from ..verifiers.records import decided, reasons, summarise
-from ..verifiers.sweep import sweep
 from .evaluate import evaluate_run
 from .export import export_run
 from .run import Run, check_data, new_folder, save_weights
@@ -181,7 +181,7 @@ def _certify(run: Run, dataset: Dataset, model: nn.Module, device: torch.device,
     images = range(min(run.config.certify.images or len(dataset.test), len(dataset.test)))
     with StopRequest(at_once=True):
         question = question_of(run, dataset, model, device)
-        records = sweep(question, run.folder.verdicts, run.folder.settings, images, quiet=quiet)
+        records = Ledger(run.folder.verdicts, run.folder.settings).ask(question, images, quiet=quiet)
     return {
         **summarise(records), "decided": decided(records), "undecided": reasons(records), "images": len(records),
         "seconds": sum(record["seconds"] for record in records),

@@ -13,14 +13,14 @@ from torch import nn
 from ..data import Dataset
 from ..environment import device_name, reproducible, versions
 from ..errors import check
+from ..ledger import Ledger, Line, images_of
 from ..progress import console
 from ..run_folder import JsonLines
 from ..training import StopRequest
 from ..verifiers import Certify
+from ..verifiers.embedded_question import VERIFIER, EmbeddedQuestion
 from ..verifiers.onnx_network import load_onnx, replay_session
-from ..verifiers.records import Record
 from ..verifiers.settings import Arithmetic
-from ..verifiers.sweep import VERIFIER, Question, images_of, sweep
 from .run import Run
 
 
@@ -40,7 +40,7 @@ class Verification:
     file: Path
     epsilon: float
     images: range
-    records: list[Record]
+    records: list[Line]
     certificates: dict[str, tuple[int, int]]
 
 
@@ -85,7 +85,8 @@ def verify(
             console.print(remark)
         chosen = images_of(images, len(dataset.test))
         question = question_of(run, dataset.to(where), model.to(where), where)
-        records = sweep(question, file, run.folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
+        ledger = Ledger(file, run.folder.settings)
+        records = ledger.ask(question, chosen, total_timeout=total_timeout, quiet=quiet)
     certificates = {}
     for arithmetic in get_args(Arithmetic):
         verdicts = {line["index"]: line["status"] for line in verdicts_of(run, arithmetic) if line["index"] in chosen}
@@ -102,12 +103,12 @@ def verdicts_of(run: Run, arithmetic: Arithmetic) -> JsonLines:
     return run.folder.other_verdicts(VERIFIER, float(ball.epsilon), arithmetic)
 
 
-def question_of(run: Run, dataset: Dataset, model: nn.Module, device: torch.device) -> Question:
+def question_of(run: Run, dataset: Dataset, model: nn.Module, device: torch.device) -> EmbeddedQuestion:
     """The question of ``run.config`` about the test split, for ``model``, whose weights are those in the folder. Where
     they were exported, counterexamples have to fool onnxruntime too."""
     config, network = run.config, run.exported_network()
     rests_on = {"weights": run.folder.weights_sha256(), "versions": versions(), "device": device_name(device)}
     replay = None if network is None else replay_session(load_onnx(network))
-    return Question(
+    return EmbeddedQuestion(
         model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on, replay
     )

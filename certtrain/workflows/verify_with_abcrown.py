@@ -10,13 +10,12 @@ from pathlib import Path
 from ..bounds import LinfBall
 from ..environment import device_name, versions
 from ..errors import InputError
+from ..ledger import Ledger, Line, images_of
 from ..training import StopRequest
 from ..verifiers.abcrown import Abcrown
 from ..verifiers.abcrown_question import VERIFIER, AbcrownQuestion
 from ..verifiers.onnx_network import load_onnx, replay_session
 from ..verifiers.problem import Status
-from ..verifiers.records import Record
-from ..verifiers.sweep import images_of, sweep
 from .export import export_run
 from .run import Run
 from .verify import Verification
@@ -68,10 +67,10 @@ def verify_with_abcrown(
         certify.timeout, where.type, folder.path / "verdicts" / VERIFIER,
         {"weights": weights, "versions": versions(), "device": device_name(where)},
     )  # fmt: skip
-    file = folder.other_verdicts(VERIFIER, float(ball.epsilon), "nearest")
+    ledger = Ledger(folder.other_verdicts(VERIFIER, float(ball.epsilon), "nearest"), folder.settings)
     with StopRequest(at_once=True):
-        records = sweep(question, file, folder.settings, chosen, total_timeout=total_timeout, quiet=quiet)
-    return Verification(file.path, float(ball.epsilon), chosen, records, {})
+        records = ledger.ask(question, chosen, total_timeout=total_timeout, quiet=quiet)
+    return Verification(ledger.file.path, float(ball.epsilon), chosen, records, {})
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Agreement:
     contradictions: list[int]
 
 
-def agreement_between(first: Sequence[Record], second: Sequence[Record]) -> Agreement:
+def agreement_between(first: Sequence[Line], second: Sequence[Line]) -> Agreement:
     """Of the images that both have a verdict on. A wrong certificate shows as a contradiction."""
     other = {record["index"]: record["status"] for record in second}
     pairs = {r["index"]: (r["status"], other[r["index"]]) for r in first if r["index"] in other}

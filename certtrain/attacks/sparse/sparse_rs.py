@@ -76,7 +76,7 @@ class SparseRs(Attack):
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
         stretch = STRETCH if devices.waits(center) else 1
         for restart in range(self.restarts):
-            walk = Walk.starting(center, k, step.again(restart).noise)
+            walk = SearchState.starting(center, k, step.again(restart).noise)
             for number in range(self.queries):
                 if number % stretch == 0:
                     left = searched[walk.rows]
@@ -102,7 +102,7 @@ class SparseRs(Attack):
         """(B,) what is to drop."""
         return lead(logits, labels) if self.objective == "margin" else -CrossEntropy()(logits, reference)
 
-    def moved(self, walk: Walk, number: int) -> Walk:
+    def moved(self, walk: SearchState, number: int) -> SearchState:
         """Some of the used units elsewhere, with other colours."""
         share = self.share(number)
         count = (walk.k.double() * share).floor().clamp(min=1).long().minimum(walk.k)
@@ -115,7 +115,7 @@ class SparseRs(Attack):
         points = torch.where(left[:, None], walk.center, walk.points)
         return replace(walk, points=coloured(points, taken, colours), used=(walk.used & ~left) | taken)
 
-    def _other(self, colour: Tensor, walk: Walk, taken: Tensor, count: Tensor, number: int) -> Tensor:
+    def _other(self, colour: Tensor, walk: SearchState, taken: Tensor, count: Tensor, number: int) -> Tensor:
         """(B, M) the first colour, with one of its numbers flipped where it is that of the only unit that moves, which
         would stay as it is."""
         unit = taken.int().argmax(1)[:, None, None].expand(-1, colour.shape[1], 1)
@@ -126,7 +126,7 @@ class SparseRs(Attack):
 
 
 @dataclass(frozen=True)
-class Walk:
+class SearchState:
     """Where the search for some images of a batch stands; images are grouped (B, M, N).
 
     Args:
@@ -147,7 +147,7 @@ class Walk:
     noise: Noise
 
     @classmethod
-    def starting(cls, center: Tensor, k: Tensor, noise: Noise) -> Walk:
+    def starting(cls, center: Tensor, k: Tensor, noise: Noise) -> SearchState:
         most = int(k.max())
         used = kernels.topk_mask(noise.uniform(center.shape[2:], "place/0"), k.contiguous()).bool()
         points = coloured(center, used, corners(center, noise, 0, max(most, 1)))
@@ -155,14 +155,14 @@ class Walk:
         values = torch.full((len(center),), math.inf, dtype=center.dtype, device=center.device)
         return cls(rows, center, points, used, values, k, most, noise)
 
-    def take(self, chosen: Tensor) -> Walk:
+    def take(self, chosen: Tensor) -> SearchState:
         """Of some of them alone: (B,) bool."""
         index = chosen.nonzero().flatten()
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         kept = {name: value[index] for name, value in held.items() if isinstance(value, Tensor)}
         return replace(self, **kept, noise=replace(self.noise, positions=self.noise.positions[index]))
 
-    def where(self, chosen: Tensor, other: Walk) -> Walk:
+    def where(self, chosen: Tensor, other: SearchState) -> SearchState:
         """The other's standing for the chosen, (B,) bool."""
         return replace(
             self,

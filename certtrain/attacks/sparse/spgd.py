@@ -103,7 +103,7 @@ class SparsePgd(Attack):
         reference = climbed.reference(model, batch)
         with torch.no_grad():
             logits = model(batch.images)
-        best = Best.starting(walk.center, batch.labels, reference, logits, climbed(logits, reference))
+        best = BestPoint.starting(walk.center, batch.labels, reference, logits, climbed(logits, reference))
         images, found_at = torch.empty_like(walk.center), best.found_at.clone()
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
         stretch = STRETCH if devices.waits(images) else 1
@@ -201,7 +201,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Best:
+class BestPoint:
     """What a walk has found so far; images in the walk's order.
 
     Args:
@@ -216,10 +216,10 @@ class Best:
     reference: Tensor
 
     @classmethod
-    def starting(cls, center: Tensor, labels: Tensor, reference: Tensor, logits: Tensor, values: Tensor) -> Best:
+    def starting(cls, center: Tensor, labels: Tensor, reference: Tensor, logits: Tensor, values: Tensor) -> BestPoint:
         return cls(center.clone(), values, torch.where(lead(logits, labels) > 0, -1, 0), labels, reference)
 
-    def after(self, number: int, points: Tensor, logits: Tensor, values: Tensor) -> Best:
+    def after(self, number: int, points: Tensor, logits: Tensor, values: Tensor) -> BestPoint:
         """With the points that ``number`` steps led to. It takes over this object's points."""
         wrong = ~(lead(logits, self.labels) > 0)
         left = self.found_at < 0
@@ -232,7 +232,7 @@ class Best:
         values = torch.where(better, values, self.values)
         return replace(self, points=best, values=values, found_at=torch.where(left & wrong, number, self.found_at))
 
-    def take(self, chosen: Tensor) -> Best:
+    def take(self, chosen: Tensor) -> BestPoint:
         """Of some images alone: (B,) bool."""
         return replace(self, **_picked(self, chosen.nonzero().flatten()))
 
@@ -241,7 +241,7 @@ def _of(noise: Noise, index: Tensor) -> Noise:
     return replace(noise, positions=noise.positions[index])
 
 
-def _picked(held: Walk | Best, index: Tensor) -> dict[str, Any]:
+def _picked(held: Walk | BestPoint, index: Tensor) -> dict[str, Any]:
     """Their tensors, of the images ``index`` (B',) alone."""
     found = {field.name: getattr(held, field.name) for field in fields(held)}
     return {name: value[index] for name, value in found.items() if isinstance(value, Tensor)}

@@ -1,0 +1,72 @@
+"""Images that the embedded verifier is asked about: the stages of a ``Certify`` section, batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bounds import PerturbationSet
+from ..config import unstructure
+from ..data import Split
+from ..ledger import Line, Report, in_fixed_batches
+from .cascade import robustness, run_cascade
+from .limits import TOTAL_TIMEOUT, Limits
+from .lirpa import require
+from .records import VerdictQuestion, worth_another_try
+from .settings import Certify
+from .stages import Replay
+
+VERIFIER = "embedded"
+
+
+@dataclass(frozen=True)
+class EmbeddedQuestion(VerdictQuestion):
+    """Is each image of a split safe on the whole set around it? The embedded verifier answers.
+
+    Args:
+        network: in evaluation mode, on the split's device.
+        settings: how to find out.
+        seed: of the attack.
+        rests_on: what else the verdicts rest on: versions, device; ``weights`` is the network's checksum.
+        replay: the exported network, which counterexamples have to fool as well.
+    """
+
+    network: nn.Module
+    split: Split
+    classes: int
+    ball: PerturbationSet
+    settings: Certify
+    seed: int
+    rests_on: Mapping[str, Any]
+
+    replay: Replay | None = None
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        certify = unstructure(replace(self.settings, images=None))
+        other = {"auto_LiRPA": require().__version__} if "lirpa" in self.settings.stages else {}
+        return {"certify": certify, "seed": self.seed, **other, **self.rests_on}
+
+    def offers_more(self, record: Line, before: Line) -> bool:
+        return worth_another_try(record, self.settings, before.get("certify", {}))
+
+    def batches(self, fresh: Sequence[int], again: Sequence[int]) -> list[Sequence[int]]:
+        size = self.settings.batch_size
+        return [*in_fixed_batches(fresh, size), *(again[i : i + size] for i in range(0, len(again), size))]
+
+    def answer(
+        self, images: Sequence[int], deadline: float = math.inf, report: Report = lambda text: None
+    ) -> Iterator[list[Line]]:
+        index = torch.tensor(images, device=self.split.labels.device)
+        pixels, labels = self.split.pixels(index), self.split.labels[index]
+        problem = robustness(self.network, pixels, labels, index, self.classes, self.ball)
+        stages, limits = self.settings.build(self.seed, self.replay), Limits(self.settings.timeout, deadline)
+        verdicts = run_cascade(
+            problem, stages, limits, lambda stage, n: report(f"{stage}, {n} images"), self.settings.arithmetic
+        )
+        yield [{**v.record(), "settings": self.name} for v in verdicts if v.reason != TOTAL_TIMEOUT]
