@@ -218,7 +218,7 @@ class TestNetwork:
                 expected += [operation.weight, *([] if operation.bias is None else [operation.bias])]
             if isinstance(operation, Scale):
                 assert exported.name in ("SmallCnn", "Mlp", "Cnn7", "residual", "circular", "grey to RGB")
-                scale, shift, channels = operation.scale, operation.shift, exported.images.shape[1]
+                (scale, shift), channels = operation.coefficients(), exported.images.shape[1]
                 if scale.shape[-2:] in ((), (1, 1)) and shift.shape[-2:] in ((), (1, 1)):
                     outputs = max(channels, scale.numel(), shift.numel(), 3 if exported.name == "grey to RGB" else 1)
                     scale, shift = (vector.flatten().expand(outputs) for vector in (scale, shift))

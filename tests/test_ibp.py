@@ -33,6 +33,7 @@ from certtrain.bounds import (
     forward,
     trace,
 )  # fmt: skip
+from certtrain.bounds.folding import fold
 from certtrain.bounds.operations import BatchNorm, Rearrangement
 
 EPSILONS = st.sampled_from([0.0, 1e-4, 0.05, 0.5])
@@ -524,7 +525,7 @@ class TestForward:
         twin, images = copy.deepcopy(model), make_images(5)
         found = forward(model, images)
         torch.testing.assert_close(found.logits, twin(images), **EXACT)
-        assert set(found.statistics) == {3} and model[1].num_batches_tracked == 0
+        assert set(found.statistics) == {6} and model[1].num_batches_tracked == 0
 
     def test_a_shared_norm_is_updated_by_each_use(self):
         torch.manual_seed(0)
@@ -558,10 +559,15 @@ class TestForward:
         assert torch.equal(images, before)
 
 
-def test_linear_and_norm_of_more_dimensions_are_refused():
+def test_a_norm_of_another_dimension_than_the_linear_layers_stays_apart():
     """A linear layer acts on the last dimension, its batch norm on dimension 1: not one map."""
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Flatten()).double().eval()
+    model = randomise_norms(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten())).double().eval()
     images = make_images(shape=(3, 3))
-    for call in (lambda: compute_bounds(model, Interval.point(images)), lambda: forward(model, images)):
-        with pytest.raises(UnsupportedNode, match=r"BatchNorm1d after '0'.*accepted"):
-            call()
+    for network in (lambda x: forward(model, x).logits, fold(model, images.shape[1:])):
+        torch.testing.assert_close(network(images), model(images), **EXACT)
+    box = Interval.box(images, 0.1)
+    found = compute_bounds(model, box)
+    for point in points_inside(model, box):
+        assert found.contains(model(point), 1e-9).all()
+    statistics = forward(model.train(), images).statistics
+    torch.testing.assert_close(forward(model, images, statistics).logits, model(images), **EXACT)

@@ -230,7 +230,7 @@ class TestCtbench:
         assert note["renaming"]["layers.1.weight"] == "1.weight"
 
     def test_folded_batch_norms(self, tmp_path):
-        """Network by hand: what remains has no batch norm, and is imported as such."""
+        """Folded by hand: what remains has no batch norm, and is imported as such."""
         original = trained(convolutional(1, 28, 10, cnn3(3), []))
         folded = []
         for layer, norm in itertools.pairwise(original):
