@@ -1,8 +1,8 @@
-"""How far the activations that run are from the functions: torch's and onnxruntime's kernels against float64.
+"""Measure the errors of torch's and onnxruntime's activation kernels against float64.
 
     python scripts/measure_activations.py
 
-What ``bounds/activation.py`` pays for (``KERNEL_ERROR``) was chosen by this. Float32: every 509th of all numbers
+``KERNEL_ERROR`` of ``bounds/activation.py`` was chosen by these measurements. Float32: every 509th of all numbers
 up to 8.5e37, four million even ones in [-20, 20] and runs of 65536 neighbours in between, as one long tensor (vector
 bodies), in pieces of 1 to 17 (scalar tails) and, in torch, with a stride. Float64: 30,000 numbers against 50 digits.
 """
@@ -27,7 +27,7 @@ ROOT = math.sqrt(2 / math.pi)
 
 
 def exact(kind: str, x: Tensor) -> Tensor:
-    """Float64, without cancellation: a few of its roundings relative to the value."""
+    """The function in float64 without cancellation, exact to a few relative roundings."""
     match kind:
         case "sigmoid":
             return torch.special.expit(x)
@@ -42,7 +42,7 @@ def exact(kind: str, x: Tensor) -> Tensor:
 
 
 def digits(kind: str, x: float):
-    """To fifty digits."""
+    """The function to fifty digits."""
     x = mpmath.mpf(x)
     match kind:
         case "sigmoid":
@@ -56,7 +56,7 @@ def digits(kind: str, x: float):
     return x / (1 + mpmath.exp(-x))
 
 
-GRAPHS = {  # one or several graphs a function: operators of their own, and what exporters write
+GRAPHS = {  # one or several graphs for each function: its own operator, and the forms that exporters write
     "sigmoid": [["Sigmoid x y"]],
     "tanh": [["Tanh x y"]],
     "gelu": [["Gelu x y"], ["Div x two_root a", "Erf a b", "Add b one c", "Mul x c d", "Mul d half y"]],
@@ -100,11 +100,11 @@ def points() -> Tensor:
     runs = (starts.view(np.uint32)[:, None] + np.arange(1 << 16, dtype=np.uint32)).ravel().view(np.float32)
     even = np.linspace(-20, 20, 1 << 22, dtype=np.float32)
     found = torch.from_numpy(np.concatenate([every, runs, even]))
-    return found[found.abs() < torch.finfo(torch.float32).max / 4]  # beyond, nothing is certified
+    return found[found.abs() < torch.finfo(torch.float32).max / 4]  # nothing is certified beyond
 
 
 def off(kind: str, kernel: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
-    """The largest error / max(1, |x|), and where. NaN counts as infinite."""
+    """The largest error / max(1, |x|), and its x. NaN counts as infinite."""
     worst, place = 0.0, 0.0
     for part in x.split(1 << 21):
         wide = part.double()

@@ -1,4 +1,4 @@
-"""What a run's folder says of one trial: how far it is, its accuracies, its time."""
+"""The results of one trial from its run folder: progress, accuracies, time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ASKED = {
     f"evaluate.{name}"
     for name in ("enabled", "attacks", "epsilons", "images", "step_size", "batch_size", "checkpoints")
 }
-"""What may be asked anew of a network that was trained already."""
+"""Fields that may change without training anew."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Result:
 
 
 def result_of(trial: Trial) -> Result | None:
-    """What is there; None where nothing is trained yet. Evaluations of other images than the study's, or of other
-    weights than those that are there, are left out.
+    """The results of a trial; None where nothing is trained yet.
+
+    Evaluations of other images than the study's, or of other weights than those in the folder, are left out.
 
     Raises:
         InputError: the folder is of another recipe, or a file in it is not as written.
@@ -110,7 +111,7 @@ def stage_of(trial: Trial) -> Stage:
 
 
 def unanswered(trial: Trial) -> Iterator[tuple[str, str, float]]:
-    """What the study asks of these weights and is not in ``evaluation.json``."""
+    """The rows that the study asks for and ``evaluation.json`` does not have for these weights."""
     folder, description = RunFolder.open(trial.path)
     config = trial.config
     yield from unanswered_by(

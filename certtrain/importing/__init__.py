@@ -1,4 +1,4 @@
-"""Networks that other people trained: their checkpoints become run folders."""
+"""Import checkpoints of networks trained elsewhere as run folders."""
 
 from .checkpoint import import_checkpoint
 

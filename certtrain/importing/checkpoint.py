@@ -1,4 +1,4 @@
-"""From a checkpoint to a run folder: what is checked on the way, and what is written down about it."""
+"""Import a checkpoint as a run folder: checks, weights, and the record in ``run.json``."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ IMAGES = 100
 """Test images on which the model is compared with the file's own tensors."""
 
 TOLERANCE = 1e-4
-"""Of logits, relative to the largest one. Float32 weights leave 1e-14; a file in float64 loses some 1e-7 on the way
-to float32; a wrong stride, padding or stabiliser changes logits by as much as they are."""
+"""Largest accepted difference of logits, relative to the largest logit. Float32 weights give 1e-14; a file in float64
+loses about 1e-7 in float32; a wrong stride, padding or stabiliser changes logits by their own size."""
 
 
 def import_checkpoint(
@@ -46,30 +46,29 @@ def import_checkpoint(
     order: Sequence[str] = (),
     quiet: bool = False,
 ) -> RunFolder:
-    """Make a network that somebody else trained a run, which ``verify`` certifies and ``export`` exports.
+    """Import a network trained elsewhere as a run, for ``verify`` and ``export``.
 
-    The file's tensors are matched with the architecture's by kind, order and shape. A normalisation in the file is
-    taken from there; else it is ``config.model``'s mean and std, or else what is published for the data set.
+    The file's tensors are matched with the architecture's by kind, order and shape. The normalisation is the file's own
+    if it has one, else ``config.model``'s mean and std, else the one published for the data set.
 
     Args:
         file: a state dict as ``torch.save`` writes it, alone or in a checkpoint, or .safetensors. Read without running
             code.
         config: ``model``: the architecture. ``data``: the images it was trained for, which are read. ``perturbation``:
-            what the run is about. ``certify``, ``export``, ``device``, ``threads``, ``seed``: for later.
+            the set to certify. ``certify``, ``export``, ``device``, ``threads``, ``seed``: settings of later calls.
         out: a new or empty folder; None for a fresh one under ``runs/``.
-        class_order: of the file's outputs. ``text``: 0, 1, 10, 100, 101, …, as torchvision's ``ImageFolder`` numbers
-            folders that are called 0 to K - 1, which expressive-losses makes of ImageNet64.
-        order: the file's layers (``embed``, or the beginning that several share) in the order in which they are
-            computed. Needed where layers could be exchanged, as far as shapes and numbers in their names tell: a
-            .safetensors file keeps no order. That of a state dict is taken for the order of use.
+        class_order: order of the file's outputs. ``text``: 0, 1, 10, 100, 101, …, the order in which torchvision's
+            ``ImageFolder`` numbers folders called 0 to K - 1 (expressive-losses' ImageNet64).
+        order: the file's layers (``embed``, or a prefix that several share) in the order of computation. Needed where
+            shapes and the numbers in names do not determine the order, because a .safetensors file keeps none. The
+            order of a state dict is taken for that of computation.
         quiet: print nothing.
     Returns:
-        the run's folder. ``run.json`` has a section ``imported``: the file and its sha256, how its tensors were
-        named and what they are called now, what their order rests on, which weights were computed of parts, where
-        normalisation and batch norm came from, and how far our logits are from those of the file's own tensors in
-        that order.
+        the run's folder. Section ``imported`` of ``run.json`` records the file and its sha256, the old and new names of
+        its tensors, the reason for their order, the weights computed from parts, the source of normalisation and batch
+        norm, and the difference between our logits and those of the file's own tensors in that order.
     Raises:
-        InputError: something given cannot be used, or does not fit; nothing on disk was changed.
+        InputError: an argument cannot be used, or the file does not fit; nothing on disk was changed.
     """
     file = Path(file)
     config = structure(Config, unstructure(config))
@@ -90,7 +89,7 @@ def import_checkpoint(
             layers, expected_layers(config.model, shape, classes), order, tensors.ordered, tensors.prefix, str(file)
         )
         fit(layers, config.model, shape, classes, str(file))
-        _check_spreads(layers, file)
+        _check_variances(layers, file)
         normalisation = normalisation_of(inside, config, naming(tensors.by_name), shape[0], file)
         architecture = dataclasses.replace(config.model, mean=normalisation.mean, std=normalisation.std)
         config = dataclasses.replace(config, model=architecture)
@@ -102,7 +101,7 @@ def import_checkpoint(
         imported = {
             "file": file.name, "sha256": sha256(file),
             "layout": {"names": naming(tensors.by_name), "wrapper": tensors.wrapper, "prefix": tensors.prefix,
-                       "beside": list(tensors.beside), "ignored": list(tensors.ignored)},
+                       "beside": list(tensors.other_entries), "ignored": list(tensors.ignored)},
             "order": ordering, "computed": tensors.computed, "renaming": renaming,
             "normalisation": {"source": normalisation.source, "mean": list(normalisation.mean),
                               "std": list(normalisation.std)},
@@ -114,11 +113,11 @@ def import_checkpoint(
         folder = RunFolder.create(new_folder(config, out), description)
         save_weights(folder.model, model.state_dict())
     if not quiet:
-        _say(folder, imported)
+        _report(folder, imported)
     return folder
 
 
-def _check_spreads(layers: list[Layer], file: Path) -> None:
+def _check_variances(layers: list[Layer], file: Path) -> None:
     for layer in layers:
         variance = layer.tensors.get("running_var")
         if variance is not None and not (variance >= 0).all():
@@ -126,7 +125,7 @@ def _check_spreads(layers: list[Layer], file: Path) -> None:
 
 
 def _places_as_text(classes: int) -> list[int]:
-    """Where the number of each class stands among all of them sorted as text."""
+    """The position of each class number among all of them sorted as text."""
     sorted_as_text = sorted(range(classes), key=str)
     return [sorted_as_text.index(number) for number in range(classes)]
 
@@ -138,7 +137,7 @@ def _reordered(layer: Layer, rows: Tensor) -> Layer:
 def _filled(
     architecture: Architecture, layers: list[Layer], shape: tuple[int, ...], classes: int
 ) -> tuple[nn.Module, dict[str, str]]:
-    """The architecture with the file's weights, and our names of the file's tensors."""
+    """The architecture with the file's weights, and ``{name in the file: our name}``."""
     model = architecture.build(shape, classes)
     state = model.state_dict()
     own = layers_of({name: t for name, t in state.items() if name.rpartition(".")[2] not in IGNORED}, "model")
@@ -155,11 +154,12 @@ def _parity(
     model: nn.Module, architecture: Architecture, layers: list[Layer], inside: Layer | None,
     normalisation: Normalisation, rows: Tensor, test: Split, file: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """How far the model's logits are from those of the file's own tensors in the order of ``layers``, both in float64.
-    Of that order it says nothing.
+    """Compare the model's logits with those of the file's own tensors in the order of ``layers``, both in float64.
+
+    The comparison does not check that order.
 
     Raises:
-        InputError: they are not finite, or further apart than rounding to float32 explains.
+        InputError: logits are not finite, or differ by more than rounding to float32 explains.
     """
     geometry = f"Gowal {architecture.size}" if isinstance(architecture, Gowal) else type(architecture).__name__
     own, outside = ([inside, *layers], ()) if inside else (layers, normalisation.mean)
@@ -190,7 +190,7 @@ def _batch_norm(layers: list[Layer]) -> str:
     return f"in the file: {norms} layers with their running statistics" if norms else "none in the file"
 
 
-def _say(folder: RunFolder, imported: dict[str, Any]) -> None:
+def _report(folder: RunFolder, imported: dict[str, Any]) -> None:
     normalisation, parity = imported["normalisation"], imported["parity"]
     numbers = f", mean {normalisation['mean']}, std {normalisation['std']}" if normalisation["mean"] else ""
     console.print(f"imported: {folder.path} ({len(imported['renaming'])} tensors of {imported['file']})")
