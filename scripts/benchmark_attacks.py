@@ -104,7 +104,7 @@ def ratio_of(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
     return median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
-class Given(torch.autograd.Function):
+class GivenLogits(torch.autograd.Function):
     """Return given logits, with a given gradient."""
 
     @staticmethod
@@ -130,7 +130,7 @@ class Stub(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self.at = (self.at + 1) % self.calls
-        return Given.apply(images, self.logits[self.at], self.gradient)
+        return GivenLogits.apply(images, self.logits[self.at], self.gradient)
 
 
 def loop_runs(count: int, side: int, k: int, options: argparse.Namespace) -> dict[str, Callable[[], object]]:

@@ -41,7 +41,7 @@ def exact(kind: str, x: Tensor) -> Tensor:
     return x * torch.special.expit(x)
 
 
-def digits(kind: str, x: float):
+def fifty_digits(kind: str, x: float):
     """The function to fifty digits."""
     x = mpmath.mpf(x)
     match kind:
@@ -103,7 +103,7 @@ def points() -> Tensor:
     return found[found.abs() < torch.finfo(torch.float32).max / 4]  # nothing is certified beyond
 
 
-def off(kind: str, kernel: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
+def largest_error(kind: str, kernel: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
     """The largest error / max(1, |x|), and its x. NaN counts as infinite."""
     worst, place = 0.0, 0.0
     for part in x.split(1 << 21):
@@ -138,14 +138,15 @@ def main() -> None:
         strided = lambda x, own=own: own(torch.stack([x, x], 1)[:, 0])  # noqa: E731
         kernels = [("torch", own), ("torch, strided", strided), *sessions(kind)]
         for name, kernel in kernels:
-            body, at = off(kind, kernel, x)
-            tail, tail_at = off(kind, in_pieces(kernel), few)
+            body, at = largest_error(kind, kernel, x)
+            tail, tail_at = largest_error(kind, in_pieces(kernel), few)
             print(f"{kind:10} {name:42} {body:.2e} at {at:<14.6g} pieces {tail:.2e} at {tail_at:.6g}", flush=True)
         with mpmath.workdps(50):
             some = torch.cat([12 * torch.randn(15_000).double(), 10 ** torch.linspace(-30, 30, 15_000).double()])
             found = own(some).tolist()
             worst = max(
-                float(abs(mpmath.mpf(v) - digits(kind, at)) / max(1, abs(at))) for v, at in zip(found, some.tolist())
+                float(abs(mpmath.mpf(v) - fifty_digits(kind, at)) / max(1, abs(at)))
+                for v, at in zip(found, some.tolist())
             )
         print(f"{kind:10} torch, float64 {worst:.2e}")
     paid = [KERNEL_ERROR * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)]

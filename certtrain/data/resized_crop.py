@@ -34,8 +34,8 @@ class ResizedCrop(Augmentation):
 
     def rows_and_columns(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         raise InputError(
-            "training.augment.resized_crop: found crops that are resized, of whose pixels none is one of the stored "
-            "image, and a method that keeps a perturbation for each sample; accepted: null (pad and flip alone)"
+            "training.augment.resized_crop: found resized crops, whose pixels are not pixels of the stored image, and "
+            "a method that keeps a perturbation for each sample; accepted: null (only pad and flip)"
         )
 
 

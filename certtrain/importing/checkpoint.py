@@ -84,7 +84,7 @@ def import_checkpoint(
         shape, classes = dataset.shape, dataset.classes
         inside = layers.pop(0) if layers[0].kind == "normalisation" else None
         if not layers:
-            raise InputError(f"{file}: found a normalisation and no layer behind it; accepted: a whole network")
+            raise InputError(f"{file}: found a normalisation and no layer behind it; accepted: a complete network")
         layers, ordering = arrange(
             layers, expected_layers(config.model, shape, classes), order, tensors.ordered, tensors.prefix, str(file)
         )
@@ -174,8 +174,8 @@ def _parity(
     difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if not difference <= TOLERANCE * (1 + largest):  # NaN too
         raise InputError(
-            f"{file}: logits of the file's own tensors go up to {largest:.3g} and differ from the model's by "
-            f"{difference:.3g}; accepted: finite ones, that agree up to rounding"
+            f"{file}: found logits up to {largest:.3g} by the file's own tensors, which differ from the model's by "
+            f"{difference:.3g}; accepted: finite logits that agree up to rounding"
         )
     labels = test.labels[: len(ours)]
     return {

@@ -50,18 +50,18 @@ def mismatch(found: list[Layer], wanted: list[Layer]) -> tuple[int, str] | None:
     """The number of layers that fit before the first mismatch, and its description; None where all fit."""
     for place, (one, other) in enumerate(zip(found, wanted)):
         if one.kind != other.kind:
-            return place, f"{next(iter(one.names.values()))} belongs to a {one}, there stands a {other}"
+            return place, f"{next(iter(one.names.values()))} belongs to a {one}, expected a {other}"
         for role in {**one.shapes, **other.shapes}:
-            here, there = one.shapes.get(role, "missing"), other.shapes.get(role, "missing")
+            here, there = one.shapes.get(role, "missing"), other.shapes.get(role, "none")
             if here != there:
                 name = one.names.get(role, f"the {role} of {next(iter(one.names.values()))}")
-                return place, f"{name} is {here}, there {there}"
+                return place, f"{name} is {here}, expected {there}"
     fits = min(len(found), len(wanted))
     if len(found) > fits:
-        return fits, f"{next(iter(found[fits].names.values()))} belongs to a {found[fits]}, there stands nothing"
+        return fits, f"{next(iter(found[fits].names.values()))} belongs to a {found[fits]}, expected no further layer"
     if len(wanted) > fits:
         last = next(iter(found[-1].names.values()))
-        return fits, f"nothing follows {last}, there stands a {wanted[fits]}"
+        return fits, f"nothing follows {last}, expected a {wanted[fits]}"
     return None
 
 
@@ -81,7 +81,7 @@ def fit(
     nearest = _nearest(found, shape, classes)
     if nearest[0].wrong is None:
         raise InputError(
-            f"{where}: is no {type(architecture).__name__} as asked for, for {images}: {wrong[1]}; "
+            f"{where}: found no {type(architecture).__name__} as asked for, for {images}: {wrong[1]}; "
             f"accepted: {nearest[0].words}, which fits"
         )
     raise InputError(

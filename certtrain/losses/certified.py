@@ -39,7 +39,7 @@ def margin_loss(margins: Tensor) -> Tensor:
     return torch.logsumexp(F.pad(-margins, (1, 0)), dim=1)
 
 
-def _others(labels: Tensor, classes: int) -> Tensor:
+def _wrong_classes(labels: Tensor, classes: int) -> Tensor:
     """(B, K - 1) the classes j != y in increasing order, found without waiting for the device."""
     places = torch.arange(classes - 1, device=labels.device)
     return places + (places >= labels[:, None])
@@ -47,13 +47,13 @@ def _others(labels: Tensor, classes: int) -> Tensor:
 
 def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, K - 1) margins z_y - z_j of logits (B, K), columns j != y in increasing order."""
-    return logits.gather(1, labels[:, None]) - logits.gather(1, _others(labels, logits.shape[1]))
+    return logits.gather(1, labels[:, None]) - logits.gather(1, _wrong_classes(labels, logits.shape[1]))
 
 
 def margin_rows(labels: Tensor, logits: Tensor) -> Tensor:
     """(B, K - 1, K) linear forms e_y - e_j of logits (B, K), in the same order."""
     classes = logits.shape[1]
-    own, others = F.one_hot(labels, classes)[:, None], F.one_hot(_others(labels, classes), classes)
+    own, others = F.one_hot(labels, classes)[:, None], F.one_hot(_wrong_classes(labels, classes), classes)
     return (own - others).to(logits.dtype)
 
 
