@@ -172,7 +172,7 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names the files of a run: see the README for what each one holds."""
+    """Names the files of a run: docs/runs.md says what each one holds."""
 
     path: Path
 

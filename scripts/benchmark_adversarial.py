@@ -1,4 +1,4 @@
-"""Time one training step of each adversarial method beside the others, in one run: ratios, and the published ones.
+"""Time one training step of each adversarial method in one run, and compare the ratios with the published ones.
 
     python scripts/benchmark_adversarial.py [--width 16] [--batch 128] [--rounds 7] [--device cpu] [--json FILE]
 
@@ -57,7 +57,7 @@ RATIOS: list[tuple[str, str, float | None, str]] = [
     ("FGSM-GA", "FGSM-RS", 3.3, "published 3.26"),
     ("FAIT", "TRADES", 1.15, ""),
 ]
-"""Method, what it is compared with, the most that it may cost, and what its source says."""
+"""Method, reference, largest accepted ratio of their times, and the ratio that the source reports."""
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def stepper(loss: Loss, options: argparse.Namespace):
-    """One training step of a network of its own, to be called again and again."""
+    """A function that takes one training step of its own network at each call."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     model = PreActResNet(width=options.width).build((3, 32, 32), 10).to(device).train()

@@ -1,13 +1,13 @@
-"""Time sPGD's loop without its network beside the form that its authors released, and an attack's gradient beside a
-training step's, in one run.
+"""Time sPGD's loop without its network against its authors' released form, and an attack's gradient against that of a
+training step, in one run.
 
     python scripts/benchmark_attacks.py [--quick] [--rounds 7] [--steps 20] [--threads 1] [--variant unprojected]
                                         [--device cpu] [--json FILE]
 
-The loop: a network that costs nothing answers with given logits and a given gradient. No image is ever fooled, so that
-all go all the way; two in five points are a row's best so far; every other row has no gradient, so that its mask stands
-still and is drawn anew after 3 steps, a sixth of all rows in each step (against a small network of digits: a twentieth
-to a fifth). Both loops draw their start, keep the best points and draw anew. The released one is written from its
+The loop: a stub without cost returns given logits and a given gradient. No image is ever misclassified, so that all
+take every step; two in five points are a row's best so far; every other row has no gradient, so that its mask does not
+change and is redrawn after 3 steps, a sixth of all rows in each step (against a small network of digits: a twentieth to
+a fifth). Both loops draw their start, keep the best points and redraw masks. The released one is written from its
 description: full sorts (one for the mask, two for whether it changed), autograd through the sigmoid and the mask, and
 asserts that look at all values.
 
@@ -42,7 +42,7 @@ from certtrain.step import Batch, Step
 from certtrain.streams import lasting_streams
 
 SHAPES = [(256, 32, 20), (128, 32, 120), (48, 224, 1200)]
-"""Images, their side, k: evaluation and training on CIFAR-10, training on ImageNet-100."""
+"""Number of images, side and k: evaluation and training on CIFAR-10, training on ImageNet-100."""
 LEAST_RATIO, LEAST_SAVING = 3.5, 0.39
 PATIENCE, SIZE = 3, 0.25
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def taken_in_turns(runs: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each, round by round."""
+    """Seconds of each contender in each round; contenders take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(options.rounds + 1):
         for name, run in runs.items():
@@ -104,8 +104,8 @@ def ratio_of(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
     return median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
-class Given(torch.autograd.Function):
-    """Given logits, whose gradient is given too."""
+class GivenLogits(torch.autograd.Function):
+    """Return given logits, with a given gradient."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
@@ -118,7 +118,8 @@ class Given(torch.autograd.Function):
 
 
 class Stub(nn.Module):
-    """Answers for a batch in class 0, which it always finds right: surely at first, less and less so, up and down."""
+    """A network stub for a batch of class 0: always right, with a margin that fluctuates and shrinks from call to
+    call."""
 
     def __init__(self, images: Tensor, calls: int):
         super().__init__()
@@ -129,7 +130,7 @@ class Stub(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self.at = (self.at + 1) % self.calls
-        return Given.apply(images, self.logits[self.at], self.gradient)
+        return GivenLogits.apply(images, self.logits[self.at], self.gradient)
 
 
 def loop_runs(count: int, side: int, k: int, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
@@ -145,7 +146,7 @@ def loop_runs(count: int, side: int, k: int, options: argparse.Namespace) -> dic
 
 
 class Masked(torch.autograd.Function):
-    """p on the k pixels with the largest sigmoids; backward as if the mask were the sigmoids themselves."""
+    """p on the k pixels with the largest sigmoids; the backward pass treats the mask as the sigmoids themselves."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, s: Tensor, k: int, projected: bool) -> Tensor:  # type: ignore[override]
@@ -161,7 +162,7 @@ class Masked(torch.autograd.Function):
 
 
 def released_loop(model: nn.Module, batch: Batch, k: int, steps: int, projected: bool) -> Tensor:
-    """sPGD as it was released, by its description: every step sorts three times and looks at values five times."""
+    """sPGD as released, from its description: every step sorts three times and reads values five times."""
     x, y = batch.images.flatten(2), batch.labels
     factor = SIZE * x.shape[2] ** 0.5
     p = torch.min(torch.max(2 * torch.rand_like(x) - 1, -x), 1 - x)

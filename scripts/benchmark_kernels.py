@@ -1,13 +1,13 @@
-"""Time the kernels against other ways to compute the same, all in one run.
+"""Time the kernels against other implementations of the same computations, all in one run.
 
     python scripts/benchmark_kernels.py [--op ibp_margins] [--shape B=256,K=1000,D=512] [--dtype float32] [--device cpu]
                                         [--rounds 11] [--no-compile] [--json FILE] [--against COMMIT]
 
 Contenders take turns in every round, so that a drifting machine slows all of them; ratios are medians over the
-rounds of time / certtrain's time: above 1 is slower than certtrain. Peak memory is what one pass allocates at most,
-beyond what was there before. ``floor`` is two plain products with gradients, or bytes over this run's copy bandwidth.
-auto_LiRPA (0.7 or later, from its git) is timed where it can be imported. ``--against`` times the same op of another
-commit, in a process of its own.
+rounds of time / certtrain's time: above 1 is slower than certtrain. Peak memory is the most that one pass allocates
+beyond what was allocated before. ``floor`` is two plain products with gradients, or bytes over this run's copy
+bandwidth. auto_LiRPA (0.7 or later, from its git) is timed where it can be imported. ``--against`` times the same op of
+another commit, in a process of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = ("forward", "forward + backward")
 SAMPLE = 0.01
-"""Seconds for which a short pass is repeated in each round: a single call finds another contender's caches."""
+"""Seconds for which a short pass is repeated in each round: a single call runs with another contender's caches."""
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def _pass(forward: Callable, leaves: Sequence[Tensor], kind: str) -> Callable[[]
 
 
 def _bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of copying 256 MB."""
+    """Bytes read and written in a second when copying 256 MB."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(7))
@@ -139,7 +139,7 @@ def _print(result: dict, case: Case) -> None:
 
 @contextmanager
 def _other_commit(options: argparse.Namespace):
-    """A function that times a case's op as another commit has it, in a process of its own; None without --against."""
+    """A function that times a case's op of another commit in a separate process; None without --against."""
     if not options.against:
         yield None
         return
@@ -167,7 +167,7 @@ def _other_commit(options: argparse.Namespace):
 
 
 def _serve(cases) -> None:
-    """The other side of --against: read which case to time, answer with seconds."""
+    """The child process of --against: read the case to time, print seconds."""
     ready = {(case.op, case.shape): case for case in cases}
     for line in sys.stdin:
         op, shape, kind = json.loads(line)

@@ -1,4 +1,4 @@
-"""Time the verifier beside others, in one run: ratios, and what both answer.
+"""Time the verifier against others in one run: ratios, and both sides' answers.
 
     python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [limits] [--rounds 3] [--json FILE]
     python scripts/benchmark_verification.py run --run RUN_DIR [--images 200]
@@ -9,9 +9,9 @@ full_width  the same, CNN7 as published and one image
 stream      10,000 images of MNIST's size through the IBP stage of CNN7, beside the plain pass of the same images by the
             network with its batch norms folded
 planted     tiny networks with a counterexample that gradients do not see, and robust twins, through the whole cascade
-limits      what hard questions take under limits of 1, 2, 5 and 12 s: VNN-COMP's front door on convolutional networks,
+limits      time of hard questions under limits of 1, 2, 5 and 12 s: VNN-COMP's front door on convolutional networks,
             and certify on images of a ResNet-18; wall seconds, CPU seconds of the process, and wall / allowed, which is
-            n images · limit + 10 % + 1 s. What the first verification of a process loads is loaded before
+            n images · limit + 10 % + 1 s. The code that a process' first verification loads is loaded before
 run         the first test images of a finished run, up to 60 s each, once as usual and once with every image attacked;
             loading the network and the kernels, and a first image, are not counted
 

@@ -1,4 +1,4 @@
-"""Train, evaluate and tabulate the recipes of a study with several seeds; called again, go on where it stopped."""
+"""Train, evaluate and tabulate the recipes of a study with several seeds; the same call resumes a stopped one."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Attack a finished run's test images, and count: python scripts/evaluate.py RUN_DIR; killed, the same call goes on."""
+"""Attack a finished run's test images: python scripts/evaluate.py RUN_DIR; the same call resumes a killed one."""
 
 import sys
 

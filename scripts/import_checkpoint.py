@@ -1,4 +1,4 @@
-"""Make a network that somebody else trained a run: python scripts/import_checkpoint.py FILE --architecture cnn7 …"""
+"""Import a network trained elsewhere as a run: python scripts/import_checkpoint.py FILE --architecture cnn7 …"""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""What ``benchmark_kernels.py`` times: each op beside other ways to compute the same, on the shapes of real work.
+"""The cases of ``benchmark_kernels.py``: each op against other implementations, on shapes from practice.
 
 A case is a name, a shape and its contenders: functions without arguments that return tensors. ``certtrain`` is the op;
-``eager`` and ``compiled`` are its plain formula; the others are the forms that people use today (``kernel_rivals``).
+``eager`` and ``compiled`` are its plain formula; the others are forms in use today (``kernel_rivals``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ reference = kernels.reference
 
 @dataclass(frozen=True)
 class Case:
-    """``leaves`` get gradients in the backward pass; without any there is none. ``touched`` is what an ideal kernel
-    reads and writes in its forward pass, in bytes, where memory is the floor."""
+    """One op and its contenders.
+
+    ``leaves`` get gradients; without any there is no backward pass. ``touched`` is the number of bytes that an ideal
+    kernel reads and writes in its forward pass, where memory traffic is the floor."""
 
     op: str
     shape: str
@@ -169,7 +171,7 @@ def spgd_step(make: Maker, B: int, N: int, k: int) -> Case:
         closed_form=lambda: rivals.closed_step(gradient, p, m, x, mask, k, 0.25, 0.25),
         released=lambda: rivals.released_step(gradient, p, m, x, mask, k, 0.25, 0.25),
     )
-    if make.compiled:  # the bar: the stable sort of the reference's tie rule does not compile to anything fast
+    if make.compiled:  # the reference's stable sort, which breaks ties, does not compile to anything fast
         contenders["compiled"] = torch.compile(lambda: rivals.closed_step(gradient, p, m, x, mask, k, 0.25, 0.25))
     return Case("spgd_step", f"B={B},N={N},k={k}", contenders, touched=5 * x.nbytes + 2 * m.nbytes)
 
@@ -188,7 +190,7 @@ class Cnn7(nn.Sequential):
 
 
 def _propagate(ops, first: Tensor, second: Tensor, model: nn.Sequential, labels: Tensor) -> Tensor:
-    """Margins by IBP through blocks; ``ops`` says in which form, (center, radius) or (lower, upper)."""
+    """Margins by IBP through blocks, in the form of ``ops``: (center, radius) or (lower, upper)."""
     layers: list[Any] = list(model)
     *blocks, last = layers
     for block in blocks:

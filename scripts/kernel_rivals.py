@@ -1,4 +1,4 @@
-"""The forms in which people compute today what the kernels compute, written here anew: what they are timed beside."""
+"""The forms in which others compute the kernels' results today, reimplemented for comparison in time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _four_affine(ends: tuple[Tensor, Tensor], scale: Tensor | None, shift: Tenso
 
 
 def bmm_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """A specification matrix for each image, merged into the last layer."""
+    """Margins by a specification matrix for each image, merged into the last layer."""
     classes = len(weight)
     identity = torch.eye(classes, dtype=weight.dtype, device=weight.device)
     rows = identity[labels].unsqueeze(1) - identity.unsqueeze(0)
@@ -68,13 +68,13 @@ def topk_scatter(scores: Tensor, k: int) -> Tensor:
 
 
 def sort_scatter(scores: Tensor, k: int) -> Tensor:
-    """Clone, sort everything, zero, scatter: as the attack's authors released it."""
+    """Select by clone, full sort, zero and scatter, as in the attack's released code."""
     index = torch.sort(scores.clone(), dim=1, descending=True).indices[:, :k]
     return torch.zeros_like(scores).scatter_(1, index, torch.ones_like(index, dtype=scores.dtype))
 
 
 def closed_step(gradient, p, m, x, mask, k, alpha, beta):
-    """The update's closed form with ``torch.topk``: what one would compile."""
+    """The update in closed form with ``torch.topk``, suited to compilation."""
     s = torch.sigmoid(m)
     for_mask = (gradient * p).sum(1) * s * (1 - s)
     norm = for_mask.norm(dim=1, keepdim=True)
@@ -85,7 +85,7 @@ def closed_step(gradient, p, m, x, mask, k, alpha, beta):
 
 
 def released_step(gradient, p, m, x, mask, k, alpha, beta):
-    """One update in the released form: full sorts, and asserts that wait for the device."""
+    """One update in the released form, with full sorts and asserts that wait for the device."""
     s = torch.sigmoid(m)
     old = sort_scatter(s, k)
     for_p = gradient * old.unsqueeze(1)
@@ -102,7 +102,7 @@ def released_step(gradient, p, m, x, mask, k, alpha, beta):
 
 
 def clamped_crown(a: Tensor, bias: Tensor, low: Tensor, up: Tensor, intercept: Tensor):
-    """Positive and negative parts apart, as verifiers write it."""
+    """CROWN's step with positive and negative parts separate, as in other verifiers."""
     plus, minus = a.clamp(min=0), a.clamp(max=0)
     return plus * low[:, None] + minus * up[:, None], bias + (minus @ intercept[:, :, None]).squeeze(-1)
 
@@ -111,7 +111,7 @@ def auto_lirpa(model: nn.Module, images: Tensor, lower: Tensor, upper: Tensor, l
     from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm  # type: ignore[import-not-found]
 
     bounded = BoundedModule(model, torch.empty_like(images), device=images.device)
-    for node in bounded.nodes():  # training mode lets gradients through, but the batch norms are to stay fixed
+    for node in bounded.nodes():  # training mode lets gradients through; batch norms stay fixed
         node.train("BatchNorm" not in type(node).__name__)
     identity = torch.eye(10, dtype=images.dtype, device=images.device)
     rows = (identity[labels].unsqueeze(1) - identity)[~F.one_hot(labels, 10).bool()].reshape(len(images), 9, 10)

@@ -1,8 +1,8 @@
-"""How far the activations that run are from the functions: torch's and onnxruntime's kernels against float64.
+"""Measure the errors of torch's and onnxruntime's activation kernels against float64.
 
     python scripts/measure_activations.py
 
-What ``bounds/operations/entrywise.py`` pays for (``KERNEL_ERROR``) was chosen by this. Float32: every 509th of all
+``KERNEL_ERROR`` of ``bounds/operations/entrywise.py`` was chosen by these measurements. Float32: every 509th of all
 numbers up to 8.5e37, four million even ones in [-20, 20] and runs of 65536 neighbours in between, as one long tensor
 (vector bodies), in pieces of 1 to 17 (scalar tails) and, in torch, with a stride. Float64: 30,000 numbers against 50
 digits.
@@ -30,7 +30,7 @@ ROOT = math.sqrt(2 / math.pi)
 
 
 def exact(kind: str, x: Tensor) -> Tensor:
-    """Float64, without cancellation: a few of its roundings relative to the value."""
+    """The function in float64 without cancellation, exact to a few relative roundings."""
     match kind:
         case "sigmoid":
             return torch.special.expit(x)
@@ -44,8 +44,8 @@ def exact(kind: str, x: Tensor) -> Tensor:
     return x * torch.special.expit(x)
 
 
-def digits(kind: str, x: float):
-    """To fifty digits."""
+def fifty_digits(kind: str, x: float):
+    """The function to fifty digits."""
     x = mpmath.mpf(x)
     match kind:
         case "sigmoid":
@@ -59,7 +59,7 @@ def digits(kind: str, x: float):
     return x / (1 + mpmath.exp(-x))
 
 
-GRAPHS = {  # one or several graphs a function: operators of their own, and what exporters write
+GRAPHS = {  # one or several graphs for each function: its own operator, and the forms that exporters write
     "sigmoid": [["Sigmoid x y"]],
     "tanh": [["Tanh x y"]],
     "gelu": [["Gelu x y"], ["Div x two_root a", "Erf a b", "Add b one c", "Mul x c d", "Mul d half y"]],
@@ -103,11 +103,11 @@ def points() -> Tensor:
     runs = (starts.view(np.uint32)[:, None] + np.arange(1 << 16, dtype=np.uint32)).ravel().view(np.float32)
     even = np.linspace(-20, 20, 1 << 22, dtype=np.float32)
     found = torch.from_numpy(np.concatenate([every, runs, even]))
-    return found[found.abs() < torch.finfo(torch.float32).max / 4]  # beyond, nothing is certified
+    return found[found.abs() < torch.finfo(torch.float32).max / 4]  # nothing is certified beyond
 
 
-def off(kind: str, kernel: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
-    """The largest error / max(1, |x|), and where. NaN counts as infinite."""
+def largest_error(kind: str, kernel: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
+    """The largest error / max(1, |x|), and its x. NaN counts as infinite."""
     worst, place = 0.0, 0.0
     for part in x.split(1 << 21):
         wide = part.double()
@@ -141,14 +141,15 @@ def main() -> None:
         strided = lambda x, own=own: own(torch.stack([x, x], 1)[:, 0])  # noqa: E731
         kernels = [("torch", own), ("torch, strided", strided), *sessions(kind)]
         for name, kernel in kernels:
-            body, at = off(kind, kernel, x)
-            tail, tail_at = off(kind, in_pieces(kernel), few)
+            body, at = largest_error(kind, kernel, x)
+            tail, tail_at = largest_error(kind, in_pieces(kernel), few)
             print(f"{kind:10} {name:42} {body:.2e} at {at:<14.6g} pieces {tail:.2e} at {tail_at:.6g}", flush=True)
         with mpmath.workdps(50):
             some = torch.cat([12 * torch.randn(15_000).double(), 10 ** torch.linspace(-30, 30, 15_000).double()])
             found = own(some).tolist()
             worst = max(
-                float(abs(mpmath.mpf(v) - digits(kind, at)) / max(1, abs(at))) for v, at in zip(found, some.tolist())
+                float(abs(mpmath.mpf(v) - fifty_digits(kind, at)) / max(1, abs(at)))
+                for v, at in zip(found, some.tolist())
             )
         print(f"{kind:10} torch, float64 {worst:.2e}")
     paid = [KERNEL_ERROR * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)]

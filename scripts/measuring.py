@@ -1,4 +1,4 @@
-"""Seconds and bytes of one pass: what the benchmarks share."""
+"""Seconds and peak memory of one pass, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _wait(device: str) -> None:
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int:
-    """Bytes that one pass allocates at most; on the CPU from the profiler's record of torch's allocator."""
+    """The most bytes that one pass allocates; on the CPU from the profiler's record of torch's allocator."""
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -52,7 +52,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
 
 @contextmanager
 def _silent():
-    """Without what the profiler's library writes to stderr at each start and stop."""
+    """Suppress the profiler library's output on stderr at each start and stop."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,4 +1,4 @@
-"""Certify a finished run's test images: python scripts/verify.py RUN_DIR; killed, the same call goes on."""
+"""Certify a finished run's test images: python scripts/verify.py RUN_DIR; the same call resumes a killed one."""
 
 import sys
 

@@ -90,8 +90,8 @@ class TestEach:
         base, model, batch, step = methods(tmp_path, True)[name], make_model(), make_batch(), make_step()
         found = base.attacked(model, batch, step)
         passes = base.passes(model, batch, step, found, model(batch.images))
-        bound = quadratic_upper_bound(passes.needed, passes.adversarial, batch.labels)
-        own = F.cross_entropy(passes.needed if base.term == "clean" else passes.adversarial, batch.labels,
+        bound = quadratic_upper_bound(passes.clean_logits, passes.adversarial, batch.labels)
+        own = F.cross_entropy(passes.clean_logits if base.term == "clean" else passes.adversarial, batch.labels,
                               reduction="none")  # fmt: skip
         weights = 1 if passes.weights is None else passes.weights
         expected = base.criterion(passes, step) + (weights * (bound - own)).mean()

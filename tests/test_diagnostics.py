@@ -202,7 +202,7 @@ class TestLogits:
             loss = Fait(index=index, weight=1.0, **given)
             passes = loss.passes(model, batch, step, loss.attacked(model, batch, step), model(batch.images))
             assert split == pytest.approx(float(loss.regularisers(passes, step)["divergence"]), abs=1e-12)
-            whole = loss.divergence.between(passes.needed, passes.adversarial).mean()
+            whole = loss.divergence.between(passes.clean_logits, passes.adversarial).mean()
             assert found.whole == pytest.approx(float(whole), abs=1e-12)
         assert found.whole > 0
 

@@ -420,16 +420,16 @@ def replaced(name: str, tensor) -> dict:
 MISMATCHES = {
     "another width": (
         convolutional(3, 32, 10, cnn3(8), []),
-        ["0.weight is (8, 3, 5, 5), there (16, 3, 5, 5)", "accepted: --architecture Cnn3 --model.width 8, which fits"],
+        ["0.weight is (8, 3, 5, 5), expected (16, 3, 5, 5)", "accepted: --architecture Cnn3 --model.width 8, which"],
     ),
     "no batch norm": (
         convolutional(3, 32, 10, cnn3(16), [], norms=False),
-        ["2.weight belongs to a convolution (32, 16, 4, 4), there stands a batch norm (16,)",
+        ["2.weight belongs to a convolution (32, 16, 4, 4), expected a batch norm (16,)",
          "--architecture Cnn3 --model.batch_norm false, which fits"],
     ),
     "another architecture": (
         convolutional(3, 32, 10, cnn7(4), [6]),
-        ["0.weight is (4, 3, 3, 3), there (16, 3, 5, 5)",
+        ["0.weight is (4, 3, 3, 3), expected (16, 3, 5, 5)",
          "--architecture Cnn7 --model.width 4 --model.hidden 6, which fits"],
     ),
     "more convolutions": (convolutional(3, 32, 10, cnn7(2, more=4), [6]), ["--model.more 4, which fits"]),
@@ -438,19 +438,19 @@ MISMATCHES = {
         convolutional(3, 32, 10, [(6, 3, 1, 1), (5, 3, 1, 1), *cnn7(6)[2:]], [7]),
         ["fits no known architecture for images of 3×32×32 and 10 classes",
          "nearest: --architecture Cnn7 --model.width 6 --model.hidden 7",
-         "3.weight is (5, 6, 3, 3), there (6, 6, 3, 3)"],
+         "3.weight is (5, 6, 3, 3), expected (6, 6, 3, 3)"],
     ),
     "other images": (
         convolutional(1, 28, 10, cnn3(16), []),
-        ["fits no known architecture for images of 3×32×32", "0.weight is (16, 1, 5, 5), there (16, 3, 5, 5)"],
+        ["fits no known architecture for images of 3×32×32", "0.weight is (16, 1, 5, 5), expected (16, 3, 5, 5)"],
     ),
     "another number of classes": (
         convolutional(3, 32, 7, cnn3(16), []),
-        ["nearest: --architecture Cnn3", "7.weight is (7, 2048), there (10, 2048)"],
+        ["nearest: --architecture Cnn3", "7.weight is (7, 2048), expected (10, 2048)"],
     ),
     "a layer too few": (
         convolutional(3, 32, 10, cnn7(4), [6])[:-1],
-        ["nothing follows 17.weight, there stands a linear (10, 6)"],
+        ["nothing follows 17.weight, expected a linear (10, 6)"],
     ),
     "a layer too many": (
         nn.Sequential(*convolutional(3, 32, 10, cnn3(16), []), nn.Linear(10, 10)),
@@ -458,11 +458,11 @@ MISMATCHES = {
     ),
     "a layer behind all": (
         nn.Sequential(*convolutional(3, 32, 10, cnn3(16), []), nn.BatchNorm1d(10)),
-        ["--model.hidden 10, but nothing follows 8.weight, there stands a linear (10, 10)"],
+        ["--model.hidden 10, but nothing follows 8.weight, expected a linear (10, 10)"],
     ),
     "no bias": (
         nn.Sequential(nn.Conv2d(3, 16, 5, bias=False), *convolutional(3, 32, 10, cnn3(16), [])[1:]),
-        ["the bias of 0.weight is missing, there (16,)"],
+        ["the bias of 0.weight is missing, expected (16,)"],
     ),
     "a residual net": (
         ResNet(width=4).build((3, 32, 32), 10),
@@ -566,7 +566,7 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, capsys):
     saved(tmp_path, network, lambda state: {name: torch.full_like(t, 1e38) for name, t in state.items()})
     more = ["--model.width", "1", "--model.hidden", "3", "--model.more", "4", "--model.batch_norm", "false"]
     found = words(tmp_path, "a.pt", *more, architecture="cnn7", shape=(1, 28, 28))
-    assert_refused(tmp_path, capsys, found, "a.pt: logits of the file's own tensors go up to inf")
+    assert_refused(tmp_path, capsys, found, "a.pt: found logits up to inf by the file's own tensors")
 
 
 def test_a_model_that_computes_something_else_is_refused(tmp_path, capsys, monkeypatch):

@@ -192,7 +192,7 @@ def test_recipes_are_adversarial_training(name):
     assert not config.certify.enabled and not config.export.enabled and config.evaluate.enabled
     assert bool(training.select) == (config.data.validation > 0)
     head = [line for line in (CONFIGS / "adversarial" / f"{name}.yaml").read_text().splitlines() if line[0] == "#"]
-    assert "Not run here: wants a GPU." in " ".join(line.lstrip("# ") for line in head)
+    assert "Not run here: needs a GPU." in " ".join(line.lstrip("# ") for line in head)
 
 
 @every_recipe

@@ -1,4 +1,4 @@
-"""Steps of a fixed size from a chosen start: the attack inside most of adversarial training."""
+"""Gradient ascent with a fixed step size from a chosen start: the attack of most adversarial training."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Ascent(Attack):
         step_size: in epsilons.
         start: the image (``zero``), a ``uniform`` point of the ball, the image plus ``normal`` noise, or a random
             corner (``corners``; of an l2 ball a random point of its sphere).
-        start_scale: of the start: a multiple of epsilon, or the standard deviation of ``normal`` noise in pixel units.
+        start_scale: size of the start: a multiple of epsilon, or the standard deviation of ``normal`` noise in pixels.
         projected: whether every point stays in the ball; else in the images' box and in the ball of radius
             (start_scale + steps · step_size) · epsilon.
-        objective: what is climbed; null for what the loss asks for, which is the cross-entropy for most.
-        record: which iterate the trace keeps: the point after that many steps; 0 for none.
+        objective: the objective to maximise; null for the loss' own, the cross-entropy for most.
+        record: number of steps after which the point is recorded as ``iterate``; 0 for none.
     """
 
     steps: int = 10
@@ -83,13 +83,13 @@ class Ascent(Attack):
         return AttackResult(points, {**trace, "correct": correct})
 
     def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
-        """What is climbed, whose sum over the batch counts: a function of the logits (B, K)."""
+        """The function of the logits (B, K) whose sum over the batch is maximised."""
         objective = self.objective or CrossEntropy()
         reference = objective.reference(model, batch)
         return lambda logits: objective(logits, reference)
 
     def taken(self, points: Tensor, moved: Tensor, wrong: Tensor, step: Step) -> Tensor:
-        """Which points to go on with, where ``wrong`` (B,) is the number of points so far that are misclassified."""
+        """The points to continue from, where ``wrong`` (B,) is the number of misclassified points so far."""
         return moved
 
     def begin(self, batch: Batch, ball: PerturbationSet, step: Step) -> Tensor:
@@ -115,5 +115,5 @@ class Ascent(Attack):
         return self.bounded(images, points + self.step_size * ball.radius(images) * ball.direction(gradient), ball)
 
     def bounded(self, images: Tensor, points: Tensor, ball: PerturbationSet) -> Tensor:
-        """Back into the ball, or into [0, 1] alone."""
+        """Project into the ball, or into [0, 1] only."""
         return ball.project(images, points.clamp(0, 1)) if self.projected else points.clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The frame of every attack: the frame guarantees, the attack only proposes."""
+"""The base of attacks: subclasses propose points, the base class guarantees where they lie."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AttackMode = Literal["train", "eval", "batch", "clean"]
 
 @dataclass(frozen=True)
 class AttackResult:
-    """Perturbed images (B, *shape), detached, and what the attack records of its way, by name."""
+    """Perturbed images (B, *shape), detached, and the trace that the attack records, by name."""
 
     images: Tensor
     trace: Mapping[str, Tensor] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class AttackResult:
 class Attack(Component):
     """A configured attack: ``Pgd(steps=8)(model, batch, ball, step)``.
 
-    Whatever an attack proposes, its result lies in ``allowed(ball)`` and in that set's hull, holds no
+    For any proposal the result lies in ``allowed(ball)`` and in that set's hull, holds no
     gradient, and leaves the model as it was: parameters, their ``.grad`` and ``requires_grad``, training
     flags, and buffers (except under ``attack_mode: train``).
 
@@ -46,17 +46,18 @@ class Attack(Component):
     """
 
     balls: ClassVar[tuple[type[PerturbationSet], ...]] = (NormBall,)
-    """The kinds of sets that it knows."""
+    """The kinds of sets that are supported."""
 
     takes_gradients: ClassVar[bool] = True
-    """Of the network; else it is black-box: it sees logits alone, and counts them as ``queries`` (B,) in its trace."""
+    """Whether the attack uses gradients; a black-box attack sees logits only and counts ``queries`` (B,) in its
+    trace."""
 
     attack_mode: AttackMode = "eval"
 
     def check_ball(self, ball: PerturbationSet, where: str = "attack") -> None:
         """
         Raises:
-            InputError: a set of a kind that the attack does not know; names attacks that do.
+            InputError: the attack does not support sets of this kind; names attacks that do.
         """
         if not isinstance(ball, self.balls):
             kinds: list[type[Attack]] = list(Attack.members().values())
@@ -66,20 +67,20 @@ class Attack(Component):
             )
 
     def allowed(self, ball: PerturbationSet) -> PerturbationSet:
-        """The set that the result lies in: the ball, unless an attack declares a wider one."""
+        """The set that the result lies in: the ball, or a wider set that the attack declares."""
         return ball
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
-        """State across batches, by name, for images of ``shape`` and so many classes; none by default."""
+        """State kept across batches, by name, for images of ``shape`` and this number of classes; none by default."""
         return {}
 
     def toward(self, objective: Objective) -> Attack:
-        """This attack with the objective of the loss that it serves; itself where it has its own."""
+        """This attack with the given objective; unchanged where it has its own."""
         return self
 
     @abstractmethod
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        """Candidates inside ``allowed(ball)``; gradients may be taken of the images only."""
+        """Propose images inside ``allowed(ball)``; gradients may be taken with respect to the images only."""
 
     @final
     def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
@@ -128,7 +129,7 @@ def gradient_of(model: nn.Module, points: Tensor, objective: Callable[[Tensor], 
 
 
 class _Judged(nn.Module):
-    """A model whose outputs are logits for these labels, or an error."""
+    """A model whose outputs are checked to be logits for these labels."""
 
     def __init__(self, model: nn.Module, labels: Tensor):
         super().__init__()
@@ -146,7 +147,7 @@ class _Judged(nn.Module):
 
 
 class _Frozen(nn.Module):
-    """A model whose batch norms use the statistics of these images, whatever it is given."""
+    """A model whose batch norms use the statistics of fixed images for any input."""
 
     def __init__(self, model: nn.Module, images: Tensor):
         super().__init__()

@@ -15,17 +15,17 @@ from .base import AttackResult
 
 @dataclass(frozen=True)
 class Checkpoints(Ascent):
-    """One step, and of the points on the way to it the first that is misclassified (Kim et al., arXiv 2010.01799).
+    """One step, shortened to the first misclassified of several points on its way (Kim et al., arXiv 2010.01799).
 
-    The step leads to x + d. Of x + (k / checkpoints) d, k = 1, 2, …, the smallest k that is misclassified counts, and
-    the last where none is; a sample that is wrong at the point of ``reference`` stays the image itself. The points
-    before the last are passed through the network together, without gradient.
+    The step leads to x + d. The result is the first misclassified one of x + (k / checkpoints) d, k = 1, 2, …, else the
+    last; a sample that is misclassified at the point of ``reference`` stays unchanged. The points before the last are
+    passed through the network together, without gradient.
 
     Its trace holds ``share`` (B,) int64 too: the k that was taken, 0 for the image.
 
     Args:
-        checkpoints: c, how many points there are; 1 for the step alone.
-        reference: where a sample must be right: at the ``start`` of the step, whose logits are known (the authors' own
+        checkpoints: c, the number of points; 1 for the step alone.
+        reference: where a sample must be classified correctly: at the ``start`` of the step (the authors' own
             code), or at the image itself (``clean``, one pass more; the code of arXiv 2601.13645).
     """
 

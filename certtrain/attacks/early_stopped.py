@@ -12,14 +12,14 @@ from .ascent import Ascent
 
 @dataclass(frozen=True)
 class EarlyStopped(Ascent):
-    """An ascent in which each sample stops soon after it is fooled: friendly adversarial data (arXiv 2002.11242).
+    """An ascent in which each sample stops soon after it is misclassified: friendly adversarial data (arXiv
+    2002.11242).
 
-    A sample stays at the first point at which it is misclassified more often than ``patience``, the points before
-    included; with a patience of ``steps`` none stops. All samples are passed to the end, so that a sample's way does
-    not depend on when others stop.
+    A sample stops at the first point with more than ``patience`` misclassified points up to it; with a patience of
+    ``steps`` none stops. All samples are passed to the end, so that a sample's path does not depend on the others.
 
     Args:
-        patience: tau, how many misclassified points a sample may leave behind.
+        patience: tau, the number of misclassified points that a sample may pass.
         milestones: patience grows by one after each of these numbers of epochs.
     """
 

@@ -1,4 +1,4 @@
-"""Frank and Wolfe's ascent: an attack that needs no direction of the ball, only its linear maximum."""
+"""Frank and Wolfe's ascent: an attack that needs only the maximum of a linear form over the set."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class FrankWolfe(Attack):
     """x' ← x' + 2 / (t + 2) · (s - x') for t = 0, 1, …, from the image on, where s maximises the objective's
     linearisation at x' over the whole ball, cut to [0, 1] (Frank and Wolfe 1956).
 
-    One step is the exact maximum of the linearised loss, in an l_inf ball FGSM's. There is no step size, and what
-    [0, 1] stops in one pixel is spent on others: this is the attack for an l1 ball, where steps along the gradient move
-    one pixel, also when that can move no further.
+    One step is the exact maximum of the linearised loss; in an l_inf ball it is FGSM. There is no step size, and budget
+    that a pixel at an end of [0, 1] cannot use goes to other pixels. This is the attack for an l1 ball, where a step
+    along the gradient moves one pixel, even one at an end of [0, 1].
 
     Args:
         steps: number of gradients.
-        objective: what is climbed; null for what the loss asks for, which is the cross-entropy for most.
+        objective: the objective to maximise; null for the loss' own, the cross-entropy for most.
     """
 
     steps: int = 20
@@ -47,8 +47,7 @@ class FrankWolfe(Attack):
 
 
 def farthest(ball: PerturbationSet, images: Tensor, gradient: Tensor) -> Tensor:
-    """(B, *shape): where in each image's set <gradient, x'> is largest: the derivative of that maximum by the gradient,
-    which ``concretise`` has."""
+    """The maximiser (B, *shape) of <gradient, x'> over each image's set, as the derivative of ``concretise``."""
     forms = gradient.detach().neg().unsqueeze(1).requires_grad_()
     with torch.enable_grad():
         least = ball.concretise(forms, images).sum()

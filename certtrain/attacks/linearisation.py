@@ -11,7 +11,7 @@ class Linearisation(Ascent):
     """One step along the gradient itself, not its sign: Fast-BAT's point of linearisation.
 
     Args:
-        step_size: what the gradient of the batch's *summed* objective is multiplied by, in pixel units.
+        step_size: factor of the gradient of the batch's *summed* objective, in pixel units.
     """
 
     steps: int = 1

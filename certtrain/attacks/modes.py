@@ -1,4 +1,4 @@
-"""A model put into a mode for a while; what was changed comes back, whatever happens."""
+"""Context managers that set a model's mode and restore it in any case."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in training or in evaluation mode, and no gradients of weights; modes and flags come back."""
+    """Set all modules to training or evaluation mode, without gradients of weights; restore modes and flags after."""
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -25,7 +25,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Running statistics and other buffers come back."""
+    """Restore running statistics and other buffers after the block."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield

@@ -16,12 +16,11 @@ COUNT = "nuclear_iterations"
 
 @dataclass(frozen=True)
 class ClimbsNuclear(Attack):
-    """What attacks that climb the nuclear norm share: at every other iteration it joins what they climb otherwise.
+    """The base of attacks that maximise the nuclear norm too, at every other iteration.
 
-    Climbed is sum CE(f(x'), y) + weight · |f(x') - f(x)|_*; the norm joins at the 2nd, 4th, … global batch of a
-    training, whose number is state of the run, and at every batch where that is not kept. The published code takes
-    f(x) in training mode and f(x') in evaluation mode, so that they differ where x' = x; here ``attack_mode`` is that
-    of both.
+    The objective is sum CE(f(x'), y) + weight · |f(x') - f(x)|_*, with the norm in the 2nd, 4th, … global batch of a
+    training (the count is state of the run) and in every batch where no count is kept. The published code takes f(x) in
+    training mode and f(x') in evaluation mode, so that they differ at x' = x; here both use ``attack_mode``.
 
     Args:
         weight: of the nuclear norm; null for the loss' own, or 0 without a loss that has one.
@@ -58,7 +57,7 @@ class Nuclear(ClimbsNuclear, Ascent):
 
 
 def _joins(batch: Batch, step: Step) -> bool:
-    """Count this global batch, once however many parts it has; whether the norm joins."""
+    """Count this global batch once, whatever its number of parts; return whether the norm is included."""
     if COUNT not in step.state.specs:
         return True
     count = step.state.read(COUNT, batch)
@@ -73,8 +72,7 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
 
     It is <matrix, U Vᵀ> over the singular values that are not 0, with U and V constant: the exact gradient where the
     norm has one, and elsewhere its subgradient of least norm. The derivative of the decomposition itself, which divides
-    by differences of singular values, is never taken; nor are there second derivatives. NaN where an entry is not
-    finite.
+    by differences of singular values, is never taken. No second derivatives. NaN where an entry is not finite.
     """
     matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
     with torch.no_grad():

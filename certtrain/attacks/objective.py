@@ -1,4 +1,4 @@
-"""What attacks climb: the cross-entropy, or a divergence from the clean prediction."""
+"""Objectives of attacks: the cross-entropy, or a divergence from the clean prediction."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Objective(Component):
 
     @abstractmethod
     def reference(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What logits are compared with, detached: computed once, before the first step."""
+        """The reference that logits are compared with, detached; computed once, before the first step."""
 
     @abstractmethod
     def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
-        """(B,) of logits (B, K)."""
+        """Values (B,) of logits (B, K)."""
 
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """CE(f(x'), y), or with the soft labels that a loss has set."""
+    """CE(f(x'), y), with soft labels where a loss has set them."""
 
     def reference(self, model: nn.Module, batch: Batch) -> Tensor:
         return batch.labels if batch.targets is None else batch.targets
@@ -43,7 +43,7 @@ class CrossEntropy(Objective):
 class SwitchedMargin(Objective):
     """The cross-entropy where the label leads by ``switch`` or more, else the margin max over j of z_j - z_y.
 
-    A surer network's cross-entropy has a gradient of almost 0 (the later code of sPGD, arXiv 2405.05075).
+    The cross-entropy of a confident network has a gradient of almost 0 (the later code of sPGD, arXiv 2405.05075).
     """
 
     switch: float = 0.5
@@ -58,11 +58,12 @@ class SwitchedMargin(Objective):
 
 
 def lead(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) of logits (B, K): the label's logit minus the largest other one. The prediction is right where it is above
-    0: a tie is wrong, and so is NaN.
+    """The label's logit minus the largest other one, (B,) from logits (B, K).
+
+    A prediction is right where this is above 0; ties and NaN are wrong.
 
     Raises:
-        InputError: one class, of which nothing is above.
+        InputError: logits of one class.
     """
     classes_of(logits)
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
@@ -73,8 +74,8 @@ def lead(logits: Tensor, labels: Tensor) -> Tensor:
 class Divergence(Objective):
     """A Bregman divergence Δ(p, q) = ψ(p) - ψ(q) - <∇ψ(q), p - q> of softmax distributions, both given by logits.
 
-    One object inside the attack and in the loss. Δ >= 0, and 0 exactly where p = q; what is added to all logits of a
-    distribution changes nothing. As an attack's objective Δ(f(x), f(x')), the first argument a constant.
+    The same object serves attack and loss. Δ >= 0, and 0 exactly where p = q; adding a number to all logits of a
+    distribution changes nothing. An attack's objective is Δ(f(x), f(x')) with a constant first argument.
     """
 
     def reference(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -90,7 +91,7 @@ class Divergence(Objective):
 
     @abstractmethod
     def potential(self, logits: Tensor) -> Tensor:
-        """(B,) ψ(softmax(logits)): least where the prediction is uniform."""
+        """(B,) ψ(softmax(logits)); smallest for uniform predictions."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class SquaredEuclidean(Divergence):
 
 
 def begun(objective: Objective, kept: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
-    """The change (B, *shape) that each sample starts from: what it kept, or a fresh one where it kept 0 and the
-    objective is a divergence. That is flat at the image itself, which no step would ever leave."""
+    """The start (B, *shape) of each sample: its stored change, or a fresh one where that is 0 and the objective is a
+    divergence, whose gradient is 0 at the image itself."""
     if not isinstance(objective, Divergence):
         return kept
     nothing = (kept == 0).flatten(1).all(1).reshape(-1, *[1] * (kept.ndim - 1))

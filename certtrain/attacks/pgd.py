@@ -28,11 +28,11 @@ class Pgd(Attack):
         step_size: relative to the half width of the clipped box, pixel by pixel.
         milestones, decay: the step size is multiplied by ``decay`` after each of these numbers of steps.
         random_start: start uniformly inside the box instead of at the image.
-        restarts: independent runs, of which the best counts.
+        restarts: independent runs; the best one counts.
         diversified: steps before each run, of a half width each, along a random direction of the logits: starts that
-            differ in what the network makes of them (output diversified initialisation, arXiv 2003.06878).
+            differ in the network's output (output diversified initialisation, arXiv 2003.06878).
         objective: ``cross_entropy``, or ``margin`` = max over j of z_j - z_y, which is >= 0 exactly where the
-            image is fooled or tied, so that the best point never drops a success.
+            image is misclassified or tied, so that the best point keeps every success.
     """
 
     steps: int = 1
@@ -86,7 +86,7 @@ class Pgd(Attack):
 
 
 def _along(step: Step, key: str, logits: Tensor) -> Tensor:
-    """(B,) the logits along a random direction in [-1, 1]^K, the same at every call."""
+    """The logits' component (B,) along a random direction in [-1, 1]^K, the same at every call."""
     return ((2 * step.noise.uniform(logits.shape[1:], key, logits.dtype) - 1) * logits).sum(1)
 
 

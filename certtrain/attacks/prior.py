@@ -1,4 +1,4 @@
-"""One step from a perturbation that each sample keeps from epoch to epoch: the attack inside FGSM-PGI."""
+"""One step from a perturbation stored for each sample across epochs: the attack of FGSM-PGI."""
 
 from __future__ import annotations
 
@@ -24,23 +24,21 @@ class PriorGuided(Attack):
 
     For the sample's next visit d ← Π(d + step_size · epsilon · direction(m)) with m ← g / |g|_1 + momentum · m. In
     every ``reset``-th epoch, the first one included, d is a random corner of an l_inf ball (a random point of an l2
-    ball's sphere) and m = 0. Where nothing is declared for it, in an evaluation, every visit is a first one.
+    ball's sphere) and m = 0. Without declared state, in an evaluation, every visit is a first one.
 
-    The stored d is a change of the augmented image, which crops and flips do not move. It is brought into the set
-    before use, as the start of every attack here; the authors' code passes it unclipped. A visit at epsilon 0, where a
-    ramp begins, leaves 0: the next one starts at the image, or at a fresh d if a divergence is climbed, which is flat
-    there.
+    The stored d belongs to the augmented image and does not move with crops and flips. It is projected into the set
+    before use, like every start here; the authors' code passes it unclipped. A visit at epsilon 0, where a ramp begins,
+    stores 0: the next one starts at the image, or at a fresh d if the objective is a divergence, which is flat there.
 
     Its trace holds ``start`` (B, *shape), x + d.
 
     Args:
         step_size: in epsilons.
-        momentum: mu, which m keeps of itself.
+        momentum: mu, the factor of the old m.
         reset: epochs between two fresh starts.
-        norm: of which gradient the l1 norm is: the whole ``batch``'s, as published, so that a sample's momentum mixes
-            the scales of the batches that it was in (with ``training.accumulate`` of the parts); or each ``sample``'s
-            own.
-        objective: what is climbed; null for what the loss asks for.
+        norm: the gradient whose l1 norm is taken: the whole ``batch``'s, as published, so that a sample's momentum
+            mixes the scales of its batches (with ``training.accumulate`` of the parts); or each ``sample``'s own.
+        objective: the objective to maximise; null for the loss' own.
     """
 
     step_size: float = 1.0
@@ -97,10 +95,10 @@ class PriorGuided(Attack):
 
 @dataclass(frozen=True)
 class SmoothedCrossEntropy(Objective):
-    """The cross-entropy with a label that is not certain: -sum_k t_k log softmax(logits)_k.
+    """The cross-entropy with a smoothed label: -sum_k t_k log softmax(logits)_k.
 
     Args:
-        true_mass: t of the label; the other classes share the rest evenly. 1 for the plain cross-entropy.
+        true_mass: t at the label; the other classes share the rest evenly. 1 for the plain cross-entropy.
     """
 
     true_mass: float = 0.6

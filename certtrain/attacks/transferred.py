@@ -1,4 +1,4 @@
-"""Perturbations that each sample keeps from epoch to epoch in the frame before crop and flip: the attack of ATTA."""
+"""Perturbations stored for each sample across epochs, in the frame before crop and flip: the attack of ATTA."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ KEPT = "transferred"
 class Transferred(Ascent):
     """Ascent that starts where the sample's last visit ended (Zheng et al., arXiv 1912.11969).
 
-    The perturbation lies in the frame of the padded image: each visit reads the window that this visit's crop and flip
-    show, and writes it back after the last step; pixels outside the window stay. In every ``reset``-th epoch, the first
-    one included, all of it is ``start_scale`` · normal noise. A visit at epsilon 0, where a ramp begins, leaves 0: the
-    next one starts at the image, or at such noise if a divergence is climbed, which is flat there. Where nothing is
-    declared for it, in an evaluation, every visit is a first one.
+    The perturbation is stored in the frame of the padded image: each visit reads the window of its crop and flip, and
+    writes it back after the last step; pixels outside the window are unchanged. In every ``reset``-th epoch, the first
+    one included, all of it is ``start_scale`` · normal noise. A visit at epsilon 0, where a ramp begins, stores 0: the
+    next one starts at the image, or at such noise if the objective is a divergence, which is flat there. Without
+    declared state, in an evaluation, every visit is a first one.
 
     ATTA-1 is one step of 0.015 in a radius of 0.031, the default; ATTA-3 three of 0.01, ATTA-10 ten of 0.007.
 
     Args:
         reset: epochs between two fresh starts.
-        objective: the cross-entropy, as released, even where the loss is TRADES; null for what the loss asks for.
+        objective: the cross-entropy, as released, even where the loss is TRADES; null for the loss' own.
     """
 
     steps: int = 1
@@ -77,19 +77,19 @@ class Transferred(Ascent):
 
 
 def window(padded: Tensor, batch: Batch) -> Tensor:
-    """(B, C, H, W): what the batch's crop and flip show of ``padded`` (B, C, H + 2 pad, W + 2 pad)."""
+    """The window (B, C, H, W) of the batch's crop and flip in ``padded`` (B, C, H + 2 pad, W + 2 pad)."""
     return padded.permute(0, 2, 3, 1)[_pixels(padded, batch)].permute(0, 3, 1, 2)
 
 
 def with_window(padded: Tensor, batch: Batch, change: Tensor) -> Tensor:
-    """A copy of ``padded`` whose window is ``change`` (B, C, H, W); all else as it was."""
+    """A copy of ``padded`` with ``change`` (B, C, H, W) in the window of the batch's crop and flip."""
     written = padded.permute(0, 2, 3, 1).clone()
     written[_pixels(padded, batch)] = change.permute(0, 2, 3, 1).to(padded.dtype)
     return written.permute(0, 3, 1, 2)
 
 
 def _pixels(padded: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample, row and column of each pixel of the batch's images; of images as stored the middle of the frame."""
+    """Sample, row and column in the frame of each pixel of the batch's images; the middle without augmentation."""
     height, width = batch.images.shape[2:]
     sample = torch.arange(len(batch), device=padded.device)
     drawn = batch.augmentation

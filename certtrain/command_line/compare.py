@@ -59,7 +59,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _command(path: Path, options: argparse.Namespace) -> str:
-    """What makes the same numbers; --only and --seeds say in which order alone."""
+    """The call that reproduces the numbers; --only and --seeds change nothing but the order."""
     words = ["python", "scripts/compare.py", str(path)]
     words += ["--jobs", options.jobs] if options.jobs != "1" else []
     return shlex.join(words)

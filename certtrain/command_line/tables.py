@@ -1,4 +1,4 @@
-"""What the command line shows of verdicts."""
+"""Tables of verdicts and accuracies for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SPARSE = ("changed", "queries")
-"""What rows about sparse sets say more."""
+"""Further fields of rows about sparse sets."""
 
 
 def summary(folder) -> None:
@@ -128,7 +128,7 @@ def _mean(found: Mapping[str, float] | float | None) -> str:
 
 
 def _way(row: Mapping[str, Any]) -> str:
-    """What became of the images along the attacks that run one after the other."""
+    """The accuracy after each stage of a cascade of attacks, or the number of images lost to each attack."""
     if "stages" in row:
         return ", ".join(f"{100 * share:.2f} % after {name}" for name, share in row["stages"].items())
     names = {name: count for name, count in row["lost_to"].items() if name != "clean"}

@@ -81,7 +81,7 @@ def _says_error() -> Iterator[None]:
 
 
 def _refuse_more(options: argparse.Namespace, rest: list[str]) -> None:
-    """What is about a run's images has no meaning for a property."""
+    """Refuse options about a run's images, which have no meaning for a property."""
     from ..errors import InputError
 
     about_runs = ("images", "epsilon", "total_timeout", "stages", "device", "abcrown_python", "abcrown_home")

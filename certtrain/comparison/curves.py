@@ -1,4 +1,4 @@
-"""What metrics say along the epochs, row beside row."""
+"""Curves of metrics along the epochs, for all rows of a study."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .study import Row, Study
 
 CHECKPOINTS = ("last", "best")
 PROOFS = {"ibp": "certified by IBP", "crown": "certified by CROWN", "certified": "certified"}
-"""What is no attack, and its heading."""
+"""Headings of the columns that are no attacks."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Statistic:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Statistic | None:
-        """Of the numbers that are there; None where there is none."""
+        """Mean and deviation of the values other than None; None where there are no such values."""
         there = [value for value in values if value is not None]
         if not there:
             return None
@@ -36,7 +36,7 @@ class Statistic:
 
 
 def columns(study: Study, results: Iterable[TrialResult]) -> list[Key]:
-    """What the study asks of the last checkpoint, and all else that was found, in the order of the table."""
+    """The columns of the table, in order: those that the study asks for, and all others that were found."""
     found = {key for result in results for key in result.accuracies}
     for row in study.rows:
         asked = row.config.evaluate.attacks
@@ -54,7 +54,7 @@ def accuracies(row: Row, key: Key, results: Iterable[TrialResult]) -> Statistic 
 
 
 def seconds(row: Row, results: Iterable[TrialResult]) -> Statistic | None:
-    """Of training, for an epoch."""
+    """Seconds of training for an epoch."""
     return Statistic.of(result.seconds for result in of_row(row, results))
 
 
@@ -79,14 +79,14 @@ def made_by(results: Iterable[TrialResult]) -> Mapping[str, list[str]]:
 
 
 def kind_of(study: Study) -> str:
-    """Of the rows' perturbation sets, by its class' name; empty where they differ."""
+    """The class name of the rows' perturbation sets; empty where they differ."""
     kinds = {type(row.config.perturbation).__name__ for row in study.rows}
     return kinds.pop() if len(kinds) == 1 else ""
 
 
 def heading(key: Key, checkpoints: bool, kind: str = "") -> str:
-    """Of a column, such as ``pgd-50-10, 8/255`` or, of sparse sets, ``spgd-u-100, k 20``; with the checkpoint where
-    there are two."""
+    """The heading of a column, such as ``pgd-50-10, 8/255`` or, for sparse sets, ``spgd-u-100, k 20``; with the
+    checkpoint where there are two."""
     checkpoint, attack, epsilon = key
     size = [] if epsilon is None else [radius(epsilon) if size_name(kind) == "epsilon" else sized(kind, epsilon)]
     return ", ".join([PROOFS.get(attack, attack), *size, *([checkpoint] if checkpoints else [])])

@@ -17,7 +17,7 @@ from .study import Study
 
 
 def results_of(study: Study, folder: Path) -> list[TrialResult]:
-    """Of the trials that are trained.
+    """The results of the trials that are trained.
 
     Raises:
         InputError: they were trained on different data.

@@ -1,4 +1,4 @@
-"""What a run's folder says of one trial: how far it is, its accuracies, its time."""
+"""The results of one trial from its run folder: progress, accuracies, time."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class TrialResult:
 
 
 def result_of(trial: Trial) -> TrialResult | None:
-    """What is there; None where nothing is trained yet. Evaluations of other images than the study's, or of other
-    weights than those that are there, are left out.
+    """The results of a trial; None where nothing is trained yet.
+
+    Evaluations of other images than the study's, or of other weights than those in the folder, are left out.
 
     Raises:
         InputError: the folder is of another recipe, or a file in it is not as written.
@@ -101,7 +102,7 @@ def stage_of(trial: Trial) -> Stage:
 
 
 def unanswered(trial: Trial) -> Iterator[tuple[str, str, float]]:
-    """What the study asks of these weights and is not in ``evaluation.json``."""
+    """The rows that the study asks for and ``evaluation.json`` does not have for these weights."""
     folder, description = RunFolder.open(trial.path)
     config = trial.config
     yield from unanswered_by(

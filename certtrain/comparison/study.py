@@ -1,4 +1,4 @@
-"""What is compared: a study's file, its rows, and the runs that they mean."""
+"""A study: its file, its rows, and the runs that they stand for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Curve:
 
     @property
     def stem(self) -> str:
-        """Of its files' names."""
+        """The stem of the file names of the curve."""
         return f"curves-{slug_of(self.metric)}"
 
 
@@ -202,7 +202,7 @@ def changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def slug_of(text: str) -> str:
-    """Of a folder: ``FGSM-RS + QUB`` → ``fgsm-rs-qub``."""
+    """A folder name from a label: ``FGSM-RS + QUB`` → ``fgsm-rs-qub``."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 

@@ -19,7 +19,7 @@ class Arrays(Source):
     ``test_labels`` (N,) or (N, 1) whole numbers from 0. The number of classes is the largest training label plus one.
 
     Args:
-        path: the file.
+        path: the ``.npz`` file.
     """
 
     path: Path = Path("data/arrays.npz")
@@ -35,7 +35,7 @@ class Arrays(Source):
         except FileNotFoundError as error:
             raise InputError(f"{self.path}: no such file; accepted: an .npz with {', '.join(KEYS)}") from error
         except Exception as error:  # numpy raises KeyError, ValueError, BadZipFile, EOFError, …
-            reason = str(error).partition(". ")[0]  # behind it numpy advises to load the file unsafely
+            reason = str(error).partition(". ")[0]  # the rest of numpy's message advises to unpickle the file
             raise InputError(
                 f"{self.path}: cannot be read ({reason}); accepted: an .npz with {', '.join(KEYS)}"
             ) from error

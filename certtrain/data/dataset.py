@@ -1,4 +1,4 @@
-"""What a data source yields: explicit splits of checked images and labels."""
+"""Data sources and the data sets that they load: explicit splits of checked images and labels."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Split:
             file, which stays where it is.
         labels: (N,) int64; other whole numbers are converted.
         full_scale: the stored value that means 1.0 (255; 16 for scikit-learn's digits; 1 for floats).
-        shown: side of the centre square that is the image, where more is stored than that for crops in training; None
-            where images are as stored.
+        shown: side of the centre square that is the image, where more is stored for crops in training; None where the
+            stored image is the image.
     """
 
     images: Tensor | MappedImages
@@ -43,7 +43,7 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, C, H, W) of what ``pixels`` gives of all."""
+        """(N, C, H, W) of all images as ``pixels`` returns them."""
         shape = tuple(self.images.shape)
         return shape if self.shown is None else (*shape[:2], self.shown, self.shown)
 
@@ -56,7 +56,7 @@ class Split:
         return self._scaled(stored)
 
     def stored_pixels(self, index: Tensor) -> Tensor:
-        """``pixels`` with all that is stored around them."""
+        """``pixels`` without the crop to the centre square: everything that is stored."""
         return self._scaled(self.images[index])
 
     def _scaled(self, stored: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits. Selection and tuning may look at ``validation``, never at ``test``.
+    """Three splits. Selection and tuning may use ``validation``, never ``test``.
 
     Args:
         classes: K; labels lie in 0..K-1.
@@ -98,7 +98,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source(Component):
-    """Where images come from. Concrete sources are one file each.
+    """A place that images are read from. Concrete sources are one file each.
 
     Args:
         validation: share of the training images that is held out for selection, drawn class by class with a
@@ -112,7 +112,7 @@ class Source(Component):
 
     @property
     def place(self) -> str:
-        """Where the data come from, for messages."""
+        """The file, folder or name to show in messages."""
         return type(self).__name__
 
     @abstractmethod
@@ -120,19 +120,19 @@ class Source(Component):
         """(training split, test split, number of classes) as stored.
 
         Raises:
-            InputError: a file is missing or corrupt; names it.
+            InputError: names a file that is missing or corrupt.
         """
 
     def load(self) -> Dataset:
         """Read, check and split.
 
         Raises:
-            InputError: as ``read``; or labels or pixels out of range, NaN, shapes that do not fit.
+            InputError: as ``read``; labels or pixels out of range, NaN, shapes that do not fit.
         """
         train, test, classes = self.read()
         for name, split in (("train", train), ("test", test)):
             _check(split, classes, f"{self.place} {name}")
-        if classes < 2:  # every margin of one class is bounded, and nothing is said
+        if classes < 2:  # one class has no margins: everything would be verified
             raise InputError(f"{self.place}: found {classes} class; accepted: two or more, labels from 0 on")
         if train.shape[1:] != test.shape[1:]:
             raise InputError(
@@ -148,7 +148,7 @@ def split_by_class(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """(kept, held out): sorted sample numbers; ``round(share · n)`` of each class are held out, by a fixed key."""
     held_out = []
     classes, counts = labels.unique(return_counts=True)
-    by_class = labels.argsort(stable=True).split(counts.tolist())  # one look at 1.3 million labels, not one a class
+    by_class = labels.argsort(stable=True).split(counts.tolist())  # one pass over 1.3 million labels
     for label, members in zip(classes.tolist(), by_class):
         order = permutation(len(members), "split", label)
         held_out.append(members[order[: round(share * len(members))]])
@@ -166,7 +166,7 @@ def _check(split: Split, classes: int, where: str) -> None:
             "accepted: (N, C, H, W) and N labels, none of them 0"
         )
     check_labels(labels, classes, where)
-    if isinstance(images, MappedImages):  # bytes, of which 255 means 1.0: none can be out of range
+    if isinstance(images, MappedImages):  # bytes with full scale 255: none can be out of range
         return
     if images.is_floating_point():
         bad = images.isnan().flatten(1).any(1).nonzero().flatten()

@@ -11,7 +11,7 @@ TEST_SHARE = 0.2
 class Digits(Source):
     """scikit-learn's bundled handwritten digits: 1797 real 8×8 images with 17 grey levels, no download.
 
-    They come without a published split: a fifth of each class is held out for testing, by a fixed key.
+    There is no published split: a fifth of each class is held out for testing, by a fixed key.
     """
 
     def read(self) -> tuple[Split, Split, int]:

@@ -1,4 +1,4 @@
-"""Downloads that go on where they were interrupted, checked before use; archives unpacked whole or not at all."""
+"""Resumable downloads, checked before use; archives unpacked whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS = 60  # without a byte, before a connection is given up
 
 
 def md5_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal.
+    """The md5 of a file's content, in hexadecimal.
 
     Raises:
         OSError: it cannot be read.
@@ -33,12 +33,12 @@ def md5_of(path: Path) -> str:
 
 
 def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
-    """Have the file with that md5 at ``path``, from the first of the mirrors that gives it.
+    """Download the file with that md5 to ``path`` from the first mirror that serves it; do nothing if it is there.
 
-    What has arrived is kept in ``<name>.part`` beside it, and asked for no more.
+    Bytes that have arrived are kept in ``<name>.part`` beside it, and an interrupted download continues from them.
 
     Raises:
-        InputError: no mirror gives it; nothing was put at ``path``.
+        InputError: no mirror serves it; ``path`` was not written.
     """
     if path.is_file() and md5_of(path) == md5:
         return
@@ -64,13 +64,13 @@ def fetch(urls: Sequence[str], path: Path, md5: str) -> None:
 
 
 def _go_on(url: str, part: Path) -> None:
-    """Append to ``part`` what it lacks of the file; a server that cannot skip starts again."""
+    """Append the missing bytes to ``part``; start again where the server ignores ranges."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing behind what is here: whole, or its md5 will tell
+        if error.code == 416 and have:  # no bytes behind the last one: the file is complete, or its md5 is wrong
             return
         raise
     with response:
@@ -88,7 +88,7 @@ def _go_on(url: str, part: Path) -> None:
 
 @contextmanager
 def _opened(path: Path, mode: str) -> Iterator[Callable[[bytes], None]]:
-    """Writes blocks to a file; what goes wrong there is no fault of the connection."""
+    """A function that writes blocks to a file; its errors are ``Unwritable``, apart from those of the connection."""
     with writing(path):
         file = path.open(mode, buffering=0)
 
@@ -105,7 +105,7 @@ def _opened(path: Path, mode: str) -> Iterator[Callable[[bytes], None]]:
 
 
 def unpack(archive: Path, folder: str, target: Path) -> None:
-    """Unpack a zip's only top-level ``folder``, which appears at ``target`` whole or not at all.
+    """Unpack the only top-level ``folder`` of a zip to ``target``, whole or not at all.
 
     Raises:
         InputError: no such zip, or it holds a link, or a path that leads out of that folder.

@@ -26,7 +26,7 @@ ARCHIVES = {
     "GTSRB/Final_Test/Images": ("GTSRB_Final_Test_Images.zip", "c7e4e6327067d32654124b0fe9e82185"),
     "GT-final_test.csv": ("GTSRB_Final_Test_GT.zip", "fe31e9c9270bbcd7b84b7f21a9d9d9e5"),
 }
-"""What is taken of which zip, and its md5: torchvision's; the first is what public loaders record independently."""
+"""Path in the zip: the zip's name and md5. The md5s are torchvision's; the first one is recorded by public loaders."""
 
 TRAINING = {"final": "GTSRB/Final_Training/Images", "online": "GTSRB/Training"}
 TEST, ANSWERS = "GTSRB/Final_Test/Images", "GT-final_test.csv"
@@ -44,17 +44,17 @@ class Gtsrb(PreparedSource):
     """The German Traffic Sign Recognition Benchmark: 43 classes, 39 209 training and 12 630 test images, in colour.
 
     Stallkamp, Schlipsing, Salmen and Igel (Neural Networks 32, 2012). Images of 15 to 250 pixels a side are resized
-    whole, signs' margins included, to a square (bilinear, antialiased, as Pillow and so torchvision do it).
+    whole, with the margins around the sign, to a square (bilinear, antialiased, by Pillow, as torchvision does).
 
     Args:
         root: the folder that torchvision calls ``gtsrb``.
-        download: fetch what is not there of the folders and lists that are needed.
+        download: fetch the folders and lists that are missing.
         size: side in pixels.
         training: ``final``, the benchmark's 39 209 images; or ``online``, the 26 640 of the competition that came
             before it, which torchvision loads.
         test: ``official``; or ``held_out``, 1000 of the training images, drawn by a fixed key and not trained on. The
-            published l0 results use such a split, with a seed of their own. A sign was photographed about thirty times
-            as a car drove by, and such a split tears these series apart: its accuracies say little about new signs.
+            published l0 results use such a split, with another seed. Each sign was photographed about thirty times from
+            a passing car, and such a split separates these series: its accuracies say little about new signs.
     """
 
     root: Path = Path("data/gtsrb")
@@ -79,8 +79,8 @@ class Gtsrb(PreparedSource):
         return super().read()
 
     def state_of_folder(self) -> str:
-        """Times of the folders of images, which change when one comes or goes or gets another name, and size and time
-        of the test list. An image that is overwritten in its place is not noticed."""
+        """Times of the image folders, which change when an image is added, removed or renamed, and size and time of the
+        test list. An image that is overwritten in place is not noticed."""
         try:
             facts = [f"{os.stat(self._class(label)).st_mtime_ns}" for label in range(CLASSES)]
             if self.test == "official":
@@ -116,7 +116,7 @@ class Gtsrb(PreparedSource):
         return self.root / TRAINING[self.training] / f"{label:05d}"
 
     def _of_class(self, label: int) -> list[Path]:
-        """A class's training images, sorted."""
+        """The training images of a class, sorted."""
         folder, answers = self._class(label), f"GT-{label:05d}.csv"
         listed = _listed(folder / answers, folder)
         if wrong := [name for name in listed if listed[name] != label]:
@@ -153,7 +153,7 @@ class Gtsrb(PreparedSource):
 
 
 def _listed(path: Path, folder: Path) -> dict[str, int]:
-    """Labels by file name of all images of a folder, in the order of the published list (columns divided by ;)."""
+    """``{file name: label}`` of all images of a folder, in the order of the published list (columns separated by ;)."""
     labels, there = {}, set(files_in(folder, (".ppm",), LAYOUT))
     rows = csv.DictReader(lines_of(path, LAYOUT), delimiter=";", skipinitialspace=True)
     if not {"Filename", "ClassId"} <= set(rows.fieldnames or ()):
@@ -173,12 +173,12 @@ def _listed(path: Path, folder: Path) -> dict[str, int]:
 
 
 def _unpack(archive: Path, place: str, target: Path) -> None:
-    """Take one folder, or one file, out of a zip; it appears at ``target`` whole or not at all.
+    """Extract one folder, or one file, of a zip to ``target``, whole or not at all.
 
-    Only images and lists by plain names are taken: no entry leads out of the folder.
+    Only images and lists with plain names are extracted, so that no entry leads out of the folder.
 
     Raises:
-        InputError: no such zip, or nothing at that place in it.
+        InputError: no such zip, or no such entry in it.
     """
     temporary = temporary_of(target)
     try:

@@ -1,4 +1,4 @@
-"""MNIST and FashionMNIST, whose files are in the idx format; each is checked against its published md5 before use."""
+"""MNIST and FashionMNIST, in files of the idx format, each checked against its published md5 before use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = {True: "train-{}-idx{}-ubyte", False: "t10k-{}-idx{}-ubyte"}
 
 @dataclass(frozen=True)
 class IdxFiles(TorchvisionFiles):
-    """Grey images in four idx files below ``root/NAME/raw``, as torchvision puts them there."""
+    """Grey images in four idx files below ``root/NAME/raw``, torchvision's layout."""
 
     @abstractmethod
     def _torchvision(self) -> Any:
@@ -30,7 +30,7 @@ class IdxFiles(TorchvisionFiles):
 
     @abstractmethod
     def _content(self, path: Path) -> bytes:
-        """What the idx file of that name holds."""
+        """The content of the idx file of that name, unpacked."""
 
     @property
     def folder(self) -> Path:
@@ -53,7 +53,7 @@ def read_idx(content: bytes) -> Tensor:
     """The uint8 tensor in an idx file: zeros, 8, the rank; big-endian 32-bit sizes; the values.
 
     Raises:
-        ValueError: it is none.
+        ValueError: this is no idx file of bytes.
     """
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError("not an idx file of bytes")
@@ -98,8 +98,8 @@ class Mnist(IdxFiles):
 class FashionMnist(IdxFiles):
     """FashionMNIST: 60 000 + 10 000 grey images of 28×28 (arXiv 1708.07747).
 
-    Read from the ``.gz`` files, because the publisher gives md5s of these alone; unpacked files beside them, as
-    torchvision makes them, are not looked at.
+    Read from the ``.gz`` files, because the publisher lists md5s of these only; unpacked files beside them, which
+    torchvision makes, are ignored.
     """
 
     def _torchvision(self) -> Any:

@@ -1,4 +1,4 @@
-"""What folders of image files share: names, lists, and decoding on several threads."""
+"""Helpers for folders of image files: names, lists, and decoding on several threads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import InputError
 
 BLOCK = 256
 NAME = re.compile(r"\w[\w.-]*")
-"""Of a class or a file: never a path."""
+"""The name of a class or a file; never a path."""
 
 
 def files_in(folder: Path, endings: tuple[str, ...], layout: str) -> list[str]:
-    """Names of a folder's files with one of these endings, in whichever case; sorted, and at least one.
+    """The sorted names of a folder's files with one of these endings, in upper or lower case; at least one.
 
     Raises:
         InputError: there are none, or no such folder.
@@ -34,7 +34,7 @@ def files_in(folder: Path, endings: tuple[str, ...], layout: str) -> list[str]:
 
 
 def folders_in(folder: Path, layout: str) -> list[str]:
-    """Names of a folder's folders, sorted; hidden ones are left out.
+    """The sorted names of a folder's subfolders, without hidden ones.
 
     Raises:
         InputError: no such folder.
@@ -47,7 +47,8 @@ def folders_in(folder: Path, layout: str) -> list[str]:
 
 
 def lines_of(path: Path, layout: str) -> list[str]:
-    """
+    """The lines of a UTF-8 text file.
+
     Raises:
         InputError: it cannot be read as text.
     """
@@ -60,24 +61,29 @@ def lines_of(path: Path, layout: str) -> list[str]:
 
 
 def missing(error: OSError, layout: str) -> InputError:
+    """The ``InputError`` for a file of the layout that is not there or cannot be read."""
     reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
     return InputError(f"{error.filename}: {reason}; accepted: {layout}")
 
 
-def decoded(paths: Sequence[Path], formats: tuple[str, ...], bring: Callable[[Any], Any]) -> Iterator[np.ndarray]:
-    """Blocks (B, 3, H, W) of uint8: each file in RGB, then as ``bring`` (a Pillow image to one of H×W) makes it.
+def decoded(paths: Sequence[Path], formats: tuple[str, ...], resize: Callable[[Any], Any]) -> Iterator[np.ndarray]:
+    """Decode image files into blocks (B, 3, H, W) of uint8, in RGB.
 
-    Only these of Pillow's ``formats`` are tried; nothing in a file is executed.
+    Nothing in a file is executed.
+
+    Args:
+        formats: the names of Pillow's formats that are tried.
+        resize: makes an H×W image of each Pillow image.
 
     Raises:
-        InputError: a file is damaged, or of another format; names it.
+        InputError: names a file that is damaged or of another format.
     """
     from PIL import Image
 
     def decode(path: Path) -> np.ndarray:
         try:
             with Image.open(path, formats=formats) as image:
-                return np.asarray(bring(image.convert("RGB"))).transpose(2, 0, 1)
+                return np.asarray(resize(image.convert("RGB"))).transpose(2, 0, 1)
         except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError, …
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: cannot be read ({reason}); accepted: a {' or '.join(formats)} image") from error

@@ -16,25 +16,25 @@ CLASSES = 100
 LAYOUT = "ImageNet's folders for each class, train/WNID/*.JPEG and val/WNID/*.JPEG"
 ENDINGS = (".jpeg", ".jpg")
 FORMATS = ("JPEG", "PNG")
-"""One of ImageNet's .JPEG files, n02105855_2933, is a PNG."""
+"""PNG, because one of ImageNet's .JPEG files, n02105855_2933, is one."""
 
 
 @dataclass(frozen=True)
 class ImageNet100(PreparedSource):
     """A hundred of ImageNet's classes, in colour, 224×224: about 127 000 training images, and 5000 to test on.
 
-    Each image's shorter side is resized to ``stored`` (bilinear, antialiased, as Pillow and so torchvision do it), and
-    of that the square in the middle is kept. An image is the ``shown`` square in the middle of that one: the customary
-    test protocol. ``training.augment.resized_crop`` draws its crops from the whole stored square, not from the file.
+    Each image's shorter side is resized to ``stored`` (bilinear, antialiased, by Pillow, as torchvision does), and the
+    centre square is kept. The image is the centre square of side ``shown`` of that, the usual test protocol.
+    ``training.augment.resized_crop`` draws its crops from the stored square, not from the file.
 
     The published validation split is the test split, as everywhere in the field. Classes are numbered in the order of
-    their sorted WordNet ids, as torchvision's ``ImageFolder`` numbers them. Test images are numbered in turns, the
-    first of each class, the second of each, …, so that the first 500 are five of every class; training images by class.
+    their sorted WordNet ids, as by torchvision's ``ImageFolder``. Test images are numbered in turns, the first of each
+    class, the second of each, …, so that the first 500 are five of every class; training images by class.
 
     Args:
         root: the folder with ``train`` and ``val``, which you bring: see docs/data.md.
-        class_list: a text file with one WordNet id a line, which classes to take; null takes the folders of ``train``,
-            of which there must be 100.
+        class_list: a text file with the WordNet id of one class a line; null takes the folders of ``train``, which must
+            be 100.
         stored, shown: sides in pixels.
     """
 
@@ -46,7 +46,7 @@ class ImageNet100(PreparedSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.shown >= 1, "shown", self.shown, "a whole number >= 1")
-        fits = self.stored >= self.shown and (self.stored - self.shown) % 2 == 0  # one middle, not two a pixel apart
+        fits = self.stored >= self.shown and (self.stored - self.shown) % 2 == 0  # else half a pixel off centre
         check(fits, "stored", self.stored, f"shown, {self.shown}, or an even number more")
 
     @property
@@ -58,8 +58,8 @@ class ImageNet100(PreparedSource):
         return replace(train, shown=self.shown), replace(test, shown=self.shown), classes
 
     def state_of_folder(self) -> str:
-        """The classes, and times of their folders: they change when an image comes or goes or gets another name. An
-        image that is overwritten in its place is not noticed."""
+        """The classes, and the times of their folders, which change when an image is added, removed or renamed. An
+        image that is overwritten in place is not noticed."""
         classes = self._classes()
         folders = [self.root / split / name for split in ("train", "val") for name in classes]
         try:
@@ -90,7 +90,7 @@ class ImageNet100(PreparedSource):
         return [folder / file for file in files_in(folder, ENDINGS, LAYOUT)]
 
     def _classes(self) -> list[str]:
-        """Sorted."""
+        """The WordNet ids of the classes, sorted."""
         if self.class_list is None:
             names = folders_in(self.root / "train", LAYOUT)
             if len(names) != CLASSES:
@@ -110,7 +110,7 @@ class ImageNet100(PreparedSource):
         return sorted(names)
 
     def _square(self, image: Any) -> Any:
-        """The middle of a Pillow image whose shorter side is resized."""
+        """Resize the shorter side of a Pillow image, and crop the centre square."""
         from PIL import Image
 
         width, height = image.size

@@ -49,14 +49,14 @@ class ImageNet64(PreparedSource):
         return {"train": self._split(TRAIN), "test": self._split(TEST)}, CLASSES
 
     def _split(self, names: Sequence[str]) -> Contents:
-        """All labels and shapes are looked at here, the images when they are asked for."""
+        """Read all labels and shapes now, the images on demand."""
         paths = [self.root / name for name in names]
         return Contents(torch.cat([_labels(path) for path in paths]), (block for p in paths for block in _images(p)))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[np.ndarray, IO[bytes], int]]:
-    """The labels, the stream of all pixels, and the number of images; nothing is unpickled."""
+    """Open a batch file: its labels, the stream of its pixels, and the number of images; nothing is unpickled."""
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile) or file.zip is None:
@@ -92,7 +92,7 @@ def _check_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype, fortran: b
 
 
 def _labels(path: Path) -> Tensor:
-    """(N,) int64 in 0..999."""
+    """Labels (N,) int64 in 0..999."""
     with _opened(path) as (labels, _, count):
         if labels.shape != (count,) or labels.dtype.kind not in "iu":
             raise InputError(
@@ -105,7 +105,7 @@ def _labels(path: Path) -> Tensor:
 
 
 def _images(path: Path) -> Iterator[np.ndarray]:
-    """Blocks (B, 3, 64, 64) of uint8; a file's checksum (CRC-32, the zip's own) is checked on the way."""
+    """Images in blocks (B, 3, 64, 64) of uint8; the zip's CRC-32 is checked on the way."""
     with _opened(path) as (_, stream, count):
         for first in range(0, count, BLOCK):
             rows = min(BLOCK, count - first)

@@ -1,4 +1,4 @@
-"""Batches from images that live on the device or in a mapped file: keyed order, augmentation in batches, no workers."""
+"""Batches of images from the device or a mapped file: keyed order, batched augmentation, no worker processes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from .resized_crop import draw, resize
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crops, and mirror images; drawn for each (seed, epoch, sample).
+    """Random crops and horizontal flips, drawn for each (seed, epoch, sample).
 
     The perturbation set is built around the augmented image.
 
     Args:
-        pad: pixels on each side of the image that a crop of its size is drawn from.
+        pad: pixels added on each side before a crop of the image's size is drawn.
         flip: mirror half of the images left to right.
-        padding: what they are filled with: the value of the nearest pixel of the image's edge, or zero, which is
-            black: the value 0 of [0, 1], before the model normalises. Recipes that pad with zeros after they
-            normalised fill with the mean colour instead.
-        resized_crop: side of the images that crops of 8 to 100 % of the stored image's area, 3/4 to 4/3 times as wide
-            as high, are resized to (as ``RandomResizedCrop`` does it, antialiased); null for crops of the padded image.
+        padding: value of the added pixels: that of the nearest ``edge`` pixel, or ``zero``, which is black, the value 0
+            of [0, 1] before the model normalises. (Recipes that pad after normalising fill with the mean colour.)
+        resized_crop: resize crops of 8 to 100 % of the stored image's area, 3/4 to 4/3 times as wide as high, to images
+            of this side (as ``RandomResizedCrop``, antialiased); null for crops of the padded image.
     """
 
     pad: int = 0
@@ -46,10 +45,10 @@ class Augment:
             check(self.pad == 0, "pad", self.pad, "0 beside resized_crop")
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse images (C, H, W) that are not of the size that crops are resized to.
+        """Refuse images (C, H, W) of another size than that of resized crops.
 
         Raises:
-            InputError: they are not.
+            InputError: the sizes differ.
         """
         if self.resized_crop is not None and tuple(shape[-2:]) != (self.resized_crop, self.resized_crop):
             raise InputError(
@@ -58,10 +57,10 @@ class Augment:
             )
 
     def check_state(self, specs: Mapping[str, StateSpec]) -> None:
-        """Refuse perturbations that are kept in the frame of the padded image, where crops are resized.
+        """Refuse a state that stores perturbations in the frame of the padded image, where crops are resized.
 
         Raises:
-            InputError: the loss or its attack declares some.
+            InputError: the loss or its attack declares such a state.
         """
         kept = [name for name, spec in specs.items() if spec.padded]
         if self.resized_crop is not None and kept:
@@ -71,7 +70,7 @@ class Augment:
             )
 
     def __call__(self, images: Tensor, noise: Noise) -> tuple[Tensor, Augmentation | None]:
-        """Augment (B, C, H, W) images; for resized crops all that is stored of them."""
+        """Augment images (B, C, H, W), or for resized crops stored images, and return what was drawn for each."""
         if self.resized_crop is not None:
             crop = draw(images.shape[2], images.shape[3], self.flip, noise)
             return resize(images, crop, self.resized_crop), crop
@@ -85,20 +84,20 @@ class Augment:
         drawn = Augmentation(top, left, flip, self.pad)
         rows, columns = drawn.rows_and_columns(height, width)
         sample = torch.arange(len(images), device=images.device)[:, None, None]
-        # (B, H, W, C): indices on both sides of the channel put it last
+        # (B, H, W, C): advanced indices around the channel dimension put it last
         cropped = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
         return cropped.permute(0, 3, 1, 2).contiguous(), drawn
 
 
 @dataclass(frozen=True)
 class Loader:
-    """The training split, epoch by epoch. The last batch may be smaller.
+    """Batches of the training split, epoch by epoch.
 
     Args:
-        split: its labels on the device.
-        batch_size: of all but the last.
-        augment: what is drawn for each sample and epoch.
-        seed: with the epoch it keys the order and the augmentation.
+        split: with its labels on the device.
+        batch_size: images of a batch; the last one of an epoch may be smaller.
+        augment: crops and flips of the images.
+        seed: keys the order and the augmentation, together with the epoch.
     """
 
     split: Split
@@ -113,7 +112,7 @@ class Loader:
         return -(-len(self.split) // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch (0-based) from batch number ``start`` on; the same however often it is asked."""
+        """The batches of an epoch (0-based) from batch number ``start`` on; the same at every call."""
         order = permutation(len(self.split), self.seed, "order", epoch).to(self.split.labels.device)
         for number in range(start, len(self)):
             index = order[number * self.batch_size : (number + 1) * self.batch_size]
@@ -124,7 +123,7 @@ class Loader:
 
 
 def in_order(split: Split, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-    """Samples ``start`` to ``stop`` of a split as they are, for evaluation."""
+    """Batches of the samples ``start`` to ``stop`` of a split, in order and without augmentation."""
     for first in range(start, len(split) if stop is None else stop, batch_size):
         last = min(first + batch_size, len(split) if stop is None else stop)
         index = torch.arange(first, last, device=split.labels.device)

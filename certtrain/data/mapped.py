@@ -1,4 +1,4 @@
-"""Images that stay in their file: a batch is read when it is asked for."""
+"""Memory-mapped images: a batch is read when it is indexed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class MappedImages:
-    """A memory-mapped file of images, or some of them; stands where a split's tensor of images stands.
+    """Images of a memory-mapped file, in place of a split's image tensor.
 
     Args:
-        array: (M, C, H, W) uint8, read-only; nothing of it is copied but what ``[…]`` asks for.
-        sha256: of the whole array, as recorded when the file was made.
-        rows: (N,) int64 on the CPU, which images of the array these are; None for all.
+        array: (M, C, H, W) uint8, read-only; only indexed images are copied.
+        sha256: checksum of the whole array, recorded when the file was made.
+        rows: (N,) int64 on the CPU, the numbers of these images in the array; None for all.
     """
 
     array: np.ndarray
@@ -34,16 +34,16 @@ class MappedImages:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """(B, C, H, W) uint8 on the CPU, a copy; ``index`` (B,) on any device."""
-        # numpy gathers, not torch: a tensor of read-only memory cannot be had without a warning, and a writable
-        # private map of more bytes than the machine's memory may be refused
+        # numpy gathers, not torch: torch warns about read-only memory, and a writable private map larger than the
+        # machine's memory may be refused
         return torch.from_numpy(self.array[self._of(index).numpy()])
 
     def subset(self, index: Tensor) -> MappedImages:
-        """Those images; their numbers are kept, not their pixels."""
+        """A view of some images; stores their numbers, not their pixels."""
         return MappedImages(self.array, self.sha256, self._of(index))
 
     def to(self, device: torch.device) -> Self:
-        """They stay where they are: a split moves each batch."""
+        """Itself: images stay in the file, and a split moves each batch."""
         return self
 
     def _of(self, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Big data sets are prepared once, into one file beside their folder that is memory-mapped from then on."""
+"""Large data sets, converted once into a memory-mapped file beside their folder."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .mapped import MappedImages
 
 FORMAT = "1"
 HEADER = 4096
-"""Bytes before the images: safetensors' length and JSON, padded with blanks, written when all sums are known."""
+"""Bytes before the images: safetensors' length and JSON, padded with blanks; written last, with the checksums."""
 
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A split on its way into the prepared file.
+    """The content of a split that is to be written into the prepared file.
 
     Args:
         labels: (N,) int64.
-        images: blocks (B, C, H, W) of uint8, N images in all; made when they are asked for.
+        images: blocks (B, C, H, W) of uint8, N images in all; read lazily.
     """
 
     labels: Tensor
@@ -44,13 +44,13 @@ class Contents:
 
 @dataclass(frozen=True)
 class PreparedSource(Source):
-    """A folder of images that is turned into one memory-mapped ``.safetensors`` file beside it.
+    """A folder of images that is converted into one memory-mapped ``.safetensors`` file beside it.
 
-    The file is made again when ``state_of_folder`` says something else than when it was made. It appears whole or
-    not at all; of several processes that start at once, one prepares and the others wait.
+    The file is made again when ``state_of_folder`` has changed. It appears whole or not at all; of several processes
+    that start at once, one prepares it and the others wait.
 
     Args:
-        root: the folder.
+        root: the folder of images.
     """
 
     root: Path = Path("data")
@@ -61,23 +61,23 @@ class PreparedSource(Source):
 
     @property
     def prepared(self) -> Path:
-        """The file: the folder's name, and ``.safetensors``."""
+        """The path of the prepared file: the folder's name and ``.safetensors``."""
         return Path(f"{os.path.abspath(self.root)}.safetensors")
 
     @abstractmethod
     def state_of_folder(self) -> str:
-        """What is cheaply seen of the folder, and changes when its content does.
+        """A text that is cheap to compute and changes when the content of the folder does.
 
         Raises:
-            InputError: something is missing; names it.
+            InputError: names a file or folder that is missing.
         """
 
     @abstractmethod
     def contents(self) -> tuple[dict[str, Contents], int]:
-        """What to prepare: the splits ``train`` and ``test``, and the number of classes.
+        """The splits ``train`` and ``test`` to prepare, and the number of classes.
 
         Raises:
-            InputError: something cannot be used; names it. Also raised while the images are made.
+            InputError: names a file that cannot be used; also raised while the images are read.
         """
 
     def read(self) -> tuple[Split, Split, int]:
@@ -142,11 +142,11 @@ def _write(path: Path, contents: dict[str, Contents], classes: int, state: str, 
 
 
 def open_prepared(path: Path, state: str) -> tuple[Split, Split, int] | None:
-    """(training split, test split, number of classes), or None where no whole file was prepared from that state."""
+    """(training split, test split, number of classes), or None without a complete file prepared from that state."""
     try:
         with path.open("rb") as file:
             return _open(file, state)
-    except (OSError, ValueError, KeyError, TypeError):  # cut off, or another file: it is made again
+    except (OSError, ValueError, KeyError, TypeError):  # truncated, or another file: it is prepared again
         return None
 
 

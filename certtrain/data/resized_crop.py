@@ -1,4 +1,4 @@
-"""Random crops of any size and shape, brought to one size by antialiased bilinear resampling, in batches."""
+"""Random crops of any size and shape, resized to one size by batched antialiased bilinear resampling."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..noise import Noise
 from ..step import Augmentation
 
 SCALE = (0.08, 1.0)
-"""Share of the image's area, drawn uniformly."""
+"""Range of the share of the image's area, drawn uniformly."""
 
 RATIO = (3 / 4, 4 / 3)
-"""Width over height, its logarithm drawn uniformly."""
+"""Range of width / height, whose logarithm is drawn uniformly."""
 
 ATTEMPTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResizedCrop(Augmentation):
-    """The rectangle of the stored image that became the augmented one, and whether it was mirrored after that.
+    """The rectangle of each stored image that became the augmented image, and whether it was flipped.
 
     Args:
-        height, width: (B,) int64 of the rectangle, before it was resized.
+        height, width: (B,) int64, the rectangle's size before resizing.
     """
 
     height: Tensor
@@ -34,14 +34,14 @@ class ResizedCrop(Augmentation):
 
     def rows_and_columns(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         raise InputError(
-            "training.augment.resized_crop: found crops that are resized, of whose pixels none is one of the stored "
-            "image, and a method that keeps a perturbation for each sample; accepted: null (pad and flip alone)"
+            "training.augment.resized_crop: found resized crops, whose pixels are not pixels of the stored image, and "
+            "a method that keeps a perturbation for each sample; accepted: null (only pad and flip)"
         )
 
 
 def draw(height: int, width: int, flip: bool, noise: Noise) -> ResizedCrop:
-    """As torchvision's RandomResizedCrop draws: of ten rectangles the first that fits, else the largest in the middle
-    whose ratio is allowed."""
+    """Draw as torchvision's RandomResizedCrop: the first of ten rectangles that fits, else the largest central one with
+    an allowed ratio."""
     share, place = (noise.uniform((ATTEMPTS,), f"crop/{name}", torch.float64) for name in ("area", "ratio"))
     area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * share)
     low, high = map(math.log, RATIO)
@@ -64,10 +64,10 @@ def draw(height: int, width: int, flip: bool, noise: Noise) -> ResizedCrop:
 
 
 def resize(images: Tensor, crop: ResizedCrop, size: int) -> Tensor:
-    """(B, C, H, W) → (B, C, size, size) in [0, 1]: each image's crop, resized as torch's antialiased bilinear
-    interpolation does it (a triangle of at least one pixel's width to each side, cut off at the crop's edges).
+    """Resize each image's crop: (B, C, H, W) → (B, C, size, size) in [0, 1].
 
-    An image's pixels do not depend on the other images of the batch, in the last bit: sums of a fixed order.
+    Computes torch's antialiased bilinear interpolation: a triangular filter of at least one pixel to each side, cut off
+    at the crop's edges. Sums have a fixed order, so that an image's result is the same to the last bit in any batch.
     """
     rows = _weights(crop.top, crop.height, images.shape[2], size, torch.zeros_like(crop.flip))
     columns = _weights(crop.left, crop.width, images.shape[3], size, crop.flip)
@@ -77,9 +77,9 @@ def resize(images: Tensor, crop: ResizedCrop, size: int) -> Tensor:
 
 
 def _weights(start: Tensor, length: Tensor, side: int, size: int, flip: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, size, T) pixels of the image that each new pixel is made of, and their weights, float64.
+    """The source pixels of each new pixel, (B, size, T) int64, and their weights, float64.
 
-    T depends on ``side`` and ``size`` alone.
+    T depends on ``side`` and ``size`` only.
     """
     device = start.device
     new = torch.arange(size, device=device).expand(len(start), -1)
@@ -96,7 +96,7 @@ def _weights(start: Tensor, length: Tensor, side: int, size: int, flip: Tensor) 
 
 
 def _sums(images: Tensor, pixels: Tensor, weights: Tensor) -> Tensor:
-    """(B, L, …) → (B, size, …): weighted sums along the second side."""
+    """Weighted sums along the second dimension: (B, L, …) → (B, size, …)."""
     sample = torch.arange(len(images), device=images.device)[:, None]
     weights = weights.to(images.dtype)[..., None, None]
     total = weights[:, :, 0] * images[sample, pixels[:, :, 0]]

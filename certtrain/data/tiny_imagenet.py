@@ -19,7 +19,7 @@ from .prepared import Contents, PreparedSource
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 FOLDER = "tiny-imagenet-200"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-"""Of that zip (248 100 043 bytes). The publisher names none: it is what many public loaders record independently."""
+"""The md5 of that zip (248 100 043 bytes). The publisher lists none; many public loaders record this one."""
 
 SIZE = 64
 BLOCK = 256
@@ -27,7 +27,7 @@ LAYOUT = (
     "the published layout (wnids.txt, train/WNID/images, val/images, val/val_annotations.txt), "
     "or --data.download true with a root that is not there yet"
 )
-NAME = re.compile(r"\w[\w.-]*")  # of a class or a file: never a path
+NAME = re.compile(r"\w[\w.-]*")  # the name of a class or a file, never a path
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class TinyImageNet(PreparedSource):
     """TinyImageNet: 200 classes of 500 training images, and 10 000 images to test on, in colour, 64×64.
 
     The published validation split is the test split, as everywhere in the field: the published test images have no
-    labels. Classes are numbered in the order of their sorted WordNet ids, as torchvision's ``ImageFolder`` numbers
-    them, test images as ``val_annotations.txt`` lists them (an image's number is not ``ImageFolder``'s: that sorts
-    by class, and the first 1000 would be 20 classes). Grey JPEGs become grey RGB.
+    labels. Classes are numbered in the order of their sorted WordNet ids, as by torchvision's ``ImageFolder``; test
+    images are numbered in the order of ``val_annotations.txt`` (``ImageFolder`` sorts them by class, so that its first
+    1000 are 20 classes). Grey JPEGs become grey RGB.
 
     Args:
         root: the folder ``tiny-imagenet-200`` of the published zip.
-        download: fetch the zip, and unpack it as ``root``, if there is no ``root``.
+        download: fetch the zip and unpack it as ``root``, unless ``root`` exists.
     """
 
     root: Path = Path("data/tiny-imagenet-200")
@@ -53,8 +53,8 @@ class TinyImageNet(PreparedSource):
         return super().read()
 
     def state_of_folder(self) -> str:
-        """Sizes and times of the two lists, and times of the folders of images: they change when an image comes or
-        goes or gets another name. An image that is overwritten in its place is not noticed."""
+        """Sizes and times of the two lists, and times of the image folders, which change when an image is added,
+        removed or renamed. An image that is overwritten in place is not noticed."""
         lists = [self.root / "wnids.txt", self.root / "val" / "val_annotations.txt"]
         folders = [self._images(wnid) for wnid in self._wnids()] + [self.root / "val" / "images"]
         try:
@@ -102,7 +102,8 @@ class TinyImageNet(PreparedSource):
         return sorted(wnids)
 
     def _of_class(self, wnid: str) -> list[Path]:
-        """A class's training images, sorted; those that its list of boxes names (where it is there) are complete."""
+        """The training images of a class, sorted; complete if the class has its list of boxes, which names all
+        images."""
         folder = self._images(wnid)
         names = _names(folder)
         boxes = folder.with_name(f"{wnid}_boxes.txt")
@@ -159,7 +160,7 @@ def _decoded(paths: Sequence[Path]) -> Iterator[np.ndarray]:
 
 
 def _decode(path: Path) -> np.ndarray:
-    """(3, 64, 64) uint8."""
+    """Decode one image: (3, 64, 64) uint8."""
     from PIL import Image
 
     try:

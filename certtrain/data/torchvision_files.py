@@ -1,4 +1,4 @@
-"""CIFAR and SVHN in torchvision's folder layout; each file is checked against its published md5 before use."""
+"""CIFAR and SVHN in torchvision's folder layout, each file checked against its published md5 before use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TorchvisionFiles(Source):
 
     Args:
         root: torchvision's root folder.
-        download: fetch the files that are not there, or not as published.
+        download: fetch the files that are missing or differ from the published ones.
     """
 
     root: Path = Path("data")
@@ -32,15 +32,15 @@ class TorchvisionFiles(Source):
 
     @abstractmethod
     def files(self) -> dict[str, str]:
-        """md5 of each file, by path below ``root``."""
+        """The md5 of each file, by path below ``root``."""
 
     @abstractmethod
     def fetch(self) -> None:
-        """Download what is not there; what it raises becomes the user's error."""
+        """Download the missing files; exceptions become the user's ``InputError``."""
 
     @abstractmethod
     def open(self, train: bool) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) uint8 images and (N,) int64 labels, from files that were checked."""
+        """Images (N, C, H, W) uint8 and labels (N,) int64, from files that were checked."""
 
     @property
     def place(self) -> str:
@@ -84,7 +84,7 @@ def _check_file(path: Path, expected: str) -> None:
 class Cifar10(TorchvisionFiles):
     """CIFAR-10: 50 000 + 10 000 colour images of 32×32.
 
-    The files are pickles: torchvision opens them, after their md5 is known to be the published one.
+    The files are pickles, which torchvision opens after their md5 has been checked.
     """
 
     def _torchvision(self) -> Any:
@@ -125,7 +125,7 @@ class Svhn(TorchvisionFiles):
     """
 
     def _published(self) -> dict[str, tuple[str, str, str]]:
-        """URL, name and md5 by split."""
+        """``{split: (URL, name, md5)}``."""
         from torchvision.datasets import SVHN
 
         return {split: (url, name, md5) for split, (url, name, md5) in SVHN.split_list.items() if split != "extra"}

@@ -1,4 +1,4 @@
-"""Diagnostics: what a network's loss looks like around its images and its weights. They change nothing."""
+"""Diagnostics of a network's loss around its images and its weights. They change nothing."""
 
 from .alignment import boundary_distortion, fgsm_pgd_cosine, gradient_alignment
 from .hessian import Spectrum, hessian_spectrum

@@ -1,4 +1,4 @@
-"""How far one step of an attack can be trusted: gradients that turn, and decision boundaries that it jumps over."""
+"""How reliable one step of an attack is: gradients that turn, and decision boundaries that the step jumps over."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gradient_alignment(model: nn.Module, batch: Batch, ball: PerturbationSet, no
     Args:
         batch: images (B, *shape), float32 or float64; noise: keyed by each image.
     Returns:
-        in [-1, 1]; None where every image has a gradient of zeros at x or at x + eta. Such images are left out.
+        in [-1, 1]; None where every image has a zero gradient at x or at x + eta. Such images are left out.
     Raises:
         InputError: the batch is empty.
     """
@@ -40,7 +40,7 @@ def gradient_alignment(model: nn.Module, batch: Batch, ball: PerturbationSet, no
 def fgsm_pgd_cosine(
     model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, attack: Attack = PGD
 ) -> float | None:
-    """The mean cosine of the change that FGSM makes, from the image itself, and that of a stronger ``attack``.
+    """The mean cosine of FGSM's change, from the image itself, and that of a stronger ``attack``.
 
     Returns:
         in [-1, 1]; None where every image is left unchanged by one of the two. Such images are left out.
@@ -58,11 +58,12 @@ def fgsm_pgd_cosine(
 def boundary_distortion(
     model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, points: int = 100
 ) -> float | None:
-    """Of the images that are classified correctly at both ends of FGSM's step, the share that is not somewhere between
-    (Kim et al., arXiv 2010.01799): at x + (k / points) · delta, k = 1..points - 1.
+    """The share of images that are misclassified somewhere along FGSM's step, among those correct at both of its ends.
+
+    Kim et al. (arXiv 2010.01799). The points are x + (k / points) · delta, k = 1..points - 1.
 
     Returns:
-        in [0, 1]; None where no image is right at both ends.
+        in [0, 1]; None where no image is classified correctly at both ends.
     Raises:
         InputError: the batch is empty.
     """
@@ -85,9 +86,9 @@ def boundary_distortion(
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """(B, 2): the cosine of each pair of (B, *shape), and 1 where it counts; both 0 where one of the pair is zeros.
+    """(B, 2): the cosine of each pair of (B, *shape), and a 1; both 0 where one of the pair is all zeros.
 
-    In float64, where the square of no float32 number vanishes.
+    In float64, where no square of a float32 number underflows.
     """
     first, second = first.double().flatten(1), second.double().flatten(1)
     lengths = first.norm(dim=1) * second.norm(dim=1)

@@ -1,4 +1,4 @@
-"""Figures of what diagnostics find, as PNG files. They are drawn without a display, and share no state."""
+"""Figures of diagnostics as PNG files, drawn without a display and without global state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 INCHES = (5.0, 3.6)
 DOTS = 150
-"""Per inch."""
+"""Dots per inch."""
 
 
 def _figure(rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
@@ -27,20 +27,20 @@ def _figure(rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """The figure as a PNG file, whole or not at all; its folder is made."""
+    """Write the figure as a PNG file, atomically; create its folder."""
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def _whole(axes: Axes) -> None:
-    """Ticks of the horizontal axis at whole numbers."""
+    """Place the ticks of the horizontal axis at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_landscape(found: Mapping[str, Any], title: str) -> Figure:
-    """The mean loss around images: ``landscape_steps`` and ``landscape_losses``."""
+    """Draw the mean loss around images, from ``landscape_steps`` and ``landscape_losses``."""
     figure, (axes,) = _figure()
     steps, losses = found["landscape_steps"], found["landscape_losses"]
     columns = [list(column) for column in zip(*losses)]  # contours take rows for y; the gradient's axis is x
@@ -52,7 +52,7 @@ def draw_landscape(found: Mapping[str, Any], title: str) -> Figure:
 
 
 def draw_hessian(found: Mapping[str, Any], title: str) -> Figure:
-    """The top of the spectrum: ``hessian_values``."""
+    """Draw the largest eigenvalues, from ``hessian_values``."""
     figure, (axes,) = _figure()
     values = found["hessian_values"]
     axes.plot(range(1, len(values) + 1), values, marker="o", linestyle="none")
@@ -63,7 +63,7 @@ def draw_hessian(found: Mapping[str, Any], title: str) -> Figure:
 
 
 def draw_split(found: Mapping[str, Any], title: str) -> Figure:
-    """R and R' at each index: ``divergence`` and ``divergence_split``."""
+    """Draw R and R' at each index, from ``divergence`` and ``divergence_split``."""
     figure, (axes,) = _figure()
     split = found["divergence_split"]
     axes.plot(range(1, len(split) + 1), split, marker="o", label="split, R'")
@@ -75,14 +75,14 @@ def draw_split(found: Mapping[str, Any], title: str) -> Figure:
 
 
 def draw_adversarial_hessian(found: Mapping[str, Any], title: str) -> Figure:
-    """As ``draw_hessian``, of ``adversarial_hessian_values``."""
+    """``draw_hessian`` for ``adversarial_hessian_values``."""
     figure = draw_hessian({"hessian_values": found["adversarial_hessian_values"]}, title)
     figure.axes[0].set(ylabel="eigenvalue of the adversarial loss' Hessian")
     return figure
 
 
 def draw_interpolation(found: Mapping[str, Any], title: str) -> Figure:
-    """From clean to attacked images: ``interpolation_accuracies`` above, ``interpolation_losses`` below."""
+    """Draw ``interpolation_accuracies`` above and ``interpolation_losses`` below, from clean to attacked images."""
     figure, (above, below) = _figure(2)
     for axes, name, words in ((above, "accuracies", "accuracy"), (below, "losses", "cross-entropy")):
         axes.plot(found["interpolation_shares"], found[f"interpolation_{name}"], marker="o")
@@ -93,7 +93,7 @@ def draw_interpolation(found: Mapping[str, Any], title: str) -> Figure:
 
 
 def draw_weight_landscape(found: Mapping[str, Any], title: str) -> Figure:
-    """The mean adversarial loss around the weights: ``weight_landscape_steps`` and ``weight_landscape_losses``."""
+    """Draw the mean adversarial loss around the weights, from ``weight_landscape_steps`` and ``…_losses``."""
     figure, (axes,) = _figure()
     steps, losses = found["weight_landscape_steps"], found["weight_landscape_losses"]
     columns = [list(column) for column in zip(*losses)]
@@ -108,7 +108,7 @@ def draw_weight_landscape(found: Mapping[str, Any], title: str) -> Figure:
 
 
 def draw_epochs(lines: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Along training: cosines and shares above, R and R' at I = 2 below, from lines with an ``epoch`` each."""
+    """Draw diagnostics along training: cosines and shares above, R and R' at I = 2 below; ``epoch`` is in each line."""
     figure, (above, below) = _figure(2)
     for axes, names in (
         (above, ("gradient_alignment", "fgsm_pgd_cosine", "boundary_distortion")),
@@ -136,4 +136,4 @@ FIGURES = {
     "landscape": draw_landscape, "hessian": draw_hessian, "split": draw_split, "interpolation": draw_interpolation,
     "adversarial_hessian": draw_adversarial_hessian, "weight_landscape": draw_weight_landscape,
 }  # fmt: skip
-"""By diagnostic."""
+"""The function that draws the figure of each diagnostic."""

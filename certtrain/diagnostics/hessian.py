@@ -18,11 +18,11 @@ from ..noise import Noise, key_of
 from ..step import Batch
 
 BATCH = 128
-"""Images whose second derivatives are taken at once: their graph holds about three forward passes in float64."""
+"""Images whose second derivatives are computed at once: their graph holds about three float64 forward passes."""
 RESTARTS = 300
 
 Losses = Callable[[Tensor, Tensor], Tensor]
-"""(B,) of logits (B, K) and labels (B,)."""
+"""Losses (B,) as a function of logits (B, K) and labels (B,)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Spectrum:
 
     Args:
         values: eigenvalues, the largest first (``LM``: the largest in size).
-        residuals: |H v - value · v| of each and its unit vector v: H has an eigenvalue no farther than that.
+        residuals: |H v - value · v| for each value and its unit vector v: H has an eigenvalue within that distance.
         weights: number of rows of H.
     """
 
@@ -43,16 +43,16 @@ class Spectrum:
 def hessian_spectrum(
     model: nn.Module, batch: Batch, top: int = 10, *, which: Literal["LA", "LM"] = "LA", losses: Losses | None = None
 ) -> Spectrum:
-    """The ``top`` eigenvalues of the Hessian of the mean loss on a fixed batch, in all weights that are trained.
+    """The ``top`` eigenvalues of the Hessian of the mean loss on a fixed batch, with respect to all trainable weights.
 
     Lanczos' method on Hessian-vector products (as PyHessian, arXiv 1912.07145) of a float64 copy of the network in
-    evaluation mode, whatever its mode is; it starts from a fixed vector. A product is two backward passes, the second
-    through the first: it asks no layer for forward differentiation.
+    evaluation mode, from a fixed start vector. A product is two backward passes, the second through the first, so that
+    no layer needs forward-mode differentiation.
 
     Args:
         top: from 1 to the number of weights - 1.
         which: the largest eigenvalues (LA) or the largest in size (LM).
-        losses: the cross-entropy where not given.
+        losses: the loss of each image; the cross-entropy by default.
     Raises:
         InputError: the batch is empty, ``top`` or ``which`` out of range, or the eigenvalues do not settle.
     """
@@ -62,8 +62,9 @@ def hessian_spectrum(
 def eigenpairs(
     model: nn.Module, batch: Batch, top: int, *, which: Literal["LA", "LM"] = "LA", losses: Losses | None = None
 ) -> tuple[Spectrum, Tensor]:
-    """``hessian_spectrum``, and for each eigenvalue its unit vector: (top, n) float64, entries as
-    ``hessian_product``'s. The largest entry of each is above 0, so that the sign is not Lanczos' choice.
+    """``hessian_spectrum`` and the unit eigenvectors (top, n) float64, with entries ordered as by ``hessian_product``.
+
+    The entry of largest size of each vector is positive, which fixes the sign.
     """
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
@@ -94,9 +95,9 @@ def eigenpairs(
 def hessian_product(
     model: nn.Module, batch: Batch, losses: Losses | None = None
 ) -> tuple[Callable[[Tensor], Tensor], int, torch.device]:
-    """(v -> H v for float64 vectors (n,), n, their device), of the Hessian that ``hessian_spectrum`` speaks of.
+    """The Hessian of ``hessian_spectrum`` as (v -> H v for float64 vectors (n,), n, their device).
 
-    The entries follow ``model.parameters()``, those that are trained. The model itself is left alone.
+    Entries follow the trainable ones of ``model.parameters()``. The model is left unchanged.
     """
     check(len(batch), "batch", len(batch), "one image or more")
     twin, weights = trained_twin(model, torch.float64)
@@ -119,10 +120,10 @@ def hessian_product(
 
 
 def trained_twin(model: nn.Module, dtype: torch.dtype | None = None) -> tuple[nn.Module, list[nn.Parameter]]:
-    """A copy of the network in evaluation mode, in ``dtype`` if one is given, and its weights that are trained.
+    """A copy of the network in evaluation mode, in ``dtype`` if one is given, and its trainable weights.
 
     Raises:
-        InputError: there are none.
+        InputError: no weights are trainable.
     """
     twin = copy.deepcopy(model).eval()
     twin = twin if dtype is None else twin.to(dtype)

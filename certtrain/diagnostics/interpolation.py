@@ -1,4 +1,4 @@
-"""Between an image and its attack: accuracy on the segment from x to x + delta."""
+"""Accuracy and loss on the segment between an image x and its attacked image x + delta."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..step import Batch, Step
 from .looking import each
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-"""As published (arXiv 2502.21041)."""
+"""The published shares (arXiv 2502.21041)."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Interpolation:
 
     Args:
         shares: of delta.
-        accuracies: at each of them; a tie and NaN are wrong.
-        losses: cross-entropies.
+        accuracies: at each share; ties and NaN count as wrong.
+        losses: cross-entropies at each share.
     """
 
     shares: tuple[float, ...]
@@ -44,13 +44,13 @@ def interpolation(
     attack: Attack,
     shares: Sequence[float] = SHARES,
 ) -> Interpolation:
-    """How accuracy goes from the clean images (share 0) to the attack's (share 1).
+    """Accuracy and loss from the clean images (share 0) to the attacked ones (share 1).
 
     A network that overfits to a one-step attack inside the ball of a norm fails on this segment; one that overfits
     to one-step sPGD fails in other pixels, and is most accurate at the end of the segment.
 
     Args:
-        attack: whose change delta is; for every image, so that it should not spare those that are wrong already.
+        attack: defines delta; it should change every image, also those that are misclassified already.
         shares: in [0, 1].
     Raises:
         InputError: the batch is empty, a share out of range, or the attack does not know the set.

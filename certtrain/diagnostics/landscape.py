@@ -21,7 +21,7 @@ class Landscape:
     """Mean losses on a grid, row by row.
 
     Args:
-        steps: (S,) float64 from -reach to reach, 0 in the middle: of both axes, in steps of size epsilon.
+        steps: (S,) float64, the coordinates on both axes in units of epsilon: from -reach to reach, 0 in the middle.
         losses: (S, S) at x + steps[i] · d1 + steps[j] · d2.
     """
 
@@ -40,13 +40,13 @@ def landscape(
 ) -> Landscape:
     """The cross-entropy around images, along the gradient's direction and a random one, both of length epsilon.
 
-    In an l_inf ball d1 = epsilon · sign of the gradient and d2 = epsilon · random signs; in any other the ball's own
-    directions of those. Points are not clipped to valid images. The range is the same for all networks, so that their
-    figures can be compared. Losses are the batch's mean; a batch of one shows one image.
+    In an l_inf ball d1 = epsilon · sign of the gradient and d2 = epsilon · random signs; in other balls the ball's own
+    directions of the same vectors. Points are not clipped to valid images. The range is the same for all networks, so
+    that figures can be compared. Losses are means over the batch; a batch of one shows one image.
 
     Args:
         half: grid points on each side of the image: 2 · half + 1 along each axis.
-        reach: of the outermost ones, in epsilons.
+        reach: distance of the outermost points, in epsilons.
     Raises:
         InputError: the batch is empty, or half or reach are out of range.
     """

@@ -1,4 +1,4 @@
-"""What logits tell of an attack: how tight QUB is, and how a divergence splits along the attack's way."""
+"""Diagnostics from logits under attack: how tight QUB is, and how a divergence splits along the attack's iterates."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ KL = KullbackLeibler()
 
 @dataclass(frozen=True)
 class QubGap:
-    """Means over a batch, of clean logits z and attacked logits a (arXiv 2601.13645).
+    """Means over a batch with clean logits z and attacked logits a (arXiv 2601.13645).
 
     Args:
-        gap, centred_gap: of QUB - CE(a, y), the published bound's and the centred one's: from 0, up to rounding, to
-            |a - z|² / 4.
-        distance: of |a - z|.
-        curvature: of the largest eigenvalue of diag(p) - pp^T, p = softmax(z): the cross-entropy's Hessian at z, for
-            which both bounds take 1/2.
+        gap, centred_gap: mean of QUB - CE(a, y) for the published and for the centred bound; up to rounding between 0
+            and |a - z|² / 4.
+        distance: mean of |a - z|.
+        curvature: mean of the largest eigenvalue of diag(p) - pp^T, p = softmax(z): the cross-entropy's Hessian at z,
+            which both bounds replace by 1/2.
     """
 
     gap: float
@@ -39,7 +39,7 @@ class QubGap:
 
 
 def qub_gap(model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, attack: Attack = PGD) -> QubGap:
-    """How far QUB lies above the loss that it bounds, at the images of an attack; logits are compared in float64.
+    """The gap between QUB and the loss that it bounds, at an attack's images; computed from logits in float64.
 
     Raises:
         InputError: the batch is empty.
@@ -59,7 +59,7 @@ def qub_gap(model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise,
 def largest_curvature(p: Tensor) -> Tensor:
     """(B,) the largest eigenvalue of diag(p) - pp^T for each row of ``p`` (B, K), K >= 2, in O(B · K).
 
-    It lies between the two largest entries of p, where sum_k p_k² / (p_k - λ) rises and passes 1 once.
+    It lies between the two largest entries of p, where sum_k p_k² / (p_k - λ) increases and equals 1 once.
     """
     low, high = p.topk(2).values.flip(1).unbind(1)
     for _ in range(60):
@@ -74,8 +74,8 @@ class DivergenceSplit:
     """The terms of TRADES and FAIT on given images, means over the batch.
 
     Args:
-        whole: R, of Δ(f(x), f(x')).
-        split: R' = Δ(f(x), f(x*)) + Δ(f(x*), f(x')) for x* the attack's iterate I = 1..steps - 1.
+        whole: R = Δ(f(x), f(x')).
+        split: R' = Δ(f(x), f(x*)) + Δ(f(x*), f(x')) for x* each of the attack's iterates I = 1..steps - 1.
     """
 
     whole: float
@@ -91,12 +91,13 @@ def divergence_split(
     divergence: Divergence = KL,
     attack: Ascent = ATTACK,
 ) -> DivergenceSplit:
-    """R and R' at every index, for the price of one attack: FAIT's curves.
+    """R and R' at every index, from one attack: FAIT's curves.
 
-    R' <= R is a lemma where x* lies between the two predictions, which an attack's iterates need not.
+    R' <= R is a lemma for predictions at x* on the segment between the two others; an attack's iterates need not lie
+    there.
 
     Args:
-        divergence: what is split, and what the attack climbs unless it has an objective of its own.
+        divergence: the divergence that is split; the attack maximises it unless it has its own objective.
         attack: any attack of steps; TRADES' by default.
     Raises:
         InputError: the batch is empty.

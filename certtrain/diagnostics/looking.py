@@ -1,4 +1,4 @@
-"""What all diagnostics share: the network in evaluation mode and left as it was, some images at a time."""
+"""Helpers of all diagnostics: evenly spread images, and passes in evaluation mode, some images at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..noise import Noise
 from ..step import Batch, Step
 
 BATCH = 256
-"""Images that pass through the network at once; what is found does not depend on it, up to float rounding."""
+"""Images that pass through the network at once; affects results by float rounding only."""
 
 
 def spread(split: Split, count: int) -> Batch:
-    """``count`` images evenly spread over a split, or all of a smaller one, as stored: the same at every call.
+    """``count`` images evenly spread over a split, or all of a smaller one, without augmentation; always the same.
 
-    The first ones of a split that is sorted by class would be of one class.
+    The first images of a split that is sorted by class would be of one class.
     """
     check(count >= 1 and len(split) >= 1, "images", min(count, len(split)), "a split and a sample of one image or more")
     count = min(count, len(split))
@@ -34,10 +34,10 @@ def spread(split: Split, count: int) -> Batch:
 def each(
     model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, found: Callable[[Batch, Step], Tensor]
 ) -> Tensor:
-    """(B, …) float64: what ``found`` yields for a part of the batch (b, …), for all parts.
+    """Concatenate the results (b, …) of ``found`` for all parts of the batch: (B, …) float64.
 
     Raises:
-        InputError: the batch is empty; the network has no logits of two classes or more, or labels are none of them.
+        InputError: the batch is empty; logits of fewer than two classes; labels outside of the classes.
     """
     check(len(batch), "batch", len(batch), "one image or more")
     parts = []
@@ -52,6 +52,6 @@ def each(
 
 
 def share(counted: Tensor, of: Tensor) -> float | None:
-    """The sum of ``counted`` over that of ``of``; None where there is nothing to be a share of."""
+    """sum(counted) / sum(of); None where the denominator is 0."""
     whole = float(of.sum())
     return float(counted.sum()) / whole if whole else None

@@ -1,4 +1,4 @@
-"""Where two attacks change an image: which pixels they share."""
+"""The overlap of the pixels that two attacks change."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .looking import each, share
 
 @dataclass(frozen=True)
 class Overlap:
-    """Means over the images that both attacks change; A and B are the sets of units that they change, of N.
+    """Means over the images that both attacks change; A and B are the sets of changed units, out of N.
 
-    Numbers are None where there is no such image.
+    Means are None where there is no such image.
 
     Args:
-        overlap: of |A ∩ B| / k, k at most N.
-        jaccard: of |A ∩ B| / |A ∪ B|.
-        chance: of |A| |B| / (N k): what ``overlap`` would be on average if the units of each were drawn at random, the
-            mean of a hypergeometric distribution; k / N where both change all k.
-        distance: of the number of units in which the two results differ, over |A| + |B|, which is its largest value:
-            1 where A and B share nothing, 0 where the results are the same.
-        sizes: of |A| and of |B|.
-        images: how many both change.
+        overlap: mean of |A ∩ B| / k, k at most N.
+        jaccard: mean of |A ∩ B| / |A ∪ B|.
+        chance: mean of |A| |B| / (N k): the expected ``overlap`` if the units of each were drawn at random (mean of a
+            hypergeometric distribution); k / N where both change all k.
+        distance: mean of the number of units in which the two results differ, divided by its largest value |A| + |B|:
+            1 where A and B are disjoint, 0 where the results are the same.
+        sizes: means of |A| and of |B|.
+        images: number of images that both attacks change.
     """
 
     overlap: float | None
@@ -43,9 +43,9 @@ class Overlap:
 def overlap(
     model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, first: Attack, second: Attack
 ) -> Overlap:
-    """How far two attacks of a sparse set agree about where to change an image.
+    """The overlap of two attacks within a sparse set.
 
-    Each draws random numbers of its own: with the same start even attacks that ignore the network would agree.
+    Each draws its own random numbers: from a common start even attacks that ignore the network would agree.
 
     Raises:
         InputError: the batch is empty, the set is no ``SparseBall``, or an attack does not know it.
@@ -63,13 +63,13 @@ def overlap(
 
 
 def between(ball: PerturbationSet, images: Tensor, first: Tensor, second: Tensor) -> Overlap:
-    """The same of given results, all (B, *shape)."""
+    """``overlap`` for given results, all (B, *shape)."""
     check(isinstance(ball, SparseBall), "perturbation", type(ball).__name__, "SparseBall: others change every pixel")
     return summary(ball, images, counts(ball, images, first, second))
 
 
 def counts(ball: PerturbationSet, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """(B, 5) float64: |A|, |B|, |A ∩ B|, in how many units the results differ, and k, at most N."""
+    """(B, 5) float64: |A|, |B|, |A ∩ B|, the number of units in which the results differ, and k, at most N."""
     assert isinstance(ball, SparseBall)
 
     def places(x: Tensor, y: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def counts(ball: PerturbationSet, images: Tensor, first: Tensor, second: Tensor)
 
 
 def summary(ball: PerturbationSet, images: Tensor, found: Tensor) -> Overlap:
-    """Of what ``counts`` found, (B, 5)."""
+    """The means over the rows of ``counts`` (B, 5)."""
     assert isinstance(ball, SparseBall)
     units = ball.units(images.shape[1:])
     a, b, both, apart, k = found[(found[:, :2] > 0).all(1)].unbind(1)

@@ -1,4 +1,4 @@
-"""All diagnostics by name, with what they find as numbers, lists and null: a line of JSON."""
+"""All diagnostics by name; results are numbers, lists and null, for a line of JSON."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from .overlap import overlap
 from .weights import adversarial_hessian, gradient_gap, weight_landscape
 
 DENSE = 128
-"""Images, at most, that a landscape averages over: it passes each through the network hundreds of times."""
+"""Images, at most, in a loss landscape, which passes each through the network hundreds of times."""
 ATTACKED = 64
-"""The same of a landscape in the weights, which attacks each of them at 49 points."""
+"""Images, at most, in a landscape of the weights, which attacks each at 49 points."""
 SEARCHED = 256
-"""The same of ``overlap``, whose attacks take a thousand passes."""
+"""Images, at most, for ``overlap``, whose attacks take a thousand passes."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What all diagnostics are asked about.
+    """The network, batch and settings that diagnostics are computed for.
 
     Args:
-        model: in whatever mode; left as it is.
+        model: in any mode; left unchanged.
         noise: keyed by each of the batch's images.
-        attack: the strong one; where it is the default, PGD-10 or what takes its place for the set at hand.
-        top: eigenvalues of ``hessian`` and ``adversarial_hessian``.
+        attack: the multi-step attack; the default is PGD-10, or its counterpart for the set at hand.
+        top: number of eigenvalues of ``hessian`` and ``adversarial_hessian``.
     """
 
     model: nn.Module
@@ -55,16 +55,16 @@ class Subject:
 
     @property
     def one(self) -> Attack:
-        """Of a single step."""
+        """The one-step attack of this set."""
         return one_step(self.ball)
 
     @property
     def many(self) -> Attack:
-        """The strong one, of this set."""
+        """The multi-step attack of this set."""
         return many_steps(self.ball, self.attack)
 
     def some(self, count: int) -> Subject:
-        """About at most so many of the images, evenly spread."""
+        """The same subject with at most so many images, evenly spread."""
         every = slice(None, None, max(1, -(-len(self.batch) // count)))
         noise = Noise(self.noise.key, self.noise.positions[every])
         return Subject(self.model, self.batch.part(every), self.ball, noise, self.attack, self.top)
@@ -72,11 +72,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One of them; to call it is to ask it.
+    """A diagnostic, computed by a call.
 
     Args:
-        ask: what it finds.
-        balls: the kinds of sets that it knows.
+        ask: computes the results, by name.
+        balls: the kinds of sets that are supported.
     """
 
     ask: Callable[[Subject], dict[str, Any]]
@@ -182,28 +182,30 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
 
 
 def usual(ball: PerturbationSet) -> list[str]:
-    """What training asks for where nobody says what: the cheap ones."""
+    """The names of the default diagnostics along training: the cheap ones."""
     return ["alignment", "cosine", "qub", "split"] if isinstance(ball, NormBall) else ["qub", "interpolation"]
 
 
 def those_for(ball: PerturbationSet) -> list[str]:
-    """The names of all diagnostics that know such a set."""
+    """The names of all diagnostics that support such a set."""
     return [name for name, diagnostic in DIAGNOSTICS.items() if isinstance(ball, diagnostic.balls)]
 
 
 def check_names(field: str, names: Iterable[str]) -> None:
-    """
+    """Refuse an empty list, and names of no diagnostic.
+
     Raises:
-        FieldError: one of the names is of no diagnostic, or there is none.
+        FieldError: a name is of no diagnostic, or there is none.
     """
     known = all(name in DIAGNOSTICS for name in names)
     check(known and names, field, names, f"one or more of {', '.join(DIAGNOSTICS)}")
 
 
 def check_balls(field: str, names: Iterable[str], ball: PerturbationSet) -> None:
-    """
+    """Refuse diagnostics that do not support such a set.
+
     Raises:
-        InputError: one of the diagnostics does not know such a set; names those that do.
+        InputError: names the diagnostics that do.
     """
     known = those_for(ball)
     for name in names:

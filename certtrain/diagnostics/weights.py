@@ -1,4 +1,4 @@
-"""The adversarial loss as a function of the weights: how sharp it is, and how its gradient depends on the attack."""
+"""The adversarial loss as a function of the weights: its sharpness, and its gradient's dependence on the attack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .looking import each
 from .one_and_many import attacked
 
 GROUP = 128
-"""Images of one gradient of the weights: the batch that was published with."""
+"""Images in one gradient of the weights: the published batch size."""
 
 
 def adversarial_hessian(
@@ -26,8 +26,8 @@ def adversarial_hessian(
 ) -> Spectrum:
     """The largest eigenvalues of the Hessian of the cross-entropy at an attack's images, which are held fixed.
 
-    The Hessian of the maximum over the set is larger by what the maximiser's own movement adds. ReLU networks have a
-    Hessian almost everywhere, smooth ones (softplus) everywhere.
+    The Hessian of the maximum over the set differs by a positive term from the movement of the maximiser. ReLU networks
+    have a Hessian almost everywhere, smooth ones (softplus) everywhere.
 
     Args:
         top: from 1 to the number of weights - 1.
@@ -43,9 +43,9 @@ class WeightLandscape:
     """Mean adversarial losses on a plane through the weights, row by row.
 
     Args:
-        steps: (S,) float64 from -reach to reach, 0 in the middle: of both axes, Euclidean lengths in weight space.
+        steps: (S,) float64, Euclidean coordinates on both axes: from -reach to reach, 0 in the middle.
         losses: (S, S) at weights + steps[i] · v1 + steps[j] · v2.
-        values: the eigenvalues that belong to v1 and v2.
+        values: the eigenvalues of v1 and v2.
     """
 
     steps: Tensor
@@ -70,7 +70,7 @@ def weight_landscape(
 
     Args:
         half: grid points on each side of the weights: 2 · half + 1 along each axis.
-        reach: of the outermost ones; v1 and v2 have length 1.
+        reach: distance of the outermost points; v1 and v2 have length 1.
     Raises:
         InputError: as ``adversarial_hessian``; or half or reach are out of range.
     """
@@ -99,11 +99,11 @@ def weight_landscape(
 
 @dataclass(frozen=True)
 class GradientGap:
-    """Means over groups of at most 128 images, of Euclidean norms over all weights that are trained.
+    """Means, over groups of at most 128 images, of Euclidean norms over all trainable weights.
 
     Args:
-        gap: of the difference of the weights' gradients at the images of one step and of many.
-        length: of the gradient at those of many, to compare it with.
+        gap: norm of the difference between the weights' gradients at the images of one step and of many.
+        length: norm of the gradient at the images of many steps, for comparison.
     """
 
     gap: float
@@ -113,7 +113,7 @@ class GradientGap:
 def gradient_gap(
     model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, one: Attack, many: Attack
 ) -> GradientGap:
-    """How much the weights' gradient depends on whether an attack took one step or many; in float64.
+    """The difference between the weights' gradients under a one-step and a multi-step attack; in float64.
 
     Both attacks start from the same random numbers.
 

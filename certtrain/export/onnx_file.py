@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import onnx
 
 TOLERANCE = 1e-5
-"""Of the logits' magnitude: how far onnxruntime may be from torch."""
+"""Largest accepted difference between onnxruntime and torch, relative to the logits' magnitude."""
 OPSET = 18
-"""What torch exports without conversion, and alpha-beta-CROWN loads."""
+"""The opset that torch exports without conversion and alpha-beta-CROWN loads."""
 BATCH = 256
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that other people trained, read and put into our architectures."""
+"""Import checkpoints of networks trained elsewhere as run folders."""
 
 from .checkpoint import Imported, check_architecture, rebuild
 from .layers import layers_of

@@ -1,4 +1,4 @@
-"""From a checkpoint to a network of ours: what is checked on the way, and what is recorded about it."""
+"""Rebuild a checkpoint's network in one of our architectures: checks, weights, and the record of it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ IMAGES = 100
 """Test images on which the model is compared with the file's own tensors."""
 
 TOLERANCE = 1e-4
-"""Of logits, relative to the largest one. Float32 weights leave 1e-14; a file in float64 loses some 1e-7 on the way
-to float32; a wrong stride, padding or stabiliser changes logits by as much as they are."""
+"""Largest accepted difference of logits, relative to the largest logit. Float32 weights give 1e-14; a file in float64
+loses about 1e-7 in float32; a wrong stride, padding or stabiliser changes logits by their own size."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def rebuild(
         layers, expected_layers(config.model, shape, classes), order, tensors.ordered, tensors.prefix, str(file)
     )
     fit(layers, config.model, shape, classes, str(file))
-    _check_spreads(layers, file)
+    _check_variances(layers, file)
     normalisation = normalisation_of(inside, config, naming(tensors.by_name), shape[0], file)
     architecture = dataclasses.replace(config.model, mean=normalisation.mean, std=normalisation.std)
     config = dataclasses.replace(config, model=architecture)
@@ -90,7 +90,7 @@ def rebuild(
     record = {
         "file": file.name, "sha256": sha256(file),
         "layout": {"names": naming(tensors.by_name), "wrapper": tensors.wrapper, "prefix": tensors.prefix,
-                   "beside": list(tensors.beside), "ignored": list(tensors.ignored)},
+                   "beside": list(tensors.other_entries), "ignored": list(tensors.ignored)},
         "order": ordering, "computed": tensors.computed, "renaming": renaming,
         "normalisation": {"source": normalisation.source, "mean": list(normalisation.mean),
                           "std": list(normalisation.std)},
@@ -101,7 +101,7 @@ def rebuild(
     return Imported(config, model, record)
 
 
-def _check_spreads(layers: list[Layer], file: Path) -> None:
+def _check_variances(layers: list[Layer], file: Path) -> None:
     for layer in layers:
         variance = layer.tensors.get("running_var")
         if variance is not None and not (variance >= 0).all():
@@ -109,7 +109,7 @@ def _check_spreads(layers: list[Layer], file: Path) -> None:
 
 
 def _places_as_text(classes: int) -> list[int]:
-    """Where the number of each class stands among all of them sorted as text."""
+    """The position of each class number among all of them sorted as text."""
     sorted_as_text = sorted(range(classes), key=str)
     return [sorted_as_text.index(number) for number in range(classes)]
 
@@ -121,7 +121,7 @@ def _reordered(layer: Layer, rows: Tensor) -> Layer:
 def _filled(
     architecture: Architecture, layers: list[Layer], shape: tuple[int, ...], classes: int
 ) -> tuple[nn.Module, dict[str, str]]:
-    """The architecture with the file's weights, and our names of the file's tensors."""
+    """The architecture with the file's weights, and ``{name in the file: our name}``."""
     model = architecture.build(shape, classes)
     state = model.state_dict()
     own = layers_of({name: t for name, t in state.items() if name.rpartition(".")[2] not in IGNORED}, "model")
@@ -138,11 +138,12 @@ def _parity(
     model: nn.Module, architecture: Architecture, layers: list[Layer], inside: Layer | None,
     normalisation: Normalisation, rows: Tensor, test: Split, file: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """How far the model's logits are from those of the file's own tensors in the order of ``layers``, both in float64.
-    Of that order it says nothing.
+    """Compare the model's logits with those of the file's own tensors in the order of ``layers``, both in float64.
+
+    The comparison does not check that order.
 
     Raises:
-        InputError: they are not finite, or further apart than rounding to float32 explains.
+        InputError: logits are not finite, or differ by more than rounding to float32 explains.
     """
     geometry = f"Gowal {architecture.size}" if isinstance(architecture, Gowal) else type(architecture).__name__
     own, outside = ([inside, *layers], ()) if inside else (layers, normalisation.mean)
@@ -157,8 +158,8 @@ def _parity(
     difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if not difference <= TOLERANCE * (1 + largest):  # NaN too
         raise InputError(
-            f"{file}: logits of the file's own tensors go up to {largest:.3g} and differ from the model's by "
-            f"{difference:.3g}; accepted: finite ones, that agree up to rounding"
+            f"{file}: found logits up to {largest:.3g} by the file's own tensors, which differ from the model's by "
+            f"{difference:.3g}; accepted: finite logits that agree up to rounding"
         )
     labels = test.labels[: len(ours)]
     return {

@@ -1,4 +1,4 @@
-"""Weights that a file holds in parts: pruned ones, and those of weight_norm and spectral_norm, old or parametrised."""
+"""Weights that a file stores in parts: pruned ones, weight_norm and spectral_norm, old or parametrised."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ PARAMETRISED = re.compile(r"(.*\.|)parametrizations\.([^.]+)\.(original[01]?)$")
 
 
 def folded(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors as their layers compute them in evaluation mode, in the places of their first parts; and what was
-    done, by their names. Computed in float64, kept in the file's dtype. What is of no known kind stays as it is.
+    """Compute the weights of known reparametrisations as their layers do in evaluation mode.
+
+    Each weight takes the place of its first part. Computed in float64, stored in the file's dtype; other tensors are
+    unchanged.
+
+    Returns:
+        the tensors, and the reparametrisations applied, by the names of the weights.
 
     Sources: ``torch.nn.utils.prune``, ``weight_norm`` (arXiv 1602.07868), ``spectral_norm`` (arXiv 1802.05957).
     """
@@ -65,7 +70,7 @@ def _normalised(tensors: dict[str, Tensor], stem: str, size: str, direction: str
 
 
 def _spectral(tensors: dict[str, Tensor], stem: str, original: str, left: str, right: str) -> Iterator[Step]:
-    """original / (u · W v), u and v as the power iteration left them."""
+    """original / (u · W v), with u and v of the power iteration as stored."""
     if not all(name in tensors for name in (original, left, right)):
         return
     w, u, v = (tensors[name].double() for name in (original, left, right))
@@ -74,8 +79,10 @@ def _spectral(tensors: dict[str, Tensor], stem: str, original: str, left: str, r
 
 
 def _parametrised(tensors: dict[str, Tensor], name: str, layer: str, tensor: str, role: str) -> Iterator[Step]:
-    """All parametrisations of a tensor, numbered in the order in which they are applied; nothing unless each is known.
-    One that holds no tensor and comes last leaves no trace in a file."""
+    """Apply all parametrisations of a tensor in the order of their numbers; nothing unless all of them are known.
+
+    A last one without tensors leaves no trace in a file.
+    """
     stem = f"{layer}parametrizations.{tensor}."
     if role == "original1":
         return

@@ -1,4 +1,4 @@
-"""A state dict as a list of layers, known by the kind, order and shape of their tensors."""
+"""A state dict as a list of layers, identified by the kind, order and shape of their tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Layer:
     """One layer of a state dict.
 
     Args:
-        kind: what it is.
-        names: the tensors' names in the file, by their role: weight, bias, running_mean, running_var, mean, std.
-        tensors: likewise.
+        kind: of layer.
+        names: the tensors' names in the file, by role: weight, bias, running_mean, running_var, mean, std.
+        tensors: the tensors, by role.
     """
 
     kind: Kind
@@ -39,16 +39,16 @@ class Layer:
 
 
 def layers_of(tensors: Mapping[str, Tensor], where: str) -> list[Layer]:
-    """The layers, in the order of their tensors.
+    """Group tensors into layers, in the order of the tensors.
 
-    Two ways of naming are known. torch's: a name is the layer's and then the tensor's, ``layers.0.weight``. And
-    auto_LiRPA's, in which CTRAIN saves its networks: numbered nodes ``/1.param``, ``/5.buffer``, whose roles follow
-    from their order and number of dimensions.
+    Two naming schemes are supported. torch's: the layer's name, then the tensor's, ``layers.0.weight``. auto_LiRPA's,
+    used by CTRAIN: numbered nodes ``/1.param``, ``/5.buffer``, whose roles follow from their order and number of
+    dimensions.
 
     Args:
         where: the file's name, for messages.
     Raises:
-        InputError: a tensor that belongs to no layer of a known kind; names it.
+        InputError: names a tensor that belongs to no layer of a known kind.
     """
     groups = _numbered(tensors) if _is_numbered(tensors) else _named(tensors)
     layers = []
@@ -83,8 +83,11 @@ def _named(tensors: Mapping[str, Tensor]) -> list[dict[str, str]]:
 
 
 def _numbered(tensors: Mapping[str, Tensor]) -> list[dict[str, str]]:
-    """Buffers before all else are mean and std. Then a parameter of two or more dimensions is a layer's weight; of the
-    vectors behind it the last two are a batch norm's if two buffers follow, and what remains is the layer's bias."""
+    """Group auto_LiRPA's numbered tensors.
+
+    Leading buffers are mean and std. Each parameter of two or more dimensions is a layer's weight; of the vectors
+    behind it the last two belong to a batch norm if two buffers follow, and a remaining one is the layer's bias.
+    """
     names = list(tensors)
     weights = [place for place, name in enumerate(names) if tensors[name].ndim > 1 and name.endswith(".param")]
     first = weights[0] if weights else len(names)
@@ -100,7 +103,7 @@ def _numbered(tensors: Mapping[str, Tensor]) -> list[dict[str, str]]:
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> Kind | None:
-    """None where roles or shapes are of no known layer."""
+    """The kind of layer with these tensors; None where roles or shapes fit none."""
     roles = set(tensors)
     if roles == {"mean", "std"}:
         return "normalisation" if all(_per_channel(tensor) for tensor in tensors.values()) else None
@@ -116,5 +119,5 @@ def _kind(tensors: Mapping[str, Tensor]) -> Kind | None:
 
 
 def _per_channel(tensor: Tensor) -> bool:
-    """(C,), (1, C, 1, 1) and the like, or one number."""
+    """Whether the shape is (C,), (1, C, 1, 1) or the like, or one number."""
     return 0 < tensor.numel() == max(tensor.shape, default=1)

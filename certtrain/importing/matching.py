@@ -1,4 +1,4 @@
-"""Which architecture a list of layers is: by kind, order and shape, never by name alone."""
+"""Match a list of layers with an architecture by kind, order and shape, never by name alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from .reading import IGNORED
 KNOWN: dict[str, type[Architecture]] = {
     kind.__name__.lower(): kind for kind in (Cnn3, Cnn5, Cnn7, Gowal, Mlp, SmallCnn)
 }  # fmt: skip
-"""Architectures whose layers stand in the order in which they are computed. Residual nets do not: files differ in
-where they put a shortcut, and two convolutions of one shape would be exchanged unnoticed."""
+"""The architectures that can be imported: those whose layers are stored in the order of computation. Residual networks
+are not among them: files differ in the place of a shortcut, and two convolutions of one shape could be exchanged."""
 
 
 def known_architecture(name: str) -> type[Architecture]:
-    """
+    """The architecture with that name, in upper or lower case.
+
     Raises:
         InputError: no architecture of that name can be imported.
     """
@@ -34,7 +35,7 @@ def known_architecture(name: str) -> type[Architecture]:
 
 
 def expected_layers(architecture: Architecture, shape: tuple[int, ...], classes: int) -> list[Layer]:
-    """The architecture's layers without its normalisation, on no device: shapes alone.
+    """The architecture's layers without its normalisation, as shapes (tensors on the meta device).
 
     Raises:
         InputError: the architecture does not take such images.
@@ -46,31 +47,31 @@ def expected_layers(architecture: Architecture, shape: tuple[int, ...], classes:
 
 
 def mismatch(found: list[Layer], wanted: list[Layer]) -> tuple[int, str] | None:
-    """How many layers fit before the first one that does not, and what is wrong there; None where all fit."""
+    """The number of layers that fit before the first mismatch, and its description; None where all fit."""
     for place, (one, other) in enumerate(zip(found, wanted)):
         if one.kind != other.kind:
-            return place, f"{next(iter(one.names.values()))} belongs to a {one}, there stands a {other}"
+            return place, f"{next(iter(one.names.values()))} belongs to a {one}, expected a {other}"
         for role in {**one.shapes, **other.shapes}:
-            here, there = one.shapes.get(role, "missing"), other.shapes.get(role, "missing")
+            here, there = one.shapes.get(role, "missing"), other.shapes.get(role, "none")
             if here != there:
                 name = one.names.get(role, f"the {role} of {next(iter(one.names.values()))}")
-                return place, f"{name} is {here}, there {there}"
+                return place, f"{name} is {here}, expected {there}"
     fits = min(len(found), len(wanted))
     if len(found) > fits:
-        return fits, f"{next(iter(found[fits].names.values()))} belongs to a {found[fits]}, there stands nothing"
+        return fits, f"{next(iter(found[fits].names.values()))} belongs to a {found[fits]}, expected no further layer"
     if len(wanted) > fits:
         last = next(iter(found[-1].names.values()))
-        return fits, f"nothing follows {last}, there stands a {wanted[fits]}"
+        return fits, f"nothing follows {last}, expected a {wanted[fits]}"
     return None
 
 
 def fit(
     found: list[Layer], architecture: Architecture, shape: tuple[int, ...], classes: int, where: str
 ) -> list[Layer]:
-    """The architecture's layers, each of which has the kind and the shapes of the found one in its place.
+    """The architecture's layers, checked to have the kinds and shapes of those found.
 
     Raises:
-        InputError: they do not fit. Names the first tensor that does not, and what would fit or is nearest.
+        InputError: names the first tensor that does not fit, and the architecture that fits or is nearest.
     """
     wanted = expected_layers(architecture, shape, classes)
     wrong = mismatch(found, wanted)
@@ -80,7 +81,7 @@ def fit(
     nearest = _nearest(found, shape, classes)
     if nearest[0].wrong is None:
         raise InputError(
-            f"{where}: is no {type(architecture).__name__} as asked for, for {images}: {wrong[1]}; "
+            f"{where}: found no {type(architecture).__name__} as asked for, for {images}: {wrong[1]}; "
             f"accepted: {nearest[0].words}, which fits"
         )
     raise InputError(
@@ -93,7 +94,7 @@ def fit(
 class _Candidate:
     architecture: Architecture
     wrong: tuple[int, str] | None
-    lengths: int  # by how many layers the numbers of layers differ
+    lengths: int  # difference between the numbers of layers
 
     @property
     def distance(self) -> tuple[int, int]:
@@ -101,7 +102,7 @@ class _Candidate:
 
     @property
     def words(self) -> str:
-        """As the command line would ask for it."""
+        """The command-line options for this architecture."""
         fields = [field for field in dataclasses.fields(self.architecture) if field.name not in ("mean", "std")]
         changed = [(field.name, getattr(self.architecture, field.name)) for field in fields
                    if getattr(self.architecture, field.name) != field.default]  # fmt: skip
@@ -110,7 +111,7 @@ class _Candidate:
 
 
 def _nearest(found: list[Layer], shape: tuple[int, ...], classes: int) -> list[_Candidate]:
-    """The best one, and others that are as near; one of each architecture, the one that needs the fewest words."""
+    """The nearest candidates, at most one of each architecture, with the shortest options."""
     candidates = []
     for architecture in _variants(found):
         with contextlib.suppress(InputError):  # it does not take such images
@@ -122,7 +123,7 @@ def _nearest(found: list[Layer], shape: tuple[int, ...], classes: int) -> list[_
 
 
 def _variants(found: list[Layer]) -> Iterator[Architecture]:
-    """The known architectures in the widths that the file itself suggests, and the published variants of each."""
+    """The known architectures in the widths suggested by the file, with the published variants of each."""
     features = [layer.shapes["weight"][0] for layer in found[:-1] if layer.kind == "linear"]
     norms = any(layer.kind == "batch norm" for layer in found)
     width = {"width": [found[0].shapes["weight"][0]]} if found[0].kind == "convolution" else {}

@@ -1,4 +1,4 @@
-"""Which normalisation an imported network expects: the file's own, the user's, or the published one."""
+"""The normalisation that an imported network expects: the file's own, the user's, or the published one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ PUBLISHED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "TinyImageNet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "ImageNet64": ((0.4815, 0.4578, 0.4082), (0.2153, 0.2111, 0.2121)),
 }
-"""By data set: expressive-losses and CTRAIN normalise so outside the network, CTBench inside."""
+"""Mean and std by data set, as applied outside the network by expressive-losses and CTRAIN, inside by CTBench."""
 
 CTRAIN_MNIST = ((0.1307,), (0.3081,))
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """
+    """Mean and std of a normalisation, and their source.
+
     Args:
         mean, std: per channel, or one number for all; empty for none.
-        source: where they come from, in words.
+        source: a description for ``run.json`` and the user.
     """
 
     mean: tuple[float, ...]
@@ -37,14 +38,14 @@ class Normalisation:
 
 
 def normalisation_of(inside: Layer | None, config: Config, naming: str, channels: int, file: Path) -> Normalisation:
-    """The file's own normalisation, which must be what ``config.model`` says if that says something; else what
-    ``config.model`` says; else the data set's published one.
+    """The file's own normalisation, which must agree with ``config.model``'s if that has one; else ``config.model``'s;
+    else the one published for the data set.
 
     Args:
         inside: the file's normalisation layer, if it has one.
-        naming: ``torch`` or ``auto_LiRPA``: on MNIST the projects that name tensors so differ.
+        naming: ``torch`` or ``auto_LiRPA``: distinguishes projects that normalise MNIST differently.
     Raises:
-        InputError: the file's normalisation is none, or another one than was said.
+        InputError: the file's normalisation is invalid, or differs from ``config.model``'s.
     """
     mean, std = config.model.mean, config.model.std
     for name, values in (("mean", mean), ("std", std)):
@@ -58,13 +59,13 @@ def normalisation_of(inside: Layer | None, config: Config, naming: str, channels
     for role, values in zip(("mean", "std"), own):
         if len(values) not in (1, channels) or (role == "std" and not all(value > 0 for value in values)):
             raise InputError(
-                f"{file}: {inside.names[role]}: found {_said(values)}; accepted: {channels} numbers, one per channel"
+                f"{file}: {inside.names[role]}: found {_listed(values)}; accepted: {channels} numbers, one per channel"
                 + (", all > 0" if role == "std" else "")
             )
     for role, values, given in zip(("mean", "std"), own, (mean, std)):
         if given and not np.allclose(*np.broadcast_arrays(values, given), rtol=0, atol=1e-6):
             raise InputError(
-                f"{role}: found {_said(given)}, but the file normalises inside, by {_said(values)}; "
+                f"{role}: found {_listed(given)}, but the file normalises inside, by {_listed(values)}; "
                 "accepted: the file's own, or neither mean nor std"
             )
     return Normalisation(own[0], own[1], f"inside the file: {inside.names['mean']} and {inside.names['std']}")
@@ -85,9 +86,9 @@ def _outside(config: Config, naming: str, mean: tuple[float, ...], std: tuple[fl
 
 
 def _shortest(values: torch.Tensor) -> tuple[float, ...]:
-    """The shortest decimals that are these numbers in float32: 0.4914, not 0.49140000343322754."""
+    """The shortest decimals that round to these float32 numbers: 0.4914, not 0.49140000343322754."""
     return tuple(float(str(value)) for value in values.reshape(-1).float().numpy())
 
 
-def _said(values: Sequence[float]) -> str:
+def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)

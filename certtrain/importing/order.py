@@ -1,4 +1,4 @@
-"""In which order a file's layers are computed: by the numbers in their names, by their shapes, or as somebody says."""
+"""The order in which a file's layers are computed: by the numbers in names, by shapes, or as the user says."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GIVEN = "given"
 
 
 def name_of(layer: Layer) -> str:
-    """``layers.0`` of ``layers.0.weight``; of a numbered node its first tensor's name."""
+    """The layer's name: ``layers.0`` for ``layers.0.weight``; for a numbered node its first tensor's name."""
     first = next(iter(layer.names.values()))
     path, _, role = first.rpartition(".")
     return first if role in ("param", "buffer") else path
 
 
 def before(one: str, other: str) -> bool:
-    """Whether the first place in which two names differ is a number, and smaller in the first: layers.2, layers.10."""
+    """Whether the first difference of two names is a number, smaller in the first: layers.2 before layers.10."""
     for left, right in zip(_parts(one), _parts(other)):
         if left != right:
             return left.isdigit() and right.isdigit() and int(left) < int(right)
@@ -32,18 +32,20 @@ def before(one: str, other: str) -> bool:
 def arrange(
     found: Sequence[Layer], wanted: Sequence[Layer], order: Sequence[str], ordered: bool, prefix: str, where: str
 ) -> tuple[list[Layer], str]:
-    """The file's layers in the order of the architecture's, and what that order rests on.
+    """Sort the file's layers into the order of the architecture's; also return the reason for that order.
 
     Args:
-        found: in the order of the file. wanted: the architecture's.
-        order: names of layers, or beginnings of names, in the order in which they are computed; empty to find it.
+        found: the file's layers, in the order of the file.
+        wanted: the architecture's layers.
+        order: names of layers, or prefixes of names, in the order of computation; empty to derive it.
         ordered: whether the file keeps an order.
-        prefix: with which all names in the file begin.
+        prefix: the common prefix of all names in the file.
     Returns:
-        Where no order fits, the file's as far as ``order`` allows: ``fit`` says why.
+        the layers and the reason. Where no order fits, the file's order as far as ``order`` allows: ``fit`` then
+        reports the mismatch.
     Raises:
-        InputError: ``order`` names what is not there, or leaves something out; layers of one shape could be exchanged
-            and no number in their names says which comes first.
+        InputError: ``order`` names a layer that is not there, or leaves one out; or layers of one shape could be
+            exchanged, and no number in their names says which comes first.
     """
     ranks = _ranks(found, order, prefix, where)
     orders = _orders(found, wanted, ranks)
@@ -62,7 +64,7 @@ def arrange(
 
 def _refuse(one: Sequence[Layer], other: Sequence[Layer], where: str, why: str) -> None:
     exchanged = [name_of(a) for a, b in zip(one, other) if a is not b]
-    # a batch norm moves with its layer, and names may share a beginning: all names, so that they can be reordered
+    # all names, not only those exchanged: a batch norm moves with its layer, and names may share a prefix
     names = ",".join(dict.fromkeys(name_of(layer) for layer in one))
     raise InputError(
         f"{where}: the layers {', '.join(exchanged)} {why}; accepted: --order with all layers in the order in which "
@@ -71,7 +73,7 @@ def _refuse(one: Sequence[Layer], other: Sequence[Layer], where: str, why: str) 
 
 
 def _ranks(found: Sequence[Layer], order: Sequence[str], prefix: str, where: str) -> list[int]:
-    """For each layer the place of its name in ``order``."""
+    """The position in ``order`` of each layer's name."""
     if not order:
         return [0] * len(found)
     names = [name_of(layer) for layer in found]
@@ -101,7 +103,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _orders(found: Sequence[Layer], wanted: Sequence[Layer], ranks: Sequence[int]) -> list[list[Layer]]:
-    """Two orders in which the layers fit, or one, or none, among those that ranks and names allow."""
+    """Up to two orders in which the layers fit, among those that ranks and names allow."""
     if len(found) != len(wanted):
         return []
     names = [name_of(layer) for layer in found]
@@ -114,7 +116,7 @@ def _orders(found: Sequence[Layer], wanted: Sequence[Layer], ranks: Sequence[int
     dead: set[frozenset[int]] = set()
 
     def search(done: list[int], left: frozenset[int]) -> bool:
-        """Whether any order begins so; ends at the second one."""
+        """Whether an order begins with ``done``; stops at the second complete order."""
         if not left:
             complete.append([found[i] for i in done])
             return True

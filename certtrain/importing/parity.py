@@ -1,6 +1,6 @@
-"""The file's own network, worked out from its tensors by the published geometry: what our model must agree with.
+"""An independent evaluation of the file's tensors by the published geometry, to compare our model with.
 
-It knows nothing of ``certtrain.models``: kernels, strides and paddings stand here a second time, on purpose.
+It does not use ``certtrain.models``: strides and paddings are written down here a second time, on purpose.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ GEOMETRY: dict[str, tuple[tuple[int, int], ...]] = {
     "Mlp": (),
     "SmallCnn": ((2, 1), (2, 1)),
 }
-"""Stride and padding of each convolution, in order. Cnn7's fifth has stride 2 where the first linear layer says so."""
+"""Stride and padding of each convolution, in order. Cnn7's fifth stride follows from the first linear layer."""
 
 EPSILON = 1e-5
-"""Numerical stabiliser of batch norm: torch's default, which all these projects use."""
+"""Numerical stabiliser of batch norm: torch's default, used by all these projects."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "leaky_relu": F.leaky_relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu,
@@ -38,12 +38,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def evaluate(
     layers: Sequence[Layer], images: Tensor, geometry: str, activation: str, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Logits (N, K) in float64 of images (N, C, H, W) in [0, 1], by the file's tensors in the file's order.
+    """Logits (N, K) in float64 of images (N, C, H, W) in [0, 1], computed from the file's tensors.
 
     Args:
-        layers: of the file, with or without a normalisation of its own.
+        layers: of the file, in the order of computation, with or without a normalisation.
         geometry: a key of ``GEOMETRY``.
-        mean, std: of the normalisation outside the file; empty for none.
+        mean, std: of a normalisation outside the file; empty for none.
     """
     x = images.double()
     if len(mean):
@@ -73,7 +73,7 @@ def evaluate(
 
 
 def _fifth_stride(layers: Sequence[Layer], side: int) -> int:
-    """What makes ``side`` pixels as many as the first linear layer reads: half of them, or a quarter."""
+    """The fifth stride, 1 or 2, with which the first linear layer reads half or a quarter of ``side``."""
     linear = next(layer for layer in layers if layer.kind == "linear").shapes["weight"][1]
     fifth = [layer for layer in layers if layer.kind == "convolution"][4].shapes["weight"][0]
     return 1 if math.isqrt(linear // fifth) == side // 2 else 2

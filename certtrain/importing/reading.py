@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, in the order of the network's layers. Nothing in the file is executed, or trusted."""
+"""Read a checkpoint's tensors. Nothing in the file is executed or trusted."""
 
 from __future__ import annotations
 
@@ -26,22 +26,21 @@ IGNORED = ("num_batches_tracked", "n_averaged")
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a file holds of a network.
+    """The tensors of a network in a file, and how they were found.
 
     Args:
-        by_name: the tensors, by their names in the file, in the order of the layers.
-        wrapper: path of keys under which they stood in the file, such as ``state_dict``; empty for none.
-        beside: what else the checkpoint holds (an optimiser's state, the epoch), which is not looked at.
+        by_name: the tensors, by their names in the file.
+        wrapper: dotted path of keys to the state dict, such as ``state_dict``; empty for none.
+        other_entries: keys of the checkpoint's other entries (an optimiser's state, the epoch), which are not read.
         ignored: names of bookkeeping tensors that no network's output depends on.
-        prefix: what all names begin with, and says nothing.
-        computed: how tensors were computed that stand in the file in parts, by their names: pruned, weight_norm,
-            spectral_norm.
+        prefix: the common prefix of all names.
+        computed: the reparametrisation (pruned, weight_norm, spectral_norm) of each weight stored in parts, by name.
         ordered: whether the file keeps an order; else names are sorted, a normalisation's first.
     """
 
     by_name: dict[str, Tensor]
     wrapper: str
-    beside: tuple[str, ...]
+    other_entries: tuple[str, ...]
     ignored: tuple[str, ...]
     prefix: str
     computed: dict[str, str]
@@ -51,22 +50,22 @@ class Tensors:
 def read(path: Path) -> Tensors:
     """Read a checkpoint by ``torch.load(weights_only=True)``, or a .safetensors file.
 
-    A .safetensors file keeps no order (safetensors 0.8 itself writes by dtype and name): names are then sorted, with
-    their numbers as numbers. Weights that pruning, weight_norm or spectral_norm keep in parts are computed.
+    A .safetensors file keeps no order (safetensors 0.8 writes by dtype and name): names are then sorted, with numbers
+    in numerical order. Weights that pruning, weight_norm or spectral_norm store in parts are computed.
 
     Raises:
-        InputError: there is no such file; it cannot be read, or not without running code; no state dict in it; an entry
-            that is no tensor of floating-point numbers, or holds one that is not finite.
+        InputError: no such file; it cannot be read, or not without running code; it has no state dict; an entry is no
+            floating-point tensor, or not finite.
     """
     loaded = _load(path)
-    wrapper, beside = [], []
+    wrapper, other_entries = [], []
     while not _is_state_dict(loaded):
         key = next(
             (key for key in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping)), ""
         )
         if not key:
-            raise InputError(f"{path}: found {_said(loaded)}; {ACCEPTED}")
-        beside += [str(name) for name in loaded if name != key]
+            raise InputError(f"{path}: found {_described(loaded)}; {ACCEPTED}")
+        other_entries += [str(name) for name in loaded if name != key]
         wrapper.append(key)
         loaded = loaded[key]
     ignored = tuple(name for name in loaded if name.rpartition(".")[2] in IGNORED)
@@ -86,7 +85,7 @@ def read(path: Path) -> Tensors:
             raise InputError(f"{path}: {name}: found a value that is not finite in float32; accepted: finite weights")
     ordered = path.suffix != ".safetensors"
     prefix = _common_prefix(list(kept))
-    return Tensors(kept, ".".join(wrapper), tuple(beside), ignored, prefix, computed, ordered)
+    return Tensors(kept, ".".join(wrapper), tuple(other_entries), ignored, prefix, computed, ordered)
 
 
 def _load(path: Path) -> Any:
@@ -108,26 +107,26 @@ def _load(path: Path) -> Any:
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Named tensors, perhaps among entries that do not belong there: these are refused by their names."""
+    """Whether these are named tensors, perhaps among entries that do not belong there and are refused by name later."""
     return isinstance(value, Mapping) and all(isinstance(name, str) for name in value) and any(
         isinstance(item, Tensor) and item.ndim > 1 for item in value.values()
     )  # fmt: skip
 
 
-def _said(value: Any) -> str:
+def _described(value: Any) -> str:
     if not isinstance(value, Mapping):
         return type(value).__name__
     return f"a mapping of {', '.join(map(str, list(value)[:8])) or 'nothing'} and no state dict in it"
 
 
 def _place(name: str) -> tuple[bool, list[tuple[bool, int | str]]]:
-    """A sorting key by which mean and std of a normalisation come first."""
+    """A sort key that puts the mean and std of a normalisation first."""
     role = name.rpartition(".")[2]
     return SPELLINGS.get(role, role) not in ("mean", "std"), _natural(name)
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:
-    """A sorting key by which layers.10 comes after layers.2."""
+    """A sort key that puts layers.10 after layers.2."""
     return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name) if part]
 
 

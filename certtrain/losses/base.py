@@ -1,4 +1,4 @@
-"""What every loss is: a frozen dataclass whose fields are its hyper-parameters and its YAML section."""
+"""The base of all losses: frozen dataclasses whose fields are the hyper-parameters and the YAML section."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Ramp:
     """A hyper-parameter that moves from ``start`` to ``end`` along the epsilon ramp, or along all of training.
 
     Args:
-        along: linearly in the ramp's ``steps``; in ``epsilon`` itself, which a smoothed schedule bends; or in the steps
-            of the ``training``.
-        over: the share of the way after which the end is reached.
+        along: linear in the ramp's ``steps``; in ``epsilon`` itself, which a smoothed schedule bends; or in the steps
+            of the whole ``training``.
+        over: the share of that range after which ``end`` is reached.
     """
 
     start: float
@@ -76,8 +76,8 @@ class Loss(Component):
         return {}
 
     def files(self) -> Mapping[str, str]:
-        """sha256 of files beside the data that it learns from, by field; a run records them, and resumes with the same
-        alone.
+        """The sha256, by field, of the files that the loss learns from besides the data, such as a teacher's weights; a
+        run records them, and resumes only with the same files.
 
         Raises:
             InputError: one of them cannot be read.
@@ -88,25 +88,25 @@ class Loss(Component):
         """Refuse, before anything is written, a model that this loss cannot train.
 
         Raises:
-            InputError: says what the model lacks, or which other file of the loss.
+            InputError: names what the model lacks, or the file of the loss that does not fit.
         """
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        """Refuse, before anything is written, a perturbation set that this loss' formulas do not know.
+        """Refuse, before anything is written, a perturbation set for which this loss has no formula.
 
         Raises:
-            InputError: names the sets that it takes.
+            InputError: names the sets that are accepted.
         """
 
     @property
     def replays(self) -> int:
-        """How many updates are made with each batch."""
+        """The number of weight updates made with each batch."""
         return 1
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
-        """The loss of one batch; the model is in training mode.
+        """Compute the loss of one batch; the model is in training mode.
 
         Raises:
-            InputError: logits that are not those of two classes or more; labels on the CPU that are no classes.
+            InputError: logits of fewer than two classes; labels (checked on the CPU alone) outside of the classes.
         """

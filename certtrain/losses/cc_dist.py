@@ -16,16 +16,16 @@ from .teacher import fingerprint, load_teacher
 
 @dataclass(frozen=True)
 class CcDist(CcIbp):
-    """CC-Dist: CC-IBP, and the distance to an empirically robust teacher's features (De Palma, arXiv 2602.02626).
+    """CC-Dist: CC-IBP plus the distance to an empirically robust teacher's features (De Palma, arXiv 2602.02626).
 
     CC-IBP + (weight / d) · mean over the batch of max over the two ends of |(1 - alpha) h(x_adv) + alpha h_end -
     h_teacher(x)|², where h are the d features that the last linear layer reads, and h_end the lower and the upper ends
-    of their interval bounds. After a description at second hand, which has not been compared with the paper's text.
+    of their interval bounds. Written from a second-hand description; not compared with the paper's text.
 
     Args:
-        teacher: a run's folder, or a ``.safetensors`` file, with weights of the same architecture, which is all that is
+        teacher: a run's folder, or a ``.safetensors`` file, with weights of the same architecture. Only weights are
             read: activations and strides are the student's own.
-        weight: of the distance.
+        weight: multiplies the distance.
     """
 
     teacher: Path | None = None
@@ -61,5 +61,5 @@ class CcDist(CcIbp):
         return self.combine(margins, verified, alpha) + self.weight * distance, parts, activity
 
     def _target(self, model: nn.Module) -> Network:
-        """What computes the teacher's features."""
+        """The teacher's feature extractor."""
         return split(load_teacher(model, self.teacher), 0).extractor

@@ -11,8 +11,9 @@ from .expressive import ExpressiveLoss, mean_margin_loss
 class CcIbp(ExpressiveLoss):
     """CC-IBP: the cross-entropy of a convex combination of margins (De Palma et al., arXiv 2305.13991).
 
-    mean over the batch of l(alpha · lower bounds + (1 - alpha) · attacked margins), l(z) = log(1 + sum_j e^(-z_j)); or
-    another method's criterion, of adversarial logits that have these margins.
+    mean over the batch of l(alpha · lower bounds + (1 - alpha) · attacked margins), l(z) = log(1 + sum_j e^(-z_j)).
+    With ``adversarial`` the criterion of that method takes the place of l, on adversarial logits that have these
+    margins.
     """
 
     def combine(

@@ -1,4 +1,4 @@
-"""What the interval-based losses share: the passes of one step, and the terms beside the loss."""
+"""The base of losses over bounds: the passes of one step, and the terms added to the robust loss."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ CLEAN_RADIUS = 1e-6  # the regularisers need a box while epsilon is still 0 (arX
 
 
 def margin_loss(margins: Tensor) -> Tensor:
-    """(B,) log(1 + sum_j exp(-z_j)) of margins (B, K - 1): the cross-entropy, of which it never forms the logits."""
+    """(B,) log(1 + sum_j exp(-z_j)) of margins (B, K - 1): the cross-entropy, computed without forming the logits."""
     return torch.logsumexp(F.pad(-margins, (1, 0)), dim=1)
 
 
-def _others(labels: Tensor, classes: int) -> Tensor:
+def _wrong_classes(labels: Tensor, classes: int) -> Tensor:
     """(B, K - 1) the classes j != y in increasing order, found without waiting for the device."""
     places = torch.arange(classes - 1, device=labels.device)
     return places + (places >= labels[:, None])
@@ -47,13 +47,13 @@ def _others(labels: Tensor, classes: int) -> Tensor:
 
 def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, K - 1) margins z_y - z_j of logits (B, K), columns j != y in increasing order."""
-    return logits.gather(1, labels[:, None]) - logits.gather(1, _others(labels, logits.shape[1]))
+    return logits.gather(1, labels[:, None]) - logits.gather(1, _wrong_classes(labels, logits.shape[1]))
 
 
 def margin_rows(labels: Tensor, logits: Tensor) -> Tensor:
     """(B, K - 1, K) linear forms e_y - e_j of logits (B, K), in the same order."""
     classes = logits.shape[1]
-    own, others = F.one_hot(labels, classes)[:, None], F.one_hot(_others(labels, classes), classes)
+    own, others = F.one_hot(labels, classes)[:, None], F.one_hot(_wrong_classes(labels, classes), classes)
     return (own - others).to(logits.dtype)
 
 
@@ -94,7 +94,7 @@ class CertifiedLoss(Loss):
         """The robust loss, its named parts, and the activity of its bounds."""
 
     def clean_gradient(self, step: Step) -> bool:
-        """Whether anything needs the gradient of the clean pass."""
+        """Whether the loss needs the gradient of the clean pass."""
         return step.clean or value_at(self.kappa, step) > 0
 
     def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
@@ -122,7 +122,7 @@ class CertifiedLoss(Loss):
         self, model: nn.Module, batch: Batch, step: Step, statistics: Statistics, box: Interval | None = None,
         shrink: float = 1.0,
     ) -> tuple[Tensor, Activity]:  # fmt: skip
-        """Lower bounds of the margins over this step's set, or over a ``box``, and what the regularisers need."""
+        """Lower bounds of margins over this step's set, or over a ``box``, and the activity for the regularisers."""
         region = step.ball.region(batch.images) if box is None else box
         return compute_margins(model, region, batch.labels, statistics, keep=self._regularised(step), shrink=shrink)
 
@@ -132,7 +132,7 @@ class CertifiedLoss(Loss):
     def _activity(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> Activity:
         if not self._regularised(step):
             return Activity(None, {})
-        # a sparse set of no pixels has no width, and no fraction of a pixel exists: the smallest box stands in
+        # a sparse set of k = 0 pixels has no width, and k has no smaller steps: the smallest box is used instead
         ball = step.ball if isinstance(step.ball, NormBall) else LinfBall()
         region = ball.with_epsilon(CLEAN_RADIUS).region(batch.images)
         return compute_margins(model, region, batch.labels, clean.statistics, keep=True)[1]
@@ -144,7 +144,7 @@ class AttackedLoss(CertifiedLoss):
 
     Args:
         attack: any attack of the library.
-        attack_epsilon_factor: the attack's radius over the bounds' one (2.1 in arXiv 2305.13991's 2/255 recipes).
+        attack_epsilon_factor: the attack's radius divided by the bounds' (2.1 in arXiv 2305.13991's 2/255 recipes).
         bn_mode: whose batch statistics the bounds use. ``adv``: those of the adversarial pass (running statistics
             move twice a step: clean, then adversarial). ``clean``: the clean pass' own, for the adversarial pass
             too (running statistics move once). Gradients flow into the statistics in both.
@@ -168,21 +168,21 @@ class AttackedLoss(CertifiedLoss):
         return self.bn_mode == "clean" or super().clean_gradient(step)
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
-        """The attack's images, detached."""
+        """The adversarial images, detached."""
         return self.attack(model, batch, step.ball.scaled(self.attack_epsilon_factor), step).images
 
     def adversarial_pass(self, model: nn.Module, images: Tensor, clean: Forward) -> Forward:
-        """The pass of the attack's images, and the statistics that bounds are to use."""
+        """Forward the adversarial images; the result carries the batch statistics for the bounds."""
         return forward(model, images, clean.statistics if self.bn_mode == "clean" else None)
 
 
 def attacked_parts(margins: Tensor) -> dict[str, Tensor]:
-    """What is told of margins under attack (B, K - 1)."""
+    """Loss and accuracy of margins under attack (B, K - 1), for progress and ``metrics.jsonl``."""
     return {"adversarial_loss": margin_loss(margins).mean(), "attacked_accuracy": _share_positive(margins)}
 
 
 def verified_parts(margins: Tensor) -> dict[str, Tensor]:
-    """What is told of lower bounds of margins (B, K - 1)."""
+    """Loss and accuracy of lower bounds of margins (B, K - 1), for progress and ``metrics.jsonl``."""
     return {"verified_loss": margin_loss(margins).mean(), "verified_accuracy": _share_positive(margins)}
 
 

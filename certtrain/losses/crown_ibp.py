@@ -21,11 +21,11 @@ class CrownIbp(CertifiedLoss):
     margins and L is their cross-entropy; batch statistics of the clean pass.
 
     Args:
-        beta: the share of the linear bounds, constant or along the ramp; published recipes end in plain intervals.
-        fusion: bound the cross-entropy itself, by one linear form instead of one for each wrong class (Xu et al.,
-            arXiv 2002.12920), and mix the two losses instead of the margins: for many classes.
-        best_layer: take each linear form's best minimum over the intervals of all layers on its way back instead of
-            that over the input, which is the looser one where intervals are tight (as CTBench does).
+        beta: weight of the linear bounds, constant or along the ramp; published recipes end in plain intervals.
+        fusion: bound the cross-entropy itself by one linear form, instead of one for each wrong class (Xu et al.,
+            arXiv 2002.12920), and mix the two losses instead of the margins. Made for many classes.
+        best_layer: minimise each linear form over the intervals of every layer that the backward pass visits and keep
+            the best minimum, instead of minimising over the input alone (as CTBench does).
     """
 
     beta: float | Ramp = Ramp(1.0, 0.0, along="epsilon")
@@ -68,10 +68,10 @@ def fused_loss(network: Network, region: Region, rows: Tensor, best_layer: bool 
     """
     lower, negated = interval_forms(network, region, torch.cat([rows, -rows], 1)).chunk(2, 1)
     width = -negated - lower
-    # all exponentials are taken relative to the largest, which float32 could not hold
+    # exponentials relative to the largest one, which overflows float32
     largest = (-lower).amax(1, keepdim=True).clamp(min=0).detach()
     at_lower = torch.exp(-lower - largest)
-    wide = width > 1e-4  # below it the quotient loses its digits: two terms of its series
+    wide = width > 1e-4  # below it the quotient cancels: the first two terms of its series instead
     share = torch.where(wide, -torch.expm1(-width) / torch.where(wide, width, 1), 1 - width / 2)
     slopes = at_lower * share
     least = _bounded(network, region, (slopes.unsqueeze(2) * rows).sum(1, keepdim=True), best_layer).squeeze(1)

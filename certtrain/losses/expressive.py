@@ -1,4 +1,4 @@
-"""Losses between an attack's and the bounds': the passes of one step, whichever method supplies the first."""
+"""The base of expressive losses, which combine an adversarial loss with that of the bounds."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ExpressiveLoss(AttackedLoss):
     """A loss between an attack's (alpha = 0) and the bounds' (alpha = 1); De Palma et al., arXiv 2305.13991.
 
     Args:
-        alpha: where between the two, constant or along the ramp.
-        adversarial: any method of adversarial training, which supplies the first; null for the cross-entropy of
-            ``attack``'s images. With a method, ``attack`` is not looked at: the method has its own.
+        alpha: 0 for the adversarial loss, 1 for the bounds', constant or along the ramp.
+        adversarial: the method of adversarial training that supplies the adversarial loss; null for the cross-entropy
+            of ``attack``'s images. With a method ``attack`` is ignored: the method has its own.
     """
 
     alpha: float | Ramp = 0.5
@@ -41,8 +41,11 @@ class ExpressiveLoss(AttackedLoss):
     def combine(
         self, adversarial: Tensor, verified: Tensor, alpha: float, loss: Callable[[Tensor], Tensor] = mean_margin_loss
     ) -> Tensor:
-        """The loss (0-d) of margins under attack and their lower bounds, each (B, K - 1); ``loss`` (0-d) is that of the
-        attack as a function of its margins."""
+        """Combine margins under attack and lower bounds of margins, each (B, K - 1), into the loss (0-d).
+
+        Args:
+            loss: the adversarial loss (0-d) as a function of margins.
+        """
 
     @property
     def replays(self) -> int:
@@ -96,7 +99,7 @@ class ExpressiveLoss(AttackedLoss):
 
 
 class _Recorded(nn.Module):
-    """A model that remembers the batch statistics of each of its passes."""
+    """A model that records the batch statistics of each forward pass."""
 
     def __init__(self, model: nn.Module, statistics: Statistics | None, twice: bool):
         super().__init__()
@@ -112,7 +115,7 @@ class _Recorded(nn.Module):
 
 
 def _with_margins(passes: Passes, margins: Tensor) -> Tensor:
-    """(B, K) logits with these margins (B, K - 1), and the adversarial ones' at the label."""
+    """(B, K) logits with these margins (B, K - 1); the label's entry is that of the adversarial logits."""
     own = passes.adversarial.gather(1, passes.labels[:, None])
     wrong = F.one_hot(passes.labels, passes.adversarial.shape[1]) == 0
     return own.expand_as(passes.adversarial).masked_scatter(wrong, own - margins)

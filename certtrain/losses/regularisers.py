@@ -1,4 +1,4 @@
-"""The terms beside the loss: l1, and the warm-up regularisers of Shi et al. (arXiv 2103.17268)."""
+"""Terms added to a loss: the l1 norm, and the warm-up regularisers of Shi et al. (arXiv 2103.17268)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def warmup_regularisers(activity: Activity) -> tuple[Tensor, Tensor]:
     """(L_tight, L_relu) of Shi et al.: keep box widths and the balance of active ReLUs in check.
 
     Each is a mean over the network's ReLUs; 0 <= L_tight <= 1 and 0 <= L_relu <= 2. A ReLU whose L_relu is
-    not finite (no unit is off for good) counts as 0, as published.
+    not finite (no unit is off on the whole box) counts as 0, as published.
     """
     if activity.first is None or not activity.preactivations:
         zero = torch.zeros(())
@@ -42,7 +42,7 @@ def _balance(layer: Interval) -> Tensor:
     squares = (center - center.mean()).square()
     pairs = [((center * active).mean(), -(center * dead).mean()), ((squares * active).sum(), (squares * dead).sum())]
     finite = torch.stack([below > 0 for _, below in pairs]).all()
-    # the division is made safe first: masking an infinite value afterwards would still give a NaN gradient
+    # safe denominators first: masking an infinite quotient afterwards still gives a NaN gradient
     ratios = [above / torch.where(below > 0, below, 1) for above, below in pairs]
     return torch.where(finite, torch.stack([_hinge(_symmetric(ratio)) for ratio in ratios]).sum(), 0)
 

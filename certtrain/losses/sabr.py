@@ -17,12 +17,12 @@ class Sabr(AttackedLoss):
     """SABR (Müller et al., arXiv 2210.04871): interval bounds of a small box around an adversarial example.
 
     kappa · CE(clean) + (1 - kappa) · mean of l(lower bounds over the box). The box has ``tau`` times the width of the
-    set it lies in, pixel by pixel, and is moved inside it; with tau = 1 it is that set, and the loss that of ``Ibp``.
-    For a set that is no box, such as ``L2Ball``, the box around it stands in.
+    surrounding set, pixel by pixel, and is shifted to lie inside it; with tau = 1 it is that set, and the loss that of
+    ``Ibp``. A set that is no box, such as ``L2Ball``, is replaced by the box around it.
 
     Args:
-        tau: the box's width over the set's, constant or along the ramp.
-        confine: the set: the step's own ``ball``, or the one that is ``attacked`` (they differ where
+        tau: the box's width divided by the set's, constant or along the ramp.
+        confine: the surrounding set: the step's ``ball``, or the ``attacked`` set (they differ where
             ``attack_epsilon_factor`` is not 1; arXiv 2305.13991's code takes the second).
         shrink: multiplies the upper end of each ReLU's input that may have either sign (0.8 in arXiv 2210.04871's
             2/255 recipe).
@@ -40,7 +40,7 @@ class Sabr(AttackedLoss):
 
     def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
         images = self.attacked(model, batch, step)
-        with torch.set_grad_enabled(self.bn_mode == "adv"):  # of this pass only the statistics count
+        with torch.set_grad_enabled(self.bn_mode == "adv"):  # only its batch statistics are used
             adversarial = self.adversarial_pass(model, images, clean)
         outer = step.ball if self.confine == "ball" else step.ball.scaled(self.attack_epsilon_factor)
         box = small_box(outer.hull(batch.images), images, value_at(self.tau, step))
@@ -50,9 +50,9 @@ class Sabr(AttackedLoss):
 
 
 def small_box(hull: Interval, images: Tensor, share: float) -> Interval:
-    """The box of ``share`` of the hull's radius, in the hull, that is nearest to ``images``; at a share of 1 the hull.
+    """The box with ``share`` of the hull's radius, inside the hull, that is nearest to ``images``; the hull at share 1.
 
-    A constant radius would leave the set where pixels are cut to [0, 1] and the share is above one half.
+    A box of constant radius would leave the hull where pixels are clipped to [0, 1] and the share is above 1/2.
     """
     room = (1 - share) * hull.radius
     offset = (images - hull.center).clamp(-room, room)

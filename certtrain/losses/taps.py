@@ -20,27 +20,27 @@ from ..step import Batch, Step
 from .certified import CertifiedLoss, margin_loss, margins_of, verified_parts
 
 MEMORY = 1 << 29
-"""Bytes of points that are attacked at a time: 199 classes of CNN7 on TinyImageNet make 26 MB for each image."""
+"""Bytes of points attacked at a time: 199 wrong classes of CNN7 on TinyImageNet take 26 MB for each image."""
 
 
 @dataclass(frozen=True)
 class Taps(CertifiedLoss):
-    """TAPS (Mao et al., arXiv 2305.04574): intervals through an extractor, then an attack in the box that they make.
+    """TAPS (Mao et al., arXiv 2305.04574): intervals through an extractor, then an attack in the box of its features.
 
     kappa · CE(clean) + (1 - kappa) · L_TAPS · L_verified, batch means, once the ramp is done; plain intervals until
-    then. L_TAPS is the loss of margins found by gradient descent in the box of features, for every wrong class by
-    itself. Its gradient reaches a side of the box where the found point lies near it. Batch statistics of the clean
-    pass. With ``accumulate`` the product is of each part's own means.
+    then. L_TAPS is the loss of margins found by gradient descent in the box of features, separately for every wrong
+    class. Its gradient flows into a side of the box as far as the point found lies near that side. Batch statistics are
+    those of the clean pass. With ``accumulate`` each part multiplies its own means.
 
-    The attack takes steps of max(0.2, 2 / n) of the box's width, from n = 10 on a fifth of that after 70 % of them, as
-    CTBench's, and K - 1 points of features for each image: for many classes choose a cut with few features.
+    The attack takes n steps of max(0.2, 2 / n) of the box's width (a fifth of that after 70 % of them where n >= 10),
+    as CTBench does, from K - 1 points of features for each image: with many classes choose a cut with few features.
 
     Args:
         classifier_activations: activations behind the box of features. Published splits of CNN7's 21 modules:
             "17 4" is 1, "13 8" is 2, "10 11" is 3, "4 17" is 5.
         gradient_scale: multiplies the gradient of L_TAPS.
-        threshold: share of the box, from a side, over which a point's gradient to that side fades.
-        latent_steps, latent_restarts: of the attack on features.
+        threshold: the share of the width, measured from a side, over which a point's gradient to that side fades.
+        latent_steps, latent_restarts: steps and restarts of the attack on features.
         shrink: as in ``Sabr``.
     """
 
@@ -70,7 +70,7 @@ class Taps(CertifiedLoss):
         return True  # the bounds use the clean pass' statistics, with their gradients
 
     def box(self, model: nn.Module, batch: Batch, step: Step) -> Interval | Region:
-        """What is propagated."""
+        """The set that the bounds propagate."""
         return step.ball.region(batch.images)
 
     def robust(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> tuple[Tensor, dict, Activity]:
@@ -92,7 +92,7 @@ class Taps(CertifiedLoss):
         return loss, verified_parts(verified) | {"estimated_loss": estimate}, activity
 
     def worst(self, classifier: "Classifier", features: Interval, wrong: int, step: Step) -> Tensor:
-        """(B, wrong, *features): for each wrong class the point of the box with the smallest margin that was found."""
+        """(B, wrong, *features): for each wrong class the point of the box with the smallest margin found."""
         center = features.center
         count = max(1, MEMORY // max(1, wrong * center[0].numel() * center.element_size()))
         parts = [slice(first, first + count) for first in range(0, len(center), count)]
@@ -129,7 +129,7 @@ class Taps(CertifiedLoss):
 
 @dataclass(frozen=True)
 class Classifier:
-    """Points of features (B, K - 1, *shape), one for each wrong class → that class' margin there, (B, K - 1)."""
+    """Map points of features (B, K - 1, *shape), one for each wrong class, to that class' margin there, (B, K - 1)."""
 
     program: Network
     labels: Tensor
@@ -146,8 +146,11 @@ class Classifier:
 
 
 def connected(box: Interval, points: Tensor, threshold: float) -> Tensor:
-    """``points`` (B, J, *shape) of a box (B, *shape), with gradients to its sides: 1 to the side that a point lies on,
-    fading to 0 over ``threshold`` of the width; one half each where the box has none."""
+    """Connect ``points`` (B, J, *shape) of a box (B, *shape) to its sides, for gradients.
+
+    The gradient to a side is 1 at that side and fades to 0 over ``threshold`` of the width; where the box has no width,
+    each side gets one half.
+    """
     lower, upper = box.lower.unsqueeze(1), box.upper.unsqueeze(1)
     with torch.no_grad():
         reach = threshold * (upper - lower)

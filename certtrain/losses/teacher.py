@@ -1,4 +1,4 @@
-"""A frozen network of the student's own architecture that a loss learns from."""
+"""A frozen teacher network, of the student's architecture, that a loss learns from."""
 
 import copy
 from collections.abc import Mapping
@@ -17,8 +17,9 @@ _LOADED: WeakKeyDictionary[nn.Module, tuple[Path | None, nn.Module]] = WeakKeyDi
 
 
 def load_teacher(model: nn.Module, path: Path | None) -> nn.Module:
-    """A copy of ``model`` with a teacher's weights, without gradients, in evaluation mode, on the model's device; read
-    once for a model.
+    """A copy of ``model`` with a teacher's weights: frozen, in evaluation mode, on the model's device.
+
+    The file is read once for each model.
 
     Args:
         path: a run's folder, or a ``.safetensors`` file.
@@ -28,11 +29,11 @@ def load_teacher(model: nn.Module, path: Path | None) -> nn.Module:
     found = _LOADED.get(model)
     if found is None or found[0] != path:
         found = _LOADED[model] = (path, _read(model, file_of(path)))
-    return found[1].to(next(model.parameters()).device)  # to which the model may have moved since
+    return found[1].to(next(model.parameters()).device)  # the model may have moved since
 
 
 def fingerprint(path: Path | None) -> Mapping[str, str]:
-    """What ``Loss.files`` says of a teacher.
+    """The entry of a teacher in ``Loss.files``.
 
     Raises:
         InputError: there are no weights.
@@ -41,7 +42,7 @@ def fingerprint(path: Path | None) -> Mapping[str, str]:
 
 
 def file_of(path: Path | None) -> Path:
-    """Of a teacher's weights.
+    """The file with a teacher's weights.
 
     Raises:
         InputError: there is none.

@@ -1,4 +1,4 @@
-"""What an architecture is: a frozen dataclass that builds an ``nn.Module`` for a data set's shape."""
+"""The base of architectures: frozen dataclasses that build an ``nn.Module`` for images of a given shape."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "gelu": nn.GELU,
     "silu": nn.SiLU, "softplus": nn.Softplus,
 }  # fmt: skip
-"""As torch makes them: a slope of 0.01 for leaky_relu, GELU by the error function, softplus log(1 + exp(x))."""
+"""torch's defaults: slope 0.01 for leaky_relu, GELU by the error function, softplus log(1 + exp(x))."""
 
 
 @dataclass(frozen=True)
 class Architecture(Component):
-    """A network by name. The model takes (N, C, H, W) in [0, 1] and returns (N, classes) logits.
+    """A network by name. Its model maps images (N, C, H, W) in [0, 1] to logits (N, classes).
 
     Args:
-        mean, std: per channel, of the normalisation that is the first layer; empty for none.
-        activation: after every hidden layer. Bounds do not know softplus: such a net trains and is attacked, not
-            certified, and starts from ``training.initialisation: default``.
+        mean, std: per channel, for the normalisation in the first layer; empty for none.
+        activation: applied after every hidden layer. There are no bounds of softplus: such a network can be trained and
+            attacked but not certified, and starts from ``training.initialisation: default``.
     """
 
     mean: tuple[float, ...] = ()
@@ -67,7 +67,7 @@ class Architecture(Component):
         """The layers after normalisation for images of ``shape`` (C, H, W)."""
 
     def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A fresh model, by torch's default initialisation from the global generator.
+        """Build a model with torch's default initialisation, drawn from the global generator.
 
         Raises:
             InputError: the architecture does not take such images; fewer than two classes.

@@ -1,4 +1,4 @@
-"""A score of two classes as two logits."""
+"""One score of two classes as two logits."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class BinaryScore(nn.Module):
     """The logits (0, s - threshold) of a network's one score s: class 1 wins where s > threshold, class 0 where s <
     threshold. Labels are 0 and 1; a score at the threshold itself is a tie, which is wrong for both.
 
-    Everything that takes a classifier takes it, exactly: the margin of class 1 is s - threshold, that of class 0 its
-    negative. The cross-entropy of these logits is the binary cross-entropy of s - threshold.
+    It is exact wherever a classifier is accepted: the margin of class 1 is s - threshold, that of class 0 its negative,
+    and the cross-entropy of these logits is the binary cross-entropy of s - threshold.
 
     Args:
-        model: maps (B, *shape) to scores (B, 1). Its weights are the only ones: the two constants are buffers.
+        model: maps (B, *shape) to scores (B, 1). All weights are the model's; the two constants are buffers.
         threshold: in the score's units, rounded to the model's dtype: 0 for a logit, 0.5 for a network that ends in a
-            sigmoid (to be certified; train on the logit).
+            sigmoid (for certification; train on the logit).
     Raises:
-        InputError: a threshold that is not finite; when it is called, an output of another shape than (B, 1).
+        InputError: the threshold is not finite; in a call, the model's output is not (B, 1).
     """
 
     scale: Tensor
@@ -46,6 +46,6 @@ class BinaryScore(nn.Module):
 
 def _check_score(score: Any) -> None:
     if isinstance(score, fx.Proxy) or (isinstance(score, Tensor) and score.ndim == 2 and score.shape[1] == 1):
-        return  # while it is traced a score has no shape
+        return  # a traced score has no shape
     found = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"a {type(score).__name__}"
     raise InputError(f"BinaryScore: found an output {found}; accepted: (B, 1), one score for each image")

@@ -10,8 +10,7 @@ class CifarResNet(PostActivated):
     """ResNet-18, -34 and -50 with the stem for small images, 3×3 with stride 1 and no pool (arXiv 1512.03385).
 
     For CIFAR-10 11 173 962, 21 282 122 and 23 520 842 parameters. Takes images of any size; with FLC pooling sides that
-    are multiples of 16. ``ResNet`` is the short net that interval bounds can train; bounds of this one are sound, and
-    wide.
+    are multiples of 16. Its bounds are sound and wide; ``ResNet`` is a shorter net that interval bounds can train.
 
     Args:
         depth: 18, 34, or 50 (of bottlenecks).

@@ -13,7 +13,7 @@ class Cnn3(FeedForward):
 
     Args:
         width: channels of the first convolution.
-        growth: the second one has so many times more.
+        growth: factor of the channels from the first convolution to the second.
         hidden: features of a linear layer before the last one; null for none.
         batch_norm: after every layer but the last.
     """

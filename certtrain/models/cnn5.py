@@ -13,7 +13,7 @@ class Cnn5(FeedForward):
 
     Args:
         width: channels of the first and second convolution.
-        growth: the third one has so many times more.
+        growth: factor of the channels from the second convolution to the third.
         hidden: features of the first linear layer.
         batch_norm: after every layer but the last.
     """

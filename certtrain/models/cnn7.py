@@ -19,8 +19,8 @@ class Cnn7(FeedForward):
         width: channels of the first convolution; 64 is the published net.
         hidden: features of the first linear layer.
         batch_norm: after every layer but the last.
-        last_stride: of the fifth convolution; null for the published one, 1 up to 32×32 and 2 at 64×64. CTRAIN's nets
-            for TinyImageNet keep 1 (67 621 768 parameters).
+        last_stride: stride of the fifth convolution; null for the published one, 1 up to 32×32 and 2 at 64×64. CTRAIN's
+            nets for TinyImageNet keep 1 (67 621 768 parameters).
         more: further 3×3 convolutions (2·width, stride 1) behind the fifth: 2 for CNN9, 4 for CNN11.
     """
 

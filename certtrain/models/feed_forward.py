@@ -1,4 +1,4 @@
-"""What convolutional and fully connected nets share: convolutions, then linear layers, one after the other."""
+"""The base of plain convolutional and fully connected networks: convolutions, then linear layers, in sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Architecture
 
 @dataclass(frozen=True)
 class Convolution:
-    """A square convolution of a plan: its output channels and geometry."""
+    """A square convolution: its output channels and geometry."""
 
     features: int
     kernel: int
@@ -21,7 +21,7 @@ class Convolution:
     padding: int = 0
 
     def side(self, side: int) -> int:
-        """Of the output, where the input has ``side`` pixels."""
+        """The output's side in pixels, for an input of ``side`` pixels."""
         return (side + 2 * self.padding - self.kernel) // self.stride + 1
 
 
@@ -61,7 +61,7 @@ class FeedForward(Architecture):
 
 
 def _after(convolutions: list[Convolution], side: int) -> int:
-    """Pixels of a side after the convolutions; 0 where none are left."""
+    """The side in pixels after the convolutions; 0 where no pixels are left."""
     for convolution in convolutions:
         side = max(0, convolution.side(side))
     return side

@@ -1,4 +1,4 @@
-"""FLC pooling: down-sampling that cannot alias (FrequencyLowCut, arXiv 2204.00491)."""
+"""FLC pooling: down-sampling without aliasing (FrequencyLowCut, arXiv 2204.00491)."""
 
 import torch
 from torch import Tensor, fx, nn
@@ -8,11 +8,11 @@ from ..errors import InputError
 
 @fx.wrap  # one step for torch.fx, so that the error of a net that cannot be bounded names it
 def frequency_low_cut(x: Tensor) -> Tensor:
-    """(…, H, W) → (…, H/2, W/2): the lower half of the frequencies in both directions. Linear.
+    """Keep the lower half of the frequencies in both directions: (…, H, W) → (…, H/2, W/2). A linear map.
 
-    Keeps means exactly; a signal below a quarter of the sampling rate is sub-sampled exactly, and a quarter and above
-    becomes 0, but for the real part of the frequency -1/4, which stays because the kept half [1/4, 3/4) of the shifted
-    spectrum holds it and not +1/4. Half-precision images are transformed in float32.
+    Preserves means exactly. Frequencies below a quarter of the sampling rate are sub-sampled exactly, those from a
+    quarter on become 0, except the real part of frequency -1/4: the half [1/4, 3/4) of the shifted spectrum that is
+    kept contains -1/4 and not +1/4. Half-precision images are transformed in float32.
 
     Raises:
         InputError: H or W is not a multiple of 4.
@@ -28,7 +28,8 @@ def frequency_low_cut(x: Tensor) -> Tensor:
 
 
 class FrequencyLowCut(nn.Module):
-    """``frequency_low_cut`` as a layer. Bounds do not know it: a net with it trains and is attacked, not certified."""
+    """``frequency_low_cut`` as a layer. It has no bounds: a network with it can be trained and attacked, not
+    certified."""
 
     def forward(self, x: Tensor) -> Tensor:
         return frequency_low_cut(x)

@@ -13,10 +13,10 @@ from ..bounds.tracing import trace
 def initialise_for_ibp(model: nn.Module) -> None:
     """Draw every linear and convolutional weight but the last layer's from N(0, 2π / fan_in²).
 
-    Then E|w| · fan_in / 2 = 1: a layer with its ReLU keeps the width of boxes constant, where the usual
-    initialisations let it explode. A residual sum adds up the widths of two boxes, so the weights of a layer that reads
-    one (perhaps through batch norm and activation) are halved, as in the authors' code. Biases, batch norms and the
-    last layer otherwise keep torch's defaults. Uses the global generator.
+    Then E|w| · fan_in / 2 = 1: a layer with its ReLU keeps the width of boxes constant, which grows
+    exponentially under the usual initialisations. A residual sum adds up the widths of two boxes, so the weights of a
+    layer that reads one (perhaps through batch norm and activation) are halved, as in the authors' code. Biases, batch
+    norms and the last layer otherwise keep torch's defaults. Uses the global generator.
 
     Raises:
         UnsupportedNode: the model has an operation that cannot be bounded.

@@ -1,4 +1,4 @@
-"""What residual nets for CIFAR share: stages of blocks, of which all but the first start by halving the image."""
+"""The base of residual networks for small images: stages of blocks, each stage but the first halving the image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .resnet import Residual
 from .strided import Strided
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-"""Of each stage, by depth (arXiv 1512.03385); those of depth 50 are bottlenecks."""
+"""Number of blocks of each stage, by depth (arXiv 1512.03385); those of depth 50 are bottlenecks."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ResidualStages(Strided):
 
     @property
     def expansion(self) -> int:
-        """A block returns so many times its features as channels."""
+        """Output channels of a block divided by its features."""
         return 1
 
     @abstractmethod
@@ -42,7 +42,8 @@ class ResidualStages(Strided):
         """(B, channels, H, W) → (B, expansion · features, ⌈H / stride⌉, ⌈W / stride⌉)."""
 
     def stages(self, channels: int, features: int, counts: tuple[int, ...]) -> tuple[list[nn.Module], int]:
-        """Blocks of so many stages with features, 2·features, …; and how many channels come out."""
+        """The blocks of stages with ``counts`` blocks and features, 2·features, …; and the number of output
+        channels."""
         blocks = []
         for stage, count in enumerate(counts):
             for number in range(count):
@@ -51,7 +52,7 @@ class ResidualStages(Strided):
         return blocks, channels
 
     def basic(self, channels: int, features: int, stride: int, dropout: float = 0.0) -> list[nn.Module]:
-        """Two 3×3 convolutions with batch norm, activation and perhaps dropout between them."""
+        """Two 3×3 convolutions with batch norm, activation and optional dropout between them."""
         first, last = self.convolution(channels, features, 3, stride), self.convolution(features, features, 3)
         return [first, *self.activated(features), *([nn.Dropout(dropout)] if dropout else []), last]
 
@@ -62,7 +63,7 @@ class ResidualStages(Strided):
         return [first, *self.activated(features), middle, *self.activated(features), last]
 
     def pre_activated(self, channels: int, features: int, stride: int, branch: list[nn.Module]) -> nn.Module:
-        """The branch behind batch norm and activation, beside a 1×1 convolution where the shape changes."""
+        """A block with batch norm and activation first; the shortcut is a 1×1 convolution where the shape changes."""
         same = channels == self.expansion * features and stride == 1
         shortcut = None if same else self.convolution(channels, self.expansion * features, 1, stride)
         return PreActivated(nn.Sequential(*self.activated(channels)), nn.Sequential(*branch), shortcut)
@@ -70,7 +71,7 @@ class ResidualStages(Strided):
 
 @dataclass(frozen=True)
 class FourStages(ResidualStages):
-    """Four stages with as many blocks as ``BLOCKS`` says: of two convolutions, or of three at depth 50."""
+    """Four stages with the numbers of blocks in ``BLOCKS``: of two convolutions, or of three at depth 50."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +92,7 @@ class PostActivated(FourStages):
 
     @abstractmethod
     def stem(self, channels: int) -> list[nn.Module]:
-        """What stands before the stages: from ``channels`` to ``width``."""
+        """The layers before the stages, from ``channels`` to ``width`` channels."""
 
     def layers(self, shape: tuple[int, int, int], classes: int) -> list[nn.Module]:
         stem = self.stem(shape[0])

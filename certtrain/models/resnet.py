@@ -9,7 +9,7 @@ from .base import ACTIVATIONS, Architecture
 
 @dataclass(frozen=True)
 class ResNet(Architecture):
-    """A residual net that interval bounds can train: short, because each sum adds up the widths of two boxes.
+    """A short residual network for training with interval bounds: each residual sum adds up the widths of two boxes.
 
     A 3×3 convolution, then stages of residual blocks with width, 2·width, 4·width, … channels; the first block of every
     stage but the first has stride 2. A block is two 3×3 convolutions, whose result is added to the block's input
@@ -18,9 +18,9 @@ class ResNet(Architecture):
 
     Args:
         width: channels of the first stage.
-        blocks: of each stage.
+        blocks: number of blocks of each stage.
         head: ``average`` each channel of the last stage, or ``flatten`` it into a hidden linear layer, as CNN7 does.
-        hidden: features of that hidden linear layer; not looked at where the head averages.
+        hidden: features of that hidden linear layer; ignored where the head averages.
         batch_norm: after every layer but the last.
     """
 

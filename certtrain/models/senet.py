@@ -10,16 +10,16 @@ from .residual_stages import BLOCKS, ResidualStages
 
 @dataclass(frozen=True)
 class SeNet(ResidualStages):
-    """SENet-18 and -34 for small images: pre-activation blocks that weigh their channels (arXiv 1709.01507).
+    """SENet-18 and -34 for small images: pre-activation blocks with weighted channels (arXiv 1709.01507).
 
     As in the usual collection of CIFAR nets: batch norm and activation behind the first convolution, none before the
     average; 11 260 354 and 21 440 630 parameters for CIFAR-10. Takes images of any size; with FLC pooling sides that
-    are multiples of 16. A product of two activations has no bound rule: it trains and is attacked, not certified.
+    are multiples of 16. Products of activations have no bounds: it can be trained and attacked, not certified.
 
     Args:
         depth: 18 or 34.
         width: features of the first stage; 64 is published.
-        reduction: the weights are made of so many times fewer hidden features.
+        reduction: features divided by the hidden features that the channel weights are computed from.
     """
 
     reduction: int = 16

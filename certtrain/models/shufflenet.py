@@ -41,13 +41,13 @@ class ShuffleNetV2(Strided):
         return [*layers, *self.head(self.last, classes)]
 
     def _halving(self, channels: int, features: int) -> nn.Module:
-        """Both branches see all channels, and each makes half of the features."""
+        """A unit of stride 2: both branches read all channels, and each returns half of the features."""
         half = features // 2
         beside = [*self._depthwise(channels, 2), self.convolution(channels, half, 1), *self.activated(half)]
         return ShuffleUnit(nn.Sequential(*beside), self._branch(channels, half, 2), half)
 
     def _unit(self, features: int) -> nn.Module:
-        """One half of the channels passes unchanged."""
+        """A unit of stride 1: one half of the channels passes unchanged."""
         return ShuffleUnit(None, self._branch(features // 2, features // 2, 1), features // 2)
 
     def _branch(self, channels: int, features: int, stride: int) -> nn.Module:
@@ -60,8 +60,10 @@ class ShuffleNetV2(Strided):
 
 
 class ShuffleUnit(nn.Module):
-    """Channels of ``beside(x)`` and ``branch(x)`` in turns; without ``beside`` those of x, of which so many are kept,
-    and of the branch of the others."""
+    """Interleave the channels of ``beside(x)`` and ``branch(x)``.
+
+    Without ``beside``, the first ``kept`` channels of x pass unchanged and ``branch`` reads the others.
+    """
 
     def __init__(self, beside: nn.Module | None, branch: nn.Module, kept: int):
         super().__init__()

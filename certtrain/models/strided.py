@@ -1,4 +1,4 @@
-"""What nets share that shrink their images in convolutions of stride 2."""
+"""The base of networks that shrink their images in convolutions of stride 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Strided(Architecture):
 
     Args:
         downsampling: ``stride``; or ``flc``, where every convolution of stride 2, shortcuts included, becomes FLC
-            pooling (arXiv 2204.00491) and a convolution of stride 1. Bounds do not know FLC pooling.
+            pooling (arXiv 2204.00491) and a convolution of stride 1. FLC pooling has no bounds.
     """
 
     downsampling: Literal["stride", "flc"] = "stride"
@@ -42,7 +42,7 @@ class Strided(Architecture):
         return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
 
     def check_sides(self, shape: tuple[int, int, int], times: int) -> None:
-        """Refuse images that cannot be halved so often.
+        """Refuse images that cannot be halved this number of times.
 
         Raises:
             InputError: FLC pooling would meet a side that is not a multiple of 4.

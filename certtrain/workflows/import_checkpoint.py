@@ -1,4 +1,4 @@
-"""Make a run of a network that somebody else trained."""
+"""Import a checkpoint of a network trained elsewhere as a run."""
 
 from __future__ import annotations
 
@@ -25,30 +25,29 @@ def import_checkpoint(
     order: Sequence[str] = (),
     quiet: bool = False,
 ) -> RunFolder:
-    """Make a network that somebody else trained a run, which ``verify`` certifies and ``export`` exports.
+    """Import a network trained elsewhere as a run, for ``verify`` and ``export``.
 
-    The file's tensors are matched with the architecture's by kind, order and shape. A normalisation in the file is
-    taken from there; else it is ``config.model``'s mean and std, or else what is published for the data set.
+    The file's tensors are matched with the architecture's by kind, order and shape. The normalisation is the file's own
+    if it has one, else ``config.model``'s mean and std, else the one published for the data set.
 
     Args:
         file: a state dict as ``torch.save`` writes it, alone or in a checkpoint, or .safetensors. Read without running
             code.
         config: ``model``: the architecture. ``data``: the images it was trained for, which are read. ``perturbation``:
-            what the run is about. ``certify``, ``export``, ``device``, ``threads``, ``seed``: for later.
+            the set to certify. ``certify``, ``export``, ``device``, ``threads``, ``seed``: settings of later calls.
         out: a new or empty folder; None for a fresh one under ``runs/``.
-        class_order: of the file's outputs. ``text``: 0, 1, 10, 100, 101, …, as torchvision's ``ImageFolder`` numbers
-            folders that are called 0 to K - 1, which expressive-losses makes of ImageNet64.
-        order: the file's layers (``embed``, or the beginning that several share) in the order in which they are
-            computed. Needed where layers could be exchanged, as far as shapes and numbers in their names tell: a
-            .safetensors file keeps no order. That of a state dict is taken for the order of use.
+        class_order: order of the file's outputs. ``text``: 0, 1, 10, 100, 101, …, the order in which torchvision's
+            ``ImageFolder`` numbers folders called 0 to K - 1 (expressive-losses' ImageNet64).
+        order: the file's layers (``embed``, or a prefix that several share) in the order of computation. Needed where
+            shapes and the numbers in names do not determine the order, because a .safetensors file keeps none. The
+            order of a state dict is taken for that of computation.
         quiet: print nothing.
     Returns:
-        the run's folder. ``run.json`` has a section ``imported``: the file and its sha256, how its tensors were
-        named and what they are called now, what their order rests on, which weights were computed of parts, where
-        normalisation and batch norm came from, and how far our logits are from those of the file's own tensors in
-        that order.
+        the run's folder. Section ``imported`` of ``run.json`` records the file and its sha256, the old and new names of
+        its tensors, the reason for their order, the weights computed from parts, the source of normalisation and batch
+        norm, and the difference between our logits and those of the file's own tensors in that order.
     Raises:
-        InputError: something given cannot be used, or does not fit; nothing on disk was changed.
+        InputError: an argument cannot be used, or the file does not fit; nothing on disk was changed.
     """
     file = Path(file)
     config = structure(Config, unstructure(config))
@@ -63,11 +62,11 @@ def import_checkpoint(
         run = Run.create(new_folder(config, out), found.config, dataset, device, imported=found.record)
         save_weights(run.folder.model, found.model.state_dict())
     if not quiet:
-        _say(run.folder, found.record)
+        _report(run.folder, found.record)
     return run.folder
 
 
-def _say(folder: RunFolder, imported: dict[str, Any]) -> None:
+def _report(folder: RunFolder, imported: dict[str, Any]) -> None:
     normalisation, parity = imported["normalisation"], imported["parity"]
     numbers = f", mean {normalisation['mean']}, std {normalisation['std']}" if normalisation["mean"] else ""
     console.print(f"imported: {folder.path} ({len(imported['renaming'])} tensors of {imported['file']})")

@@ -1,4 +1,4 @@
-"""Attacks that change few pixels: of a ``SparseBall``."""
+"""Attacks that change few pixels, within a ``SparseBall``."""
 
 from .corner_search import CornerSearch
 from .nuclear import SparseNuclear

@@ -19,22 +19,22 @@ CHUNK = 1000
 """Points of one image that pass through the network at once."""
 
 MEMBERS = 4
-"""Numbers of a unit, at most: it has two to their power corners, each of which is tried."""
+"""Entries of a unit M, at most: all 2^M corners are tried."""
 
 
 @dataclass(frozen=True)
 class CornerSearch(Attack):
-    """All corners of every single pixel (or feature), then random combinations of the best ones: black-box.
+    """All corners of every single pixel (or feature), then random combinations of the best ones; black-box.
 
-    The single changes are put into one order for each class: by how far that class is ahead of the label, for the label
-    itself by the margin over all others. Then for sizes 2, 3, … k and each class so many combinations are
-    tried, drawn among the best of its order with replacement, rank r of n from 0 on with probability
-    (2(n - r) - 1) / n². Of two changes of one pixel the one drawn later counts.
+    Single changes are ranked for each class by how far that class is ahead of the label, for the label itself by the
+    margin over all others. Then for sizes 2, 3, … k and each class ``per_size`` combinations of its best changes are
+    tried, drawn with replacement, rank r of n from 0 on with probability (2(n - r) - 1) / n². If one pixel is changed
+    twice, the later change counts.
 
-    Each image's search ends with the chunk of ``CHUNK`` points that holds its first success. Returns that point, else
-    the one where the label leads least, the image included; clean errors stay as they are. Its trace holds ``queries``
-    (B,) int64, how often an image was passed to the network, and ``found_at`` (B,) int64, the number of the first pass
-    that was misclassified: 0 for the image itself, -1 for never. At most
+    Each image's search ends with the chunk of ``CHUNK`` points that contains its first success. Returns that point,
+    else the one with the smallest lead of the label, the image included; images misclassified from the start are
+    unchanged. The trace holds ``queries`` (B,) int64, the number of passes of an image, and ``found_at`` (B,) int64,
+    the number of the first misclassified pass: 0 for the image itself, -1 for never. At most
     1 + 2^M N + (k - 1) K per_size queries, for N units of M numbers and K classes.
 
     Args:
@@ -75,7 +75,7 @@ class CornerSearch(Attack):
         return AttackResult(ball.ungrouped(quest.best, batch.images.shape[1:]), trace)
 
     def _search(self, quest: Quest, rows: Tensor, noise: Noise, width: int) -> None:
-        """Around the images ``rows`` (A,), with ``width`` points of each in one pass."""
+        """Search around the images ``rows`` (A,), with ``width`` points of each in one pass."""
         noise, seen = replace(noise, positions=noise.positions[rows]), []
         singles = torch.arange(len(quest.corners) * quest.center.shape[2], device=rows.device)
         for part in singles.split(width):
@@ -98,11 +98,14 @@ class CornerSearch(Attack):
 
 @dataclass(frozen=True)
 class Quest:
-    """What is known of a batch's images, grouped (B, M, N); written in place as points pass.
+    """The state of a search on a batch of images, grouped (B, M, N); updated in place.
 
     Args:
         corners: (2^M, M). The change number j of a single unit takes unit j // 2^M to corner j % 2^M.
-        k: (B,) int64. best: (B, M, N). leads: (B,) the label's, there. queries, found_at: (B,) int64.
+        k: (B,) int64.
+        best: (B, M, N) the best points.
+        leads: (B,) the lead of the label there.
+        queries, found_at: (B,) int64.
     """
 
     model: nn.Module
@@ -131,7 +134,7 @@ class Quest:
         )  # fmt: skip
 
     def searched(self, rows: Tensor, size: int) -> Tensor:
-        """(A,) bool: still right, and allowed to change ``size`` units."""
+        """(A,) bool: still classified correctly, and allowed to change ``size`` units."""
         return (self.found_at[rows] < 0) & (self.k[rows] >= size)
 
     def goes_on(self, rows: Tensor, size: int) -> bool:
@@ -139,7 +142,7 @@ class Quest:
 
     def ask(self, rows: Tensor, changes: Tensor) -> Tensor:
         """Logits (A, c, K) of the images ``rows`` (A,) after each of their ``changes`` (A, c, size), single ones by
-        number. Images that are not searched any more pass as they are."""
+        number. Images that are not searched any more are passed unchanged."""
         count, searched = changes.shape[1], self.searched(rows, changes.shape[2])
         units, corners = changes // len(self.corners), changes % len(self.corners)
         points = self.center[rows].repeat_interleave(count, 0)
@@ -162,8 +165,10 @@ class Quest:
 
 
 def best_singles(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """(A, K, n) the numbers of the best of T single changes, for each class by how far it is ahead of the label, for
-    the label itself by the margin over all others; of their logits (A, T, K)."""
+    """The indices (A, K, n) of the best of T single changes with logits (A, T, K).
+
+    Ranked for each class by how far it is ahead of the label, for the label itself by the margin over all others.
+    """
     own = labels[:, None, None].expand(-1, logits.shape[1], 1)
     margins = -lead(logits.flatten(0, 1), own.flatten()).reshape(own.shape)
     scores = (logits - logits.gather(2, own)).scatter(2, own, margins)

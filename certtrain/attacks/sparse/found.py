@@ -1,4 +1,4 @@
-"""What a search has met so far, image by image, and when it looks."""
+"""The best point of each image in a search, and the steps at which finished images are dropped."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ...step import Batch
 from ..objective import Objective, lead
 
 STRETCH = 10
-"""Iterations between two looks at which images are fooled by now: each look waits for a GPU."""
+"""Iterations between two checks for misclassified images: each check waits for a GPU."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has met so far of each image of a batch: its first misclassified point, else the one with the
-    largest objective.
+    """The best point so far of each image of a batch: its first misclassified point, else the one with the largest
+    objective.
 
     Args:
         images: (B, *shape).
@@ -32,7 +32,7 @@ class Found:
 
     @classmethod
     def clean(cls, model: nn.Module, batch: Batch, objective: Objective, reference: Tensor) -> Found:
-        """The images themselves; a clean error was found at 0."""
+        """Start from the images themselves; those misclassified have ``found_at`` 0."""
         with torch.no_grad():
             logits = model(batch.images)
         values = objective(logits, reference)
@@ -40,10 +40,10 @@ class Found:
         return cls(batch.images, torch.where(values.isnan(), -torch.inf, values), found_at)
 
     def open(self, rows: Tensor, number: int, mode: str) -> Tensor | None:
-        """Which of ``rows`` (R,) are worth going on with, (R,) bool; None for all of them.
+        """A mask (R,) bool of the ``rows`` (R,) to continue with; None for all of them.
 
-        Batch norm that takes the batch's statistics has to see the whole batch; and a GPU is asked in some steps only,
-        since each look waits for it.
+        All rows are kept where batch norm uses the batch's statistics, and between two checks, since each one waits for
+        the GPU.
         """
         if mode not in ("eval", "clean") or (devices.waits(rows) and number % STRETCH):
             return None
@@ -51,8 +51,8 @@ class Found:
         return None if bool(left.all()) else left
 
     def after(self, rows: Tensor, points: Tensor, logits: Tensor, labels: Tensor, values: Tensor, number: int) -> Found:
-        """With ``points`` (R, *shape) of some ``rows``, where the model has ``logits`` (R, K) and the objective
-        ``values`` (R,); ``labels`` are those of the whole batch."""
+        """Update with ``points`` (R, *shape) of some ``rows``, their ``logits`` (R, K) and objective ``values`` (R,);
+        ``labels`` are those of the whole batch."""
         wrong = ~(lead(logits, labels[rows]) > 0)
         still = self.found_at[rows] < 0
         better = still & (wrong | (values >= self.values[rows]))

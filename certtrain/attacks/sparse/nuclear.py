@@ -10,12 +10,13 @@ from .spgd import SparsePgd
 
 @dataclass(frozen=True)
 class SparseNuclear(ClimbsNuclear, SparsePgd):
-    """NuAT's attack on few pixels: one update of sPGD that climbs the nuclear norm too, at every other iteration.
+    """NuAT's attack on few pixels: one update of sPGD that maximises the nuclear norm too, at every other iteration.
 
-    The transfer from l_inf is ours: the source names NuAT over its l0 attack, and no more (Zhong et al., NeurIPS 2025).
+    The transfer from l_inf is ours: the source names NuAT over its l0 attack without details (Zhong et al., NeurIPS
+    2025).
 
     Args:
-        keep: ``last``: the norm is the batch's, of which no image has a best point of its own.
+        keep: ``last``: the norm belongs to the batch, so that single images have no best point.
     """
 
     steps: int = 1

@@ -18,19 +18,19 @@ from .found import Found
 
 @dataclass(frozen=True)
 class Pgd0(Attack):
-    """x' moves by ``step_size`` along the gradient, which is divided by its l1 norm, and back to the nearest point of
-    the ball: a weak baseline beside sPGD.
+    """Move x' by ``step_size`` along the gradient divided by its l1 norm, then project onto the ball; a weak baseline.
 
-    The result is the first point that is misclassified, else that with the largest objective, the image included;
-    clean errors stay as they are. Its trace holds ``found_at`` (B,) int64: after how many steps an image was first
-    misclassified, those of earlier restarts included; 0 for the first start or a clean error, -1 for never.
+    The result is the first misclassified point, else that with the largest objective, the image included; images
+    misclassified from the start are unchanged. The trace holds ``found_at`` (B,) int64: the number of steps, those of
+    earlier restarts included, after which an image was first misclassified; 0 for the first start or a clean error, -1
+    for never.
 
     Args:
         steps: of each restart.
         step_size: the l1 length of a step in pixel units of [0, 1]. The published one fits 3 x 32 x 32 numbers; on
-            few numbers it throws all that the gradient moves to the faces of the box.
-        restarts: random points of the ball to start from, one after the other.
-        objective: what is climbed; null for what the loss asks for, which is the cross-entropy for most.
+            few numbers it moves every pixel that the gradient selects to a face of the box.
+        restarts: number of runs, each from a random point of the ball.
+        objective: the objective to maximise; null for the loss' own, the cross-entropy for most.
     """
 
     balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)

@@ -18,7 +18,7 @@ from ..objective import CrossEntropy, Objective
 from .found import Found
 
 FINEST = 40
-"""Halvings after which the line search gives an image up."""
+"""Halvings after which the line search leaves an image unchanged."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Saif(Attack):
     Args:
         steps: number of updates.
         line_search: the second form.
-        objective: what is climbed; null for what the loss asks for, which is the cross-entropy for most.
+        objective: the objective to maximise; null for the loss' own, the cross-entropy for most.
     """
 
     balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
@@ -91,7 +91,7 @@ class Saif(Attack):
 
 @dataclass(frozen=True)
 class _Iterate:
-    """Where the method stands on R images of a batch; images are grouped (R, M, N).
+    """The state of the method on R images of a batch, grouped (R, M, N).
 
     Args:
         rows: (R,) int64, their numbers in the batch.
@@ -119,7 +119,7 @@ class _Iterate:
         return cls(rows, center, s, p, torch.ones_like(rows), k)
 
     def take(self, chosen: Tensor) -> _Iterate:
-        """Of some of them alone: (R,) bool."""
+        """Select some of the images by an (R,) bool mask."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value[chosen] for name, value in held.items() if isinstance(value, Tensor)})
 
@@ -133,7 +133,7 @@ class _Iterate:
         return torch.where(mask[:, None], (self.center + self.p).clamp(0, 1), self.center)
 
     def goal(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """What the linear objective of this gradient (R, M, N) is best at: a mask and a perturbation. NaN is 0."""
+        """The mask and perturbation that maximise the linear form of this gradient (R, M, N). NaN counts as 0."""
         promise = (torch.where(gradient.isnan(), 0, gradient) * self.p).sum(1)
         helps = promise > 0
         z = kernels.topk_mask(torch.where(helps, promise, 0), self.k).bool() & helps
@@ -145,7 +145,7 @@ class _Iterate:
         return z.to(self.s.dtype), v
 
     def moved(self, goal: tuple[Tensor, Tensor], share: Tensor) -> _Iterate:
-        """A share (R,) of the way."""
+        """Move a share (R,) of the way."""
         z, v = goal
         p = self.p + share[:, None, None] * (v - self.p)
         p = torch.minimum(torch.maximum(p, -self.center), 1 - self.center)
@@ -154,7 +154,8 @@ class _Iterate:
     def searched(
         self, goal: tuple[Tensor, Tensor], share: Tensor, values: Tensor, look: Callable[[_Iterate], Tensor]
     ) -> _Iterate:
-        """A share (R,) of the way, halved until ``look`` finds no less than ``values`` (R,); none if never."""
+        """Move a share (R,) of the way, halved until ``look`` finds at least ``values`` (R,); do not move if it never
+        does."""
         halvings = self.halvings
         while True:
             tried = self.moved(goal, share * 0.5 ** halvings.to(share.dtype))

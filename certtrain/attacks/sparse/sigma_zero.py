@@ -1,4 +1,4 @@
-"""σ-zero: the fewest pixels that it takes (Cinà et al., ICLR 2025, arXiv 2402.01879)."""
+"""σ-zero: minimum-norm attack on few pixels (Cinà et al., ICLR 2025, arXiv 2402.01879)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from .found import STRETCH
 
 @dataclass(frozen=True)
 class SigmaZero(Attack):
-    """Minimum norm: gradient descent, from no change at all, of how far the label leads plus a smooth count of the
-    units that differ.
+    """Gradient descent, from the image itself, on the label's lead plus a smooth count of the changed units.
 
     The count of a change d is the mean over units of |d_u|²/(|d_u|² + sigma), and the lead counts as 0 where it is
     negative. Each gradient is divided by its largest entry; Adam takes the step, at a rate that falls along half a
@@ -35,9 +34,9 @@ class SigmaZero(Attack):
     many steps it was first found so with at most k. Both are 0 for a clean error and -1 for never.
 
     Args:
-        steps: number of updates; 100 and 1000 are customary.
+        steps: number of updates; 100 and 1000 are usual.
         lr: the first learning rate.
-        sigma: what blurs the count; it is exact as sigma goes to 0.
+        sigma: smoothing of the count, which is exact in the limit 0.
         threshold: the first tau, in pixel units of [0, 1].
         threshold_rate: how far tau moves in a step, times the learning rate. tau stays in [0, 1].
     """
@@ -88,7 +87,7 @@ class SigmaZero(Attack):
         return AttackResult(best, {"changed": changed, "found_at": found_at})
 
     def moved(self, at: _Descent, gradient: Tensor, wrong: Tensor, number: int) -> _Descent:
-        """One step further along the lead's ``gradient`` (R, M, N); ``wrong`` (R,) bool, is the image fooled here?"""
+        """Take one step along the lead's ``gradient`` (R, M, N); ``wrong`` (R,) bool marks misclassified images."""
         size = at.change.square().sum(1, keepdim=True)
         count = 2 * self.sigma * at.change / (size + self.sigma).square() / size.shape[2]
         gradient = torch.where(gradient.isfinite(), gradient, 0) + count
@@ -105,12 +104,12 @@ class SigmaZero(Attack):
 
 @dataclass(frozen=True)
 class _Descent:
-    """Where the descent stands on R images of a batch; images are grouped (R, M, N).
+    """The state of the descent on R images of a batch, grouped (R, M, N).
 
     Args:
         rows: (R,) int64, their numbers in the batch.
         center: the clean images.
-        change: from them.
+        change: from the clean images.
         first, second: Adam's averages of the gradient and of its square.
         tau: (R,) the threshold.
     """
@@ -128,7 +127,7 @@ class _Descent:
         return cls(rows, center, nothing, nothing, nothing, center.new_full((len(center),), threshold))
 
     def take(self, chosen: Tensor) -> _Descent:
-        """Of some of them alone: (R,) bool."""
+        """Select some of the images by an (R,) bool mask."""
         return replace(self, **{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
     def points(self) -> Tensor:

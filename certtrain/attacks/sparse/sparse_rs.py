@@ -1,4 +1,4 @@
-"""Sparse-RS: few pixels, found by random search in the logits alone (Croce et al., arXiv 2006.12834)."""
+"""Sparse-RS: random search over few pixels, from logits only (Croce et al., arXiv 2006.12834)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..objective import CrossEntropy, lead
 from .found import STRETCH
 
 SCHEDULE = ((50, 2), (200, 4), (500, 5), (1000, 6), (2000, 8), (4000, 10), (6000, 12), (8000, 15), (10000, 20))
-"""Up to which of 10000 moves p_init is divided by how much. A longer search begins with p_init itself."""
+"""The divisor of p_init up to each of these moves, of 10000. A longer search begins with p_init itself."""
 
 
 @dataclass(frozen=True)
 class SparseRs(Attack):
-    """Random search over the corners of k pixels (or other units of the ball): black-box.
+    """Random search over the corners of k pixels (or other units of the ball); black-box.
 
     It starts with k random units at random corners, numbers 0 or 1. Each move takes some of them back to the image and
     sets as many unused ones to random corners; it is kept if the loss drops or the image is misclassified. Where fewer
@@ -38,9 +38,9 @@ class SparseRs(Attack):
     Args:
         queries: points that are tried for each image, beside the image itself, in each restart.
         p_init: share of the k units that moves; it shrinks by ``SCHEDULE``. Published: 0.8, for large images 0.3.
-        objective: what is to drop: ``cross_entropy`` the log-probability of the label, ``margin`` how far the label
-            leads, which large images take.
-        restarts: searches of images that earlier ones left right.
+        objective: the loss to minimise: ``cross_entropy`` the log-probability of the label, ``margin`` the label's lead
+            (published for large images).
+        restarts: number of searches; each one continues with the images that are still classified correctly.
     """
 
     balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
@@ -57,7 +57,7 @@ class SparseRs(Attack):
         check(self.restarts >= 1, "restarts", self.restarts, "a whole number >= 1")
 
     def share(self, number: int) -> float:
-        """Of the k units, how many are moved at the ``number``-th move, from 1 on."""
+        """The number of the k units that the ``number``-th move changes, from 1 on."""
         rescaled = number * 10000 // self.queries
         divisor = next(divisor for last, divisor in SCHEDULE if rescaled <= last) if rescaled else 1
         return self.p_init / divisor
@@ -99,11 +99,11 @@ class SparseRs(Attack):
         return AttackResult(ball.ungrouped(best, shape), {"queries": queries, "found_at": found_at})
 
     def loss(self, logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
-        """(B,) what is to drop."""
+        """The loss (B,) to minimise."""
         return lead(logits, labels) if self.objective == "margin" else -CrossEntropy()(logits, reference)
 
     def moved(self, walk: SearchState, number: int) -> SearchState:
-        """Some of the used units elsewhere, with other colours."""
+        """Move some of the used units to other places, with other colours."""
         share = self.share(number)
         count = (walk.k.double() * share).floor().clamp(min=1).long().minimum(walk.k)
         scores = walk.noise.uniform(walk.used.shape[1:], f"place/{number}")
@@ -116,8 +116,8 @@ class SparseRs(Attack):
         return replace(walk, points=coloured(points, taken, colours), used=(walk.used & ~left) | taken)
 
     def _other(self, colour: Tensor, walk: SearchState, taken: Tensor, count: Tensor, number: int) -> Tensor:
-        """(B, M) the first colour, with one of its numbers flipped where it is that of the only unit that moves, which
-        would stay as it is."""
+        """(B, M) the first colour; with one entry flipped where it equals that of the only unit that moves, which would
+        leave the point unchanged."""
         unit = taken.int().argmax(1)[:, None, None].expand(-1, colour.shape[1], 1)
         idle = (count == 1) & (colour == walk.points.gather(2, unit)[:, :, 0]).all(1)
         member = walk.noise.integers(colour.shape[1], (1,), f"member/{number}")
@@ -127,7 +127,7 @@ class SparseRs(Attack):
 
 @dataclass(frozen=True)
 class SearchState:
-    """Where the search for some images of a batch stands; images are grouped (B, M, N).
+    """The state of the search on some images of a batch, grouped (B, M, N).
 
     Args:
         rows: (B,) int64, their numbers in the batch.
@@ -156,14 +156,14 @@ class SearchState:
         return cls(rows, center, points, used, values, k, most, noise)
 
     def take(self, chosen: Tensor) -> SearchState:
-        """Of some of them alone: (B,) bool."""
+        """Select some of the images by a (B,) bool mask."""
         index = chosen.nonzero().flatten()
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         kept = {name: value[index] for name, value in held.items() if isinstance(value, Tensor)}
         return replace(self, **kept, noise=replace(self.noise, positions=self.noise.positions[index]))
 
     def where(self, chosen: Tensor, other: SearchState) -> SearchState:
-        """The other's standing for the chosen, (B,) bool."""
+        """Take the state of ``other`` for the chosen images, (B,) bool."""
         return replace(
             self,
             points=torch.where(chosen[:, None, None], other.points, self.points),
@@ -173,11 +173,11 @@ class SearchState:
 
 
 def corners(like: Tensor, noise: Noise, number: int, count: int) -> Tensor:
-    """(B, M, count), for images ``like`` (B, M, N): so many random corners of a unit."""
+    """Random corners (B, M, count) of a unit, for images ``like`` (B, M, N)."""
     return (noise.uniform((count, like.shape[1]), f"colour/{number}") < 0.5).to(like.dtype).transpose(1, 2)
 
 
 def coloured(points: Tensor, units: Tensor, colours: Tensor) -> Tensor:
-    """(B, M, N) with those ``units`` (B, N) bool, by their order, in ``colours`` (B, M, n)."""
+    """Set the chosen ``units`` (B, N) bool of images (B, M, N) to ``colours`` (B, M, n), in order."""
     order = (units.cumsum(1) - 1).clamp(0, colours.shape[2] - 1)
     return torch.where(units[:, None], colours.gather(2, order[:, None].expand_as(points)), points)

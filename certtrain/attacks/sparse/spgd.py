@@ -1,4 +1,4 @@
-"""sPGD: a few pixels, found by gradient ascent on one logit a pixel (Zhong et al., arXiv 2405.05075)."""
+"""sPGD: gradient ascent on magnitudes and on one logit for each pixel (Zhong et al., arXiv 2405.05075)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SparsePgd(Attack):
         patience: m is drawn anew where M has stayed the same for so many steps in a row; null for never.
         keep: ``best``: the first point that is misclassified, else that with the largest objective, the image and the
             start included; clean errors stay as they are. ``last``: the point after the last step, of every image.
-        objective: what is climbed; null for what the loss asks for, which is the cross-entropy for most.
+        objective: the objective to maximise; null for the loss' own, the cross-entropy for most.
     """
 
     balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
@@ -70,13 +70,13 @@ class SparsePgd(Attack):
         return found(model, batch, ball, step, walk, self.is_projected(step))
 
     def is_projected(self, step: Step) -> bool:
-        """Whether this batch's steps move the selected pixels alone."""
+        """Whether this batch's steps move only the selected pixels."""
         if self.variant == "coin":
             return bool(key_of(step.noise.key, "variant") & 1)
         return self.variant == "projected"
 
     def begin(self, batch: Batch, ball: SparseBall, step: Step) -> Walk:
-        """Where the walk starts."""
+        """The start of the walk."""
         center = ball.grouped(batch.images)
         p = 2 * step.noise.uniform(center.shape[1:], "magnitudes", center.dtype) - 1
         p = torch.minimum(torch.maximum(p, -center), 1 - center)
@@ -130,13 +130,13 @@ class SparsePgd(Attack):
         return AttackResult(ball.ungrouped(images, shape), {"found_at": found_at})
 
     def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
-        """What is climbed where the last point is kept: a function of the logits (B, K), whose sum counts."""
+        """The function of the logits (B, K) whose sum is maximised, where the last point is kept."""
         objective = self.objective or CrossEntropy()
         reference = objective.reference(model, batch)
         return lambda logits: objective(logits, reference)
 
     def moved(self, walk: Walk, gradient: Tensor, projected: bool, number: int) -> Walk:
-        """One step further, after ``number`` others; with new logits for images whose mask has stood still for too
+        """Take one step, after ``number`` others; draw new logits for images whose mask has not changed for too
         long."""
         p, m, mask, points, changed = kernels.spgd_step(
             gradient, walk.p, walk.m, walk.center, walk.mask, walk.k,
@@ -163,16 +163,20 @@ class SparsePgd(Attack):
         return walk
 
     def ended(self, walk: Walk, batch: Batch, step: Step) -> None:
-        """Called with where the walk of a whole batch ended."""
+        """Called with the final state of the walk of a whole batch."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """Where the attack on some images of a batch stands; images are grouped (B, M, N).
+    """The state of the attack on some images of a batch, grouped (B, M, N).
 
     Args:
         rows: (B,) int64, their numbers in the batch.
-        center: the images. p: (B, M, N) magnitudes. m: (B, N) logits. mask: (B, N) uint8. points: (B, M, N).
+        center: the images.
+        p: (B, M, N) magnitudes.
+        m: (B, N) logits.
+        mask: (B, N) uint8.
+        points: (B, M, N).
         still: (B,) steps since the mask last changed.
         k: of each image, or of all.
         noise: of these images.
@@ -195,17 +199,19 @@ class Walk:
         return cls(rows, center, p, m, mask, points, torch.zeros_like(rows), k, noise)
 
     def take(self, chosen: Tensor) -> Walk:
-        """Of some of them alone: (B,) bool."""
+        """Select some of the images by a (B,) bool mask."""
         index = chosen.nonzero().flatten()
         return replace(self, **_picked(self, index), noise=_of(self.noise, index))
 
 
 @dataclass(frozen=True)
 class BestPoint:
-    """What a walk has found so far; images in the walk's order.
+    """The best points of a walk so far; images in the walk's order.
 
     Args:
-        points: (B, M, N), the best. values: (B,), the objective there. found_at: (B,), as in the trace.
+        points: (B, M, N), the best.
+        values: (B,), the objective there.
+        found_at: (B,), as in the trace.
         labels, reference: of the images, to judge logits by.
     """
 
@@ -220,7 +226,7 @@ class BestPoint:
         return cls(center.clone(), values, torch.where(lead(logits, labels) > 0, -1, 0), labels, reference)
 
     def after(self, number: int, points: Tensor, logits: Tensor, values: Tensor) -> BestPoint:
-        """With the points that ``number`` steps led to. It takes over this object's points."""
+        """Update with the points after ``number`` steps. The result reuses this object's points."""
         wrong = ~(lead(logits, self.labels) > 0)
         left = self.found_at < 0
         better = left & (wrong | (values >= self.values))
@@ -233,7 +239,7 @@ class BestPoint:
         return replace(self, points=best, values=values, found_at=torch.where(left & wrong, number, self.found_at))
 
     def take(self, chosen: Tensor) -> BestPoint:
-        """Of some images alone: (B,) bool."""
+        """Select some of the images by a (B,) bool mask."""
         return replace(self, **_picked(self, chosen.nonzero().flatten()))
 
 
@@ -242,6 +248,6 @@ def _of(noise: Noise, index: Tensor) -> Noise:
 
 
 def _picked(held: Walk | BestPoint, index: Tensor) -> dict[str, Any]:
-    """Their tensors, of the images ``index`` (B',) alone."""
+    """The tensors of the images ``index`` (B',) only."""
     found = {field.name: getattr(held, field.name) for field in fields(held)}
     return {name: value[index] for name, value in found.items() if isinstance(value, Tensor)}

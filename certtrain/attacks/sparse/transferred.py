@@ -1,4 +1,4 @@
-"""Magnitudes and logits that each sample keeps from epoch to epoch: the attack of ATTA on few pixels."""
+"""Magnitudes and logits stored for each sample across epochs: the attack of ATTA on few pixels."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SparseTransferred(SparsePgd):
 
     Both lie in the frame of the padded image, and move with crop and flip as the perturbation of ``Transferred`` does
     (Zheng et al., arXiv 1912.11969); logits as one channel more. In every ``reset``-th epoch, the first one included,
-    all of it is drawn anew, as sPGD's start is. Where nothing is declared for it, in an evaluation, every visit is a
-    first one. The transfer is ours: the source names ATTA over its l0 attack, and no more (Zhong et al., NeurIPS 2025).
+    all of it is drawn anew, as sPGD's start is. Without declared state, in an evaluation, every visit is a first one.
+    The transfer is ours: the source names ATTA over its l0 attack without details (Zhong et al., NeurIPS 2025).
 
-    A pixel keeps the largest logit of its units, and a unit begins with the largest of its pixels: exact for pixels,
-    a guess for patches that a crop has moved, and for features, of which a pixel has several.
+    A pixel stores the largest logit of its units, and a unit starts from the largest of its pixels: exact for pixels,
+    approximate for patches that a crop has moved, and for features, of which a pixel has several.
 
     Args:
         reset: epochs between two fresh starts.

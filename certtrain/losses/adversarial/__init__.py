@@ -1,4 +1,4 @@
-"""Empirical adversarial training: one method, one file. Adding one is one file, and its name here."""
+"""Methods of empirical adversarial training, one file each. Adding one is one file, and its name here."""
 
 from .atta import Atta
 from .base import AdversarialLoss, AdversarialTraining, Passes, Wrapper

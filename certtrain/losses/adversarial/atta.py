@@ -6,10 +6,10 @@ from .base import AdversarialTraining
 
 @dataclass(frozen=True)
 class Atta(AdversarialTraining):
-    """ATTA: attacks that go on where the sample's last epoch ended (Zheng et al., arXiv 1912.11969).
+    """ATTA: each sample's attack starts where it ended an epoch before (Zheng et al., arXiv 1912.11969).
 
-    The attack serves other losses too: ``{type: Trades, attack: {type: Transferred}}`` is ATTA with TRADES, its weight
-    6 as published. The authors' code divides the mean of this loss by the batch size once more; here it does not.
+    The attack works with other losses too: ``{type: Trades, attack: {type: Transferred}}`` is ATTA with TRADES, with
+    the published weight 6. The authors' code divides the mean of this loss by the batch size once more; this one not.
 
     Over a sparse set the attack is ``{type: SparseTransferred}``.
     """

@@ -1,4 +1,4 @@
-"""What the methods of adversarial training share: one attack, the passes of a step, and a criterion of their logits."""
+"""The base of adversarial training: one attack, the passes of a step, and a criterion of their logits."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ..base import Loss, LossTerms
 
 @dataclass(frozen=True)
 class Passes:
-    """What the passes of one step yield, with their gradients.
+    """Results of the forward passes of one step, with their gradients.
 
     Args:
         labels: (B,) int64.
         adversarial: (B, K) logits of the adversarial images.
-        clean: (B, K) logits of the images themselves, where the method needs them.
+        clean: (B, K) logits of the clean images, where the method needs them.
         images: (B, *shape) the adversarial images.
         others: further logits (B, K) by name.
         penalties: 0-d terms that the criterion adds, by name, with their weights.
-        weights: (B,) of the samples in the accuracy term's mean, or None for 1.
+        weights: (B,) weights of the samples in the accuracy term's mean; None for 1.
     """
 
     labels: Tensor
@@ -41,8 +41,8 @@ class Passes:
     weights: Tensor | None = None
 
     @property
-    def needed(self) -> Tensor:
-        """The clean logits of a method that asked for them."""
+    def clean_logits(self) -> Tensor:
+        """``clean``, for methods that need it (``needs_clean``)."""
         assert self.clean is not None
         return self.clean
 
@@ -54,17 +54,17 @@ Accuracy = Callable[[Passes, Step], Tensor]
 
 @dataclass(frozen=True)
 class AdversarialLoss(Loss):
-    """A loss of adversarial examples, in three parts that others may take apart.
+    """A loss on adversarial examples, in three parts that other code can call separately.
 
-    ``attacked`` finds the examples; ``passes`` does all that needs the network; ``criterion`` is a function of logits
-    alone. So a weight perturbation repeats the last two, a certified loss mixes bounds into the logits, and QUB
+    ``attacked`` finds the examples; ``passes`` does everything that needs the network; ``criterion`` is a function of
+    logits alone. A weight perturbation repeats the last two, a certified loss mixes bounds into the logits, and QUB
     replaces the accuracy term.
     """
 
     @property
     def term(self) -> Term | None:
-        """Whose cross-entropy the accuracy term is: that of the adversarial logits or of the clean ones; None where it
-        is none that a quadratic upper bound could replace."""
+        """The logits whose cross-entropy is the accuracy term: adversarial or clean; None where the accuracy term is no
+        cross-entropy, so that no quadratic upper bound can replace it."""
         return "adversarial"
 
     @property
@@ -78,28 +78,28 @@ class AdversarialLoss(Loss):
 
     @property
     def needs_clean(self) -> bool:
-        """Whether the images themselves are passed through the network, with gradient."""
+        """Whether the clean images are passed through the network, with gradient."""
         return self.term == "clean"
 
     @abstractmethod
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
-        """The adversarial images, and what the attack recorded."""
+        """Attack the batch: the adversarial images, and the trace that the attack recorded."""
 
     @abstractmethod
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
-        """Pass what was found through the network."""
+        """Pass the attack's result through the network."""
 
     @abstractmethod
     def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
-        """The loss, 0-d, of the passes' logits; with another accuracy term where one is given."""
+        """The loss (0-d) as a function of the passes' logits; ``accuracy`` replaces the accuracy term."""
 
     def given(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult) -> LossTerms:
-        """The loss where the attack's result is known."""
+        """The loss for a known result of the attack."""
         clean = model(batch.images) if self.needs_clean else None
         passes = self.passes(model, batch, step, found, clean)
         check_logits(passes.adversarial, batch.labels)
         total = self.criterion(passes, step)
-        return LossTerms(total, {name: part.detach() for name, part in shown(passes).items()})
+        return LossTerms(total, {name: part.detach() for name, part in reported(passes).items()})
 
     def __call__(self, model: nn.Module, batch: Batch, step: Step) -> LossTerms:
         return self.given(model, batch, step, self.attacked(model, batch, step))
@@ -107,9 +107,9 @@ class AdversarialLoss(Loss):
 
 @dataclass(frozen=True)
 class AdversarialTraining(AdversarialLoss):
-    """The cross-entropy of any attack's images: mean CE(f(x'), y) (Madry et al., arXiv 1706.06083).
+    """The cross-entropy of adversarial images: mean CE(f(x'), y) (Madry et al., arXiv 1706.06083).
 
-    The methods that differ in their attack alone are this with another default.
+    Methods that differ only in their attack are subclasses with another default.
 
     Args:
         attack: any attack of the library.
@@ -119,7 +119,7 @@ class AdversarialTraining(AdversarialLoss):
 
     @property
     def objective(self) -> Objective:
-        """What the attack climbs, unless it has an objective of its own."""
+        """The objective that the attack maximises, unless the attack has its own."""
         return CrossEntropy()
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
@@ -136,7 +136,7 @@ class AdversarialTraining(AdversarialLoss):
 
     def accuracy(self, passes: Passes, step: Step) -> Tensor:
         """(B,) the cross-entropy that ``term`` names."""
-        logits = passes.needed if self.term == "clean" else passes.adversarial
+        logits = passes.clean_logits if self.term == "clean" else passes.adversarial
         return F.cross_entropy(logits, passes.labels, reduction="none")
 
     def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
@@ -147,13 +147,13 @@ class AdversarialTraining(AdversarialLoss):
         return total
 
     def regularisers(self, passes: Passes, step: Step) -> Mapping[str, Tensor]:
-        """0-d terms beside the accuracy term, functions of the logits, by name, with their weights."""
+        """The 0-d terms added to the accuracy term, by name, with their weights; functions of the logits."""
         return {}
 
 
 @dataclass(frozen=True)
 class Wrapper(AdversarialLoss):
-    """A method over another one, whose attack and passes it keeps."""
+    """A method that changes another one's criterion and keeps its attack and passes."""
 
     base: AdversarialLoss = AdversarialTraining()
 
@@ -197,8 +197,8 @@ class Wrapper(AdversarialLoss):
 
 
 @torch.no_grad()
-def shown(passes: Passes) -> dict[str, Tensor]:
-    """What progress and ``metrics.jsonl`` tell of the passes."""
+def reported(passes: Passes) -> dict[str, Tensor]:
+    """Losses and accuracies of the passes, for progress and ``metrics.jsonl``."""
     correct = passes.adversarial.argmax(1) == passes.labels
     parts = {
         "adversarial_loss": F.cross_entropy(passes.adversarial, passes.labels),

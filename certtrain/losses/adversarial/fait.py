@@ -18,8 +18,8 @@ class Fait(Trades):
     """FAIT: TRADES with its divergence split at an early iterate x* of the attack ("Bregman" paper of FAIT and MER).
 
     mean CE(f(x), y) + weight · (Δ(f(x), f(x*)) + Δ(f(x*), f(x'))). On the segment between two distributions the split
-    is never larger than the whole (a lemma of Bregman divergences); iterates of PGD do not lie on one, so of them it
-    holds in the mean, not always.
+    is never larger than the whole (a lemma on Bregman divergences); iterates of PGD do not lie on one, so for them it
+    holds on average, not always.
 
     Args:
         index: I, the number of attack steps after which x* is taken.
@@ -45,6 +45,6 @@ class Fait(Trades):
 
     def regularisers(self, passes: Passes, step: Step) -> Mapping[str, Tensor]:
         middle = passes.others["middle"]
-        first = self.divergence.between(passes.needed, middle).mean()
+        first = self.divergence.between(passes.clean_logits, middle).mean()
         second = self.divergence.between(middle, passes.adversarial).mean()
         return {"divergence": value_at(self.weight, step) * (first + second)}

@@ -22,19 +22,20 @@ class FastBat(AdversarialTraining):
     loss' gradient is ∂CE(δ*) + implicit · ∇_weights <∇_δ CE(z), inside · ∇_δ CE(δ*)>: one backward pass through the
     gradient at z, and no Hessian.
 
-    In l_inf balls and, our own reading, in sparse sets: the source names Fast-BAT over its l0 attack, and no more
-    (Zhong et al., NeurIPS 2025). There too the quadratic's minimiser is the nearest point of the set, which selects k
-    pixels; the derivative passes where a pixel is selected and the entry ends inside [0, 1], the selection held fixed.
+    Defined in l_inf balls. The form in sparse sets is our own reading: the source names Fast-BAT over its l0 attack
+    without details (Zhong et al., NeurIPS 2025). There the quadratic's minimiser is the nearest point of the set, which
+    selects k pixels; the derivative passes where a pixel is selected and the entry ends inside [0, 1], with the
+    selection held fixed.
 
     Args:
         attack: finds the point of linearisation z; in a sparse set ``{type: SparsePgd, steps: 1, alpha: 1, beta: 1,
             patience: null, keep: last}``.
-        step_size: of the last step, in pixel units: 5000/255 as released up to epsilon 8/255, 2000/255 above.
-        implicit: of the implicit gradient, 1 / lambda: 0.1 as released, 0 for none, null for ``step_size``, which makes
-            it the derivative of what was computed.
-        sign: take the sign of the gradient in the last step, whose derivative is 0, and ``sign_size`` for its size; in
-            l_inf balls alone.
-        sign_size: in epsilons.
+        step_size: size of the last step, in pixel units: 5000/255 as released up to epsilon 8/255, 2000/255 above.
+        implicit: weight of the implicit gradient, 1 / lambda: 0.1 as released, 0 for none, null for ``step_size``,
+            which makes it the exact derivative.
+        sign: take the sign of the gradient in the last step, whose derivative is 0, with step size ``sign_size``; in
+            l_inf balls only.
+        sign_size: step size in epsilons.
     """
 
     attack: Attack = Linearisation(attack_mode="train")
@@ -74,16 +75,16 @@ class FastBat(AdversarialTraining):
             target = found.images + change
             images = step.ball.project(batch.images, target)
             inside = _inside(step.ball, batch.images, images, target)
-        if implicit:  # images as they are, with the derivative of the step where it ends inside the box
+        if implicit:  # unchanged values, with the derivative of the step where it ends inside the box
             size = self.step_size if self.implicit is None else self.implicit
             images = images + size * inside * (gradient - gradient.detach())
         return super().passes(model, batch, step, replace(found, images=images), clean)
 
 
 def _inside(ball: PerturbationSet, images: Tensor, reached: Tensor, target: Tensor) -> Tensor:
-    """Which entries of ``reached``, the projection of ``target`` around ``images``, move as the target moves: bool."""
+    """A bool mask of the entries of ``reached``, the projection of ``target`` around ``images``, that move with it."""
     inside = reached == target
     if not isinstance(ball, SparseBall):
         return inside
-    selected = ball.grouped(reached != images).any(1, keepdim=True)  # else the target may lie at the image by chance
+    selected = ball.grouped(reached != images).any(1, keepdim=True)  # unselected entries may equal the target by chance
     return inside & ball.ungrouped(selected.expand_as(ball.grouped(images)), images.shape[1:])

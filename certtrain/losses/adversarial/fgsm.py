@@ -8,7 +8,7 @@ from .base import AdversarialTraining
 class Fgsm(AdversarialTraining):
     """One step of size epsilon from the image itself (Goodfellow et al., arXiv 1412.6572).
 
-    The test-bed of catastrophic overfitting: accuracy under stronger attacks may fall to 0 within an epoch.
+    Prone to catastrophic overfitting: accuracy under stronger attacks may fall to 0 within an epoch.
     """
 
     attack: Attack = Ascent(attack_mode="train", steps=1, step_size=1.0, start="zero")

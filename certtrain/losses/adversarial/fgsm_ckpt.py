@@ -6,9 +6,10 @@ from .base import AdversarialTraining
 
 @dataclass(frozen=True)
 class FgsmCkpt(AdversarialTraining):
-    """FGSM-CKPT: the FGSM-RS step, cut short where the network is fooled first (Kim et al., arXiv 2010.01799).
+    """FGSM-CKPT: the FGSM-RS step, shortened to the first checkpoint that is misclassified (Kim et al., arXiv
+    2010.01799).
 
-    Samples that are wrong already train on the image itself.
+    Samples that are misclassified without an attack are trained on unchanged.
     """
 
     attack: Attack = Checkpoints(attack_mode="eval")

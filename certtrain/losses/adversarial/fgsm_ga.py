@@ -16,19 +16,19 @@ from .base import AdversarialTraining, Passes
 
 @dataclass(frozen=True)
 class FgsmGa(AdversarialTraining):
-    """GradAlign: FGSM, and gradients kept parallel around the image (Andriushchenko and Flammarion, arXiv 2007.02617).
+    """GradAlign: FGSM with a penalty on input gradients that turn (Andriushchenko and Flammarion, arXiv 2007.02617).
 
-    mean CE(f(x'), y) + weight · mean(1 - cos(g1, g2)), g1 the input's gradient at x and g2 at x + a uniform change.
-    Samples of which one gradient is 0 (or so small that its square is) have no part in that mean. Over a sparse set the
-    change is random in k random pixels, and weight and attack have to be said.
+    mean CE(f(x'), y) + weight · mean(1 - cos(g1, g2)), g1 the input gradient at x and g2 that at x + a uniform change.
+    Samples with a gradient of 0 (or one whose square underflows) are left out of that mean. Over a sparse set the
+    change is random in k random pixels, and weight and attack have no default.
 
     Args:
-        attack: FGSM. Where it starts at the image and sees the network in the mode of the training passes, a detached
-            g1 is the gradient that it took, and costs nothing.
+        attack: FGSM. Where it starts at the image, with the network in the mode of the training passes, a detached g1
+            is the attack's own gradient and costs nothing.
         weight: null for the published 0.02 · 10^(255 epsilon / 8), a fit of l_inf radii up to 16/255: 0.2 at 8/255, 2
             at 16/255, but 31 at 0.1.
         detached: whether g1 is a constant, as in the authors' code. If not, it is recomputed with its graph.
-        clipped: whether x + the change is brought into [0, 1]; not so in the authors' code.
+        clipped: whether x + the change is projected into the set within [0, 1]; the authors' code does not.
     """
 
     attack: Attack = Ascent(attack_mode="train", steps=1, step_size=1.0, start="zero")
@@ -82,7 +82,7 @@ def published_weight(epsilon: float | Tensor) -> float | Tensor:
 
 
 def misalignment(first: Tensor, second: Tensor) -> Tensor:
-    """0-d: the mean of 1 - cos of two gradients (B, *shape), over the samples whose gradients have a direction."""
+    """The mean (0-d) of 1 - cos of two gradients (B, *shape), over the samples with both gradients other than 0."""
     first, second = first.flatten(1), second.flatten(1)
     tiny = torch.finfo(first.dtype).tiny
     directed = (first.detach().square().sum(1) > tiny) & (second.detach().square().sum(1) > tiny)

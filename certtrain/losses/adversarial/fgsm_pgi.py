@@ -13,17 +13,18 @@ from .base import AdversarialTraining, Passes
 
 @dataclass(frozen=True)
 class FgsmPgi(AdversarialTraining):
-    """FGSM-PGI with the momentum of all epochs, FGSM-MEP: one step from the sample's own perturbation of the last epoch
-    (Jia et al., arXiv 2207.08859).
+    """FGSM-PGI with momentum over all epochs (FGSM-MEP): one step from the sample's perturbation of the last epoch (Jia
+    et al., arXiv 2207.08859).
 
     CE(f(x + d), t) + weight · the mean, over samples and classes, of (f(x + d) - f(x + d0))², d0 the perturbation that
     the step starts from; both logits carry gradients. The attack climbs the same smoothed cross-entropy.
 
     Args:
-        attack: its passes leave the running statistics alone, because the loss passes x + d0 again, with gradient: they
-            move twice a step, as published (three times under QUB).
-        true_mass: what the label t gives to the true class; the others share the rest. The paper's 0.6; the code of
-            arXiv 2601.13645 has 1, the plain cross-entropy. QUB's bound is that of the plain one at any value.
+        attack: by default leaves running statistics unchanged, because the loss passes x + d0 again, with gradient:
+            they move twice a step, as published (three times under QUB).
+        weight: multiplies the mean squared change of the logits.
+        true_mass: probability that the label t gives to the true class; the others share the rest. 0.6 in the paper;
+            1, the plain cross-entropy, in the code of arXiv 2601.13645. QUB bounds the plain one at any value.
     """
 
     attack: PriorGuided = PriorGuided(attack_mode="batch")

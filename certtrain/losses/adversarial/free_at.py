@@ -26,20 +26,20 @@ class FreeAt(AdversarialLoss):
     arXiv 1904.12843).
 
     mean CE(f(x + d), y), several updates with each batch. Each moves the weights, and d ← Π(d + step_size · epsilon ·
-    direction of the *loss'* gradient), whatever that loss is: under QUB d climbs QUB's bound. There is one d for each
-    position in the batch, which is never reset: what a batch leaves is where the next one starts, and a smaller last
-    batch uses the first rows. x + d is brought into the set before it is passed.
+    direction of the *loss'* gradient), whatever that loss is: under QUB d ascends QUB's bound. There is one d for each
+    position in the batch. It is never reset: the next batch starts from it, and a smaller last batch uses the first
+    rows. x + d is projected into the set before the pass.
 
-    Over a sparse set d is sPGD's x + p ⊙ M, and its update that of p and the logits of M along the loss' gradient; both
-    are kept by position, cut to what the new image allows. A position's first start is random: without magnitudes no
-    logit would move. The transfer is ours: the source names Free-AT over its l0 attack, and no more (Zhong et al.,
-    NeurIPS 2025).
+    Over a sparse set x + d is sPGD's x + p ⊙ M, and the update moves p and the logits of M along the loss' gradient;
+    both are kept by position and clipped to the range that the new image allows. A position's first start is random,
+    because logits do not move while all magnitudes are 0. This form is ours: the source names Free-AT over its l0
+    attack without details (Zhong et al., NeurIPS 2025).
 
     Args:
-        replays: m, updates with each batch; an epoch has that many times the steps, so recipes have fewer epochs.
+        replays: m, updates with each batch; an epoch has m times the steps, so recipes have fewer epochs.
         step_size: in epsilons.
-        attack: null for the ball of a norm; over a sparse set the update that each replay takes, ``{type: SparsePgd,
-            steps: 1, alpha: 1, beta: 1, patience: null, keep: last}``.
+        attack: null for the ball of a norm; over a sparse set the update of each replay, ``{type: SparsePgd, steps: 1,
+            alpha: 1, beta: 1, patience: null, keep: last}``.
     """
 
     replays: int = 8  # type: ignore[override]
@@ -93,7 +93,7 @@ class FreeAt(AdversarialLoss):
         return F.cross_entropy(passes.adversarial, passes.labels)
 
     def _carry(self, batch: Batch, step: Step, points: Tensor, gradient: Tensor) -> None:
-        """Write what the next update starts from; called by the backward pass."""
+        """Store the perturbation that the next update starts from; called by the backward pass."""
         assert isinstance(step.ball, NormBall)
         images = batch.images.detach()
         moved = points + self.step_size * step.ball.radius(gradient) * step.ball.direction(gradient)
@@ -101,7 +101,7 @@ class FreeAt(AdversarialLoss):
         step.state.write(CARRIED, batch, change.nan_to_num(0, 0, 0))
 
     def _started(self, attack: SparsePgd, batch: Batch, step: Step) -> AttackResult:
-        """Where sPGD stands at these positions, with its ``magnitudes`` and ``mask_logits`` in the trace."""
+        """The points that sPGD has reached at these positions, with ``magnitudes`` and ``mask_logits`` in the trace."""
         assert isinstance(step.ball, SparseBall)
         ball, shape = step.ball, batch.images.shape[1:]
         walk = attack.begin(replace(batch, images=batch.images.detach()), ball, step)
@@ -117,7 +117,7 @@ class FreeAt(AdversarialLoss):
     def _carry_sparse(
         self, attack: SparsePgd, batch: Batch, step: Step, start: Mapping[str, Tensor], gradient: Tensor
     ) -> None:
-        """As ``_carry``, of what sPGD keeps; a unit's logit stands at each of its numbers."""
+        """``_carry`` for sPGD's magnitudes and logits; a unit's logit is stored at each of its entries."""
         assert isinstance(step.ball, SparseBall)
         ball, shape = step.ball, batch.images.shape[1:]
         center = ball.grouped(batch.images.detach())

@@ -14,15 +14,15 @@ from .base import AdversarialTraining, Passes
 
 @dataclass(frozen=True)
 class Gairat(AdversarialTraining):
-    """GAIRAT: samples that the attack fools early weigh more (Zhang et al., arXiv 2010.01736).
+    """GAIRAT: samples that are misclassified early in the attack get larger weights (Zhang et al., arXiv 2010.01736).
 
-    mean of w · CE(f(x'), y), where w is in proportion to tanh(offset + 5 (h - kappa) / h) + 1 and has the mean 1 over
-    the batch (with ``training.accumulate`` over a part); kappa is how many of the attack's points before a step are
-    classified correctly, h half the steps, rounded down. The weights are constants.
+    mean of w · CE(f(x'), y), where w is proportional to tanh(offset + 5 (h - kappa) / h) + 1 with mean 1 over the batch
+    (with ``training.accumulate`` over each part); kappa is the number of the attack's points before a step that are
+    classified correctly, h half the steps, rounded down. No gradient flows into the weights.
 
     Args:
-        begin_epoch: how many epochs all samples weigh the same; null for half of them, 60 of 120 as published.
-        offset: Lambda; larger ones weigh more evenly.
+        begin_epoch: number of epochs with equal weights at the start; null for half of all, 60 of 120 as published.
+        offset: Lambda; larger values give more even weights.
     """
 
     attack: Ascent = Ascent(attack_mode="eval", steps=10, step_size=0.25, start="uniform")
@@ -41,7 +41,7 @@ class Gairat(AdversarialTraining):
         return replace(passes, weights=self.weights(found.trace["correct"]).to(passes.adversarial.dtype))
 
     def weights(self, correct: Tensor) -> Tensor:
-        """(B,) float64 of kappa (B,) int64: their mean is 1."""
+        """(B,) float64 weights with mean 1, from kappa (B,) int64."""
         half = self.attack.steps // 2
         scores = self.offset + 5 * (half - correct.double()) / half
         # (tanh(s) + 1) / 2 = sigmoid(2 s), whose logarithm neither cancels nor vanishes: in float32 the formula itself

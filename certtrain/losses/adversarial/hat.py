@@ -19,11 +19,11 @@ from .trades import Trades
 
 @dataclass(frozen=True)
 class Hat(Trades):
-    """HAT: TRADES, and helper examples beyond the adversarial ones, labelled by a normally trained network (Rade and
+    """HAT: TRADES plus helper examples beyond the adversarial ones, labelled by a normally trained network (Rade and
     Moosavi-Dezfooli, ICLR 2022, "Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off").
 
     TRADES + helper_weight · mean CE(f(x + extrapolation · (x' - x)), argmax f_std(x')). The helper examples are clipped
-    neither to the ball nor to valid images. Three passes: images, adversarial, helper examples.
+    neither to the ball nor to valid images. Three passes: clean, adversarial and helper images.
 
     Args:
         teacher: f_std, frozen and in evaluation mode: a run's folder, or a ``.safetensors`` file, with weights of the

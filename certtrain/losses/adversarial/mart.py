@@ -15,12 +15,12 @@ from .base import AdversarialTraining, Passes
 
 @dataclass(frozen=True)
 class Mart(AdversarialTraining):
-    """MART: what the clean prediction gets wrong weighs more (Wang et al., ICLR 2020, "Improving Adversarial Robustness
-    Requires Revisiting Misclassified Examples").
+    """MART: samples whose clean prediction is unsure get larger weights (Wang et al., ICLR 2020, "Improving Adversarial
+    Robustness Requires Revisiting Misclassified Examples").
 
     With p = softmax f(x) and q = softmax f(x'): mean of -log q_y - log(1.0001 - max over k ≠ y of q_k + 1e-12)
-    + weight · KL(p || q) · (1.0000001 - p_y), where KL reads log(q + 1e-12). All of it carries gradients, the last
-    factor too. Its accuracy term is no cross-entropy, and is as low as -1e-4 where q is certain.
+    + weight · KL(p || q) · (1.0000001 - p_y), where KL reads log(q + 1e-12). Gradients flow through all of it, the
+    last factor included. The accuracy term is no cross-entropy; it goes down to -1e-4 where q is certain.
 
     Args:
         weight: lambda; 5 is the released scripts', 6 their function's default.
@@ -53,7 +53,7 @@ class Mart(AdversarialTraining):
         return F.cross_entropy(passes.adversarial, passes.labels, reduction="none") - margin
 
     def regularisers(self, passes: Passes, step: Step) -> Mapping[str, Tensor]:
-        logarithms = F.log_softmax(passes.needed, 1)
+        logarithms = F.log_softmax(passes.clean_logits, 1)
         clean = logarithms.exp()
         adversarial = torch.log(F.softmax(passes.adversarial, 1) + 1e-12)
         divergence = (clean * (logarithms - adversarial)).sum(1)

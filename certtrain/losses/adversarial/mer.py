@@ -13,14 +13,14 @@ from .trades import Trades
 
 @dataclass(frozen=True)
 class Mer(Wrapper):
-    """MER: a method whose predictions are kept uncertain, base + mean(clean · ψ(f(x)) + adversarial · ψ(f(x'))).
+    """MER, maximum-entropy regularisation: base + mean(clean · ψ(f(x)) + adversarial · ψ(f(x'))).
 
-    With KL's ψ = -H this maximises the entropy. What its source proves is about two classes.
+    With KL's ψ = -H this maximises the entropy of the predictions. The source's proofs are for two classes.
 
     Args:
         base: any method: TRADES and FAIT as published; others are experimental.
         clean, adversarial: weights of the two potentials.
-        divergence: whose potential ψ.
+        divergence: supplies the potential ψ.
     """
 
     base: AdversarialLoss = Trades(weight=21.0)
@@ -38,6 +38,6 @@ class Mer(Wrapper):
 
     def criterion(self, passes: Passes, step: Step, accuracy: Accuracy | None = None) -> Tensor:
         total = self.base.criterion(passes, step, accuracy)
-        for weight, logits in ((self.clean, passes.needed), (self.adversarial, passes.adversarial)):
+        for weight, logits in ((self.clean, passes.clean_logits), (self.adversarial, passes.adversarial)):
             total = total + value_at(weight, step) * self.divergence.potential(logits).mean()
         return total

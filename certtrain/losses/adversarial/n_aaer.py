@@ -18,15 +18,15 @@ _N_FGSM = Ascent(attack_mode="train", steps=1, step_size=1.0, start="uniform", s
 
 @dataclass(frozen=True)
 class NAaer(AdversarialTraining):
-    """N-AAER: N-FGSM, and a penalty on abnormal examples, whose loss the attack lowered (Lin et al., NeurIPS 2023,
+    """N-AAER: N-FGSM with a penalty on abnormal examples, whose loss the attack lowered (Lin et al., NeurIPS 2023,
     arXiv 2404.08154).
 
     With s the attack's start, A = {CE(f(s), y) > CE(f(x'), y)}, N the other samples, and V the mean over a set of
-    |f(s) - f(x')|², f(s) a constant: mean CE(f(x'), y) + weight · |A| / B · (loss_weight · mean over A of
-    (CE(f(s), y) - CE(f(x'), y)) + logit_weight · max(V_A - V_N, 0)), V_N a constant too. Where A or N is empty the
-    penalty is 0. With ``training.accumulate`` both are sets of a part's samples.
+    |f(s) - f(x')|² with f(s) constant: mean CE(f(x'), y) + weight · |A| / B · (loss_weight · mean over A of
+    (CE(f(s), y) - CE(f(x'), y)) + logit_weight · max(V_A - V_N, 0)), V_N constant too. Where A or N is empty the
+    penalty is 0. With ``training.accumulate`` both are formed within each part.
 
-    RS-AAER is this with ``attack: {step_size: 1.25, start_scale: 1, projected: true}`` and weights of its own.
+    RS-AAER: ``attack: {step_size: 1.25, start_scale: 1, projected: true}`` and its own weights.
 
     Over a sparse set the attack is ``{type: SparsePgd, steps: 1, alpha: 1, beta: 1, patience: null, keep: last}``, and
     its random start is s.
@@ -36,8 +36,8 @@ class NAaer(AdversarialTraining):
         weight, loss_weight, logit_weight: lambda 1 to 3. Published for CIFAR-10 at epsilon 8, 12, 16, 32 / 255:
             (1, 1.5, 0.15), (1, 5, 0.55), (1, 8.5, 1.5), (1, 2.75, 0.75); of RS-AAER at 8 and 16: (1, 2.5, 1.5),
             (1, 7, 3.25).
-        detached: whether both losses of the ``loss_weight`` term are constants, as released, so that it changes the
-            loss' value and no gradient. Else f(s) is passed once more.
+        detached: whether both losses of the ``loss_weight`` term are constants, as released: it then changes the value
+            of the loss and no gradient. Otherwise f(s) is computed once more, with gradient.
     """
 
     attack: Attack = _N_FGSM
@@ -70,5 +70,5 @@ class NAaer(AdversarialTraining):
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean (0-d) over the samples chosen (B,); 0 over none, with a gradient of 0."""
+    """The mean (0-d) over the chosen samples (B,); 0 with gradient 0 where none is chosen."""
     return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)

@@ -19,13 +19,13 @@ class NuAt(AdversarialTraining):
     NeurIPS 2021, "Towards Efficient and Effective Adversarial Training").
 
     The nuclear norm is the sum of singular values: it grows slower than linearly with the batch, so that ``weight``
-    belongs to a batch size (64 as published), and with ``training.accumulate`` to that of a part. NuAT2 takes two steps
-    and averaged weights; here every step climbs the same objective (``attack: {steps: 2}``, ``training.averaging``).
+    belongs to a batch size (64 as published; with ``training.accumulate`` that of a part). NuAT2 takes two steps and
+    averaged weights; here every step ascends the same objective (``attack: {steps: 2}``, ``training.averaging``).
 
     Over a sparse set the attack is ``{type: SparseNuclear}``.
 
     Args:
-        weight: lambda; the attack's too, unless it has its own.
+        weight: lambda; also used by the attack, unless it has its own.
     """
 
     attack: ClimbsNuclear = Nuclear()
@@ -53,5 +53,5 @@ class NuAt(AdversarialTraining):
         return attack.toward(self.objective)(model, batch, step.ball, step)
 
     def regularisers(self, passes: Passes, step: Step) -> Mapping[str, Tensor]:
-        norm = nuclear_norm(passes.adversarial - passes.needed)
+        norm = nuclear_norm(passes.adversarial - passes.clean_logits)
         return {"nuclear": value_at(self.weight, step) * norm / len(passes.labels)}

@@ -15,20 +15,20 @@ from .n_fgsm import NFgsm
 
 @dataclass(frozen=True)
 class Qub(Wrapper):
-    """QUB: the accuracy term of a method, bounded from above by a quadratic around the clean logits (arXiv 2601.13645).
+    """QUB: replace a method's accuracy term by a quadratic upper bound around the clean logits (arXiv 2601.13645).
 
     CE(a, y) <= CE(z, y) + (a - z)·(softmax(z) - y) + |a - z|² / 4, for clean logits z and adversarial logits a. The
-    attack stays the base's own, and so do its regularisers. A base whose accuracy term is the clean cross-entropy
-    (TRADES, FAIT, HAT, NuAT) has it replaced by the bound, and keeps its divergence: nobody has published that.
+    base's attack and regularisers are kept. Where its accuracy term is the clean cross-entropy (TRADES, FAIT, HAT,
+    NuAT), the bound replaces that and the divergence stays; this combination is not published.
 
-    The clean pass comes after the attack, in the authors' code before it: an attack in evaluation mode sees running
-    statistics that are younger by one update there.
+    The clean pass comes after the attack; in the authors' code it comes before, so that an attack in evaluation mode
+    sees running statistics that are one update newer there.
 
     Args:
         base: any method whose accuracy term is a cross-entropy.
         kind: ``static``, or ``decreasing``: (1 - t) · bound + t · the base's own term, t = epoch / epochs.
-        bound: ``published``; or ``centred``, which is tighter, still an upper bound, and like the cross-entropy blind
-            to what is added to all logits: |d|² - (sum of d)² / K in place of |d|² (Böhning 1992).
+        bound: ``published``; or ``centred``, which is tighter, still an upper bound, and like the cross-entropy does
+            not change when a number is added to all logits: |d|² - (sum of d)² / K in place of |d|² (Böhning 1992).
         detached: whether softmax(z) - y is a constant. The authors' code lets its gradient flow.
     """
 
@@ -56,19 +56,23 @@ class Qub(Wrapper):
 
     def _bound(self, passes: Passes, step: Step) -> Tensor:
         return quadratic_upper_bound(
-            passes.needed, passes.adversarial, passes.labels, centred=self.bound == "centred", detached=self.detached
+            passes.clean_logits,
+            passes.adversarial,
+            passes.labels,
+            centred=self.bound == "centred",
+            detached=self.detached,
         )
 
 
 def quadratic_upper_bound(
     clean: Tensor, adversarial: Tensor, labels: Tensor, *, centred: bool = False, detached: bool = False
 ) -> Tensor:
-    """(B,) upper bounds of CE(adversarial, labels), both logits (B, K), at least in float32; equal to it where they
-    agree.
+    """(B,) upper bounds of CE(adversarial, labels) from logits (B, K), computed in float32 or wider; exact where the
+    two logits agree.
 
     The cross-entropy's Hessian in the logits is at most 1/2 everywhere, and at most (1 - 11ᵀ / K) / 2 (``centred``).
     """
-    if clean.dtype in (torch.float16, torch.bfloat16):  # the squares of whose differences overflow, or lose the bound
+    if clean.dtype in (torch.float16, torch.bfloat16):  # squares of differences overflow, or round below the bound
         clean, adversarial = clean.float(), adversarial.float()
     residual = F.softmax(clean, 1) - F.one_hot(labels, clean.shape[1])
     change = adversarial - clean

@@ -14,10 +14,10 @@ from .trades import Trades
 
 @dataclass(frozen=True)
 class Score(Trades):
-    """SCORE: the squared distance in both terms, |f(x) - y|² + weight · |f(x') - f(x)|² of probabilities (Pang et al.,
+    """SCORE: squared distances of probabilities in both terms, |f(x) - y|² + weight · |f(x') - f(x)|² (Pang et al.,
     arXiv 2202.10103).
 
-    Its accuracy term is no cross-entropy. TRADES with ``divergence: {type: SquaredEuclidean}`` keeps the cross-entropy.
+    The accuracy term is no cross-entropy. TRADES with ``divergence: {type: SquaredEuclidean}`` keeps the cross-entropy.
     """
 
     attack: Attack = Ascent(attack_mode="batch", steps=10, step_size=0.25, start="uniform")
@@ -33,5 +33,5 @@ class Score(Trades):
         return True
 
     def accuracy(self, passes: Passes, step: Step) -> Tensor:
-        target = F.one_hot(passes.labels, passes.needed.shape[1])
-        return (F.softmax(passes.needed, 1) - target).square().sum(1)
+        target = F.one_hot(passes.labels, passes.clean_logits.shape[1])
+        return (F.softmax(passes.clean_logits, 1) - target).square().sum(1)

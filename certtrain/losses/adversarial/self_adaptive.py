@@ -21,18 +21,18 @@ TARGETS = "targets"
 class SelfAdaptive(Wrapper):
     """Self-adaptive training: soft labels that follow the network's own predictions (Huang et al., arXiv 2002.10319).
 
-    Each training sample has a label t, one-hot at first. After ``start`` epochs each visit makes it
-    momentum · t + (1 - momentum) · softmax(f(x)), and the base's cross-entropies, of clean and adversarial images
-    alike, become those with t, weighted by w = max_j t_j: sum w CE / sum w, with ``training.accumulate`` over each
-    part. Until then this is the base. Regularisers such as a divergence keep their weight. An attack that climbs the
-    cross-entropy climbs that with t as it stands before the visit.
+    Each training sample has a label t, one-hot at first. From epoch ``start`` on each visit replaces it by
+    momentum · t + (1 - momentum) · softmax(f(x)), and the base's cross-entropies of clean and adversarial images are
+    taken with t and weighted by w = max_j t_j: sum w CE / sum w, with ``training.accumulate`` over each part. Before
+    ``start`` this is the base. Regularisers such as a divergence keep their weight. An attack on the cross-entropy uses
+    t from before the visit.
 
-    Where the base does not pass the images themselves through the network, f(x) is f of the adversarial ones: our
-    choice, because the sources are silent.
+    Where the base does not pass the clean images through the network, f(x) is taken at the adversarial ones: our
+    choice, the sources do not say.
 
     Args:
-        base: a method whose accuracy term is a cross-entropy: of ``AdversarialTraining``, ``TradeOff``, ``Trades``.
-        momentum: what a visit keeps of t.
+        base: a method whose accuracy term is a cross-entropy: ``AdversarialTraining``, ``TradeOff``, ``Trades``.
+        momentum: the share of t that a visit keeps.
         start: epochs with one-hot labels; half of the training as published for l0 (Zhong et al., NeurIPS 2025).
     """
 
@@ -56,7 +56,7 @@ class SelfAdaptive(Wrapper):
         return self.base.needs_clean
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
-        # a row of zeros, which sums to no distribution, is one that no visit has written: one-hot
+        # a row of zeros, which is no distribution, marks a sample without a visit: its label is one-hot
         return {**self.base.declare_state(shape, classes), KEPT: StateSpec("sample", (classes,))}
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
@@ -72,7 +72,7 @@ class SelfAdaptive(Wrapper):
             return passes
         seen = passes.adversarial if passes.clean is None else passes.clean
         share = 1 - self.momentum
-        # of t as the attack saw it: a weight perturbation passes twice, and is one visit
+        # from t as the attack saw it: a weight perturbation calls this twice in one visit
         after = self.momentum * found.trace[TARGETS] + share * F.softmax(seen.detach(), 1).to(torch.float32)
         step.state.write(KEPT, batch, after)
         return replace(passes, others={**passes.others, TARGETS: after})
@@ -92,5 +92,5 @@ class SelfAdaptive(Wrapper):
 
 
 def soft_labels(kept: Tensor, labels: Tensor) -> Tensor:
-    """(B, K): what each sample kept (B, K), or its one-hot label where it kept nothing."""
+    """(B, K): each sample's stored label (B, K), or its one-hot label where none is stored."""
     return torch.where(kept.sum(1, keepdim=True) > 0, kept, F.one_hot(labels, kept.shape[1]).to(kept.dtype))

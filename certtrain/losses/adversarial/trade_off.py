@@ -14,10 +14,10 @@ from .base import AdversarialTraining, Passes, Term
 class TradeOff(AdversarialTraining):
     """The trade-off loss: mean (1 - weight) · CE(f(x), y) + weight · CE(f(x'), y) (Goodfellow et al., arXiv 1412.6572).
 
-    By Zhong et al. (NeurIPS 2025, theorem 4.2) its gradient jumps less in the weights than that of CE(f(x'), y) alone.
+    Its gradient varies less with the weights than that of CE(f(x'), y) alone (Zhong et al., NeurIPS 2025, theorem 4.2).
 
     Args:
-        weight: alpha, of the adversarial images: 3/4 in their tables.
+        weight: alpha, the weight of the adversarial images: 3/4 in their tables.
     """
 
     weight: float | Ramp = 0.75
@@ -35,7 +35,8 @@ class TradeOff(AdversarialTraining):
 
     def accuracy(self, passes: Passes, step: Step) -> Tensor:
         clean, adversarial = (
-            F.cross_entropy(logits, passes.labels, reduction="none") for logits in (passes.needed, passes.adversarial)
+            F.cross_entropy(logits, passes.labels, reduction="none")
+            for logits in (passes.clean_logits, passes.adversarial)
         )
         weight = value_at(self.weight, step)
         return (1 - weight) * clean + weight * adversarial

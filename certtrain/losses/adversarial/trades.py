@@ -12,20 +12,20 @@ from ..base import Ramp, check_least, value_at
 from .base import AdversarialTraining, Passes, Term
 
 ATTACK = Ascent(attack_mode="eval", steps=10, step_size=0.25, start="normal", start_scale=1e-3)
-"""Of TRADES and its kin: it climbs the loss' own divergence. FAIT's source and HAT take steps of 1/4; the code of
-TRADES, MART, GAIRAT and friendly training 7/31, 0.007 in a radius of 0.031, as their recipes here do."""
+"""The attack of TRADES and its relatives, on the loss' own divergence. FAIT's source and HAT take steps of 1/4; the
+code of TRADES, MART, GAIRAT and friendly training takes 7/31 (0.007 in a radius of 0.031), as their recipes here do."""
 
 
 @dataclass(frozen=True)
 class Trades(AdversarialTraining):
     """TRADES: mean CE(f(x), y) + weight · Δ(f(x), f(x')) (Zhang et al., arXiv 1901.08573).
 
-    The divergence carries gradients in both arguments; the attack climbs the same one. Its start is clipped to valid
-    images.
+    Gradients flow through both arguments of the divergence, which the attack maximises too. Its start is clipped to
+    valid images.
 
     Args:
         divergence: KL, as published, or any other Bregman divergence.
-        weight: lambda, called beta by some.
+        weight: lambda, also called beta.
     """
 
     attack: Attack = ATTACK
@@ -41,12 +41,12 @@ class Trades(AdversarialTraining):
         attack = self.attack
         if isinstance(attack, Ascent) and (attack.objective is None or isinstance(attack.objective, Divergence)):
             at_image = attack.start == "zero" or attack.start_scale == 0
-            check(not at_image, "attack.start", attack.start, "one beside the image, where a divergence is flat")
+            check(not at_image, "attack.start", attack.start, "a start off the image, where divergences are flat")
 
     @property
     def objective(self) -> Objective:
         return self.divergence
 
     def regularisers(self, passes: Passes, step: Step) -> Mapping[str, Tensor]:
-        distance = self.divergence.between(passes.needed, passes.adversarial).mean()
+        distance = self.divergence.between(passes.clean_logits, passes.adversarial).mean()
         return {"divergence": value_at(self.weight, step) * distance}
