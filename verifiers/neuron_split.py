@@ -317,7 +317,9 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
                     proof = self._proof(bounded, number, found)
                 elif last and progress.is_unfinished(image):
                     why = self._doubt(image, bound)
-            bounds.append(bound), undecided.append(why), proofs.append(proof)
+            bounds.append(bound)
+            undecided.append(why)
+            proofs.append(proof)
         return Solved(torch.tensor(bounds, dtype=torch.float64, device=index.device), undecided, proofs)
 
     def probe(self, one: SignSubproblems) -> Tensor | None:

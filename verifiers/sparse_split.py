@@ -211,7 +211,7 @@ class UnitSplitter(Splitter[SparseSubproblems, PartBounds]):
 
     def decisions(self, children: SparseSubproblems) -> Sequence[UnitsLeft]:
         return [
-            UnitsLeft(*(tuple(mask.nonzero().flatten().tolist()) for mask in (free, possible)), budget)
+            UnitsLeft(tuple(free.nonzero().flatten().tolist()), tuple(possible.nonzero().flatten().tolist()), budget)
             for free, possible, budget in zip(children.free, children.possible, children.budget.tolist())
         ]
 
