@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from milp_oracle import minimum
 from planted import KINDS, Planted, planted_pair, planted_pairs, random_network
 from problems import alone, linear_model, problem_of, tied, unknown
 from torch import nn
@@ -24,10 +25,10 @@ from certtrain.verifiers import (
     Search,
     Specification,
     Stage,
-    bab,
     certify,
+    engine,
+    neuron_split,
 )
-from certtrain.verifiers.milp import minimum
 
 FINE = 1e-5  # HiGHS meets each constraint to 1e-6
 FIRST: tuple[Stage, ...] = (IbpStage(), CrownStage("crown_ibp", refine=False), CrownStage(), AlphaStage())
@@ -261,15 +262,15 @@ class TestBatches:
     def test_an_image_that_is_out_of_time_ends_alone(self, monkeypatch):
         """The clock runs for one image, in the middle of the others' batches."""
         problem = random_problem(228, "conv", count=6, epsilon=0.35)  # four of the six need several splits
-        complete, slow = alone(BabStage(), problem), bab._Search._bound_batch
+        complete, slow = alone(BabStage(), problem), engine.BranchAndBound._examine_batch
         reasons = alone(BabStage(Search(most=1)), problem).reasons
         victim = next(number for number, reason in enumerate(reasons) if reason is not None)
 
-        def bound(self, tree):
-            slow(self, tree)
-            self.seconds[victim] += 1000.0
+        def examine(self, batch):
+            slow(self, batch)
+            self.progress.seconds[victim] += 1000.0
 
-        monkeypatch.setattr(bab._Search, "_bound_batch", bound)
+        monkeypatch.setattr(engine.BranchAndBound, "_examine_batch", examine)
         found = alone(BabStage(Search(batch=2)), problem)
         assert found.statuses[victim] == "timeout" and found.reasons[victim] == "timeout"
         assert [s for i, s in enumerate(found.statuses) if i != victim] == [
@@ -388,13 +389,14 @@ class TestEdges:
 class TestLeaves:
     def calls(self, monkeypatch) -> list[float]:
         """The bounds of the leaves that are solved."""
-        bounds, solve = [], bab._Search._solve
+        bounds, solve = [], neuron_split.ProgramLeaf.solve
 
         def counted(self, *arguments):
-            bounds.append(solve(self, *arguments))
-            return bounds[-1]
+            solved = solve(self, *arguments)
+            bounds.extend(solved.bound.tolist())
+            return solved
 
-        monkeypatch.setattr(bab._Search, "_solve", counted)
+        monkeypatch.setattr(neuron_split.ProgramLeaf, "solve", counted)
         return bounds
 
     def test_leaves_prove_what_bounds_could_not(self, monkeypatch):
@@ -425,7 +427,7 @@ class TestLeaves:
 
     def test_the_search_goes_on_after_a_leaf_within_tolerance(self, monkeypatch):
         """Every first leaf is said to be undecided: counterexamples elsewhere are found nevertheless."""
-        solve = bab.solve_leaf
+        solve = neuron_split.solve_leaf
         for seed in range(20):
             case, _ = planted_pair(5000 + seed, "dense")
             doubted = []
@@ -437,5 +439,5 @@ class TestLeaves:
                     return replace(leaf, bound=-1e-9, point=None)
                 return leaf
 
-            monkeypatch.setattr(bab, "solve_leaf", doubtful)
+            monkeypatch.setattr(neuron_split, "solve_leaf", doubtful)
             assert alone(BabStage(timeout=20.0), problem_from(case)).statuses == ["falsified"]

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from milp_oracle import minimum
 from planted import planted_pairs
 from problems import alone, linear_model, problem_of, tied, unknown
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from certtrain.bounds.folding import fold
 from certtrain.verifiers import CrownStage, InputSplitStage, Judge, Limits, Problem, Specification, falsify, run_cascade
 from certtrain.verifiers.falsify import FalsifyStage
 from certtrain.verifiers.input_split import INPUTS, split_inputs
-from certtrain.verifiers.milp import minimum
 from certtrain.verifiers.stages import holds
 
 FINE = 1e-5

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from milp_oracle import minimum
 from planted import DEPTH, FLOOR, KINDS, Planted, planted_pair, planted_pairs
 from torch import nn
 
@@ -12,7 +13,6 @@ from certtrain.bounds.folding import fold
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
 from certtrain.verifiers import Specification
-from certtrain.verifiers.milp import minimum
 
 
 def margin(case: Planted, points: torch.Tensor) -> torch.Tensor:

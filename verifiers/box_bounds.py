@@ -22,6 +22,16 @@ WEIGHINGS = 20
 """Steps for the weights of a clause's rows."""
 
 
+@dataclass(frozen=True, eq=False)
+class ClauseBounds:
+    """``clauses`` (P, C) lower bounds of each clause's largest row over P boxes; ``forms`` (P, C, *shape) of the inputs
+    that gave them; ``weights`` (P, C, G) of the rows in each, which add up to 1."""
+
+    clauses: Tensor
+    forms: Tensor
+    weights: Tensor
+
+
 @dataclass(frozen=True)
 class BoxBounds:
     """Bounds of linear forms ``rows`` (B, R, K), plus ``offsets`` (B, R), of the logits of B problems.
@@ -37,23 +47,25 @@ class BoxBounds:
     members: Tensor
     outer: dict[int, Bounds]
 
-    def __call__(self, region: Region, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, C) lower bounds of each clause's largest row over boxes within the sets of the problems ``image`` (P,),
-        and the forms (P, C, *shape) of the inputs that gave them."""
+    def __call__(self, region: Region, image: Tensor) -> ClauseBounds:
+        """Bounds over P boxes within the sets of the problems ``image`` (P,)."""
         outer = {place: Bounds(found.lower[image], found.upper[image]) for place, found in self.outer.items()}
         if self.network.rounding is not None:  # forward lines know nothing of it
             return self._clauses(region, image, crown_bounds(self.network, region, outer))
         bounds = forward_bounds(self.network, region, outer)
-        clauses, form = self._clauses(region, image, bounds)
-        again = ~(clauses > 0).all(1) & self._affordable(region, bounds)
-        if again.any():
-            some = {place: Bounds(found.lower[again], found.upper[again]) for place, found in bounds.items()}
-            some = crown_bounds(self.network, region.take(again), some)
-            better, steeper = self._clauses(region.take(again), image[again], some)
-            better = torch.maximum(better, clauses[again])
-            clauses, form = clauses.masked_scatter(again.unsqueeze(1), better), form.clone()
-            form[again] = steeper
-        return clauses, form
+        found = self._clauses(region, image, bounds)
+        again = ~(found.clauses > 0).all(1) & self._affordable(region, bounds)
+        if not again.any():
+            return found
+        some = {place: Bounds(of.lower[again], of.upper[again]) for place, of in bounds.items()}
+        some = crown_bounds(self.network, region.take(again), some)
+        steeper = self._clauses(region.take(again), image[again], some)
+        better = steeper.clauses > found.clauses[again]
+        clauses, forms, weights = found.clauses.clone(), found.forms.clone(), found.weights.clone()
+        clauses[again] = torch.where(better, steeper.clauses, clauses[again])
+        weights[again] = torch.where(better.unsqueeze(-1), steeper.weights, weights[again])
+        forms[again] = steeper.forms
+        return ClauseBounds(clauses, forms, weights)
 
     def _affordable(self, region: Region, bounds: dict[int, Bounds]) -> Tensor:
         """(P,) whether backward passes for all open neurons, but those of the first layer, may be made."""
@@ -62,7 +74,7 @@ class BoxBounds:
         count = sum(((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1) for place in later)
         return torch.as_tensor(count, device=wide.device) <= AFFORDABLE * (1 + wide)
 
-    def _clauses(self, region: Region, image: Tensor, bounds: dict[int, Bounds]) -> tuple[Tensor, Tensor]:
+    def _clauses(self, region: Region, image: Tensor, bounds: dict[int, Bounds]) -> ClauseBounds:
         linear = backward(
             self.network, len(self.network.operations) - 1, self.rows[image], relax_all(self.network, bounds),
             slack=slack_of(self.network, region, bounds),
@@ -70,21 +82,24 @@ class BoxBounds:
         values = finite(with_offsets(self.network, linear.lower(region), self.offsets[image]))
         best, row = values[:, self.members].max(-1)
         forms = linear.forms[:, self.members]  # (P, C, G, *shape)
-        form = _picked(forms, row)
+        alone = (torch.arange(self.members.shape[1], device=row.device) == row.unsqueeze(-1)).to(best.dtype)
+        found = ClauseBounds(best, _picked(forms, row), alone)
         if self.members.shape[1] > 1 and linear.slack is None:  # a mean's own rounding is not in the slack
-            return self._weighed(region, linear, forms, self.offsets[image], best, form)
-        return best, form
+            return self._weighed(region, linear, forms, self.offsets[image], found)
+        return found
 
     def _weighed(
-        self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, best: Tensor, form: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, alone: ClauseBounds
+    ) -> ClauseBounds:
         """With the better bound that a weighted mean of a clause's rows may have."""
         constants = (linear.constants + offsets)[:, self.members]
         weights, found = best_weights(region, forms, constants)
         mean = (weights.reshape(*weights.shape, *[1] * (forms.ndim - 3)) * forms).sum(2)
-        better = found > best
-        return torch.where(better, found, best), torch.where(
-            better.reshape(*better.shape, *[1] * (form.ndim - 2)), mean, form
+        better = found > alone.clauses
+        return ClauseBounds(
+            torch.where(better, found, alone.clauses),
+            torch.where(better.reshape(*better.shape, *[1] * (mean.ndim - 2)), mean, alone.forms),
+            torch.where(better.unsqueeze(-1), weights, alone.weights),
         )
 
 

@@ -1,12 +1,10 @@
-"""Which neuron to split: scores from a linear bound, and a look ahead at the best few.
+"""Which neuron to split: scores from a linear bound.
 
 The upper line of a ReLU costs a bound |coefficient| · intercept at most (BaBSR's leading term, arXiv 1909.06588); at
 the point where the bound is smallest it costs what the line differs from the function there.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,25 +50,3 @@ def scores(network: Network, found: Optimised, lower: Tensor, upper: Tensor, row
     here = torch.where(forms < 0, -forms * over, forms * under.clamp(min=0))
     worst = -forms.clamp(max=0) * intercept
     return torch.where(unstable, worst + here.clamp(min=0), -torch.inf)
-
-
-def look_ahead(search, tree, cost: Tensor, candidates: int) -> Tensor:
-    """(D,) the column to split at: of the best-scored few, the one whose halves gain most, as a product, bounded with
-    the parameters at hand (after filtered smart branching, arXiv 2002.10410; the worse half's bound alone is nearly
-    the parent's for all of them, and chose neurons at random).
-
-    Args:
-        search: what bounds subproblems (``bounds_of``). tree: D of them; cost: (D, U), -inf for what cannot be split.
-    """
-    count = min(candidates, cost.shape[1])
-    best, columns = cost.topk(count, dim=1)
-    if count == 1:
-        return columns[:, 0]
-    gains = []
-    for place in range(count):
-        at = columns[:, place : place + 1]
-        halves = [search.bounds_of(replace(tree, signs=tree.signs.scatter(1, at, sign))) for sign in (1, -1)]
-        first, second = ((half.clamp(max=0) - tree.bound).clamp(min=0) for half in halves)  # a closed half is enough
-        floor = 1e-3 * tree.bound.abs()
-        gains.append(torch.where(best[:, place] > -torch.inf, (first + floor) * (second + floor), -torch.inf))
-    return columns.gather(1, torch.stack(gains, 1).argmax(1, keepdim=True))[:, 0]

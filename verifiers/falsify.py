@@ -15,9 +15,8 @@ from ..bounds.effort import work_of
 from ..bounds.network import Network
 from ..noise import Noise, key_of
 from .known import Known
-from .problem import Problem, Specification, Status
+from .problem import Problem, Specification, Status, rows_of_clauses
 from .stages import Finding, Judge, holds
-from .tree import rows_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class FalsifyStage:
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         counterexamples: list[Tensor | None] = [None] * len(problem)
-        members, _ = rows_of(problem.specification.clauses)
+        members, _ = rows_of_clauses(problem.specification.clauses)
         number, clause = (~(known.rows[:, members] > 0).any(-1)).nonzero(as_tuple=True)
         with until(now() + self.seconds):
             most = fitting(max(1, min(self.most, len(number))), _step_of(known.network))

@@ -1,4 +1,4 @@
-"""The leaves of branch and bound: where the sign of every neuron is known, the minimum is that of a linear program.
+"""Linear programs of subproblems: where the sign of every neuron is known, the minimum is that of a linear program.
 
 The program's answer is never believed. It proposes multipliers, and what counts is the Lagrangian at them, evaluated
 in float64: at *any* multipliers >= 0 it is below the minimum (weak duality), so a solver that is wrong, or stops
@@ -39,7 +39,8 @@ class Leaf:
         point: (*shape), in the box: where the program is smallest, a candidate for a counterexample (to be replayed);
             None where it was not solved.
         infeasible: proved to be empty.
-        weights: the multipliers that prove ``bound``, of the rows and then of the constraints (``lagrangian``).
+        weights: the multipliers that prove ``bound``, of the rows and then of the constraints (``lagrangian``); None
+            where numbers are not finite.
     """
 
     bound: float
@@ -102,11 +103,11 @@ class LinearProgram:
         cost = np.eye(1, table.shape[1], table.shape[1] - 1)[0]
 
         found = _highs(cost, table, limits, time_limit)
-        bound = max(self.lagrangian(weights) for weights in alone)
+        bound, best = max(((self.lagrangian(weights), weights) for weights in alone), key=lambda pair: pair[0])
         if found.status != 0:
             slack = _least_slack(table[goals:, :-1], limits[goals:], time_limit)
             if slack.status != 0:
-                return Leaf(bound, None)
+                return Leaf(bound, None, weights=best)
             multipliers = _multipliers(slack) / size[goals:]
             weights = torch.cat([torch.zeros(goals, dtype=torch.float64), multipliers])
             if self.lagrangian(weights) > 0:
@@ -115,7 +116,7 @@ class LinearProgram:
             limits[goals:] += slack.x[table.shape[1] - 1 :] + TOLERANCE
             found = _highs(cost, table, limits, time_limit)
         if found.status != 0:
-            return Leaf(bound, None)
+            return Leaf(bound, None, weights=best)
         images = self.region.images
         point = (center + radius * torch.from_numpy(found.x[:-1])).reshape(images.shape)
         # back in the rows' own units; the goals' add up to 1, whatever the solver says
@@ -124,7 +125,9 @@ class LinearProgram:
         shares = shares / total if 0 < total < math.inf else alone[0, :goals]
         weights = torch.cat([shares, multipliers[goals:] * size[0] / size[goals:]])
         point = self.region.nearest(point)[0]
-        return Leaf(max(bound, self.lagrangian(weights)), point, weights=weights)
+        found_bound = self.lagrangian(weights)
+        bound, best = (found_bound, weights) if found_bound > bound else (bound, best)
+        return Leaf(bound, point, weights=best)
 
 
 def _multipliers(found: Any) -> Tensor:
@@ -158,7 +161,7 @@ def check_box(region: Region) -> None:
     if not region.is_box or len(region.images) != 1 or region.images.dtype != torch.float64:
         raise InputError(
             f"region: found {len(region)} of {region.kind}, {region.images.dtype}; "
-            "accepted for a linear or mixed-integer program: a box (LinfBall) around one image, torch.float64"
+            "accepted for a linear program: a box (LinfBall) around one image, torch.float64"
         )
 
 

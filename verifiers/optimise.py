@@ -83,6 +83,22 @@ class Optimised:
     seen: dict[int, Tensor] = field(default_factory=dict)
 
 
+class BestParameters:
+    """Keeps the slopes and multipliers (D, R, N) of an ascent's best bounds; its last ones may be worse."""
+
+    def __init__(self) -> None:
+        self.alphas: Tensor | None = None
+        self.betas: Tensor | None = None
+
+    def update(self, improved: Tensor, alphas: Tensor, betas: Tensor | None) -> None:
+        """Take over those of the forms whose bounds ``improved`` (D, R)."""
+        improved = improved.unsqueeze(2)
+        alphas, betas = alphas.detach(), None if betas is None else betas.detach()
+        self.alphas = alphas.clone() if self.alphas is None else torch.where(improved, alphas, self.alphas)
+        if betas is not None:
+            self.betas = betas.clone() if self.betas is None else torch.where(improved, betas, self.betas)
+
+
 def finite(lower: Tensor) -> Tensor:
     """A bound that overflowed, or NaN, proves nothing."""
     return lower.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
@@ -109,6 +125,7 @@ def maximise(
     rate: float = 0.1,
     decay: float = 0.97,
     done: Callable[[Tensor], Tensor] = lambda best: best.new_zeros(len(best), dtype=torch.bool),
+    kept: BestParameters | None = None,
 ) -> Optimised:
     """Lower bounds of all forms by gradient ascent on slopes and multipliers; every iterate is a valid bound. Out of
     time, the iterates so far have to do.
@@ -117,6 +134,7 @@ def maximise(
         alphas: (D, R, N) to start from; betas: likewise, needed with ``sub.signs``.
         steps: of Adam; 0 bounds with the parameters as they are.
         done: which of the subproblems (D,) need no better bounds, given the best (D, R) so far.
+        kept: is given the parameters of the best bounds.
     Raises:
         OutOfTime: before the first of them.
     """
@@ -153,7 +171,10 @@ def maximise(
         bound, seen = found, met
         # a finished subproblem's bounds rest: they are not to depend on what else is in the batch
         better = torch.maximum(best, finite(lower.detach()))
-        best = torch.where(finished.unsqueeze(1), best, better)
+        better = torch.where(finished.unsqueeze(1), best, better)
+        if kept is not None:
+            kept.update(better > best, alphas, betas)
+        best = better
         finished = finished | done(best)
         if last or bool(finished.all()) or not lower.requires_grad:  # no slope to choose
             break

@@ -78,6 +78,15 @@ class Specification:
         return Specification(self.rows[index], self.offsets[index], self.clauses, labels)
 
 
+def rows_of_clauses(clauses: Tensor) -> tuple[Tensor, int]:
+    """(C, R): the rows of each of C clauses, short ones filled up with their first row again; and C."""
+    count = int(clauses.max()) + 1 if len(clauses) else 0
+    members = [(clauses == clause).nonzero().flatten() for clause in range(count)]
+    most = max((len(m) for m in members), default=1)
+    rows = [torch.cat([m, m[:1].expand(most - len(m))]) for m in members]
+    return (torch.stack(rows) if rows else clauses.reshape(0, 1)), count
+
+
 @dataclass(frozen=True)
 class Problem:
     """Does the specification hold on the whole region around each image? A batch of such questions.

@@ -1,27 +1,10 @@
-"""How branch and bound goes about it, and what it answers."""
+"""The recipe's settings of branch and bound."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..errors import check
-
-TOLERANCE = 1e-6
-"""Of the logits' scale: a leaf whose exact minimum is closer to 0 is left undecided."""
-
-EMPTY = 1e-5
-"""A neuron whose bounds cross by more, relative to 1 + |bound|, contradicts the assumed signs; less may be rounding."""
-
-PROGRAM_EVERY = 8
-"""Splits after which a subproblem goes to a linear program, whose multipliers are the best ones: many subproblems that
-no point satisfies are found there (18 open neurons over 3 inputs: 2 s, not minutes). With 6, hidden counterexamples of
-networks of 30 neurons took four times as long."""
-
-PROBING = 0.25
-"""Of the time goes into linear programs of open subproblems. Without them networks of 30 neurons with a counterexample
-that is hidden from gradients take minutes."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +32,3 @@ class Search:
         check(0 < self.rate < float("inf"), "rate", self.rate, "a number > 0")
         check(self.candidates >= 1, "candidates", self.candidates, "a whole number >= 1")
         check(self.most is None or self.most >= 1, "most", self.most, "a whole number >= 1, or null")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of B images: whether all their clauses are proved; a counterexample or None; the bound of the worst margin (B,);
-    seconds (B,); and why an image was given up, where it was."""
-
-    proved: Tensor
-    counterexamples: list[Tensor | None]
-    lower: Tensor
-    seconds: Tensor
-    reasons: list[str | None]

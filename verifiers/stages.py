@@ -18,13 +18,14 @@ from ..bounds.folding import fold
 from ..errors import InputError
 from ..noise import Noise
 from ..step import Batch, Step
-from .bab import branch_and_bound
 from .branching import minimiser
+from .engine import Outcome
 from .input_split import INPUTS, few_inputs, split_inputs
 from .known import Known
+from .neuron_split import split_neurons
 from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
 from .problem import Problem, Specification, Status
-from .search import Outcome, Search
+from .search import Search
 from .sparse_split import sparse_ball, split_locations
 
 PGD = Pgd(steps=40, step_size=0.1, restarts=5, diversified=2, objective="margin")
@@ -263,7 +264,7 @@ class BabStage:
         known = known if known.bounds else _bounded(problem, known)
         careful = known.network.rounding is not None
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)
-        found = branch_and_bound(
+        found = split_neurons(
             problem, known, exact, self.search, self.timeout,
             lambda number, image: self.judge(problem, number, image),
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """The exact minimum of a small piecewise-linear network over a box, as a mixed-integer program.
 
 Every unit whose sign is open gets a binary variable, with big-M constants from the bounds of its input (arXiv
-1711.07356). HiGHS meets constraints up to tolerances only: its lower bound is no certificate, and nothing here may ever
-decide ``verified``. What it may do is find counterexamples, and tell tests what the truth is.
+1711.07356). HiGHS meets constraints up to tolerances only, so its lower bound is no certificate: a reference value for
+tests alone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from ..bounds import Bounds, Region, clock
-from ..bounds.network import Network
-from ..bounds.operations import Nonlinear
-from ..errors import InputError
-from .lp import check_box
+from certtrain.bounds import Bounds, Region, clock
+from certtrain.bounds.network import Network
+from certtrain.bounds.operations import Nonlinear
+from certtrain.errors import InputError
+from certtrain.verifiers.lp import check_box
 
 
 @dataclass(frozen=True)
