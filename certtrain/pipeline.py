@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .attacks import in_mode
-from .bounds import LinfBall, PerturbationSet, UnsupportedNode
+from .bounds import PerturbationSet, UnsupportedNode
 from .bounds.folding import fold
 from .config import structure, unstructure
 from .data import Dataset
@@ -237,8 +237,8 @@ def _export(
     if not quiet:
         network = found["network"]
         properties = f"{found['properties']} properties at epsilon {found['epsilon']:.6g}"
-        if not isinstance(ball, LinfBall):
-            properties = f"no properties, which state boxes: found a {type(ball).__name__}"
+        if not ball.is_box:
+            properties = f"no properties, which state boxes: found a {ball.kind}"
         console.print(
             f"exported: {folder.onnx} (onnxruntime differs by {network['difference']:.1e} of logits up to "
             f"{network['magnitude']:.1f}), {properties}"

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .config import structure, unstructure
+from .config import structure, unstructure, with_null_defaults
 from .data import Dataset
 from .errors import InputError
 from .export import current_network
@@ -23,10 +23,15 @@ from .training.checkpoint import load_weights
 from .verifiers.onnx_network import load_onnx, replay_session
 from .verifiers.sweep import Question
 
+FORMAT = 2
+"""The format of a recorded recipe. In the first, which says none, a set's default attack was recorded as the norm
+balls' one; since then it is null."""
+
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
     """``run.json``: all that it takes to repeat the run."""
     return {
+        "format": FORMAT,
         "config": unstructure(config),
         "versions": versions(),
         "seed": config.seed,
@@ -75,9 +80,10 @@ def load_model(path: str | Path, checkpoint: Literal["last", "best"] = "last") -
 def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
     """The recipe that a run was started with."""
     try:
-        return structure(Config, description["config"])
+        config = structure(Config, description["config"])
     except InputError as error:
         raise InputError(f"{folder.run}: {error}") from error
+    return config if description.get("format", 1) == FORMAT else with_null_defaults(config)
 
 
 def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:

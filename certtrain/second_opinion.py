@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .bounds import LinfBall
 from .config import structure, unstructure
 from .errors import InputError
 from .export import current_network
@@ -53,8 +52,8 @@ def verify_with_abcrown(
     folder, description = RunFolder.open(Path(path))
     _, config = load_model(path)
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
-    if not isinstance(ball, LinfBall):
-        raise InputError(f"perturbation: found {type(ball).__name__}; accepted for α-β-CROWN: LinfBall")
+    if not ball.is_box:
+        raise InputError(f"perturbation: found {ball.kind}; accepted for α-β-CROWN: a box (LinfBall)")
     dataset = config.data.load()
     check_data(dataset, description)
     chosen = images_of(images, len(dataset.test))

@@ -6,28 +6,28 @@ if __name__ == "verifiers":  # imported by its folder's name in a checkout: hand
     hand_over("verifiers")
 else:
     from .cascade import certify, run_cascade
+    from .falsify import FalsifyStage
     from .limits import Limits
+    from .lirpa import LirpaStage
     from .problem import Problem, Specification, Verdict
     from .search import Search
     from .settings import Certify
+    from .stage import Finding, Judge, Stage
     from .stages import (
         AlphaStage,
         AttackStage,
         BabStage,
         CleanStage,
+        CrownIbpStage,
         CrownStage,
-        Finding,
         IbpStage,
         InputSplitStage,
-        Judge,
         LocationStage,
-        Stage,
     )
     from .sweep import Question, sweep
 
     __all__ = [
-        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "Finding", "IbpStage",
-        "InputSplitStage", "Judge",
-        "Limits", "LocationStage", "Problem", "Question", "Search", "Specification", "Stage", "Verdict", "certify",
-        "run_cascade", "sweep",
+        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownIbpStage", "CrownStage", "FalsifyStage",
+        "Finding", "IbpStage", "InputSplitStage", "Judge", "Limits", "LirpaStage", "LocationStage", "Problem",
+        "Question", "Search", "Specification", "Stage", "Verdict", "certify", "run_cascade", "sweep",
     ]  # fmt: skip

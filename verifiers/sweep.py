@@ -21,10 +21,9 @@ from ..progress import Progress, console
 from ..run_folder import JsonLines
 from .cascade import robustness, run_cascade
 from .limits import TOTAL_TIMEOUT, Limits
-from .lirpa import require
 from .records import Record, best_of, read_verdicts, so_far, undecided, worth_another_try
 from .settings import Certify
-from .stages import Replay
+from .stage import Replay, Stage
 
 VERIFIER = "embedded"
 SAID_EVERY = 30.0
@@ -85,16 +84,20 @@ class Question:
 
     @property
     def basis(self) -> dict[str, Any]:
-        certify = unstructure(replace(self.settings, images=None))
-        other = {"auto_LiRPA": require().__version__} if "lirpa" in self.settings.stages else {}
+        certify = unstructure(replace(self.settings.over(self.ball), images=None))
+        other = {name: version for stage in self._stages for name, version in stage.versions().items()}
         return named({"certify": certify, "seed": self.seed, **other, **self.rests_on})
 
+    @property
+    def _stages(self) -> list[Stage]:
+        return self.settings.build(self.seed, self.replay)
+
     def offers_more(self, record: Record, before: Record) -> bool:
-        return worth_another_try(record, self.settings, before.get("certify", {}))
+        return worth_another_try(record, self.settings.over(self.ball), before.get("certify", {}))
 
     def answers(self, fresh: Sequence[int], again: Sequence[int], deadline: float, now: Now) -> Iterator[list[Record]]:
         size, name = self.settings.batch_size, self.basis["settings"]
-        stages, limits = self.settings.build(self.seed, self.replay), Limits(self.settings.timeout, deadline)
+        stages, limits = self._stages, Limits(self.settings.timeout, deadline)
         for numbers in [*_batches(fresh, size), *(again[i : i + size] for i in range(0, len(again), size))]:
             if time.perf_counter() >= deadline:
                 return

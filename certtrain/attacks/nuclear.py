@@ -6,16 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..bounds import NormBall
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .ascent import Ascent, Start
-from .base import Attack, AttackMode
+from .base import Attack, AttackMode, SetT
 
 COUNT = "nuclear_iterations"
 
 
 @dataclass(frozen=True)
-class ClimbsNuclear(Attack):
+class ClimbsNuclear(Attack[SetT]):
     """What attacks that climb the nuclear norm share: at every other iteration it joins what they climb otherwise.
 
     Climbed is sum CE(f(x'), y) + weight · |f(x') - f(x)|_*; the norm joins at the 2nd, 4th, … global batch of a
@@ -47,7 +48,7 @@ class ClimbsNuclear(Attack):
 
 
 @dataclass(frozen=True)
-class Nuclear(ClimbsNuclear, Ascent):
+class Nuclear(ClimbsNuclear[NormBall], Ascent):
     """NuAT's attack: one step of size epsilon from a random corner of half the ball."""
 
     attack_mode: AttackMode = "eval"

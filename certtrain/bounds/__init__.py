@@ -5,8 +5,10 @@ from .forward import BatchStatistics, Forward, Statistics, forward
 from .ibp import Activity, compute_activity, compute_bounds, compute_margins, compute_rows
 from .interval import Bounds, Interval
 from .l1 import L1Ball
+from .l2 import L2Ball
+from .linf import LinfBall
 from .parts import Halves, split
-from .perturbation import L2Ball, LinfBall, NormBall, PerturbationSet
+from .perturbation import NormBall, PerturbationSet
 from .program import Program, UnsupportedNode
 from .region import Box, Region
 from .sizes import size_name, sized

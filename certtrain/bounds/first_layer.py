@@ -12,7 +12,7 @@ from . import program as p
 from .convolution import convolve
 from .forward import RULES, _Run
 from .interval import Interval
-from .region import Around, Region
+from .region import Region
 
 
 def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
@@ -34,7 +34,7 @@ def first_layer(node: p.Affine, position: int, run, hull: Interval) -> Interval:
                 f"{type(layer).__name__} at {node.path!r} as the first layer over {run.region.kind}: "
                 "accepted: groups=1 and zero padding given in numbers"
             )
-        if not run.region.is_local and not isinstance(run.region, Around):
+        if not run.region.has_windows:
             raise p.UnsupportedNode(
                 f"{type(layer).__name__} at {node.path!r} as the first layer over {run.region.kind} of patches: "
                 "accepted: a Linear, or pixels, features, rows and columns"

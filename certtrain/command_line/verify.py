@@ -148,7 +148,6 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
-    from ..bounds import size_name
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..recipe import Config
@@ -166,7 +165,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
     recorded = recorded_config(*RunFolder.open(path))
-    size = size_name(type(recorded.perturbation).__name__)
+    size = recorded.perturbation.size
     given = {
         f"perturbation.{size}": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
         "certify.arithmetic": options.arithmetic,
@@ -190,12 +189,11 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _embedded(path: Path, config, limits: dict[str, Any]):
-    from ..bounds import sized
     from ..progress import console
     from ..verification import verify
 
     found = verify(path, certify=config.certify, **limits)
-    size = sized(type(config.perturbation).__name__, found.epsilon)
+    size = config.perturbation.sized(found.epsilon)
     stages(found.records, f"{path}: {len(found.records)} test images, {size}")
     if len(found.certificates) > 1:
         counts = (f"{arithmetic} {proved} of {asked}" for arithmetic, (proved, asked) in found.certificates.items())

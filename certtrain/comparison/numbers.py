@@ -80,7 +80,7 @@ def made_by(results: Iterable[Result]) -> Mapping[str, list[str]]:
 
 def kind_of(study: Study) -> str:
     """Of the rows' perturbation sets, by its class' name; empty where they differ."""
-    kinds = {type(row.config.perturbation).__name__ for row in study.rows}
+    kinds = {row.config.perturbation.kind for row in study.rows}
     return kinds.pop() if len(kinds) == 1 else ""
 
 

@@ -8,18 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from ..attacks import Attack
+from ..attacks import Attack, SparseRs, default_attack
 from ..bounds import NormBall, PerturbationSet, SparseBall
 from ..config import unstructure
 from ..errors import InputError, check
 from ..noise import Noise
 from ..step import Batch
-from .alignment import PGD, boundary_distortion, fgsm_pgd_cosine, gradient_alignment
+from .alignment import boundary_distortion, fgsm_pgd_cosine, gradient_alignment
 from .hessian import hessian_spectrum
 from .interpolation import interpolation
 from .landscape import landscape
 from .logits import divergence_split, qub_gap
-from .one_and_many import RANDOM_SEARCH, many_steps, one_step, searching
 from .overlap import overlap
 from .weights import adversarial_hessian, gradient_gap, weight_landscape
 
@@ -29,6 +28,8 @@ ATTACKED = 64
 """The same of a landscape in the weights, which attacks each of them at 49 points."""
 SEARCHED = 256
 """The same of ``overlap``, whose attacks take a thousand passes."""
+RANDOM_SEARCH = SparseRs(queries=1000)
+"""Which asks the network for no gradients, and finds what they hide."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Subject:
     Args:
         model: in whatever mode; left as it is.
         noise: keyed by each of the batch's images.
-        attack: the strong one; where it is the default, PGD-10 or what takes its place for the set at hand.
+        attack: the strong one; None for the set's default.
         top: eigenvalues of ``hessian`` and ``adversarial_hessian``.
     """
 
@@ -46,7 +47,7 @@ class Subject:
     batch: Batch
     ball: PerturbationSet
     noise: Noise
-    attack: Attack = PGD
+    attack: Attack | None = None
     top: int = 10
 
     @property
@@ -56,12 +57,17 @@ class Subject:
     @property
     def one(self) -> Attack:
         """Of a single step."""
-        return one_step(self.ball)
+        return default_attack(self.ball, "one_step")
 
     @property
     def many(self) -> Attack:
-        """The strong one, of this set."""
-        return many_steps(self.ball, self.attack)
+        """The strong one, which attacks every image."""
+        return self.attack or default_attack(self.ball, "many_steps")
+
+    @property
+    def search(self) -> Attack:
+        """The strong one, which may end at the first wrong prediction."""
+        return self.attack or default_attack(self.ball, "search")
 
     def some(self, count: int) -> Subject:
         """About at most so many of the images, evenly spread."""
@@ -76,15 +82,14 @@ class Diagnostic:
 
     Args:
         ask: what it finds.
-        balls: the kinds of sets that it knows.
+        needs: the kind of set that it needs.
     """
 
     ask: Callable[[Subject], dict[str, Any]]
-    balls: tuple[type[PerturbationSet], ...] = (PerturbationSet,)
+    needs: type[PerturbationSet] = PerturbationSet
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
-        kinds = " or ".join(kind.__name__ for kind in self.balls)
-        check(isinstance(subject.ball, self.balls), "perturbation", type(subject.ball).__name__, f"a {kinds}")
+        check(self.needs.matches(subject.ball), "perturbation", subject.ball.kind, f"a {self.needs.__name__}")
         return self.ask(subject)
 
 
@@ -134,7 +139,7 @@ def _interpolation(subject: Subject) -> dict[str, Any]:
 def _overlap(subject: Subject) -> dict[str, Any]:
     subject = subject.some(SEARCHED)
     found: dict[str, Any] = {"overlap_first": unstructure(subject.one)}
-    for name, second in (("overlap", searching(subject.ball, subject.attack)), ("overlap_rs", RANDOM_SEARCH)):
+    for name, second in (("overlap", subject.search), ("overlap_rs", RANDOM_SEARCH)):
         both = overlap(*subject.question, first=subject.one, second=second)
         found |= {
             name: both.overlap, f"{name}_jaccard": both.jaccard, f"{name}_chance": both.chance,
@@ -166,15 +171,15 @@ def _gradient_gap(subject: Subject) -> dict[str, Any]:
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {
-    "alignment": Diagnostic(_alignment, (NormBall,)),
-    "cosine": Diagnostic(_cosine, (NormBall,)),
-    "distortion": Diagnostic(_distortion, (NormBall,)),
+    "alignment": Diagnostic(_alignment, NormBall),
+    "cosine": Diagnostic(_cosine, NormBall),
+    "distortion": Diagnostic(_distortion, NormBall),
     "qub": Diagnostic(_qub),
-    "split": Diagnostic(_split, (NormBall,)),
-    "landscape": Diagnostic(_landscape, (NormBall,)),
+    "split": Diagnostic(_split, NormBall),
+    "landscape": Diagnostic(_landscape, NormBall),
     "hessian": Diagnostic(_hessian),
     "interpolation": Diagnostic(_interpolation),
-    "overlap": Diagnostic(_overlap, (SparseBall,)),
+    "overlap": Diagnostic(_overlap, SparseBall),
     "adversarial_hessian": Diagnostic(_adversarial_hessian),
     "weight_landscape": Diagnostic(_weight_landscape),
     "gradient_gap": Diagnostic(_gradient_gap),
@@ -183,12 +188,12 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
 
 def usual(ball: PerturbationSet) -> list[str]:
     """What training asks for where nobody says what: the cheap ones."""
-    return ["alignment", "cosine", "qub", "split"] if isinstance(ball, NormBall) else ["qub", "interpolation"]
+    return ["alignment", "cosine", "qub", "split"] if NormBall.matches(ball) else ["qub", "interpolation"]
 
 
 def those_for(ball: PerturbationSet) -> list[str]:
     """The names of all diagnostics that know such a set."""
-    return [name for name, diagnostic in DIAGNOSTICS.items() if isinstance(ball, diagnostic.balls)]
+    return [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.needs.matches(ball)]
 
 
 def check_names(field: str, names: Iterable[str]) -> None:
@@ -208,4 +213,4 @@ def check_balls(field: str, names: Iterable[str], ball: PerturbationSet) -> None
     known = those_for(ball)
     for name in names:
         if name not in known:
-            raise InputError(f"{field}: found {name} for a {type(ball).__name__}; accepted: {', '.join(known)}")
+            raise InputError(f"{field}: found {name} for a {ball.kind}; accepted: {', '.join(known)}")

@@ -140,9 +140,9 @@ class RestartedPgd(Adversary):
         return {"steps": self.steps, "restarts": self.restarts, "step_size": self.step_size}
 
     def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
-        if isinstance(ball, Ascent.balls):
+        if Ascent.needs.matches(ball):
             return ""
-        return f"found a {type(ball).__name__}; accepted: the ball of a norm, or here spgd-u-STEPS, sparse-autoattack"
+        return f"found a {ball.kind}; accepted: the ball of a norm, or here spgd-u-STEPS, sparse-autoattack"
 
     def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
         attack = Ascent(steps=self.steps, step_size=self.step_size, start="uniform")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet, size_name
+from ..bounds import PerturbationSet
 from ..config import unstructure
 from ..data import Dataset, Loader
 from ..errors import InputError, Portable
@@ -90,7 +90,7 @@ def fit(
         position, sums = _restore(folder, recipe, device, model, optimizer, (average, watch), tensors)
     folder.metrics.truncate(position.metrics_bytes)
 
-    steps, size = settings.epochs * len(loader), size_name(type(ball).__name__)
+    steps, size = settings.epochs * len(loader), ball.size
     started = saved = time.monotonic()
     before = position.seconds
     check_program(model, dataset.train)

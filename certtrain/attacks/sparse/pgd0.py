@@ -17,7 +17,7 @@ from .found import Found
 
 
 @dataclass(frozen=True)
-class Pgd0(Attack):
+class Pgd0(Attack[SparseBall]):
     """x' moves by ``step_size`` along the gradient, which is divided by its l1 norm, and back to the nearest point of
     the ball: a weak baseline beside sPGD.
 
@@ -33,7 +33,7 @@ class Pgd0(Attack):
         objective: what is climbed; null for what the loss asks for, which is the cross-entropy for most.
     """
 
-    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+    needs: ClassVar[type[PerturbationSet]] = SparseBall
 
     steps: int = 100
     step_size: float = 120000 / 255
@@ -48,7 +48,7 @@ class Pgd0(Attack):
     def toward(self, objective: Objective) -> Pgd0:
         return self if self.objective is not None else replace(self, objective=objective)
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+    def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
         climbed = self.objective or CrossEntropy()
         reference = climbed.reference(model, batch)
         found = Found.clean(model, batch, climbed, reference)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attacks import Attack, AttackResult, Linearisation
-from ...bounds import LinfBall, NormBall, PerturbationSet, SparseBall
+from ...bounds import NormBall, PerturbationSet
 from ...errors import InputError, check
 from ...step import Batch, Step
 from .base import AdversarialTraining, Passes
@@ -37,7 +37,7 @@ class FastBat(AdversarialTraining):
         sign_size: in epsilons.
     """
 
-    attack: Attack = Linearisation(attack_mode="train")
+    attack: Attack | None = Linearisation(attack_mode="train")
     step_size: float = 5000 / 255
     implicit: float | None = 0.1
     sign: bool = False
@@ -53,12 +53,11 @@ class FastBat(AdversarialTraining):
         return True
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        kind = type(ball).__name__
-        if not isinstance(ball, (LinfBall, SparseBall)):
-            raise InputError(f"loss.type FastBat: found {kind} for perturbation; accepted: LinfBall, SparseBall")
+        if not ball.projects_by_entry:
+            raise InputError(f"loss.type FastBat: found {ball.kind} for perturbation; accepted: LinfBall, SparseBall")
         super().check_ball(ball)
-        if self.sign and isinstance(ball, SparseBall):
-            raise InputError(f"loss.sign: found true for a {kind}, whose epsilon is no size; accepted: false")
+        if self.sign and not NormBall.matches(ball):
+            raise InputError(f"loss.sign: found true for a {ball.kind}, whose epsilon is no size; accepted: false")
 
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
         point = found.images.detach().requires_grad_()
@@ -69,21 +68,11 @@ class FastBat(AdversarialTraining):
         with torch.no_grad():
             change = self.step_size * gradient
             if self.sign:
-                assert isinstance(step.ball, NormBall)
-                change = self.sign_size * step.ball.radius(gradient) * gradient.sign()
+                change = self.sign_size * NormBall.of(step.ball).radius(gradient) * gradient.sign()
             target = found.images + change
             images = step.ball.project(batch.images, target)
-            inside = _inside(step.ball, batch.images, images, target)
+            inside = step.ball.follows(batch.images, images, target)
         if implicit:  # images as they are, with the derivative of the step where it ends inside the box
             size = self.step_size if self.implicit is None else self.implicit
             images = images + size * inside * (gradient - gradient.detach())
         return super().passes(model, batch, step, replace(found, images=images), clean)
-
-
-def _inside(ball: PerturbationSet, images: Tensor, reached: Tensor, target: Tensor) -> Tensor:
-    """Which entries of ``reached``, the projection of ``target`` around ``images``, move as the target moves: bool."""
-    inside = reached == target
-    if not isinstance(ball, SparseBall):
-        return inside
-    selected = ball.grouped(reached != images).any(1, keepdim=True)  # else the target may lie at the image by chance
-    return inside & ball.ungrouped(selected.expand_as(ball.grouped(images)), images.shape[1:])

@@ -11,4 +11,4 @@ class FgsmCkpt(AdversarialTraining):
     Samples that are wrong already train on the image itself.
     """
 
-    attack: Attack = Checkpoints(attack_mode="eval")
+    attack: Attack | None = Checkpoints(attack_mode="eval")
