@@ -19,6 +19,7 @@ from certtrain.config import structure, unstructure
 from certtrain.data import Digits
 from certtrain.diagnostics import DIAGNOSTICS, Subject, those_for
 from certtrain.errors import InputError
+from certtrain.evaluation import Evaluate
 from certtrain.losses import CrownIbp, Ibp, Sabr, Staps, Trades
 from certtrain.noise import Noise
 from certtrain.pipeline import train
@@ -303,6 +304,19 @@ class TestRuns:
         recipe["export"] |= {"images": 8}
         recipe["training"] |= {"guard": {"images": 16}, "diagnose": {"images": 16}}
         return train(structure(Config, recipe), folder / "run", quiet=True).path
+
+    def test_it_is_evaluated_by_its_own_attack_and_by_relaxations(self, ball, images):
+        model = small()
+        batch, index = batch_of(model, images)
+        step = Step.evaluation(ball.scaled(25.0), Noise(0, index))
+        with pytest.raises(InputError, match=r"^pgd-20: found a \w+; accepted: the ball of a norm, or here default"):
+            Evaluate(attacks=("pgd-20",)).check_ball(ball, images, model)
+        settings = Evaluate(attacks=("default", "crown"))
+        settings.check_ball(ball, images, model)
+        by_attack, by_bounds = (one(model, batch, step.ball, step) for one in settings.adversaries())
+        for lost, unproved in zip(by_attack, by_bounds, strict=True):
+            assert lost.to is None or unproved.to is not None
+        assert not any(one.unconfirmed for one in by_attack)
 
     @pytest.mark.parametrize("loss", [Ibp(), Sabr(attack=None), Staps(attack=None), CrownIbp(), Trades(attack=None)])
     def test_other_losses_take_it(self, ball, images, loss):
