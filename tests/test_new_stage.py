@@ -212,7 +212,7 @@ class TestRecipes:
             (["clean", "ibp"], r"^stages: found 'clean'; accepted: alpha"),
             (
                 ["lipschitz", {"type": "Lipschitz"}],
-                r"^stages: found \['lipschitz', 'lipschitz'\]; .* once",
+                r"^stages: found \('lipschitz', 'lipschitz'\); .* once",
             ),
             (
                 [{"type": "RandomCorners", "corners": 0}],

@@ -59,7 +59,7 @@ class Certify:
         for stage in self.stages:
             if isinstance(stage, str):
                 check(stage in known and stage != FIRST, "stages", stage, ", ".join(sorted({*known} - {FIRST})))
-        names = [stage if isinstance(stage, str) else stage.name for stage in self.stages]
+        names = tuple(stage if isinstance(stage, str) else stage.name for stage in self.stages)
         check(len(set(names)) == len(names), "stages", names, "each stage once")
         check(self.images is None or self.images >= 1, "images", self.images, "a whole number >= 1, or null")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
