@@ -87,7 +87,7 @@ def structure(cls: type, mapping: object, where: str = "") -> Any:
         if name not in values and _default(field) is dataclasses.MISSING:
             raise InputError(f"{prefix}{name}: must be given; accepted: {_describe(hints[name])}")
     built = {
-        key: _value(hints[key], _over_default(value, _default(fields[key])), f"{prefix}{key}")
+        key: _value(hints[key], _over_default(value, _changed(fields[key])), f"{prefix}{key}")
         for key, value in values.items()
     }
     try:
@@ -191,6 +191,30 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def none_or(section: Any) -> Any:
+    """A field that is None by default; a section for it without a ``type`` changes the fields of ``section``."""
+    return dataclasses.field(default=None, metadata={"section": section})
+
+
+def with_null_defaults(value: Any) -> Any:
+    """The dataclass ``value`` with None in every field made by ``none_or`` that holds its unchanged section, and so on
+    in its own sections."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changes = {}
+    for field in dataclasses.fields(value):
+        old = getattr(value, field.name)
+        null = "section" in field.metadata and old == field.metadata["section"]
+        if (new := None if null else with_null_defaults(old)) is not old:
+            changes[field.name] = new
+    return dataclasses.replace(value, **changes) if changes else value
+
+
+def _changed(field: dataclasses.Field) -> Any:
+    """What a section without a ``type`` changes."""
+    return field.metadata.get("section", _default(field))
+
+
 def _over_default(value: object, default: Any) -> object:
     """A section without a ``type`` updates the field's default object; with one it stands on its own."""
     if isinstance(value, Mapping) and "type" not in value and dataclasses.is_dataclass(default):
@@ -216,12 +240,23 @@ def _value(kind: Any, value: object, where: str) -> Any:
         if isinstance(value, Mapping) or len(options) == 1:
             return structure(option, value, where)
     for option in options:
+        if (item := _item_of(option)) and isinstance(value, (list, tuple)):
+            return tuple(_value(item, one, f"{where}[{place}]") for place, one in enumerate(value))
         if option not in sections:
             try:
                 return _SCALARS.structure(value, option)
             except Exception:  # cattrs raises ValueError, TypeError and families of its own
                 continue
     raise InputError(f"{where}: found {value!r}; accepted: {_described(options)}")
+
+
+def _item_of(kind: Any) -> Any:
+    """What a list may hold, where that may be a section; else None."""
+    if typing.get_origin(kind) is not tuple:
+        return None
+    item = typing.get_args(kind)[0]
+    kinds = typing.get_args(item) if _is_union(item) else (item,)
+    return item if any(isinstance(kind, type) and _is_section(kind) for kind in kinds) else None
 
 
 def _is_section(kind: type) -> bool:

@@ -520,7 +520,7 @@ METHODS = [cls for cls in AdversarialLoss.members().values() if "teacher" not in
 @pytest.mark.parametrize("method", [Fgsm, FgsmRs, NFgsm, PgdAt, Pgd2At, AdversarialTraining])
 @both_balls
 def test_adversarial_training_is_the_cross_entropy_of_its_images(method, ball):
-    loss = method(attack=replace(method().attack, attack_mode="batch"))
+    loss = method(attack=replace(method().attack_over(ball(0.1)), attack_mode="batch"))
     model, batch, step = make_model(False), make_batch(), make_step(ball=ball)
     images = loss.attacked(model, batch, step).images
     assert torch.allclose(loss(model, batch, step).total, F.cross_entropy(model(images), batch.labels), rtol=1e-12)

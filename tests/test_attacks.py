@@ -57,7 +57,7 @@ def name_of(ball: PerturbationSet) -> str:
 
 def home_of(kind) -> PerturbationSet:
     """A set that the attack knows."""
-    return LinfBall(0.1) if issubclass(LinfBall, kind.balls) else SparseBall(4)
+    return LinfBall(0.1) if knows(kind, LinfBall(0.1)) else SparseBall(4)
 
 
 def make_model(dtype=torch.float64) -> nn.Module:

@@ -204,7 +204,7 @@ def test_attacks_find_what_is_there(name):
     images = random_images(8)
     network = centred(score_network(5), images)
     model, attack = BinaryScore(network), Attack.members()[name]()
-    ball = next(ball for ball in (LinfBall(0.5), SparseBall(12)) if isinstance(ball, attack.balls))
+    ball = next(ball for ball in (LinfBall(0.5), SparseBall(12)) if attack.needs.matches(ball))
     labels = (network(images) > 0)[:, 0].long()
     found = attack(
         model, Batch(images, labels, torch.arange(8)), ball, Step.evaluation(ball, Noise(0, torch.arange(8)))

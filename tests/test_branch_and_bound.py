@@ -18,6 +18,7 @@ from certtrain.verifiers import (
     AlphaStage,
     BabStage,
     Certify,
+    CrownIbpStage,
     CrownStage,
     Finding,
     IbpStage,
@@ -31,7 +32,7 @@ from certtrain.verifiers import (
 )
 
 FINE = 1e-5  # HiGHS meets each constraint to 1e-6
-FIRST: tuple[Stage, ...] = (IbpStage(), CrownStage("crown_ibp", refine=False), CrownStage(), AlphaStage())
+FIRST: tuple[Stage, ...] = (IbpStage(), CrownIbpStage(), CrownStage(), AlphaStage())
 
 
 @pytest.fixture(autouse=True)

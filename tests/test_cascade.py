@@ -1,7 +1,7 @@
 """The cascade: cheapest stage first, and every verdict is what it says."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,24 +12,22 @@ from certtrain.bounds import L2Ball, LinfBall
 from certtrain.errors import InputError
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
-from certtrain.verifiers import Certify, Finding, Problem, Verdict, certify, run_cascade
+from certtrain.verifiers import Certify, Finding, Problem, Stage, Verdict, certify, run_cascade
 from certtrain.verifiers.known import Known
 
 
-@dataclass
-class Recording:
+@dataclass(frozen=True)
+class Recording(Stage):
     """A stage that decides what it is told to, and remembers what it saw."""
 
-    name: str
-    status: str
-    indices: tuple[int, ...]
+    name: str = ""
+    status: str = ""
+    indices: tuple[int, ...] = ()
     bound: float | None = None
-
-    def __post_init__(self):
-        self.seen: list[int] = []
+    seen: list[int] = field(default_factory=list)
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
-        self.seen += problem.index.tolist()
+        self.seen.extend(problem.index.tolist())
         statuses = [self.status if int(i) in self.indices else None for i in problem.index]
         bound = None if self.bound is None else torch.full((len(problem),), self.bound)
         return Finding(statuses, known, bound, list(problem.region.images))

@@ -6,7 +6,7 @@ The clock of these tests is a counter of how often it was read: one reading, one
 import itertools
 import math
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from certtrain.verifiers import (
     AttackStage,
     BabStage,
     Certify,
+    CrownIbpStage,
     CrownStage,
     Finding,
     IbpStage,
@@ -32,6 +33,7 @@ from certtrain.verifiers import (
     Limits,
     LocationStage,
     Search,
+    Stage,
     certify,
     lirpa,
     lp,
@@ -236,7 +238,7 @@ def few():
 
 STAGES = {
     "ibp": (IbpStage(), problem, LAYERS),
-    "crown_ibp": (CrownStage("crown_ibp", refine=False), problem, 4 * LAYERS),
+    "crown_ibp": (CrownIbpStage(), problem, 4 * LAYERS),
     "crown": (CrownStage(), problem, 4 * LAYERS),
     "alpha": (AlphaStage(steps=6), problem, 7 * LAYERS),
     "falsify": (FalsifyStage(steps=10, starts=3), problem, 33),
@@ -447,15 +449,15 @@ class TestLirpa:
             assert len(looks) <= deadline + 1
 
 
-@dataclass
-class Slow:
+@dataclass(frozen=True)
+class Slow(Stage):
     """A stage of so many pieces, each of so many seconds; it knows nothing before the end."""
 
     hand: Hand
     pieces: int
     seconds: float = 1.0
     status: str | None = None
-    name: str = "slow"
+    name: str = field(default="slow", kw_only=True)
     seen: list[int] = field(default_factory=list)
 
     def __call__(self, problem, known):
@@ -500,9 +502,9 @@ class TestCascade:
         assert long.seen == short.seen == [3] and hand.time == 85
         assert {(v.status, v.reason, v.stage) for v in verdicts} == {("timeout", "timeout", "short")}
         assert verdicts[0].spent == pytest.approx({"slow": 25.0, "short": 10 / 3})
-        hand.time, short.status = 0.0, "verified"
+        hand.time, proving = 0.0, replace(short, status="verified")
         with until(now=hand):
-            assert {v.status for v in run_cascade(problem(), [long, short], Limits(100 / 3))} == {"verified"}
+            assert {v.status for v in run_cascade(problem(), [long, proving], Limits(100 / 3))} == {"verified"}
 
     def test_a_sweep_that_ends_says_so(self):
         hand = Hand()

@@ -268,7 +268,8 @@ class TestFields:
     def test_round_trip(self):
         guard = Guard(every=2, images=64, split="validation", attack=Pgd(steps=5), fall=0.1, action="stop")
         assert structure(Guard, unstructure(guard)) == guard
-        assert Guard().attack == Ascent(attack_mode="eval", steps=10, step_size=0.25, start="uniform")
+        pgd = Ascent(attack_mode="eval", steps=10, step_size=0.25, start="uniform")
+        assert Guard().attack_over(LinfBall(0.1)) == pgd
 
     @pytest.mark.parametrize(
         "field, value",

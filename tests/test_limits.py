@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from certtrain.bounds import LinfBall
-from certtrain.verifiers import Certify, Finding, Limits, run_cascade
+from certtrain.verifiers import Certify, Finding, Limits, Stage, run_cascade
 from certtrain.verifiers.cascade import robustness
 from certtrain.verifiers.limits import out_of_memory, within_memory
 
@@ -36,19 +36,19 @@ def test_branch_and_bound_gets_what_is_left():
         assert all(v.seconds < 5 and v.seconds == pytest.approx(sum(v.spent.values())) for v in verdicts)
 
 
-@dataclass
-class Hungry:
+@dataclass(frozen=True)
+class Hungry(Stage):
     """Takes so many images at most, and so many images' worth of memory alone."""
 
     most: int
     error: BaseException
-    name: str = "hungry"
+    name: str = field(default="hungry", kw_only=True)
     seen: list[int] = field(default_factory=list)
 
     def __call__(self, problem, known):
         if len(problem) > self.most or (0 in problem.index and self.most < 100):
             raise self.error
-        self.seen += problem.index.tolist()
+        self.seen.extend(problem.index.tolist())
         even = [int(i) % 2 == 0 for i in problem.index]
         return Finding(["verified" if ok else None for ok in even], known)
 

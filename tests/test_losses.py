@@ -101,7 +101,7 @@ class TestEndPoints:
         terms, found = gradient(model, loss, batch, step)
         model = make_model()
         clean = forward(model, batch.images)
-        attacked = loss.attack(model, batch, step.ball, step).images
+        attacked = loss.attack_over(step.ball)(model, batch, step.ball, step).images
         given = clean.statistics if bn_mode == "clean" else None
         expected = margin_loss(margins_of(forward(model, attacked, given).logits, batch.labels)).mean()
         assert terms.total == expected
@@ -115,7 +115,7 @@ class TestEndPoints:
         model = make_model()
         used = forward(model, batch.images)
         if bn_mode == "adv":
-            used = forward(model, loss.attack(model, batch, step.ball, step).images)
+            used = forward(model, loss.attack_over(step.ball)(model, batch, step.ball, step).images)
         margins, _ = compute_margins(model, step.ball.region(batch.images), batch.labels, used.statistics)
         expected = margin_loss(margins).mean()
         assert terms.total == expected

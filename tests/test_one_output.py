@@ -131,7 +131,7 @@ def test_a_sweep_writes_no_verdict(kind, tmp_path):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(kind, name):
     attack = Attack.members()[name]()
-    ball = next(ball for ball in (LinfBall(0.05), SparseBall(2)) if isinstance(ball, attack.balls))
+    ball = next(ball for ball in (LinfBall(0.05), SparseBall(2)) if attack.needs.matches(ball))
     with pytest.raises(InputError, match=r"^model: found an output"):
         attack((ODD | NO_TENSOR)[kind], BATCH, ball, step(ball))
 
@@ -156,7 +156,7 @@ def test_losses(kind, name):
 @pytest.mark.parametrize("kind", BINARY)
 @pytest.mark.parametrize("name", DIAGNOSTICS)
 def test_diagnostics(kind, name):
-    ball = next(ball for ball in (LinfBall(0.05), SparseBall(2)) if isinstance(ball, DIAGNOSTICS[name].balls))
+    ball = next(ball for ball in (LinfBall(0.05), SparseBall(2)) if DIAGNOSTICS[name].needs.matches(ball))
     subject = Subject(ODD[kind], BATCH, ball, Noise(0, INDEX), top=1)
     with pytest.raises(InputError, match=r"^model: found an output"):
         DIAGNOSTICS[name](subject)

@@ -84,7 +84,9 @@ def test_a_run_keeps_the_best_of_its_candidates(tmp_path):
     model = TINY.model.build((1, 8, 8), 10)
     model.load_state_dict(kept)
     dataset = TINY.data.load()
-    found = attacked_accuracy(model, dataset.validation, TINY.perturbation, shorter.select.attack, TINY.seed)
+    found = attacked_accuracy(
+        model, dataset.validation, TINY.perturbation, shorter.select.attack_over(TINY.perturbation), TINY.seed
+    )
     assert found == max(scores)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from certtrain.attacks import Ascent, Attack, AttackResult, FrankWolfe, SparsePgd, SparseRs
+from certtrain.attacks import Ascent, Attack, AttackResult, FrankWolfe, SparsePgd, SparseRs, default_attack
 from certtrain.bounds import L2Ball, LinfBall, SparseBall
 from certtrain.bounds.l1 import L1Ball
 from certtrain.command_line import main
@@ -30,7 +30,6 @@ from certtrain.diagnostics import (
     weight_landscape,
 )
 from certtrain.diagnostics.hessian import eigenpairs
-from certtrain.diagnostics.one_and_many import ONE_STEP, TWENTY_STEPS, many_steps, one_step, searching
 from certtrain.errors import InputError
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
@@ -38,8 +37,18 @@ from certtrain.training.diagnosing import Diagnose
 from certtrain.workflows.diagnose import diagnose
 
 SPARSE = SparseBall(3)
+ONE_STEP = SparsePgd(steps=1, alpha=1.0, beta=1.0, patience=None, keep="last")
+TWENTY_STEPS = SparsePgd(steps=20, patience=10, keep="last")
 BALLS = [SPARSE, SparseBall(1, unit="row"), LinfBall(0.1), L2Ball(0.5), L1Ball(1.0)]
 every_ball = pytest.mark.parametrize("ball", BALLS, ids=lambda ball: type(ball).__name__)
+
+
+def one_step(ball) -> Attack:
+    return default_attack(ball, "one_step")
+
+
+def many_steps(ball) -> Attack:
+    return default_attack(ball, "many_steps")
 
 
 def small(classes: int = 3, seed: int = 0) -> nn.Sequential:
@@ -304,9 +313,12 @@ class TestChoice:
         )
         assert one_step(L1Ball()) == FrankWolfe(steps=1) and many_steps(L1Ball()) == FrankWolfe(steps=20)
         assert many_steps(SPARSE) == TWENTY_STEPS and many_steps(LinfBall()) == Ascent(attack_mode="eval")
+        assert default_attack(SPARSE, "search") == SparsePgd(steps=100)
+
+    def test_an_attack_that_is_named_is_taken(self, batch, noise):
         own = SparsePgd(steps=7)
-        assert many_steps(SPARSE, own) == searching(SPARSE, own) == own
-        assert searching(SPARSE) == SparsePgd(steps=100)
+        subject = Subject(small(), batch, SPARSE, noise, own)
+        assert subject.many == subject.search == own and subject.one == ONE_STEP
 
     def test_which_diagnostics_know_which_sets(self):
         norms = {"alignment", "cosine", "distortion", "split", "landscape"}

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 import certtrain
+from certtrain.attacks import default_attack
 from certtrain.bounds import LinfBall
 from certtrain.command_line import main
+from certtrain.config import unstructure
 from certtrain.data import Split
 from certtrain.errors import InputError
 from certtrain.ledger import Ledger, images_of
@@ -153,7 +155,8 @@ class TestResume:
 class TestBetterSettings:
     def test_more_seconds_retry_what_ran_out_of_time_and_nothing_else(self, files, monkeypatch):
         file, settings = files
-        full = Certify(batch_size=16, attack=dataclasses.replace(Certify().attack, steps=1))
+        attack = dataclasses.replace(default_attack(LinfBall(), "falsify"), steps=1)
+        full = Certify(batch_size=16, attack=attack)
         less = small_question(dataclasses.replace(full, timeout=1e-9))
         hasty = Ledger(file, settings).ask(less, range(40), quiet=True)
         left = {r["index"] for r in hasty if r["status"] == "timeout"}
@@ -168,8 +171,7 @@ class TestBetterSettings:
         assert Ledger(file, settings).ask(less, range(40)) == done
 
     def test_what_is_worth_another_try(self):
-        section = dataclasses.asdict(Certify(stages=("ibp", "crown"), timeout=5.0))
-        section["attack"] = {"type": "Pgd", **section["attack"]}
+        section = unstructure(Certify(stages=("ibp", "crown"), timeout=5.0))
         late, open_ = {"status": "timeout", "reason": "timeout"}, {"status": "unknown", "reason": None}
         had = Certify(stages=("ibp", "crown"), timeout=5.0)
 

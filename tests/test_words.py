@@ -10,7 +10,7 @@ RIDDLES = ("Of", "What")
 
 NOT_YET = (
     "verifiers", "kernels", "certtrain/bounds", "certtrain/training", "certtrain/evaluation",
-    "certtrain/attacks/customary.py", "certtrain/*.py", "certtrain/workflows",
+    "certtrain/*.py", "certtrain/workflows",
 )  # fmt: skip
 """Folders and files whose docstrings are still to be rewritten. The list only shrinks."""
 

@@ -7,26 +7,27 @@ if __name__ == "verifiers":  # imported by its folder's name in a checkout: hand
 else:
     from .cascade import certify, run_cascade
     from .embedded_question import EmbeddedQuestion
+    from .falsify import FalsifyStage
     from .limits import Limits
+    from .lirpa import LirpaStage
     from .problem import Problem, Specification, Verdict
     from .search import Search
     from .settings import Certify
+    from .stage import Finding, Judge, Stage
     from .stages import (
         AlphaStage,
         AttackStage,
         BabStage,
         CleanStage,
+        CrownIbpStage,
         CrownStage,
-        Finding,
         IbpStage,
         InputSplitStage,
-        Judge,
         LocationStage,
-        Stage,
     )
 
     __all__ = [
-        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownStage", "EmbeddedQuestion",
-        "Finding", "IbpStage", "InputSplitStage", "Judge", "Limits", "LocationStage", "Problem", "Search",
-        "Specification", "Stage", "Verdict", "certify", "run_cascade",
+        "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownIbpStage", "CrownStage",
+        "EmbeddedQuestion", "FalsifyStage", "Finding", "IbpStage", "InputSplitStage", "Judge", "Limits", "LirpaStage",
+        "LocationStage", "Problem", "Search", "Specification", "Stage", "Verdict", "certify", "run_cascade",
     ]  # fmt: skip

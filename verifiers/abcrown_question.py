@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from ..bounds import LinfBall
+from ..bounds import PerturbationSet
 from ..data import Split
 from ..ledger import Line, Report
 from .abcrown import Abcrown, Answer, configuration
 from .problem import Specification, Status
 from .records import VerdictQuestion
-from .stages import Replay, holds
+from .stage import Replay, holds
 from .vnnlib import write_property
 
 VERIFIER = "abcrown"
@@ -42,7 +42,7 @@ class AbcrownQuestion(VerdictQuestion):
     replay: Replay
     split: Split
     classes: int
-    ball: LinfBall
+    ball: PerturbationSet
     timeout: float
     device: str
     logs: Path
@@ -70,8 +70,8 @@ class AbcrownQuestion(VerdictQuestion):
         with TemporaryDirectory(prefix="certtrain-specs-") as folder:
             properties = [Path(folder) / f"{number}.vnnlib" for number in images]
             for number, path in zip(images, properties, strict=True):
-                pixels = self.split.pixels(torch.tensor([number]))[0]
-                write_property(path, *self.ball.ends(pixels), int(self.split.labels[number]), self.classes)
+                lower, upper = self.ball.ends(self.split.pixels(torch.tensor([number])))
+                write_property(path, lower[0], upper[0], int(self.split.labels[number]), self.classes)
             shape = self.split.pixels(torch.tensor([0])).shape[1:]
             report(f"α-β-CROWN, {len(images)} images")
             run = self.abcrown.run(
@@ -105,6 +105,6 @@ class AbcrownQuestion(VerdictQuestion):
         """Whether its counterexample, moved into the ball, is one. It tolerates points that are 1e-4 outside."""
         if answer.counterexample is None:
             return False
-        point = self.ball.project(image, answer.counterexample.reshape(image.shape))
+        point = self.ball.project(image[None], answer.counterexample.reshape(1, *image.shape))[0]
         specification = Specification.robust(self.split.labels[number : number + 1].cpu(), self.classes)
         return not any(bool(holds(specification, logits)[0]) for logits in self.replay(point).split(1))

@@ -23,11 +23,9 @@ from ..labels import as_labels, check_labels, classes_in, classes_of
 from ..precision import full_float32
 from .known import Known
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
-from .lirpa import LirpaStage
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
 from .settings import ROUNDINGS, Arithmetic, Certify
-from .sparse_split import sparse_ball
-from .stages import AttackStage, BabStage, CleanStage, Finding, InputSplitStage, LocationStage, Stage
+from .stage import Finding, Stage
 
 
 @torch.no_grad()
@@ -55,7 +53,7 @@ def run_cascade(
             one image.
     """
     images = problem.region.images
-    if all(isinstance(stage, (CleanStage, AttackStage, LirpaStage)) for stage in stages):
+    if not any(stage.traces for stage in stages):
         problem = replace(problem, network=_runnable(problem.network))
     wait = partial(torch.cuda.synchronize, images.device) if images.is_cuda else None
     with until(wait=wait):  # for the pace of the work, which later stages go by
@@ -70,14 +68,10 @@ def run_cascade(
 
 
 def _fitting(stages: Sequence[Stage], problem: Problem) -> Sequence[Stage]:
-    """Over a sparse set branch and bound goes over locations."""
-    if sparse_ball(problem) is None or any(isinstance(stage, LocationStage) for stage in stages):
-        return stages
-    fitting = list(stages)
-    for place, stage in enumerate(stages):
-        if isinstance(stage, BabStage):
-            fitting[place] = LocationStage(stage.search, stage.timeout, stage.judge)
-    return fitting
+    """The stages that do their work over such a region; one whose place another stage holds already stays."""
+    names = {stage.name for stage in stages}
+    fitting = [(stage, stage.fitting(problem)) for stage in stages]
+    return [stage if other.name in names else other for stage, other in fitting]
 
 
 def _runnable(network: nn.Module) -> nn.Module:
@@ -141,9 +135,8 @@ class _Run:
                 return
             spent = max(sum(self.spent[number].values()) for number in numbers)
             limit, late = self.limits.share(spent, len(numbers))
-            if isinstance(stage, (BabStage, InputSplitStage, LocationStage)):
-                late = late if limit < stage.timeout else "timeout"
-                stage = replace(stage, timeout=max(0.0, min(limit, stage.timeout)))
+            stage, own = stage.within(limit)
+            late = "timeout" if own else late
             self.watch(stage.name, len(numbers))
             some, started = self.problem.subset(left), now()
             with until(started + max(0.0, limit) * len(numbers)) as clock:

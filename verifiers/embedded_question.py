@@ -16,10 +16,9 @@ from ..data import Split
 from ..ledger import Line, Report, in_fixed_batches
 from .cascade import robustness, run_cascade
 from .limits import TOTAL_TIMEOUT, Limits
-from .lirpa import require
 from .records import VerdictQuestion, worth_another_try
 from .settings import Certify
-from .stages import Replay
+from .stage import Replay, Stage
 
 VERIFIER = "embedded"
 
@@ -48,12 +47,16 @@ class EmbeddedQuestion(VerdictQuestion):
 
     @property
     def basis(self) -> dict[str, Any]:
-        certify = unstructure(replace(self.settings, images=None))
-        other = {"auto_LiRPA": require().__version__} if "lirpa" in self.settings.stages else {}
+        certify = unstructure(replace(self.settings.over(self.ball), images=None))
+        other = {name: version for stage in self._stages for name, version in stage.versions().items()}
         return {"certify": certify, "seed": self.seed, **other, **self.rests_on}
 
+    @property
+    def _stages(self) -> list[Stage]:
+        return self.settings.build(self.seed, self.replay)
+
     def offers_more(self, record: Line, before: Line) -> bool:
-        return worth_another_try(record, self.settings, before.get("certify", {}))
+        return worth_another_try(record, self.settings.over(self.ball), before.get("certify", {}))
 
     def batches(self, fresh: Sequence[int], again: Sequence[int]) -> list[Sequence[int]]:
         size = self.settings.batch_size
@@ -65,7 +68,7 @@ class EmbeddedQuestion(VerdictQuestion):
         index = torch.tensor(images, device=self.split.labels.device)
         pixels, labels = self.split.pixels(index), self.split.labels[index]
         problem = robustness(self.network, pixels, labels, index, self.classes, self.ball)
-        stages, limits = self.settings.build(self.seed, self.replay), Limits(self.settings.timeout, deadline)
+        stages, limits = self._stages, Limits(self.settings.timeout, deadline)
         verdicts = run_cascade(
             problem, stages, limits, lambda stage, n: report(f"{stage}, {n} images"), self.settings.arithmetic
         )

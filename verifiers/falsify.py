@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from ..bounds.network import Network
 from ..noise import Noise, key_of
 from .known import Known
 from .problem import Problem, Specification, Status, rows_of_clauses
-from .stages import Finding, Judge, holds
+from .stage import Finding, Judge, Stage, holds
 
 
 @dataclass(frozen=True)
-class FalsifyStage:
+class FalsifyStage(Stage):
     """Falsifies by sign steps down the largest row of each clause that is still open, from the middle of the region and
     from random points.
 
@@ -32,13 +33,16 @@ class FalsifyStage:
         most: points that go through the network together; fewer where that would take too long.
     """
 
+    name: ClassVar[str] = "falsify"
     steps: int = 40
     starts: int = 8
     seconds: float = math.inf
     seed: int = 0
     most: int = 4096
     judge: Judge = field(default_factory=Judge)
-    name: str = "falsify"
+
+    def prepared(self, seed: int, judge: Judge) -> Self:
+        return replace(self, seed=seed, judge=judge)
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         counterexamples: list[Tensor | None] = [None] * len(problem)

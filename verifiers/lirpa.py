@@ -13,13 +13,13 @@ import io
 import logging.handlers
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,10 @@ from .limits import out_of_memory
 from .optimise import finite
 from .problem import Problem
 from .seen import Seen, rounding
-from .stages import Finding, proof
+from .stage import Finding, Stage, proof, undecided
+
+if TYPE_CHECKING:
+    from .settings import Certify
 
 Method = Literal["ibp", "crown_ibp", "crown", "alpha"]
 METHODS: dict[str, str] = {"ibp": "IBP", "crown_ibp": "CROWN-IBP", "crown": "CROWN", "alpha": "CROWN-Optimized"}
@@ -154,17 +157,24 @@ def lirpa_bounds(model: nn.Module, region: Region, method: Method, *, steps: int
 
 
 @dataclass(frozen=True)
-class LirpaStage:
+class LirpaStage(Stage):
     """Verifies by auto_LiRPA's bounds. Proves nothing where proofs have to cover rounding."""
 
+    name: ClassVar[str] = "lirpa"
+    traces: ClassVar[bool] = False
     method: Method = "crown"
     steps: int = 20
-    name: str = "lirpa"
+
+    @classmethod
+    def from_section(cls, settings: Certify) -> Self:
+        return cls(settings.lirpa, settings.alpha_steps)
+
+    def versions(self) -> Mapping[str, str]:
+        return {"auto_LiRPA": require().__version__}
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         if known.network.rounding is not None:
-            why = "auto_LiRPA's bounds hold in nearest arithmetic only"
-            return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+            return undecided(problem, known, "auto_LiRPA's bounds hold in nearest arithmetic only")
         look()
         forms, offsets = known.rows_of(problem.specification)
         rows = lirpa_rows(problem.network, problem.region, forms, self.method, steps=self.steps)

@@ -79,13 +79,10 @@ def worth_another_try(record: Line, settings: Certify, before: Line) -> bool:
         had: Certify = structure(Certify, before)
     except InputError:  # of another version
         return True
-    steps = settings.alpha_steps != had.alpha_steps
-    later = {"attack": settings.attack != had.attack, "alpha": steps, "bab": settings.search != had.search,
-             "lirpa": steps or settings.lirpa != had.lirpa}  # fmt: skip
     return (
         record.get("reason") == "out of memory"  # of whichever machine it was
         or (record["status"] == "timeout" and settings.timeout > had.timeout)
-        or any(stage not in had.stages or later.get(stage) for stage in settings.stages)
+        or settings.has_more_stages(had)
     )
 
 

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..attacks import Attack, customary
+from ..attacks import Attack, attack_field, default_attack
 from ..bounds import PerturbationSet
 from ..bounds.rounding import FLOAT32, REAL, Rounding
 from ..errors import InputError, check
-from .lirpa import LirpaStage, Method
+from .lirpa import Method
 from .search import Search
-from .stages import (
-    PGD,
-    AlphaStage,
-    AttackStage,
-    BabStage,
-    CleanStage,
-    CrownStage,
-    IbpStage,
-    InputSplitStage,
-    Judge,
-    LocationStage,
-    Replay,
-    Stage,
-)  # fmt: skip
+from .stage import Judge, Replay, Stage
 
 Arithmetic = Literal["nearest", "real", "float32"]
+FIRST = "clean"
+"""The stage that every cascade begins with."""
 ROUNDINGS: dict[Arithmetic, Rounding] = {"real": REAL, "float32": FLOAT32}
 
 
@@ -37,10 +26,11 @@ class Certify:
     Args:
         enabled: whether a run ends with it; a network that is not to be certified need not be traceable.
         stages: after the clean prediction, in this order: by default the cheapest first (an attack on every image takes
-            40 times as long as IBP, and cannot refute what IBP proves). ``location`` is for sparse sets, where it
-            also stands in for ``bab``.
+            40 times as long as IBP, and cannot refute what IBP proves). Each is a name (``Stage.named()``), or a
+            section with a ``type`` and the stage's own fields. ``location`` is for sparse sets, where it also stands in
+            for ``bab``.
             With ``lirpa`` and ``attack`` alone, networks are taken that cannot be traced.
-        attack: of the attack stage; over a sparse set sPGD-300, unless another one is given.
+        attack: of the attack stage; null for the set's default: PGD-40 with 5 restarts, of a sparse set sPGD-300.
         images: the first so many test images; null for all.
         batch_size: images that share a batch.
         timeout: seconds for an image, over all stages: its share of the time of the batches that it is in. Stages look
@@ -54,12 +44,8 @@ class Certify:
     """
 
     enabled: bool = True
-    stages: tuple[
-        Literal["attack", "ibp", "crown_ibp", "crown", "alpha", "lirpa", "input_split", "location", "bab"], ...
-    ] = (
-        "ibp", "crown_ibp", "attack", "crown", "alpha", "bab",
-    )  # fmt: skip
-    attack: Attack = PGD
+    stages: tuple[str | Stage, ...] = ("ibp", "crown_ibp", "attack", "crown", "alpha", "bab")
+    attack: Attack | None = attack_field("falsify")
     images: int | None = None
     batch_size: int = 256
     timeout: float = 60.0
@@ -69,7 +55,12 @@ class Certify:
     arithmetic: Arithmetic = "nearest"
 
     def __post_init__(self) -> None:
-        check(len(set(self.stages)) == len(self.stages), "stages", self.stages, "each stage once")
+        known = Stage.named()
+        for stage in self.stages:
+            if isinstance(stage, str):
+                check(stage in known and stage != FIRST, "stages", stage, ", ".join(sorted({*known} - {FIRST})))
+        names = tuple(stage if isinstance(stage, str) else stage.name for stage in self.stages)
+        check(len(set(names)) == len(names), "stages", names, "each stage once")
         check(self.images is None or self.images >= 1, "images", self.images, "a whole number >= 1, or null")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
         check(0 < self.timeout < float("inf"), "timeout", self.timeout, "seconds > 0")
@@ -78,24 +69,28 @@ class Certify:
     def check_ball(self, ball: PerturbationSet) -> None:
         """
         Raises:
-            InputError: the attack does not know such a set, or the arithmetic has no bounds over it.
+            InputError: a stage does not know such a set, or the arithmetic has no bounds over it.
         """
         if self.arithmetic != "nearest" and not ball.is_box:
-            found = f"{self.arithmetic} for a {type(ball).__name__}"
+            found = f"{self.arithmetic} for a {ball.kind}"
             raise InputError(f"certify.arithmetic: found {found}; accepted: nearest, or a box (LinfBall)")
-        customary(self.attack, PGD, ball, 300).check_ball(ball, "certify.attack")
+        for place, stage in enumerate(self.stages):
+            where = "certify" if isinstance(stage, str) else f"certify.stages[{place}]"
+            self._stage(stage).check_ball(ball, where)
+
+    def over(self, ball: PerturbationSet) -> Certify:
+        """The section with the set's default attack named."""
+        return replace(self, attack=self.attack or default_attack(ball, "falsify"))
 
     def build(self, seed: int, replay: Replay | None = None) -> list[Stage]:
+        """The stages, the clean prediction first."""
         judge = Judge(replay)
-        later: dict[str, Stage] = {
-            "attack": AttackStage(self.attack, seed, judge),
-            "ibp": IbpStage(),
-            "crown_ibp": CrownStage("crown_ibp", refine=False),
-            "crown": CrownStage(),
-            "alpha": AlphaStage(self.alpha_steps, judge=judge),
-            "lirpa": LirpaStage(self.lirpa, self.alpha_steps),
-            "input_split": InputSplitStage(self.timeout, judge),
-            "location": LocationStage(self.search, self.timeout, judge),
-            "bab": BabStage(self.search, self.timeout, judge),
-        }
-        return [CleanStage(), *(later[name] for name in self.stages)]
+        return [self._stage(stage).prepared(seed, judge) for stage in (FIRST, *self.stages)]
+
+    def has_more_stages(self, had: Certify) -> bool:
+        """Whether it has a stage that ``had`` has not, or has with other fields; timeouts are not looked at."""
+        known = [stage.within(0.0)[0] for stage in had.build(0)]
+        return any(stage.within(0.0)[0] not in known for stage in self.build(0))
+
+    def _stage(self, stage: str | Stage) -> Stage:
+        return Stage.named()[stage].from_section(self) if isinstance(stage, str) else stage

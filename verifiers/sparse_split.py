@@ -20,7 +20,6 @@ from torch import Tensor
 from ..bounds import Bounds, Box
 from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, rows_at_a_time
 from ..bounds.folding import fold
-from ..bounds.region import Around
 from ..bounds.sparse import SparseBall
 from ..bounds.sparse_part import SparsePart
 from .engine import (
@@ -53,7 +52,7 @@ MOST = 64
 def sparse_ball(problem: Problem) -> SparseBall | None:
     """The set around each image, if it is a sparse one."""
     region = problem.region
-    return region.ball if isinstance(region, Around) and isinstance(region.ball, SparseBall) else None
+    return region.perturbation(SparseBall)
 
 
 def split_locations(

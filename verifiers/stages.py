@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import Attack, Pgd, customary
-from ..bounds import compute_rows, forward
+from ..attacks import Attack, default_attack
+from ..bounds import PerturbationSet, SparseBall, compute_rows, forward
 from ..bounds.clock import OutOfTime, expected, look, until
 from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.effort import work_of
@@ -24,98 +23,53 @@ from .input_split import INPUTS, few_inputs, split_inputs
 from .known import Known
 from .neuron_split import split_neurons
 from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
-from .problem import Problem, Specification, Status
+from .problem import Problem, Status
 from .search import Search
-from .sparse_split import sparse_ball, split_locations
+from .sparse_split import split_locations
+from .stage import Finding, Judge, Stage, TimedStage, holds, proof, undecided, where_true
 
-PGD = Pgd(steps=40, step_size=0.1, restarts=5, diversified=2, objective="margin")
-Replay = Callable[[Tensor], Tensor]
-"""Logits (R, K) of one image in each of R runs, in all of which a counterexample has to stand."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a stage found for a batch of B problems.
-
-    Args:
-        statuses: of each problem, None where it stays open.
-        known: what the next stage may build on, with this stage's lower bounds.
-        lower: (B,) of the worst margin, where the stage bounds more than rows.
-        counterexamples: of the problems that it decided by one.
-        seconds: each problem's, where the stage knows better than equal shares.
-        reasons: why a problem stays open, where there is something to say.
-    """
-
-    statuses: Sequence[Status | None]
-    known: Known
-    lower: Tensor | None = None
-    counterexamples: Sequence[Tensor | None] | None = None
-    seconds: Tensor | None = None
-    reasons: Sequence[str | None] | None = None
-
-
-class Stage(Protocol):
-    """Looks at the clock (``bounds.clock``) between the pieces of its work. Out of time it finds what it knows by then,
-    or raises ``OutOfTime``."""
-
-    name: str
-
-    def __call__(self, problem: Problem, known: Known) -> Finding: ...
-
-
-def _where(decided: Tensor, status: Status) -> list[Status | None]:
-    return [status if done else None for done in decided.tolist()]
-
-
-def proof(problem: Problem, known: Known) -> Finding:
-    """What the rows' lower bounds prove."""
-    return Finding(_where(problem.specification.worst(known.rows) > 0, "verified"), known)
+if TYPE_CHECKING:
+    from .settings import Certify
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Whether an input is a counterexample: in the set, and wrong when it is run alone. A tie is wrong.
-
-    Args:
-        replay: other runs of the network, such as onnxruntime's; all of them have to be wrong.
-    """
-
-    replay: Replay | None = None
-
-    def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
-        at = torch.tensor([number], device=problem.index.device)
-        one = problem.subset(at)
-        if not bool(one.region.contains(image[None])[0]):
-            return False
-        runs = [forward(problem.network, image[None]).logits]
-        runs += self.replay(image).to(image.device).split(1) if self.replay else []
-        return not any(bool(holds(one.specification, logits)[0]) for logits in runs)
-
-
-def holds(specification: Specification, logits: Tensor) -> Tensor:
-    """(B,), written so that NaN does not hold."""
-    return specification.worst(specification.values(logits)) > 0
-
-
-@dataclass(frozen=True)
-class CleanStage:
+class CleanStage(Stage):
     """The image itself must be right; a tie is wrong."""
 
-    name: str = "clean"
+    name: ClassVar[str] = "clean"
+    traces: ClassVar[bool] = False
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         wrong = ~holds(problem.specification, forward(problem.network, problem.region.images).logits)
-        return Finding(_where(wrong, "misclassified"), known, counterexamples=list(problem.region.images))
+        return Finding(where_true(wrong, "misclassified"), known, counterexamples=list(problem.region.images))
 
 
 @dataclass(frozen=True)
-class AttackStage:
-    """Falsifies by attack. A candidate counts only when it is replayed, one image at a time."""
+class AttackStage(Stage):
+    """Falsifies by attack. A candidate counts only when it is replayed, one image at a time.
 
-    attack: Attack = PGD
+    Args:
+        attack: None for the set's default.
+    """
+
+    name: ClassVar[str] = "attack"
+    traces: ClassVar[bool] = False
+    attack: Attack | None = None
     seed: int = 0
     judge: Judge = field(default_factory=Judge)
-    name: str = "attack"
+
+    @classmethod
+    def from_section(cls, settings: Certify) -> Self:
+        return cls(settings.attack)
+
+    def prepared(self, seed: int, judge: Judge) -> Self:
+        return replace(self, seed=seed, judge=judge)
+
+    def attack_over(self, ball: PerturbationSet) -> Attack:
+        return self.attack or default_attack(ball, "falsify")
+
+    def check_ball(self, ball: PerturbationSet, where: str = "certify") -> None:
+        self.attack_over(ball).check_ball(ball, f"{where}.attack")
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         labels = problem.specification.labels
@@ -123,8 +77,13 @@ class AttackStage:
             raise InputError("specification: found no labels; accepted: a robustness specification for this stage")
         noise = Noise(self.seed, problem.index)
         batch = Batch(problem.region.images, labels, problem.index)
-        ball = problem.region.ball
-        attack = customary(self.attack, PGD, ball, 300)
+        ball = problem.region.perturbation(PerturbationSet)
+        if ball is None:
+            raise InputError(
+                f"region: found a {problem.region.kind}; accepted for the stage attack: a perturbation set around "
+                "images (the stage falsify searches any region)"
+            )
+        attack = self.attack_over(ball)
         network = _Watched(problem) if attack.attack_mode == "eval" else problem.network
         try:
             candidates = attack(network, batch, ball, Step.evaluation(ball, noise)).images
@@ -135,7 +94,7 @@ class AttackStage:
         wrong = ~holds(problem.specification, forward(problem.network, candidates).logits)
         for number in wrong.nonzero().flatten().tolist():
             wrong[number] = self.judge(problem, number, candidates[number])
-        return Finding(_where(wrong, "falsified"), known, counterexamples=list(candidates))
+        return Finding(where_true(wrong, "falsified"), known, counterexamples=list(candidates))
 
 
 class _Watched(nn.Module):
@@ -158,10 +117,10 @@ class _Watched(nn.Module):
 
 
 @dataclass(frozen=True)
-class IbpStage:
+class IbpStage(Stage):
     """Verifies by interval bounds, the specification merged into the last layer."""
 
-    name: str = "ibp"
+    name: ClassVar[str] = "ibp"
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         forms, offsets = known.rows_of(problem.specification)
@@ -182,11 +141,11 @@ def _bounded(problem: Problem, known: Known, refine: bool = True) -> Known:
 
 
 @dataclass(frozen=True)
-class CrownStage:
+class CrownStage(Stage):
     """Verifies by linear bounds: their activations' inputs bounded by intervals (CROWN-IBP), or by linear bounds in
     turn (CROWN)."""
 
-    name: str = "crown"
+    name: ClassVar[str] = "crown"
     refine: bool = True
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
@@ -203,13 +162,28 @@ class CrownStage:
 
 
 @dataclass(frozen=True)
-class AlphaStage:
+class CrownIbpStage(CrownStage):
+    """CROWN-IBP: linear bounds, their activations' inputs bounded by intervals."""
+
+    name: ClassVar[str] = "crown_ibp"
+    refine: bool = False
+
+
+@dataclass(frozen=True)
+class AlphaStage(Stage):
     """Verifies by linear bounds with optimised slopes, each row of the specification with its own."""
 
+    name: ClassVar[str] = "alpha"
     steps: int = 20
     rate: float = 0.1
     judge: Judge = field(default_factory=Judge)
-    name: str = "alpha"
+
+    @classmethod
+    def from_section(cls, settings: Certify) -> Self:
+        return cls(settings.alpha_steps)
+
+    def prepared(self, seed: int, judge: Judge) -> Self:
+        return replace(self, judge=judge)
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         neurons, specification = Neurons.of(known.network), problem.specification
@@ -249,18 +223,26 @@ class AlphaStage:
 
 
 @dataclass(frozen=True)
-class BabStage:
+class BabStage(TimedStage):
     """Verifies or falsifies by branch and bound: complete for networks of ReLUs and LeakyReLUs, up to its tolerance."""
 
+    name: ClassVar[str] = "bab"
     search: Search = field(default_factory=Search)
     timeout: float = 60.0
     judge: Judge = field(default_factory=Judge)
-    name: str = "bab"
+
+    @classmethod
+    def from_section(cls, settings: Certify) -> Self:
+        return cls(settings.search, settings.timeout)
+
+    def fitting(self, problem: Problem) -> Stage:
+        """Over a sparse set branch and bound goes over locations."""
+        sparse = problem.region.perturbation(SparseBall)
+        return self if sparse is None else LocationStage(self.search, self.timeout, self.judge)
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         if not known.network.piecewise_linear or not problem.region.is_box:
-            why = "branch and bound takes ReLU and LeakyReLU networks over boxes"
-            return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+            return undecided(problem, known, "branch and bound takes ReLU and LeakyReLU networks over boxes")
         known = known if known.bounds else _bounded(problem, known)
         careful = known.network.rounding is not None
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)
@@ -272,34 +254,41 @@ class BabStage:
 
 
 @dataclass(frozen=True)
-class InputSplitStage:
+class InputSplitStage(TimedStage):
     """Verifies or falsifies by halving the input box: for few inputs, whatever the activations."""
 
+    name: ClassVar[str] = "input_split"
     timeout: float = 60.0
     judge: Judge = field(default_factory=Judge)
-    name: str = "input_split"
+
+    @classmethod
+    def from_section(cls, settings: Certify) -> Self:
+        return cls(settings.timeout)
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
         if not few_inputs(problem):
-            why = f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most"
-            return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+            return undecided(problem, known, f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most")
         found = split_inputs(problem, known, self.timeout, lambda number, image: self.judge(problem, number, image))
         return _searched(known, found)
 
 
 @dataclass(frozen=True)
-class LocationStage:
+class LocationStage(TimedStage):
     """Verifies or falsifies over a sparse set by branch and bound on which units change."""
 
+    name: ClassVar[str] = "location"
     search: Search = field(default_factory=Search)
     timeout: float = 60.0
     judge: Judge = field(default_factory=Judge)
-    name: str = "location"
+
+    @classmethod
+    def from_section(cls, settings: Certify) -> Self:
+        return cls(settings.search, settings.timeout)
 
     def __call__(self, problem: Problem, known: Known) -> Finding:
-        if sparse_ball(problem) is None or known.network.rounding is not None:
+        if problem.region.perturbation(SparseBall) is None or known.network.rounding is not None:
             why = "splitting locations takes sparse sets (SparseBall), in nearest arithmetic"
-            return Finding([None] * len(problem), known, reasons=[why] * len(problem))
+            return undecided(problem, known, why)
         found = split_locations(
             problem, known, self.search, self.timeout, lambda number, image: self.judge(problem, number, image)
         )

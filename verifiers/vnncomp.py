@@ -23,7 +23,8 @@ from .onnx_network import OnnxNetwork, read_onnx, replay_session
 from .problem import Problem, Specification, Verdict
 from .search import Search
 from .settings import Arithmetic
-from .stages import AlphaStage, BabStage, CrownStage, IbpStage, InputSplitStage, Judge, Replay, Stage, holds
+from .stage import Judge, Replay, Stage, holds
+from .stages import AlphaStage, BabStage, CrownIbpStage, CrownStage, IbpStage, InputSplitStage
 from .vnnlib import Case, Property
 from .vnnlib_reader import read_property
 
@@ -295,7 +296,7 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
 
 def _stages(problem: Problem, judge: Judge, seconds: float) -> list[Stage]:
     stages: list[Stage] = [
-        IbpStage(), CrownStage("crown_ibp", refine=False),
+        IbpStage(), CrownIbpStage(),
         FalsifyStage(seconds=FALSIFYING * seconds, judge=judge), CrownStage(),
     ]  # fmt: skip
     if not few_inputs(problem):

@@ -3,7 +3,7 @@
 from .ascent import Ascent
 from .base import Attack, AttackResult, gradient_of
 from .checkpoints import Checkpoints
-from .customary import customary
+from .default import attack_field, default_attack
 from .early_stopped import EarlyStopped
 from .frank_wolfe import FrankWolfe
 from .linearisation import Linearisation
@@ -20,6 +20,6 @@ __all__ = [
     "RECORDING", "Ascent", "Attack", "AttackResult", "Checkpoints", "ClimbsNuclear", "CornerSearch", "CrossEntropy",
     "Divergence", "EarlyStopped", "FrankWolfe", "KullbackLeibler", "Linearisation", "Nuclear", "Objective", "Pgd",
     "Pgd0", "PriorGuided", "Saif", "SigmaZero", "SmoothedCrossEntropy", "SparseNuclear", "SparsePgd", "SparseRs",
-    "SparseTransferred", "SquaredEuclidean", "SwitchedMargin", "Transferred", "buffers_kept", "customary",
-    "gradient_of", "in_mode", "lead", "nuclear_norm", "records_start",
+    "SparseTransferred", "SquaredEuclidean", "SwitchedMargin", "Transferred", "attack_field", "buffers_kept",
+    "default_attack", "gradient_of", "in_mode", "lead", "nuclear_norm", "records_start",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ STARTS = ("zero", "uniform", "normal", "corners")
 
 
 @dataclass(frozen=True)
-class Ascent(Attack):
+class Ascent(Attack[NormBall]):
     """x' ← Π(x' + step_size · epsilon · direction of the gradient), ``steps`` times; the last point is returned.
 
     The direction is the ball's own: the gradient's sign in an l_inf ball, the gradient over its norm in an l2 ball.
@@ -43,6 +43,7 @@ class Ascent(Attack):
         record: number of steps after which the point is recorded as ``iterate``; 0 for none.
     """
 
+    needs: ClassVar[type[PerturbationSet]] = NormBall
     steps: int = 10
     step_size: float = 0.25
     start: Start = "uniform"
@@ -68,7 +69,7 @@ class Ascent(Attack):
             return ball
         return ball.scaled((self.start_scale if self.start != "zero" else 0.0) + self.steps * self.step_size)
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+    def propose(self, model: nn.Module, batch: Batch, ball: NormBall, step: Step) -> AttackResult:
         climbed = self.climbed(model, batch, step)
         points = self.begin(batch, ball, step)
         trace, correct = {"start": points}, torch.zeros_like(batch.labels)
@@ -92,9 +93,8 @@ class Ascent(Attack):
         """The points to continue from, where ``wrong`` (B,) is the number of misclassified points so far."""
         return moved
 
-    def begin(self, batch: Batch, ball: PerturbationSet, step: Step) -> Tensor:
+    def begin(self, batch: Batch, ball: NormBall, step: Step) -> Tensor:
         """The first point, an image in [0, 1]."""
-        assert isinstance(ball, NormBall)
         images = batch.images
         match self.start:
             case "zero":
@@ -109,11 +109,10 @@ class Ascent(Attack):
                 points = images + self.start_scale * ball.radius(images) * corner
         return self.bounded(images, points, ball)
 
-    def move(self, images: Tensor, points: Tensor, gradient: Tensor, ball: PerturbationSet) -> Tensor:
+    def move(self, images: Tensor, points: Tensor, gradient: Tensor, ball: NormBall) -> Tensor:
         """One step from ``points`` along the gradient there."""
-        assert isinstance(ball, NormBall)
         return self.bounded(images, points + self.step_size * ball.radius(images) * ball.direction(gradient), ball)
 
-    def bounded(self, images: Tensor, points: Tensor, ball: PerturbationSet) -> Tensor:
-        """Project into the ball, or into [0, 1] only."""
+    def bounded(self, images: Tensor, points: Tensor, ball: NormBall) -> Tensor:
+        """Back into the ball, or into [0, 1] alone."""
         return ball.project(images, points.clamp(0, 1)) if self.projected else points.clamp(0, 1)

@@ -6,12 +6,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
-from ..bounds import NormBall, PerturbationSet, forward
+from ..bounds import PerturbationSet, forward
 from ..bounds.clock import look
 from ..config import Component
 from ..errors import InputError
@@ -21,6 +21,7 @@ from .modes import buffers_kept, in_mode
 from .objective import Objective
 
 AttackMode = Literal["train", "eval", "batch", "clean"]
+SetT = TypeVar("SetT", bound=PerturbationSet)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
-class Attack(Component):
-    """A configured attack: ``Pgd(steps=8)(model, batch, ball, step)``.
+class Attack(Component, Generic[SetT]):
+    """A configured attack: ``Pgd(steps=8)(model, batch, ball, step)``. ``Attack[NormBall]`` attacks the balls of norms.
 
     For any proposal the result lies in ``allowed(ball)`` and in that set's hull, holds no
     gradient, and leaves the model as it was: parameters, their ``.grad`` and ``requires_grad``, training
@@ -45,8 +46,8 @@ class Attack(Component):
             the images before the attack, running ones untouched (one forward pass more).
     """
 
-    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (NormBall,)
-    """The kinds of sets that are supported."""
+    needs: ClassVar[type[PerturbationSet]] = PerturbationSet
+    """The kind of set that it needs, an abstract one as a rule: ``NormBall`` for a radius and a direction."""
 
     takes_gradients: ClassVar[bool] = True
     """Whether the attack uses gradients; a black-box attack sees logits only and counts ``queries`` (B,) in its
@@ -54,17 +55,17 @@ class Attack(Component):
 
     attack_mode: AttackMode = "eval"
 
-    def check_ball(self, ball: PerturbationSet, where: str = "attack") -> None:
+    def check_ball(self, ball: PerturbationSet, where: str = "attack", among: type[Component] | None = None) -> None:
         """
+        Args:
+            among: which family of attacks the error names; all by default.
         Raises:
             InputError: the attack does not support sets of this kind; names attacks that do.
         """
-        if not isinstance(ball, self.balls):
-            kinds: list[type[Attack]] = list(Attack.members().values())
-            known = [kind.__name__ for kind in kinds if isinstance(ball, kind.balls)]
-            raise InputError(
-                f"{where}.type: found {type(self).__name__} for a {type(ball).__name__}; accepted: {', '.join(known)}"
-            )
+        if not self.needs.matches(ball):
+            kinds: list[type[Attack[Any]]] = list((among or Attack).members().values())
+            known = ", ".join(kind.__name__ for kind in kinds if kind.needs.matches(ball))
+            raise InputError(f"{where}.type: found {type(self).__name__} for a {ball.kind}; accepted: {known}")
 
     def allowed(self, ball: PerturbationSet) -> PerturbationSet:
         """The set that the result lies in: the ball, or a wider set that the attack declares."""
@@ -74,13 +75,13 @@ class Attack(Component):
         """State kept across batches, by name, for images of ``shape`` and this number of classes; none by default."""
         return {}
 
-    def toward(self, objective: Objective) -> Attack:
-        """This attack with the given objective; unchanged where it has its own."""
+    def toward(self, objective: Objective) -> Attack[SetT]:
+        """This attack with the objective of the loss that it serves; itself where it has its own."""
         return self
 
     @abstractmethod
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        """Propose images inside ``allowed(ball)``; gradients may be taken with respect to the images only."""
+    def propose(self, model: nn.Module, batch: Batch, ball: SetT, step: Step) -> AttackResult:
+        """Candidates inside ``allowed(ball)``; gradients may be taken of the images only."""
 
     @final
     def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
@@ -96,6 +97,7 @@ class Attack(Component):
         """
         self.check_ball(ball)
         ball.region(batch.images)  # which says what it cannot be around
+        known: Any = ball  # of the kind that it needs
         batch = replace(batch, images=batch.images.detach())
         wide = self.allowed(ball)
         if len(batch) == 0:
@@ -104,7 +106,7 @@ class Attack(Component):
         with in_mode(model, self.attack_mode != "eval"), kept, torch.set_grad_enabled(self.takes_gradients):
             plain = model.model if isinstance(model, _Judged) else model  # of an attack within an attack
             attacked = _Frozen(plain, batch.images) if self.attack_mode == "clean" else plain
-            proposed = self.propose(_Judged(attacked, batch.labels), batch, ball, step)
+            proposed = self.propose(_Judged(attacked, batch.labels), batch, known, step)
         proposal = proposed.images.detach()
         valid = torch.where(proposal.isnan(), batch.images, proposal).clamp(0, 1)
         images = wide.project(batch.images, valid)

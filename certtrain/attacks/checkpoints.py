@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet
+from ..bounds import NormBall
 from ..errors import check
 from ..step import Batch, Step
 from .ascent import Ascent, Start
@@ -41,7 +41,7 @@ class Checkpoints(Ascent):
         check(self.checkpoints >= 1, "checkpoints", self.checkpoints, "a whole number >= 1")
         check(self.reference in ("start", "clean"), "reference", self.reference, "start, clean")
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+    def propose(self, model: nn.Module, batch: Batch, ball: NormBall, step: Step) -> AttackResult:
         found = super().propose(model, batch, ball, step)
         images, count = batch.images, self.checkpoints
         points = [self.bounded(images, torch.lerp(images, found.images, k / count), ball) for k in range(1, count)]

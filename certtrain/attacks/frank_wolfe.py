@@ -15,7 +15,7 @@ from .objective import CrossEntropy, Objective
 
 
 @dataclass(frozen=True)
-class FrankWolfe(Attack):
+class FrankWolfe(Attack[PerturbationSet]):
     """x' ← x' + 2 / (t + 2) · (s - x') for t = 0, 1, …, from the image on, where s maximises the objective's
     linearisation at x' over the whole ball, cut to [0, 1] (Frank and Wolfe 1956).
 

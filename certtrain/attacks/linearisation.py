@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..bounds import PerturbationSet
+from ..bounds import NormBall
 from .ascent import Ascent
 
 
@@ -17,5 +17,5 @@ class Linearisation(Ascent):
     steps: int = 1
     step_size: float = 5000 / 255
 
-    def move(self, images: Tensor, points: Tensor, gradient: Tensor, ball: PerturbationSet) -> Tensor:
+    def move(self, images: Tensor, points: Tensor, gradient: Tensor, ball: NormBall) -> Tensor:
         return self.bounded(images, points + self.step_size * gradient, ball)

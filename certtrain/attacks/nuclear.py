@@ -6,17 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..bounds import NormBall
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .ascent import Ascent, Start
-from .base import Attack, AttackMode
+from .base import Attack, AttackMode, SetT
 
 COUNT = "nuclear_iterations"
 
 
 @dataclass(frozen=True)
-class ClimbsNuclear(Attack):
-    """The base of attacks that maximise the nuclear norm too, at every other iteration.
+class ClimbsNuclear(Attack[SetT]):
+    """What attacks that climb the nuclear norm share: at every other iteration it joins what they climb otherwise.
 
     The objective is sum CE(f(x'), y) + weight · |f(x') - f(x)|_*, with the norm in the 2nd, 4th, … global batch of a
     training (the count is state of the run) and in every batch where no count is kept. The published code takes f(x) in
@@ -46,7 +47,7 @@ class ClimbsNuclear(Attack):
 
 
 @dataclass(frozen=True)
-class Nuclear(ClimbsNuclear, Ascent):
+class Nuclear(ClimbsNuclear[NormBall], Ascent):
     """NuAT's attack: one step of size epsilon from a random corner of half the ball."""
 
     attack_mode: AttackMode = "eval"

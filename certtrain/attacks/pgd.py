@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet
+from ..bounds import NormBall, PerturbationSet
 from ..errors import check
 from ..step import Batch, Step
 from .base import Attack, AttackResult, gradient_of
 
 
 @dataclass(frozen=True)
-class Pgd(Attack):
+class Pgd(Attack[NormBall]):
     """Sign-gradient ascent of a loss inside the ball.
 
     One step of size 2 or more from anywhere lands on a face of the box in every coordinate whose gradient
@@ -35,6 +35,7 @@ class Pgd(Attack):
             image is misclassified or tied, so that the best point keeps every success.
     """
 
+    needs: ClassVar[type[PerturbationSet]] = NormBall
     steps: int = 1
     step_size: float = 10.0
     milestones: tuple[int, ...] = ()
@@ -52,7 +53,7 @@ class Pgd(Attack):
         check(self.restarts >= 1, "restarts", self.restarts, "a whole number >= 1")
         check(self.diversified >= 0, "diversified", self.diversified, "a whole number >= 0")
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+    def propose(self, model: nn.Module, batch: Batch, ball: NormBall, step: Step) -> AttackResult:
         hull = ball.hull(batch.images)
         keep_best = self.steps > 1 or self.restarts > 1
         best, best_value = batch.images, torch.full_like(batch.labels, -torch.inf, dtype=batch.images.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ PRIOR, MOMENTUM = "prior", "prior_momentum"
 
 
 @dataclass(frozen=True)
-class PriorGuided(Attack):
+class PriorGuided(Attack[NormBall]):
     """x' = Π(x + d + step_size · epsilon · direction(g)), g the gradient at the sample's stored d (arXiv 2207.08859).
 
     For the sample's next visit d ← Π(d + step_size · epsilon · direction(m)) with m ← g / |g|_1 + momentum · m. In
@@ -41,6 +41,7 @@ class PriorGuided(Attack):
         objective: the objective to maximise; null for the loss' own.
     """
 
+    needs: ClassVar[type[PerturbationSet]] = NormBall
     step_size: float = 1.0
     momentum: float = 0.3
     reset: int = 40
@@ -59,8 +60,7 @@ class PriorGuided(Attack):
     def toward(self, objective: Objective) -> PriorGuided:
         return self if self.objective is not None else replace(self, objective=objective)
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        assert isinstance(ball, NormBall)
+    def propose(self, model: nn.Module, batch: Batch, ball: NormBall, step: Step) -> AttackResult:
         images = batch.images
         objective = self.objective or CrossEntropy()
         reference = objective.reference(model, batch)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet
+from ..bounds import NormBall
 from ..errors import check
 from ..step import Augmentation, Batch, StateSpec, Step
 from .ascent import Ascent, Start
@@ -51,7 +51,7 @@ class Transferred(Ascent):
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
         return {KEPT: StateSpec("sample", shape, padded=True)}
 
-    def begin(self, batch: Batch, ball: PerturbationSet, step: Step) -> Tensor:
+    def begin(self, batch: Batch, ball: NormBall, step: Step) -> Tensor:
         if KEPT not in step.state.tensors:
             return super().begin(batch, ball, step)
         images = batch.images
@@ -68,7 +68,7 @@ class Transferred(Ascent):
             change = begun(self.objective, change, lambda: fresh(images.shape[1:]))
         return self.bounded(images, images + change, ball)
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+    def propose(self, model: nn.Module, batch: Batch, ball: NormBall, step: Step) -> AttackResult:
         found = super().propose(model, batch, ball, step)
         if KEPT in step.state.tensors:
             change = (found.images - batch.images).nan_to_num(0, 0, 0)

@@ -5,10 +5,12 @@ from .forward import Forward, forward
 from .ibp import Activity, compute_activity, compute_bounds, compute_margins, compute_rows
 from .interval import Bounds, Interval
 from .l1 import L1Ball
+from .l2 import L2Ball
+from .linf import LinfBall
 from .network import Network, NetworkModule, Statistics, UnsupportedNode
 from .operations import BatchStatistics, Operation, from_function, from_module
 from .parts import Halves, split
-from .perturbation import L2Ball, LinfBall, NormBall, PerturbationSet
+from .perturbation import NormBall, PerturbationSet
 from .region import Box, Region
 from .sizes import size_name, sized
 from .sparse import SparseBall

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..noise import Noise
 from .interval import Interval, cut_box
-from .perturbation import NormBall
+from .perturbation import NormBall, Purpose
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,19 @@ class L1Ball(NormBall):
 
     ``direction`` moves one entry, and the same again where [0, 1] has stopped it: attacks of steps along it are weak.
     """
+
+    norm: ClassVar[str | None] = "L1"
+    default_attacks: ClassVar[Mapping[Purpose, Mapping[str, Any]]] = {
+        "one_step": {"type": "FrankWolfe", "steps": 1},
+        "many_steps": {"type": "FrankWolfe", "steps": 20},
+        "accuracy": {"type": "FrankWolfe", "steps": 20},
+        "search": {"type": "FrankWolfe", "steps": 100},
+        "falsify": {"type": "FrankWolfe", "steps": 300},
+    }
+
+    @property
+    def is_local(self) -> bool:
+        return True
 
     def hull(self, images: Tensor) -> Interval:
         return cut_box(images, self.radius(images))

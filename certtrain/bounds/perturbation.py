@@ -9,10 +9,10 @@ import copy
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,15 @@ from ..config import Component
 from ..errors import InputError, check
 from ..noise import Noise
 from .interval import Interval, check_pixels, cut_box
-from .region import Around, least
+from .region import Around, Region
+
+Purpose = Literal[
+    "certified_training", "adversarial_training", "one_step", "many_steps", "measure", "accuracy", "search", "falsify"
+]  # fmt: skip
+"""What an attack is for: the attacked term of a certified loss, all of adversarial training, a diagnostic's single step
+and its strong attack (which attacks every image, right or wrong), ``training.measure``, accuracy under attack during
+training, a search that may end at the first wrong prediction, and the verifier's search for counterexamples."""
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,53 @@ class PerturbationSet(Component):
     """
 
     size: ClassVar[str] = "epsilon"
-    """What ``epsilon`` is called in messages."""
+    """The field that holds the size, and its name in messages, tables and file names."""
+    norm: ClassVar[str | None] = None
+    """The norm whose ball, cut to valid images, the set is: ``Linf``, ``L2``, ``L1``; None for any other set."""
+    default_attacks: ClassVar[Mapping[Purpose, Mapping[str, Any]]] = {
+        "certified_training": {"type": "FrankWolfe", "steps": 1},
+        "adversarial_training": {"type": "FrankWolfe", "steps": 10},
+        "one_step": {"type": "FrankWolfe", "steps": 1},
+        "many_steps": {"type": "FrankWolfe", "steps": 20},
+        "measure": {"type": "FrankWolfe", "steps": 20},
+        "accuracy": {"type": "FrankWolfe", "steps": 20},
+        "search": {"type": "FrankWolfe", "steps": 100},
+        "falsify": {"type": "FrankWolfe", "steps": 300},
+    }
+    """The attack for each purpose, as a recipe's section; a purpose left out is inherited. FrankWolfe, which needs
+    ``concretise`` alone, attacks every set."""
+
+    @classmethod
+    def matches(cls, ball: PerturbationSet) -> TypeGuard[Self]:
+        """Whether a set is of this kind, an abstract one such as ``NormBall`` included."""
+        return isinstance(ball, cls)
+
+    @classmethod
+    def of(cls, ball: PerturbationSet) -> Self:
+        """``ball``, seen as a set of this kind.
+
+        Raises:
+            InputError: it is none.
+        """
+        if not cls.matches(ball):
+            raise InputError(f"perturbation: found a {ball.kind}; accepted: a {cls.__name__}")
+        return ball
+
+    @property
+    def kind(self) -> str:
+        """The name of its class, which messages and records use."""
+        return type(self).__name__
+
+    @classmethod
+    def sized(cls, size: float, digits: int = 6) -> str:
+        """A size in words: ``epsilon 0.0313725``, ``k 20``."""
+        return f"{cls.size} {size:.{digits}g}"
+
+    @classmethod
+    def default_attack_of(cls, purpose: Purpose) -> Mapping[str, Any]:
+        """The section of the set's default attack, its own or that of the nearest base; see ``default_attacks``."""
+        tables = (vars(kind).get("default_attacks", {}) for kind in cls.__mro__)
+        return next(table[purpose] for table in tables if purpose in table)
 
     @property
     @abstractmethod
@@ -92,11 +146,36 @@ class PerturbationSet(Component):
     @property
     def is_local(self) -> bool:
         """Whether what the set leaves of a window of the image is a set of the same kind and size around the window."""
-        return True
+        return False
 
-    def windowed(self) -> PerturbationSet:
-        """A set that is local and holds this one: what is known of windows."""
-        return self
+    def windowed(self) -> PerturbationSet | None:
+        """A local set that holds this one, which bounds of windows use; None for its hull."""
+        return self if self.is_local else None
+
+    @property
+    def projects_by_entry(self) -> bool:
+        """Whether ``project`` moves each entry by itself, once it has chosen which entries may change; then
+        ``follows`` is its derivative."""
+        return self.is_box
+
+    def follows(self, images: Tensor, reached: Tensor, target: Tensor) -> Tensor:
+        """Which entries of ``reached``, the projection of ``target`` around ``images``, move as the target moves:
+        bool, as ``images``."""
+        return reached == target
+
+    def tiny(self, images: Tensor, radius: float) -> Interval | Region:
+        """What bounds are computed over where the set is still the image alone, and yet a width in every entry is
+        needed: the box of so small a radius, unless the kind has a radius itself."""
+        return cut_box(images, radius)
+
+    def change(self, image: Tensor, point: Tensor) -> dict[str, Any]:
+        """What records say of how ``point`` differs from ``image``, both (C, H, W), as JSON; nothing by default."""
+        return {}
+
+    def ends(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(lower, upper), both as ``images``: of a box all that lies between them is the set."""
+        hull = self.hull(images)
+        return hull.lower, hull.upper
 
     @abstractmethod
     def hull(self, images: Tensor) -> Interval:
@@ -136,6 +215,18 @@ class NormBall(PerturbationSet):
     """
 
     epsilon: float = 0.1  # type: ignore[assignment]
+    default_attacks: ClassVar[Mapping[Purpose, Mapping[str, Any]]] = {
+        "certified_training": {"type": "Pgd"},
+        "adversarial_training": {"type": "Ascent"},
+        "one_step": {"type": "Ascent", "steps": 1, "step_size": 1.0, "start": "zero"},
+        "many_steps": {"type": "Ascent"},
+        "measure": {"type": "Pgd", "steps": 8, "step_size": 0.25},
+        "accuracy": {"type": "Ascent"},
+        "search": {"type": "Ascent"},
+        "falsify": {
+            "type": "Pgd", "steps": 40, "step_size": 0.1, "restarts": 5, "diversified": 2, "objective": "margin",
+        },
+    }  # fmt: skip
     largest: ClassVar[float] = math.inf
     """The radius above which every image lies in the ball: more is a slip. In l1 and l2 it depends on the image's size,
     and a radius of 8 is ordinary."""
@@ -186,104 +277,10 @@ class NormBall(PerturbationSet):
         object.__setattr__(wider, "epsilon", self.epsilon * factor)
         return wider
 
+    def tiny(self, images: Tensor, radius: float) -> Interval | Region:
+        return self.with_epsilon(radius).region(images)
+
     @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
         """The change of size 1 (in the set's norm) along which a linear function of this gradient grows fastest,
         for each of a batch, as ``gradient``; 0 where the gradient is 0."""
-
-
-@dataclass(frozen=True)
-class LinfBall(NormBall):
-    """|x' - x|_inf <= epsilon and 0 <= x' <= 1."""
-
-    largest: ClassVar[float] = 1.0
-
-    @property
-    def is_box(self) -> bool:
-        return True
-
-    def ends(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(lower, upper), both as ``images``: the set is all that lies between them."""
-        epsilon = self.radius(images)
-        return (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
-
-    def hull(self, images: Tensor) -> Interval:
-        return cut_box(images, self.radius(images))
-
-    def project(self, images: Tensor, candidates: Tensor) -> Tensor:
-        return candidates.clamp(*self.ends(images))
-
-    def contains(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
-        return self.hull(images).contains(candidates, slack).flatten(1).all(1)
-
-    def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
-        return least(coefficients, self.hull(images))
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        return gradient.sign()
-
-    def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
-        return (2 * noise.uniform(images.shape[1:], stream, images.dtype) - 1) * self.radius(images)
-
-
-@dataclass(frozen=True)
-class L2Ball(NormBall):
-    """|x' - x|_2 <= epsilon and 0 <= x' <= 1."""
-
-    def hull(self, images: Tensor) -> Interval:
-        return cut_box(images, self.radius(images))
-
-    def project(self, images: Tensor, candidates: Tensor) -> Tensor:
-        """Shrink towards the image, then clip. The clip only shrinks entries further, so the result lies in the set;
-        it is the nearest point wherever the shrunk candidate is a valid image."""
-        change = candidates.double() - images.double()
-        epsilon = torch.as_tensor(self.radius(change, torch.float64), dtype=torch.float64, device=images.device)
-        length = change.flatten(1).norm(dim=1).reshape(-1, *[1] * (images.ndim - 1))
-        outside = length > epsilon
-        change = change * torch.where(outside, epsilon / length.clamp(min=1e-300) * (1 - 1e-12), 1.0)
-        shrunk = (images.double() + change).to(images.dtype)
-        # rounding must not lead out of the ball: entries that it moved away from the image go one step back
-        too_far = (shrunk.double() - images.double()).abs() > change.abs()
-        shrunk = torch.where(too_far, torch.nextafter(shrunk, images), shrunk)
-        return torch.where(outside, shrunk, candidates).clamp(0, 1)
-
-    def contains(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
-        change = (candidates.double() - images.double()).flatten(1)
-        valid = ((candidates >= -slack) & (candidates <= 1 + slack)).flatten(1).all(1)
-        epsilon = torch.as_tensor(self.epsilon, dtype=torch.float64, device=images.device)
-        return valid & (change.norm(dim=1) <= epsilon + slack)
-
-    def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
-        """By the Lagrangian dual of the norm constraint, which bounds the minimum from below at *every*
-        multiplier: bisection only decides how tight it is, never whether it holds."""
-        form, center = coefficients.flatten(2), images.flatten(1).unsqueeze(1)
-        epsilon = torch.as_tensor(self.radius(form), dtype=images.dtype, device=images.device)
-        with torch.no_grad():  # the envelope theorem: no gradient through the multiplier
-            # |change| <= |form| / (2 multiplier): at multiplier = |form| / (2 epsilon) the ball is not left
-            high = form.norm(dim=2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
-            high = high.clamp(max=torch.finfo(form.dtype).max / 8)
-            low = torch.zeros_like(high)
-            for _ in range(40):
-                middle = (low + high) / 2
-                outside = _change(form, center, middle).norm(dim=2, keepdim=True) > epsilon
-                low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
-            change, multiplier = _change(form, center, high), high
-        dual = form * change + multiplier * change.square()
-        return (form @ center.transpose(1, 2)).squeeze(-1) + dual.sum(2) - (multiplier * epsilon.square()).squeeze(-1)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        size = gradient.abs().flatten(1).amax(1).reshape(-1, *[1] * (gradient.ndim - 1))
-        scaled = gradient / torch.where(size > 0, size, 1)  # whose squares neither overflow nor vanish
-        length = scaled.flatten(1).norm(dim=1).reshape(size.shape)
-        return scaled / torch.where(length > 0, length, 1)
-
-    def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
-        along = self.direction(noise.normal(images.shape[1:], stream, images.dtype))
-        share = noise.uniform((), f"{stream}/length", images.dtype) ** (1 / images[0].numel())
-        return along * share.reshape(-1, *[1] * (images.ndim - 1)) * self.radius(images)
-
-
-def _change(form: Tensor, center: Tensor, multiplier: Tensor) -> Tensor:
-    """The minimiser of <form, d> + multiplier |d|^2 over the valid changes -x <= d <= 1 - x."""
-    free = -form / (2 * multiplier).clamp(min=1e-30)
-    return torch.where(form == 0, 0, torch.maximum(torch.minimum(free, 1 - center), -center))

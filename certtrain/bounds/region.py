@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from .interval import Interval, check_pixels
 
 if TYPE_CHECKING:
     from .perturbation import PerturbationSet
+
+    SetT = TypeVar("SetT", bound=PerturbationSet)
 
 
 class Region(ABC):
@@ -41,9 +43,18 @@ class Region(ABC):
         """With a conversion applied to the tensors that describe the sets."""
 
     @abstractmethod
-    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Self:
+    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Region:
         """The sets around windows that ``function`` cuts out of the images, where ``of`` numbers each window's image;
         or, of an ``Around`` that is not ``is_local``, larger ones."""
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether ``windows`` has sets that hold what these leave of a window."""
+        return self.is_local
+
+    def perturbation(self, kind: type[SetT]) -> SetT | None:
+        """The perturbation set around ``images``, if the region is one of this kind; else None."""
+        return None
 
     @property
     @abstractmethod
@@ -74,6 +85,7 @@ class Region(ABC):
 
     @property
     def kind(self) -> str:
+        """The name of its sets' class, which messages use."""
         return type(self).__name__
 
     def to(self, dtype: torch.dtype) -> Self:
@@ -98,11 +110,15 @@ class Around(Region):
 
     @property
     def kind(self) -> str:
-        return type(self.ball).__name__
+        return self.ball.kind
 
     @property
     def is_local(self) -> bool:
         return self.ball.is_local
+
+    @property
+    def has_windows(self) -> bool:
+        return True
 
     def check(self) -> None:
         check_pixels(self.images)
@@ -112,8 +128,14 @@ class Around(Region):
     def take(self, index: Tensor) -> Around:
         return Around(self.ball.take(index), self.images[index])
 
-    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Around:
-        return Around(self.ball.windowed().take(of), function(self.images))
+    def perturbation(self, kind: type[SetT]) -> SetT | None:
+        return self.ball if kind.matches(self.ball) else None
+
+    def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Region:
+        if (local := self.ball.windowed()) is None:
+            hull = self.hull
+            return Box(function(hull.lower), function(hull.upper))
+        return Around(local.take(of), function(self.images))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Around:
         return Around(self.ball, function(self.images))

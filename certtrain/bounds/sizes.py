@@ -1,15 +1,20 @@
-"""What the sizes of perturbation sets are called, wherever they are said."""
+"""What the sizes of perturbation sets are called, where a record names a set by its class."""
 
 from __future__ import annotations
 
-from .sparse import SparseBall
+from .perturbation import PerturbationSet
 
 
 def size_name(kind: str) -> str:
-    """Of sets of a kind, by its class' name: a sparse one has k units, others a radius ``epsilon``."""
-    return "k" if kind == SparseBall.__name__ else "epsilon"
+    """What the size of the sets of this class is called: ``k``, ``epsilon``."""
+    return _class_of(kind).size
 
 
 def sized(kind: str, size: float, digits: int = 6) -> str:
     """``k 20``, ``epsilon 0.0313725``."""
-    return f"{size_name(kind)} {int(size)}" if size_name(kind) == "k" else f"epsilon {size:.{digits}g}"
+    return _class_of(kind).sized(size, digits)
+
+
+def _class_of(kind: str) -> type[PerturbationSet]:
+    """The class of that name; the base for one that nobody has imported."""
+    return PerturbationSet.members().get(kind, PerturbationSet)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ from .. import kernels
 from ..errors import InputError, check
 from ..noise import Noise
 from .interval import Interval
-from .perturbation import PerturbationSet
+from .perturbation import PerturbationSet, Purpose
 
 Unit = Literal["pixel", "feature", "row", "column", "patch"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 MOST = 2**53
 """The largest k: schedules multiply it, and kernels count in int64."""
+ONE_STEP = {"type": "SparsePgd", "steps": 1, "alpha": 1.0, "beta": 1.0, "patience": None, "keep": "last"}
+"""One-step training's attack (arXiv 2502.21041), with its random start."""
+TWENTY_STEPS = {"type": "SparsePgd", "steps": 20, "patience": 10, "keep": "last"}
+"""Multi-step training's attack, without its early stop: the loss of every image counts."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,16 @@ class SparseBall(PerturbationSet):
     unit: Unit = "pixel"
     side: int = 1
     size: ClassVar[str] = "k"
+    default_attacks: ClassVar[Mapping[Purpose, Mapping[str, Any]]] = {
+        "certified_training": ONE_STEP,
+        "adversarial_training": TWENTY_STEPS,
+        "one_step": ONE_STEP,
+        "many_steps": TWENTY_STEPS,
+        "measure": {"type": "SparsePgd", "steps": 20},
+        "accuracy": {"type": "SparsePgd", "steps": 20},
+        "search": {"type": "SparsePgd", "steps": 100},
+        "falsify": {"type": "SparsePgd", "steps": 300},
+    }
 
     def __post_init__(self) -> None:
         if isinstance(self.k, Tensor):
@@ -51,6 +65,10 @@ class SparseBall(PerturbationSet):
         check(self.unit in UNITS, "unit", self.unit, ", ".join(UNITS))
         check(self.side >= 1, "side", self.side, "a whole number of pixels >= 1")
         check(self.side == 1 or self.unit == "patch", "side", self.side, f"1 where the unit is a {self.unit}")
+
+    @classmethod
+    def sized(cls, size: float, digits: int = 6) -> str:
+        return f"{cls.size} {int(size)}"
 
     @property
     def plural(self) -> str:
@@ -105,6 +123,25 @@ class SparseBall(PerturbationSet):
             return self
         k = self.k * self.side**2  # numbers of the window that its patches may change
         return SparseBall(k if isinstance(k, Tensor) else min(k, MOST))
+
+    @property
+    def projects_by_entry(self) -> bool:
+        return True
+
+    def follows(self, images: Tensor, reached: Tensor, target: Tensor) -> Tensor:
+        """As the base's, the selection of units held fixed."""
+        # an entry that is not selected may equal its target by chance
+        selected = self.grouped(reached != images).any(1, keepdim=True)
+        moved = self.ungrouped(selected.expand_as(self.grouped(images)), images.shape[1:])
+        return moved & (reached == target)
+
+    def change(self, image: Tensor, point: Tensor) -> dict[str, Any]:
+        """``changed``, how many units differ, and ``change``: ``[[unit, [its values]], …]``, increasing; exact, also as
+        JSON."""
+        before, after = (self.grouped(x[None])[0] for x in (image, point))
+        units = (before != after).any(0).nonzero().flatten()
+        pairs = zip(units.tolist(), after[:, units].t().tolist(), strict=True)
+        return {"changed": len(units), "change": [[unit, values] for unit, values in pairs]}
 
     def units(self, shape: Sequence[int]) -> int:
         """N, for images of ``shape`` (C, …)."""

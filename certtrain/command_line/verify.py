@@ -152,7 +152,6 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
-    from ..bounds import size_name
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..recipe import Config
@@ -169,7 +168,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
     run = Run.open(path)
-    size = size_name(type(run.config.perturbation).__name__)
+    size = run.config.perturbation.size
     given = {
         f"perturbation.{size}": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
         "certify.arithmetic": options.arithmetic,
@@ -193,12 +192,11 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _embedded(run: Run, config: Config, limits: dict[str, Any]) -> Verification:
-    from ..bounds import sized
     from ..progress import console
     from ..workflows.verify import verify
 
     found = verify(run, certify=config.certify, **limits)
-    size = sized(type(config.perturbation).__name__, found.epsilon)
+    size = config.perturbation.sized(found.epsilon)
     stages(found.records, f"{run.folder.path}: {len(found.records)} test images, {size}")
     if len(found.certificates) > 1:
         counts = (f"{arithmetic} {proved} of {asked}" for arithmetic, (proved, asked) in found.certificates.items())

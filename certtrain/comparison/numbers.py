@@ -79,8 +79,8 @@ def made_by(results: Iterable[TrialResult]) -> Mapping[str, list[str]]:
 
 
 def kind_of(study: Study) -> str:
-    """The class name of the rows' perturbation sets; empty where they differ."""
-    kinds = {type(row.config.perturbation).__name__ for row in study.rows}
+    """Of the rows' perturbation sets, by its class' name; empty where they differ."""
+    kinds = {row.config.perturbation.kind for row in study.rows}
     return kinds.pop() if len(kinds) == 1 else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attacks import Ascent, Attack, CrossEntropy, gradient_of
+from ..attacks import Ascent, Attack, CrossEntropy, default_attack, gradient_of
 from ..bounds import PerturbationSet
 from ..noise import Noise
 from ..step import Batch, Step
@@ -38,7 +38,7 @@ def gradient_alignment(model: nn.Module, batch: Batch, ball: PerturbationSet, no
 
 
 def fgsm_pgd_cosine(
-    model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, attack: Attack = PGD
+    model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, attack: Attack | None = None
 ) -> float | None:
     """The mean cosine of FGSM's change, from the image itself, and that of a stronger ``attack``.
 
@@ -47,9 +47,10 @@ def fgsm_pgd_cosine(
     Raises:
         InputError: the batch is empty.
     """
+    both = FGSM, attack or default_attack(ball, "many_steps")
 
     def found(part: Batch, step: Step) -> Tensor:
-        return cosines(*(each_of(model, part, ball, step).images - part.images for each_of in (FGSM, attack)))
+        return cosines(*(each_of(model, part, ball, step).images - part.images for each_of in both))
 
     cosine, counted = each(model, batch, ball, noise, found).unbind(1)
     return share(cosine, counted)

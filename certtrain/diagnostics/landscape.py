@@ -50,8 +50,8 @@ def landscape(
     Raises:
         InputError: the batch is empty, or half or reach are out of range.
     """
-    check(isinstance(ball, NormBall), "perturbation", type(ball).__name__, "the ball of a norm")
-    assert isinstance(ball, NormBall)
+    check(NormBall.matches(ball), "perturbation", ball.kind, "the ball of a norm")
+    ball = NormBall.of(ball)
     check(half >= 1, "half", half, "a whole number >= 1")
     check(0 < reach < float("inf"), "reach", reach, "a number > 0, in epsilons")
     steps = torch.arange(-half, half + 1, dtype=torch.float64, device=batch.labels.device) / half * reach

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks import Ascent, Attack, Divergence, KullbackLeibler, gradient_of
-from ..bounds import PerturbationSet
+from ..attacks import Ascent, Attack, Divergence, KullbackLeibler, default_attack, gradient_of
+from ..bounds import NormBall, PerturbationSet
 from ..losses import quadratic_upper_bound
 from ..losses.adversarial.trades import ATTACK
 from ..noise import Noise
 from ..step import Batch, Step
-from .alignment import PGD
 from .looking import each
 
 KL = KullbackLeibler()
@@ -38,15 +37,19 @@ class QubGap:
     curvature: float
 
 
-def qub_gap(model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, attack: Attack = PGD) -> QubGap:
-    """The gap between QUB and the loss that it bounds, at an attack's images; computed from logits in float64.
+def qub_gap(
+    model: nn.Module, batch: Batch, ball: PerturbationSet, noise: Noise, *, attack: Attack | None = None
+) -> QubGap:
+    """How far QUB lies above the loss that it bounds, at the images of an attack; logits are compared in float64.
 
     Raises:
         InputError: the batch is empty.
     """
 
+    chosen = attack or default_attack(ball, "many_steps")
+
     def found(part: Batch, step: Step) -> Tensor:
-        images = attack(model, part, ball, step).images
+        images = chosen(model, part, ball, step).images
         with torch.no_grad():
             clean, attacked = model(part.images).double(), model(images).double()
         loss = F.cross_entropy(attacked, part.labels, reduction="none")
@@ -100,17 +103,17 @@ def divergence_split(
         divergence: the divergence that is split; the attack maximises it unless it has its own objective.
         attack: any attack of steps; TRADES' by default.
     Raises:
-        InputError: the batch is empty.
+        InputError: the batch is empty, or the set is not the ball of a norm.
     """
-    objective = attack.toward(divergence).objective or divergence
+    objective, norm_ball = attack.toward(divergence).objective or divergence, NormBall.of(ball)
 
     def found(part: Batch, step: Step) -> Tensor:
         reference, visited = objective.reference(model, part), []
-        points = attack.begin(part, ball, step)
+        points = attack.begin(part, norm_ball, step)
         for _ in range(attack.steps):
             logits, gradient = gradient_of(model, points, lambda z: objective(z, reference))
             visited.append(logits.double())
-            points = attack.move(part.images, points, gradient, ball)
+            points = attack.move(part.images, points, gradient, norm_ball)
         with torch.no_grad():
             clean, last = model(part.images).double(), model(points).double()
         split = [divergence.between(clean, x) + divergence.between(x, last) for x in visited[1:]]

@@ -50,27 +50,31 @@ def overlap(
     Raises:
         InputError: the batch is empty, the set is no ``SparseBall``, or an attack does not know it.
     """
-    check(isinstance(ball, SparseBall), "perturbation", type(ball).__name__, "SparseBall: others change every pixel")
+    sparse = _sparse(ball)
 
     def found(part: Batch, step: Step) -> Tensor:
         results = [
             attack(model, part, ball, step.again(name)).images
             for name, attack in (("first", first), ("second", second))
         ]
-        return counts(ball, part.images, *results)
+        return counts(sparse, part.images, *results)
 
-    return summary(ball, batch.images, each(model, batch, ball, noise, found))
+    return summary(sparse, batch.images, each(model, batch, ball, noise, found))
 
 
 def between(ball: PerturbationSet, images: Tensor, first: Tensor, second: Tensor) -> Overlap:
-    """``overlap`` for given results, all (B, *shape)."""
-    check(isinstance(ball, SparseBall), "perturbation", type(ball).__name__, "SparseBall: others change every pixel")
-    return summary(ball, images, counts(ball, images, first, second))
+    """The same of given results, all (B, *shape)."""
+    sparse = _sparse(ball)
+    return summary(sparse, images, counts(sparse, images, first, second))
 
 
-def counts(ball: PerturbationSet, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """(B, 5) float64: |A|, |B|, |A ∩ B|, the number of units in which the results differ, and k, at most N."""
-    assert isinstance(ball, SparseBall)
+def _sparse(ball: PerturbationSet) -> SparseBall:
+    check(SparseBall.matches(ball), "perturbation", ball.kind, "SparseBall: others change every pixel")
+    return SparseBall.of(ball)
+
+
+def counts(ball: SparseBall, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """(B, 5) float64: |A|, |B|, |A ∩ B|, in how many units the results differ, and k, at most N."""
 
     def places(x: Tensor, y: Tensor) -> Tensor:
         return ball.grouped(x != y).any(1)
@@ -80,9 +84,8 @@ def counts(ball: PerturbationSet, images: Tensor, first: Tensor, second: Tensor)
     return torch.stack([a.sum(1), b.sum(1), (a & b).sum(1), apart.sum(1), k], 1).double()
 
 
-def summary(ball: PerturbationSet, images: Tensor, found: Tensor) -> Overlap:
-    """The means over the rows of ``counts`` (B, 5)."""
-    assert isinstance(ball, SparseBall)
+def summary(ball: SparseBall, images: Tensor, found: Tensor) -> Overlap:
+    """Of what ``counts`` found, (B, 5)."""
     units = ball.units(images.shape[1:])
     a, b, both, apart, k = found[(found[:, :2] > 0).all(1)].unbind(1)
     one = torch.ones_like(a)

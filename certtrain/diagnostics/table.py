@@ -8,18 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from ..attacks import Attack
+from ..attacks import Attack, SparseRs, default_attack
 from ..bounds import NormBall, PerturbationSet, SparseBall
 from ..config import unstructure
 from ..errors import InputError, check
 from ..noise import Noise
 from ..step import Batch
-from .alignment import PGD, boundary_distortion, fgsm_pgd_cosine, gradient_alignment
+from .alignment import boundary_distortion, fgsm_pgd_cosine, gradient_alignment
 from .hessian import hessian_spectrum
 from .interpolation import interpolation
 from .landscape import landscape
 from .logits import divergence_split, qub_gap
-from .one_and_many import RANDOM_SEARCH, many_steps, one_step, searching
 from .overlap import overlap
 from .weights import adversarial_hessian, gradient_gap, weight_landscape
 
@@ -28,7 +27,9 @@ DENSE = 128
 ATTACKED = 64
 """Images, at most, in a landscape of the weights, which attacks each at 49 points."""
 SEARCHED = 256
-"""Images, at most, for ``overlap``, whose attacks take a thousand passes."""
+"""The same of ``overlap``, whose attacks take a thousand passes."""
+RANDOM_SEARCH = SparseRs(queries=1000)
+"""Which asks the network for no gradients, and finds what they hide."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,15 @@ class Subject:
     Args:
         model: in any mode; left unchanged.
         noise: keyed by each of the batch's images.
-        attack: the multi-step attack; the default is PGD-10, or its counterpart for the set at hand.
-        top: number of eigenvalues of ``hessian`` and ``adversarial_hessian``.
+        attack: the strong one; None for the set's default.
+        top: eigenvalues of ``hessian`` and ``adversarial_hessian``.
     """
 
     model: nn.Module
     batch: Batch
     ball: PerturbationSet
     noise: Noise
-    attack: Attack = PGD
+    attack: Attack | None = None
     top: int = 10
 
     @property
@@ -55,13 +56,18 @@ class Subject:
 
     @property
     def one(self) -> Attack:
-        """The one-step attack of this set."""
-        return one_step(self.ball)
+        """Of a single step."""
+        return default_attack(self.ball, "one_step")
 
     @property
     def many(self) -> Attack:
-        """The multi-step attack of this set."""
-        return many_steps(self.ball, self.attack)
+        """The strong one, which attacks every image."""
+        return self.attack or default_attack(self.ball, "many_steps")
+
+    @property
+    def search(self) -> Attack:
+        """The strong one, which may end at the first wrong prediction."""
+        return self.attack or default_attack(self.ball, "search")
 
     def some(self, count: int) -> Subject:
         """The same subject with at most so many images, evenly spread."""
@@ -75,16 +81,15 @@ class Diagnostic:
     """A diagnostic, computed by a call.
 
     Args:
-        ask: computes the results, by name.
-        balls: the kinds of sets that are supported.
+        ask: what it finds.
+        needs: the kind of set that it needs.
     """
 
     ask: Callable[[Subject], dict[str, Any]]
-    balls: tuple[type[PerturbationSet], ...] = (PerturbationSet,)
+    needs: type[PerturbationSet] = PerturbationSet
 
     def __call__(self, subject: Subject) -> dict[str, Any]:
-        kinds = " or ".join(kind.__name__ for kind in self.balls)
-        check(isinstance(subject.ball, self.balls), "perturbation", type(subject.ball).__name__, f"a {kinds}")
+        check(self.needs.matches(subject.ball), "perturbation", subject.ball.kind, f"a {self.needs.__name__}")
         return self.ask(subject)
 
 
@@ -134,7 +139,7 @@ def _interpolation(subject: Subject) -> dict[str, Any]:
 def _overlap(subject: Subject) -> dict[str, Any]:
     subject = subject.some(SEARCHED)
     found: dict[str, Any] = {"overlap_first": unstructure(subject.one)}
-    for name, second in (("overlap", searching(subject.ball, subject.attack)), ("overlap_rs", RANDOM_SEARCH)):
+    for name, second in (("overlap", subject.search), ("overlap_rs", RANDOM_SEARCH)):
         both = overlap(*subject.question, first=subject.one, second=second)
         found |= {
             name: both.overlap, f"{name}_jaccard": both.jaccard, f"{name}_chance": both.chance,
@@ -166,15 +171,15 @@ def _gradient_gap(subject: Subject) -> dict[str, Any]:
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {
-    "alignment": Diagnostic(_alignment, (NormBall,)),
-    "cosine": Diagnostic(_cosine, (NormBall,)),
-    "distortion": Diagnostic(_distortion, (NormBall,)),
+    "alignment": Diagnostic(_alignment, NormBall),
+    "cosine": Diagnostic(_cosine, NormBall),
+    "distortion": Diagnostic(_distortion, NormBall),
     "qub": Diagnostic(_qub),
-    "split": Diagnostic(_split, (NormBall,)),
-    "landscape": Diagnostic(_landscape, (NormBall,)),
+    "split": Diagnostic(_split, NormBall),
+    "landscape": Diagnostic(_landscape, NormBall),
     "hessian": Diagnostic(_hessian),
     "interpolation": Diagnostic(_interpolation),
-    "overlap": Diagnostic(_overlap, (SparseBall,)),
+    "overlap": Diagnostic(_overlap, SparseBall),
     "adversarial_hessian": Diagnostic(_adversarial_hessian),
     "weight_landscape": Diagnostic(_weight_landscape),
     "gradient_gap": Diagnostic(_gradient_gap),
@@ -182,13 +187,13 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
 
 
 def usual(ball: PerturbationSet) -> list[str]:
-    """The names of the default diagnostics along training: the cheap ones."""
-    return ["alignment", "cosine", "qub", "split"] if isinstance(ball, NormBall) else ["qub", "interpolation"]
+    """What training asks for where nobody says what: the cheap ones."""
+    return ["alignment", "cosine", "qub", "split"] if NormBall.matches(ball) else ["qub", "interpolation"]
 
 
 def those_for(ball: PerturbationSet) -> list[str]:
-    """The names of all diagnostics that support such a set."""
-    return [name for name, diagnostic in DIAGNOSTICS.items() if isinstance(ball, diagnostic.balls)]
+    """The names of all diagnostics that know such a set."""
+    return [name for name, diagnostic in DIAGNOSTICS.items() if diagnostic.needs.matches(ball)]
 
 
 def check_names(field: str, names: Iterable[str]) -> None:
@@ -210,4 +215,4 @@ def check_balls(field: str, names: Iterable[str], ball: PerturbationSet) -> None
     known = those_for(ball)
     for name in names:
         if name not in known:
-            raise InputError(f"{field}: found {name} for a {type(ball).__name__}; accepted: {', '.join(known)}")
+            raise InputError(f"{field}: found {name} for a {ball.kind}; accepted: {', '.join(known)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import Ascent, lead
-from ..bounds import PerturbationSet, UnsupportedNode, checked_logits, compute_margins
+from ..bounds import PerturbationSet, SparseBall, UnsupportedNode, checked_logits, compute_margins
 from ..step import Batch, Step
 
 
@@ -140,9 +140,10 @@ class RestartedPgd(Adversary):
         return {"steps": self.steps, "restarts": self.restarts, "step_size": self.step_size}
 
     def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
-        if isinstance(ball, Ascent.balls):
+        if Ascent.needs.matches(ball):
             return ""
-        return f"found a {type(ball).__name__}; accepted: the ball of a norm, or here spgd-u-STEPS, sparse-autoattack"
+        here = "spgd-u-STEPS, sparse-autoattack" if SparseBall.matches(ball) else "default, the set's own attack"
+        return f"found a {ball.kind}; accepted: the ball of a norm, or here {here}"
 
     def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
         attack = Ascent(steps=self.steps, step_size=self.step_size, start="uniform")

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bounds import L2Ball, LinfBall, PerturbationSet, SparseBall
+from ..bounds import PerturbationSet, SparseBall
 from ..labels import classes_of
 from ..noise import key_of
 from ..step import Batch, Step
 from .adversary import Adversary, Lost, is_right, rows_of
 
-NORMS: dict[type, str] = {LinfBall: "Linf", L2Ball: "L2"}
+NORMS = ("Linf", "L2")
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.CRITICAL)  # what the package says of gradients that vanish, in the middle of a progress bar
 
@@ -58,13 +58,12 @@ class AutoAttack(Adversary):
         return {"pyautoattack": metadata.version("pyautoattack")}
 
     def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
-        if type(ball) not in NORMS:
-            kinds = " or ".join(kind.__name__ for kind in NORMS)
-            sparse = ", or sparse-autoattack" if isinstance(ball, SparseBall) else ""
-            return f"found a {type(ball).__name__}; accepted: {kinds}{sparse}"
+        if ball.norm not in NORMS:
+            sparse = ", or sparse-autoattack" if SparseBall.matches(ball) else ""
+            return f"found a {ball.kind}; accepted: LinfBall or L2Ball{sparse}"
         if importlib.util.find_spec("pyautoattack") is None:
             return "found no package pyautoattack; accepted: pip install 'certtrain[autoattack]', or other attacks"
-        if images is not None and isinstance(ball, L2Ball) and min(images.shape[-2:]) < 5:
+        if images is not None and ball.norm == "L2" and min(images.shape[-2:]) < 5:
             return f"found images of {images.shape[-2]}×{images.shape[-1]}; accepted: 5×5 and larger, for l2 Square"
         return ""
 
@@ -85,7 +84,7 @@ class AutoAttack(Adversary):
         from pyautoattack.fab_pt import FABAttack_PT
         from pyautoattack.square import SquareAttack
 
-        norm, epsilon, targets = NORMS[type(ball)], float(ball.epsilon), min(9, classes - 1)
+        norm, epsilon, targets = ball.norm, float(ball.epsilon), min(9, classes - 1)
         shared: dict[str, Any] = {
             "n_restarts": 1, "eps": epsilon, "norm": norm, "seed": seed, "device": device, "verbose": False,
         }  # fmt: skip

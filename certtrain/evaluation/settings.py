@@ -15,12 +15,13 @@ from ..bounds import PerturbationSet
 from ..errors import FieldError, InputError, check
 from .adversary import Adversary, RestartedPgd
 from .autoattack import AutoAttack
+from .default import DefaultAttack
 from .relaxations import Relaxations
 from .sparse import SPARSE, searching
 
 ACCEPTED = (
-    "pgd-STEPS, pgd-STEPS-RESTARTS (such as pgd-10, pgd-20, pgd-50-10, pgd-100), autoattack, autoattack-cheap, crown; "
-    f"of a SparseBall {SPARSE}, crown"
+    "pgd-STEPS, pgd-STEPS-RESTARTS (such as pgd-10, pgd-20, pgd-50-10, pgd-100), autoattack, autoattack-cheap, "
+    f"default, crown; of a SparseBall {SPARSE}, default, crown"
 )
 Which = Literal["last", "best"]
 CHECKPOINTS: tuple[Which, ...] = get_args(Which)
@@ -35,7 +36,7 @@ class Evaluate:
         enabled: whether a run ends with this.
         attacks: ``pgd-STEPS``, ``pgd-STEPS-RESTARTS``, ``autoattack`` (version standard), ``autoattack-cheap`` (APGD
             with 20 steps, Square with 200 queries, no FAB); of a SparseBall those of ``SPARSE``; of every set
-            ``crown``, what linear relaxations prove.
+            ``default``, its own attack, and ``crown``, what linear relaxations prove.
         epsilons: radii in pixel units, of a SparseBall whole numbers k; empty for the recipe's own.
         images: the first so many test images; null for all.
         step_size: of PGD, in epsilons: 1/4 is 2/255 at 8/255, as published.
@@ -103,5 +104,5 @@ def adversary_of(name: str, step_size: float = 0.25) -> Adversary | None:
     if found := _PGD.fullmatch(name):
         return RestartedPgd(name, int(found[1]), int(found[2] or 1), step_size)
     known = {"autoattack": AutoAttack(), "autoattack-cheap": AutoAttack("autoattack-cheap", 20, 200, fab=False),
-             "crown": Relaxations()}  # fmt: skip
+             "crown": Relaxations(), "default": DefaultAttack()}  # fmt: skip
     return known.get(name) or searching(name)

@@ -54,9 +54,8 @@ class Searching(Adversary):
 
     def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
         for label, attack in self.stages:
-            if not isinstance(ball, attack.balls):
-                accepted = " or ".join(kind.__name__ for kind in attack.balls)
-                return f"found a {type(ball).__name__}; accepted: a {accepted}"
+            if not attack.needs.matches(ball):
+                return f"found a {ball.kind}; accepted: a {attack.needs.__name__}"
             try:
                 attack.check_ball(ball, label)
             except InputError as error:
@@ -107,18 +106,12 @@ def details_of(ball: PerturbationSet, batch: Batch, found: AttackResult, row: in
     at = int(found.trace["found_at"][row]) if "found_at" in found.trace else -1
     if at >= 0:
         details["found_at"] = at
-    if isinstance(ball, SparseBall):
-        change = change_of(ball, batch.images[row], found.images[row])
-        details |= {"changed": len(change), "change": change}
-    return details
+    return details | ball.change(batch.images[row], found.images[row])
 
 
 def change_of(ball: SparseBall, image: Tensor, point: Tensor) -> list[list[Any]]:
-    """``[[unit, [its values]], …]``: the units in which ``point`` differs from ``image``, both (C, H, W), increasing;
-    exact, also as JSON."""
-    before, after = (ball.grouped(x[None])[0] for x in (image, point))
-    units = (before != after).any(0).nonzero().flatten()
-    return [[unit, values] for unit, values in zip(units.tolist(), after[:, units].t().tolist(), strict=True)]
+    """``[[unit, [its values]], …]``; see ``SparseBall.change``."""
+    return ball.change(image, point)["change"]
 
 
 def rebuilt(ball: SparseBall, image: Tensor, change: Sequence[Sequence[Any]]) -> Tensor:

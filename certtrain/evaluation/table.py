@@ -121,7 +121,7 @@ class Evaluation:
 
     @property
     def kind(self) -> str:
-        return type(self.ball).__name__
+        return self.ball.kind
 
     def _refusal(self, checkpoint: Checkpoint, adversary: Adversary, ball: PerturbationSet, images: range) -> str:
         """Why it cannot be tried here; empty where it can."""

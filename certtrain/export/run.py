@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from ..bounds import LinfBall, PerturbationSet
+from ..bounds import PerturbationSet
 from ..data import Split
 from ..errors import check
 from ..labels import check_labels, classes_of
@@ -74,14 +74,12 @@ def write_files(
     if folder.open(folder.path)[1].get("export"):
         folder.describe("export", {})  # nothing stands for the files while they change
     folder.specs.mkdir(exist_ok=True)
-    boxes = isinstance(ball, LinfBall)
-    names = [f"{number:04d}.vnnlib" for number in images] if boxes else []
+    names = [f"{number:04d}.vnnlib" for number in images] if ball.is_box else []
     for stale in {path.name for path in folder.specs.glob("*.vnnlib*")} - set(names):
         (folder.specs / stale).unlink()
-    if isinstance(ball, LinfBall):
-        for name, number in zip(names, images, strict=True):
-            image = split.pixels(torch.tensor([number]))[0].cpu()
-            write_property(folder.specs / name, *ball.ends(image), int(split.labels[number]), classes)
+    for name, number in zip(names, images):
+        lower, upper = ball.ends(split.pixels(torch.tensor([number])).cpu())
+        write_property(folder.specs / name, lower[0], upper[0], int(split.labels[number]), classes)
     rows = [(folder.onnx.name, f"{folder.specs.name}/{name}", f"{timeout:.15g}") for name in names]
     _write(folder.instances, _lines(rows))
     _write(folder.abcrown, yaml.safe_dump(configuration(timeout, "cpu"), sort_keys=False))

@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks import Attack, Pgd
+from ..attacks import Attack, attack_field, default_attack
 from ..bounds import (
     Activity,
     Forward,
     Interval,
-    LinfBall,
-    NormBall,
     PerturbationSet,
     Statistics,
     compute_margins,
@@ -132,9 +130,7 @@ class CertifiedLoss(Loss):
     def _activity(self, model: nn.Module, batch: Batch, step: Step, clean: Forward) -> Activity:
         if not self._regularised(step):
             return Activity(None, {})
-        # a sparse set of k = 0 pixels has no width, and k has no smaller steps: the smallest box is used instead
-        ball = step.ball if isinstance(step.ball, NormBall) else LinfBall()
-        region = ball.with_epsilon(CLEAN_RADIUS).region(batch.images)
+        region = step.ball.tiny(batch.images, CLEAN_RADIUS)
         return compute_margins(model, region, batch.labels, clean.statistics, keep=True)[1]
 
 
@@ -143,14 +139,14 @@ class AttackedLoss(CertifiedLoss):
     """A certified loss with an attack.
 
     Args:
-        attack: any attack of the library.
-        attack_epsilon_factor: the attack's radius divided by the bounds' (2.1 in arXiv 2305.13991's 2/255 recipes).
+        attack: any attack of the library; null for the set's default (``default_attacks``), which keeps no state.
+        attack_epsilon_factor: the attack's radius over the bounds' one (2.1 in arXiv 2305.13991's 2/255 recipes).
         bn_mode: whose batch statistics the bounds use. ``adv``: those of the adversarial pass (running statistics
             move twice a step: clean, then adversarial). ``clean``: the clean pass' own, for the adversarial pass
             too (running statistics move once). Gradients flow into the statistics in both.
     """
 
-    attack: Attack = Pgd()
+    attack: Attack | None = attack_field("certified_training")
     attack_epsilon_factor: float = 1.0
     bn_mode: BnMode = "adv"
 
@@ -159,17 +155,21 @@ class AttackedLoss(CertifiedLoss):
         check(self.attack_epsilon_factor > 0, "attack_epsilon_factor", self.attack_epsilon_factor, "a number > 0")
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
-        return self.attack.declare_state(shape, classes)
+        return {} if self.attack is None else self.attack.declare_state(shape, classes)
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        self.attack.check_ball(ball, "loss.attack")
+        self.attack_over(ball).check_ball(ball, "loss.attack")
+
+    def attack_over(self, ball: PerturbationSet) -> Attack:
+        return self.attack or default_attack(ball, "certified_training")
 
     def clean_gradient(self, step: Step) -> bool:
         return self.bn_mode == "clean" or super().clean_gradient(step)
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> Tensor:
-        """The adversarial images, detached."""
-        return self.attack(model, batch, step.ball.scaled(self.attack_epsilon_factor), step).images
+        """The attack's images, detached."""
+        ball = step.ball.scaled(self.attack_epsilon_factor)
+        return self.attack_over(ball)(model, batch, ball, step).images
 
     def adversarial_pass(self, model: nn.Module, images: Tensor, clean: Forward) -> Forward:
         """Forward the adversarial images; the result carries the batch statistics for the bounds."""

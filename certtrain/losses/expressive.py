@@ -52,7 +52,9 @@ class ExpressiveLoss(AttackedLoss):
         return 1 if self.adversarial is None else self.adversarial.replays
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
-        return (self.adversarial or self.attack).declare_state(shape, classes)
+        if self.adversarial is not None:
+            return self.adversarial.declare_state(shape, classes)
+        return super().declare_state(shape, classes)
 
     def files(self) -> Mapping[str, str]:
         return {} if self.adversarial is None else self.adversarial.files()

@@ -28,7 +28,7 @@ class Sabr(AttackedLoss):
             2/255 recipe).
     """
 
-    attack: Attack = Pgd(steps=8, step_size=0.5)
+    attack: Attack | None = Pgd(steps=8, step_size=0.5)
     tau: float | Ramp = 0.4
     confine: Literal["ball", "attacked"] = "ball"
     shrink: float = 1.0

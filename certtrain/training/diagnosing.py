@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..attacks import Attack
+from ..attacks import Attack, attack_field, default_attack
 from ..bounds import PerturbationSet
 from ..data import Split
 from ..diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread, usual
-from ..diagnostics.alignment import PGD
 from ..errors import check
 from ..noise import Noise, key_of
 
@@ -28,15 +27,15 @@ class Diagnose:
         what: some of ``certtrain.diagnostics.DIAGNOSTICS``; null for alignment, cosine, qub and split, over a sparse
             set for qub and interpolation. Landscapes, Hessians, ``overlap`` and ``gradient_gap`` cost as much as an
             epoch or more.
-        attack: the strong one, which one step is compared with and QUB is measured at: PGD-10 by default, over a sparse
-            set sPGD-20 (for ``overlap`` sPGD-100).
+        attack: the strong one, which one step is compared with and QUB is measured at; null for the set's default:
+            PGD-10, of a sparse set sPGD-20 (for ``overlap`` sPGD-100).
         top: eigenvalues of ``hessian`` and ``adversarial_hessian``.
     """
 
     every: int = 1
     images: int = 1000
     what: tuple[str, ...] | None = None
-    attack: Attack = PGD
+    attack: Attack | None = attack_field("many_steps")
     top: int = 5
 
     def __post_init__(self) -> None:
@@ -44,9 +43,12 @@ class Diagnose:
         check(self.images >= 1, "images", self.images, "a whole number >= 1")
         if self.what is not None:
             check_names("what", self.what)
-        harmless = self.attack.attack_mode != "train"
+        harmless = self.attack is None or self.attack.attack_mode != "train"
         check(harmless, "attack", self.attack, "an attack_mode that leaves running statistics alone: not train")
         check(self.top >= 1, "top", self.top, "a whole number >= 1")
+
+    def attack_over(self, ball: PerturbationSet) -> Attack:
+        return self.attack or default_attack(ball, "many_steps")
 
     def asked(self, ball: PerturbationSet) -> list[str]:
         """The names, for a recipe with such a set.

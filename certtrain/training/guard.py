@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..attacks import Attack, customary
+from ..attacks import Attack, attack_field, default_attack
 from ..bounds import PerturbationSet
 from ..data import Dataset
 from ..diagnostics import each, spread
-from ..diagnostics.alignment import PGD
 from ..errors import InputError, check
 from ..noise import Noise, key_of
 from ..step import Batch, Step
@@ -32,8 +31,8 @@ class Guard:
         every: epochs between two checks.
         images: how many, spread evenly over the split; of a smaller one all.
         split: of which the images are, as stored: the training images, or those held out by ``data.validation``.
-        attack: PGD-10 by default, over a sparse set sPGD-20; at the recipe's own epsilon, its noise the same at each
-            check.
+        attack: null for the set's default: PGD-10, of a sparse set sPGD-20; at the recipe's own epsilon, its noise the
+            same at each check.
         fall: what accuracy may lose, as a share of the images: more is a fall.
         since: the accuracy that counts: that of the ``previous`` check, or the ``best`` so far.
         action: on a fall ``warn``; or ``stop`` the training with the weights that it has; or stop after a ``rollback``
@@ -43,7 +42,7 @@ class Guard:
     every: int = 1
     images: int = 256
     split: Literal["train", "validation"] = "train"
-    attack: Attack = PGD
+    attack: Attack | None = attack_field("accuracy")
     fall: float = 0.2
     since: Literal["previous", "best"] = "previous"
     action: Literal["warn", "stop", "rollback"] = "warn"
@@ -52,11 +51,14 @@ class Guard:
         check(self.every >= 1, "every", self.every, "a number of epochs >= 1")
         check(self.images >= 1, "images", self.images, "a whole number >= 1")
         check(self.split in ("train", "validation"), "split", self.split, "train, validation")
-        harmless = self.attack.attack_mode != "train"
+        harmless = self.attack is None or self.attack.attack_mode != "train"
         check(harmless, "attack", self.attack, "an attack_mode that leaves running statistics alone: not train")
         check(0 < self.fall < 1, "fall", self.fall, "a share in (0, 1)")
         check(self.since in ("previous", "best"), "since", self.since, "previous, best")
         check(self.action in ("warn", "stop", "rollback"), "action", self.action, "warn, stop, rollback")
+
+    def attack_over(self, ball: PerturbationSet) -> Attack:
+        return self.attack or default_attack(ball, "accuracy")
 
     def check_data(self, dataset: Dataset) -> None:
         """
@@ -79,7 +81,7 @@ class Guard:
         self.check_data(dataset)
         batch = spread(dataset.train if self.split == "train" else dataset.validation, self.images)
 
-        attack = customary(self.attack, PGD, ball, 20)
+        attack = self.attack_over(ball)
 
         def found(part: Batch, step: Step) -> Tensor:
             images = attack(model, part, ball, step).images

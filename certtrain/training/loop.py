@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet, size_name
+from ..bounds import PerturbationSet
 from ..config import unstructure
 from ..data import Dataset, Loader
 from ..errors import InputError, Portable
@@ -107,7 +107,7 @@ class _Fit:
         device = dataset.train.labels.device
         self.loader = Loader(dataset.train, settings.batch_size, settings.augment, seed)
         self.steps = settings.epochs * len(self.loader)
-        self.size = size_name(type(ball).__name__)
+        self.size = ball.size
         self.optimizer = settings.optimiser.build(model)
         specs = loss.declare_state(dataset.shape, dataset.classes)
         tensors = {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks import Attack, Pgd
+from ..attacks import Attack, attack_field, default_attack
 from ..bounds import Interval, PerturbationSet, compute_margins, forward, trace
 from ..data import Split, in_order
 from ..errors import check
@@ -37,21 +37,24 @@ class Measure:
         every: epochs between two of them.
         images: how many.
         alphas: of the CC-IBP loss, rising.
-        attack: finds the adversarial examples.
+        attack: finds the adversarial examples; null for the set's default: PGD-8, of a sparse set sPGD-20.
     """
 
     every: int = 10
     images: int = 512
     alphas: tuple[float, ...] = (0.0, 0.01, 0.1, 0.3, 0.5, 1.0)
-    attack: Attack = Pgd(steps=8, step_size=0.25)
+    attack: Attack | None = attack_field("measure")
 
     def __post_init__(self) -> None:
         check(self.every >= 1, "every", self.every, "a number of epochs >= 1")
         check(self.images >= 1, "images", self.images, "a whole number >= 1")
-        harmless = self.attack.attack_mode != "train"
+        harmless = self.attack is None or self.attack.attack_mode != "train"
         check(harmless, "attack", self.attack, "an attack_mode that leaves running statistics alone: not train")
         rising = all(0 <= low < high <= 1 for low, high in pairwise(self.alphas))
         check(rising and len(self.alphas) > 1, "alphas", self.alphas, "a rising list of two or more numbers in [0, 1]")
+
+    def attack_over(self, ball: PerturbationSet) -> Attack:
+        return self.attack or default_attack(ball, "measure")
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, split: Split, ball: PerturbationSet, seed: int) -> dict[str, Any]:
@@ -62,7 +65,8 @@ class Measure:
         model.eval()
         try:
             step = Step.evaluation(ball, Noise(key_of(seed, "measure"), batch.index))
-            logits = forward(model, self.attack(model, batch, ball, step).images).logits
+            attack = self.attack_over(ball)
+            logits = forward(model, attack(model, batch, ball, step).images).logits
             verified, activity = compute_margins(model, ball.region(batch.images), batch.labels, keep=True)
         finally:
             model.train(training)

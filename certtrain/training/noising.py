@@ -48,13 +48,12 @@ class SparseNoise(InputNoise):
         check(0 < self.most < float("inf"), "most", self.most, "a number > 0, in k")
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        if not isinstance(ball, SparseBall):
-            raise InputError(f"training.noise: found SparseNoise for a {type(ball).__name__}; accepted: a SparseBall")
+        if not SparseBall.matches(ball):
+            raise InputError(f"training.noise: found SparseNoise for a {ball.kind}; accepted: a SparseBall")
 
     def __call__(self, batch: Batch, step: Step) -> Batch:
-        assert isinstance(step.ball, SparseBall)
-        images = batch.images
+        ball, images = SparseBall.of(step.ball), batch.images
         share = step.noise.uniform((), "noisy units", torch.float64)
-        count = (share * (step.ball.scaled(self.most).k + 1)).long()
-        change = dataclasses.replace(step.ball, k=count).sample(images, step.noise, "input noise")
+        count = (share * (ball.scaled(self.most).k + 1)).long()
+        change = dataclasses.replace(ball, k=count).sample(images, step.noise, "input noise")
         return replace(batch, images=(images + change).clamp(0, 1))

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attacks import Attack, customary
+from ..attacks import Attack, attack_field, default_attack
 from ..bounds import PerturbationSet
 from ..data import Split
-from ..diagnostics.alignment import PGD
 from ..errors import check
 from .evaluation import attacked_accuracy
 
@@ -24,19 +23,22 @@ class Select:
 
     Args:
         every: epochs between two candidates; the last epoch is one in any case.
-        attack: PGD-10 by default, over a sparse set sPGD-20; at the recipe's own epsilon.
+        attack: null for the set's default: PGD-10, of a sparse set sPGD-20; at the recipe's own epsilon.
         images: the first so many validation images; null for all.
     """
 
     every: int = 1
-    attack: Attack = PGD
+    attack: Attack | None = attack_field("accuracy")
     images: int | None = None
 
     def __post_init__(self) -> None:
         check(self.every >= 1, "every", self.every, "a number of epochs >= 1")
         check(self.images is None or self.images >= 1, "images", self.images, "a whole number >= 1, or null")
-        harmless = self.attack.attack_mode != "train"
+        harmless = self.attack is None or self.attack.attack_mode != "train"
         check(harmless, "attack", self.attack, "an attack_mode that leaves running statistics alone: not train")
+
+    def attack_over(self, ball: PerturbationSet) -> Attack:
+        return self.attack or default_attack(ball, "accuracy")
 
 
 @dataclass
@@ -51,8 +53,7 @@ class Best:
         self, settings: Select, model: nn.Module, split: Split, ball: PerturbationSet, seed: int, epoch: int
     ) -> float:
         """Measure the weights after so many epochs, and keep a copy if they are the best. Returns their score."""
-        attack = customary(settings.attack, PGD, ball, 20)
-        score = attacked_accuracy(model, split, ball, attack, seed, settings.images)
+        score = attacked_accuracy(model, split, ball, settings.attack_over(ball), seed, settings.images)
         if score > self.score:
             self.score, self.epoch = score, epoch
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}

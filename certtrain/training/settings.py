@@ -9,11 +9,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..attacks import customary
 from ..bounds import PerturbationSet
 from ..config import Component
 from ..data import Augment
-from ..diagnostics.alignment import PGD
 from ..errors import check
 from .averages import Averaging
 from .diagnosing import Diagnose
@@ -177,7 +175,7 @@ class Training:
             self.noise.check_ball(ball)
         for name in ("measure", "diagnose", "guard", "select"):
             if (section := getattr(self, name)) is not None:
-                customary(section.attack, PGD, ball, 20).check_ball(ball, f"training.{name}.attack")
+                section.attack_over(ball).check_ball(ball, f"training.{name}.attack")
         if self.diagnose is not None:
             self.diagnose.asked(ball)
 

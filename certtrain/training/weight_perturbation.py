@@ -149,8 +149,12 @@ class Lap(WeightPerturbation):
         inner = loss
         while isinstance(inner, Wrapper):
             inner = inner.base
-        if not (isinstance(inner, AdversarialTraining) and records_start(inner.attack)):
-            raise self.refusal(loss, f"a method whose attack is {RECORDING}, such as NFgsm, FgsmRs, Fgsm")
+        attacks = isinstance(inner, AdversarialTraining)
+        if not attacks or not (inner.attack is None or records_start(inner.attack)):
+            raise self._records_no_start(loss)
+
+    def _records_no_start(self, loss: Loss) -> InputError:
+        return self.refusal(loss, f"a method whose attack is {RECORDING}, such as NFgsm, FgsmRs, Fgsm")
 
     @property
     def taken_off(self) -> bool:
@@ -159,6 +163,8 @@ class Lap(WeightPerturbation):
     def perturbations(self, model, optimizer, loss, parts, found, clip):
         def terms() -> Iterator[LossTerms]:
             for (batch, _), result in zip(parts, found, strict=True):
+                if "start" not in result.trace:  # a set's default attack, which ``check_loss`` has not seen
+                    raise self._records_no_start(loss)
                 yield LossTerms(F.cross_entropy(model(result.trace["start"]), batch.labels))
 
         with buffers_kept(model):

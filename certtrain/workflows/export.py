@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bounds import LinfBall, PerturbationSet
+from ..bounds import PerturbationSet
 from ..data import Dataset
 from ..export import Export, write_files
 from ..ledger import images_of
@@ -58,7 +58,7 @@ def export_run(
     if not quiet:
         network = found["network"]
         properties = f"{found['properties']} properties at epsilon {found['epsilon']:.6g}"
-        if not isinstance(ball, LinfBall):
+        if not ball.is_box:
             properties = f"no properties, which state boxes: found a {type(ball).__name__}"
         console.print(
             f"exported: {folder.onnx} (onnxruntime differs by {network['difference']:.1e} of logits up to "

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..config import structure, unstructure
+from ..config import structure, unstructure, with_null_defaults
 from ..data import Dataset
 from ..environment import device_name, versions
 from ..errors import InputError
@@ -22,10 +22,15 @@ from ..recipe import Config
 from ..run_folder import RunFolder, write_atomically
 from ..training.checkpoint import load_weights
 
+FORMAT = 2
+"""The format of a recorded recipe. In the first, which says none, a set's default attack was recorded as the norm
+balls' one; since then it is null."""
+
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
     """``run.json``: all that it takes to repeat the run."""
     return {
+        "format": FORMAT,
         "config": unstructure(config),
         "versions": versions(),
         "seed": config.seed,
@@ -147,9 +152,10 @@ def load_model(path: str | Path, checkpoint: Literal["last", "best"] = "last") -
 def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
     """The recipe that a run was started with."""
     try:
-        return structure(Config, description["config"])
+        config = structure(Config, description["config"])
     except InputError as error:
         raise InputError(f"{folder.run}: {error}") from error
+    return config if description.get("format", 1) == FORMAT else with_null_defaults(config)
 
 
 def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..bounds import LinfBall
 from ..environment import device_name, versions
 from ..errors import InputError
 from ..ledger import Ledger, Line, images_of
@@ -50,8 +49,8 @@ def verify_with_abcrown(
     folder, config = run.folder, run.config
     run.model()  # refused here, not by the export
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
-    if not isinstance(ball, LinfBall):
-        raise InputError(f"perturbation: found {type(ball).__name__}; accepted for α-β-CROWN: LinfBall")
+    if not ball.is_box:
+        raise InputError(f"perturbation: found {ball.kind}; accepted for α-β-CROWN: a box (LinfBall)")
     dataset = run.dataset()
     chosen = images_of(images, len(dataset.test))
     certify = config.certify if timeout is None else replace(config.certify, timeout=timeout)

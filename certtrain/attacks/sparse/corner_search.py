@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bounds import PerturbationSet, SparseBall
+from ...config import Component
 from ...errors import InputError, check
 from ...noise import Noise
 from ...step import Batch, Step
@@ -23,8 +24,8 @@ MEMBERS = 4
 
 
 @dataclass(frozen=True)
-class CornerSearch(Attack):
-    """All corners of every single pixel (or feature), then random combinations of the best ones; black-box.
+class CornerSearch(Attack[SparseBall]):
+    """All corners of every single pixel (or feature), then random combinations of the best ones: black-box.
 
     Single changes are ranked for each class by how far that class is ahead of the label, for the label itself by the
     margin over all others. Then for sizes 2, 3, … k and each class ``per_size`` combinations of its best changes are
@@ -42,7 +43,7 @@ class CornerSearch(Attack):
         best: single changes of each order that are combined.
     """
 
-    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+    needs: ClassVar[type[PerturbationSet]] = SparseBall
     takes_gradients: ClassVar[bool] = False
 
     per_size: int = 1000
@@ -52,16 +53,14 @@ class CornerSearch(Attack):
         check(self.per_size >= 1, "per_size", self.per_size, "a whole number >= 1")
         check(self.best >= 1, "best", self.best, "a whole number >= 1")
 
-    def check_ball(self, ball: PerturbationSet, where: str = "attack") -> None:
-        super().check_ball(ball, where)
-        if isinstance(ball, SparseBall) and ball.unit not in ("pixel", "feature"):
-            raise InputError(
-                f"{where}.type: found CornerSearch for a SparseBall of {ball.plural}; accepted: pixels or features, or "
-                "SparseRs"
-            )
+    def check_ball(self, ball: PerturbationSet, where: str = "attack", among: type[Component] | None = None) -> None:
+        super().check_ball(ball, where, among)
+        sparse = SparseBall.of(ball)
+        if sparse.unit not in ("pixel", "feature"):
+            found = f"found CornerSearch for a SparseBall of {sparse.plural}"
+            raise InputError(f"{where}.type: {found}; accepted: pixels or features, or SparseRs")
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        assert isinstance(ball, SparseBall)
+    def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
         members = ball.grouped(batch.images).shape[1]
         check(members <= MEMBERS, "unit", ball.unit, f"feature, or images of {MEMBERS} channels at most, not {members}")
         quest = Quest.starting(model, batch, ball)

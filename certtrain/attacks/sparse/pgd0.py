@@ -17,8 +17,9 @@ from .found import Found
 
 
 @dataclass(frozen=True)
-class Pgd0(Attack):
-    """Move x' by ``step_size`` along the gradient divided by its l1 norm, then project onto the ball; a weak baseline.
+class Pgd0(Attack[SparseBall]):
+    """x' moves by ``step_size`` along the gradient, which is divided by its l1 norm, and back to the nearest point of
+    the ball: a weak baseline beside sPGD.
 
     The result is the first misclassified point, else that with the largest objective, the image included; images
     misclassified from the start are unchanged. The trace holds ``found_at`` (B,) int64: the number of steps, those of
@@ -33,7 +34,7 @@ class Pgd0(Attack):
         objective: the objective to maximise; null for the loss' own, the cross-entropy for most.
     """
 
-    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+    needs: ClassVar[type[PerturbationSet]] = SparseBall
 
     steps: int = 100
     step_size: float = 120000 / 255
@@ -48,7 +49,7 @@ class Pgd0(Attack):
     def toward(self, objective: Objective) -> Pgd0:
         return self if self.objective is not None else replace(self, objective=objective)
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
+    def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
         climbed = self.objective or CrossEntropy()
         reference = climbed.reference(model, batch)
         found = Found.clean(model, batch, climbed, reference)

@@ -22,7 +22,7 @@ FINEST = 40
 
 
 @dataclass(frozen=True)
-class Saif(Attack):
+class Saif(Attack[SparseBall]):
     """x' = x + s ⊙ p with a mask s in [0, 1] of one number a unit, sum(s) <= k, and a perturbation p in [-1, 1].
 
     In step t both go a share mu of the way to the best points of their sets for the gradient there: p to its sign, s to
@@ -45,7 +45,7 @@ class Saif(Attack):
         objective: the objective to maximise; null for the loss' own, the cross-entropy for most.
     """
 
-    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+    needs: ClassVar[type[PerturbationSet]] = SparseBall
 
     steps: int = 100
     line_search: bool = False
@@ -57,8 +57,7 @@ class Saif(Attack):
     def toward(self, objective: Objective) -> Saif:
         return self if self.objective is not None else replace(self, objective=objective)
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        assert isinstance(ball, SparseBall)
+    def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
         shape, climbed = batch.images.shape[1:], self.objective or CrossEntropy()
         reference = climbed.reference(model, batch)
         found = Found.clean(model, batch, climbed, reference)

@@ -19,8 +19,9 @@ from .found import STRETCH
 
 
 @dataclass(frozen=True)
-class SigmaZero(Attack):
-    """Gradient descent, from the image itself, on the label's lead plus a smooth count of the changed units.
+class SigmaZero(Attack[SparseBall]):
+    """Minimum norm: gradient descent, from no change at all, of how far the label leads plus a smooth count of the
+    units that differ.
 
     The count of a change d is the mean over units of |d_u|²/(|d_u|² + sigma), and the lead counts as 0 where it is
     negative. Each gradient is divided by its largest entry; Adam takes the step, at a rate that falls along half a
@@ -41,7 +42,7 @@ class SigmaZero(Attack):
         threshold_rate: how far tau moves in a step, times the learning rate. tau stays in [0, 1].
     """
 
-    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+    needs: ClassVar[type[PerturbationSet]] = SparseBall
 
     steps: int = 100
     lr: float = 1.0
@@ -56,8 +57,7 @@ class SigmaZero(Attack):
         check(0 <= self.threshold <= 1, "threshold", self.threshold, "a number in [0, 1], in pixel units")
         check(0 <= self.threshold_rate < float("inf"), "threshold_rate", self.threshold_rate, "a number >= 0")
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        assert isinstance(ball, SparseBall)
+    def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
         shape, descent = batch.images.shape[1:], _Descent.starting(ball.grouped(batch.images), self.threshold)
         best, allowed = batch.images.clone(), torch.as_tensor(ball.counts(batch.images), device=batch.images.device)
         allowed = allowed.expand(len(batch))

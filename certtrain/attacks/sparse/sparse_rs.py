@@ -23,8 +23,8 @@ SCHEDULE = ((50, 2), (200, 4), (500, 5), (1000, 6), (2000, 8), (4000, 10), (6000
 
 
 @dataclass(frozen=True)
-class SparseRs(Attack):
-    """Random search over the corners of k pixels (or other units of the ball); black-box.
+class SparseRs(Attack[SparseBall]):
+    """Random search over the corners of k pixels (or other units of the ball): black-box.
 
     It starts with k random units at random corners, numbers 0 or 1. Each move takes some of them back to the image and
     sets as many unused ones to random corners; it is kept if the loss drops or the image is misclassified. Where fewer
@@ -43,7 +43,7 @@ class SparseRs(Attack):
         restarts: number of searches; each one continues with the images that are still classified correctly.
     """
 
-    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+    needs: ClassVar[type[PerturbationSet]] = SparseBall
     takes_gradients: ClassVar[bool] = False
 
     queries: int = 10000
@@ -62,8 +62,7 @@ class SparseRs(Attack):
         divisor = next(divisor for last, divisor in SCHEDULE if rescaled <= last) if rescaled else 1
         return self.p_init / divisor
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        assert isinstance(ball, SparseBall)
+    def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
         shape, center = batch.images.shape[1:], ball.grouped(batch.images)
         k = torch.as_tensor(ball.counts(center), device=center.device).clamp(0, center.shape[2]).expand(len(batch))
         reference = CrossEntropy().reference(model, batch)

@@ -22,7 +22,7 @@ Variant = Literal["unprojected", "projected", "coin"]
 
 
 @dataclass(frozen=True)
-class SparsePgd(Attack):
+class SparsePgd(Attack[SparseBall]):
     """x' = x + p ⊙ M, with magnitudes p and the mask M of the k pixels (or other units of the ball) with the largest
     logits m; each step moves both along the gradient.
 
@@ -44,7 +44,7 @@ class SparsePgd(Attack):
         objective: the objective to maximise; null for the loss' own, the cross-entropy for most.
     """
 
-    balls: ClassVar[tuple[type[PerturbationSet], ...]] = (SparseBall,)
+    needs: ClassVar[type[PerturbationSet]] = SparseBall
 
     steps: int = 20
     alpha: float = 0.25
@@ -63,8 +63,7 @@ class SparsePgd(Attack):
     def toward(self, objective: Objective) -> SparsePgd:
         return self if self.objective is not None else replace(self, objective=objective)
 
-    def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        assert isinstance(ball, SparseBall)
+    def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
         walk = self.begin(batch, ball, step)
         found = self._last if self.keep == "last" else self._best
         return found(model, batch, ball, step, walk, self.is_projected(step))

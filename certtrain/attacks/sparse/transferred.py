@@ -71,9 +71,8 @@ class SparseTransferred(SparsePgd):
     def ended(self, walk: Walk, batch: Batch, step: Step) -> None:
         if MAGNITUDES not in step.state.tensors:
             return
-        assert isinstance(step.ball, SparseBall)
-        shape = batch.images.shape[1:]
-        p = step.ball.ungrouped(walk.p, shape)
-        m = step.ball.ungrouped(walk.m.unsqueeze(1).expand_as(walk.p), shape).amax(1, keepdim=True)
+        ball, shape = SparseBall.of(step.ball), batch.images.shape[1:]
+        p = ball.ungrouped(walk.p, shape)
+        m = ball.ungrouped(walk.m.unsqueeze(1).expand_as(walk.p), shape).amax(1, keepdim=True)
         for name, change in ((MAGNITUDES, p), (LOGITS, m)):
             step.state.write(name, batch, with_window(step.state.read(name, batch), batch, change))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ..interval import Interval
-from ..region import Around, Region
+from ..region import Region
 from ..window import Window, pair
 from .affine import Affine, absolute, with_weights
 from .base import UnsupportedNode
@@ -74,7 +74,7 @@ class Convolution(Affine):
         )
         if self.groups != 1:
             raise UnsupportedNode(f"{where}: accepted: groups=1 and zero padding given in numbers")
-        if not region.is_local and not isinstance(region, Around):
+        if not region.has_windows:
             raise UnsupportedNode(f"{where} of patches: accepted: a Linear, or pixels, features, rows and columns")
         weight, constant = self.weight, self(shift)
         if weight.ndim == 4:

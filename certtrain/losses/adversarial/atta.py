@@ -14,4 +14,4 @@ class Atta(AdversarialTraining):
     Over a sparse set the attack is ``{type: SparseTransferred}``.
     """
 
-    attack: Attack = Transferred(attack_mode="eval")
+    attack: Attack | None = Transferred(attack_mode="eval")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attacks import Ascent, Attack, AttackResult, CrossEntropy, Objective
+from ...attacks import Attack, AttackResult, CrossEntropy, Objective, attack_field, default_attack
 from ...bounds import PerturbationSet
 from ...labels import check_logits
 from ...step import Batch, StateSpec, Step
@@ -112,10 +112,10 @@ class AdversarialTraining(AdversarialLoss):
     Methods that differ only in their attack are subclasses with another default.
 
     Args:
-        attack: any attack of the library.
+        attack: any attack of the library; null for the set's default (``default_attacks``), which keeps no state.
     """
 
-    attack: Attack = Ascent()
+    attack: Attack | None = attack_field("adversarial_training")
 
     @property
     def objective(self) -> Objective:
@@ -123,13 +123,16 @@ class AdversarialTraining(AdversarialLoss):
         return CrossEntropy()
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
-        return self.attack.declare_state(shape, classes)
+        return {} if self.attack is None else self.attack.declare_state(shape, classes)
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        self.attack.check_ball(ball, "loss.attack")
+        self.attack_over(ball).check_ball(ball, "loss.attack")
+
+    def attack_over(self, ball: PerturbationSet) -> Attack:
+        return self.attack or default_attack(ball, "adversarial_training")
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
-        return self.attack.toward(self.objective)(model, batch, step.ball, step)
+        return self.attack_over(step.ball).toward(self.objective)(model, batch, step.ball, step)
 
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
         return Passes(batch.labels, model(found.images), clean, found.images)

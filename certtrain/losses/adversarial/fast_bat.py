@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attacks import Attack, AttackResult, Linearisation
-from ...bounds import LinfBall, NormBall, PerturbationSet, SparseBall
+from ...bounds import NormBall, PerturbationSet
 from ...errors import InputError, check
 from ...step import Batch, Step
 from .base import AdversarialTraining, Passes
@@ -38,7 +38,7 @@ class FastBat(AdversarialTraining):
         sign_size: step size in epsilons.
     """
 
-    attack: Attack = Linearisation(attack_mode="train")
+    attack: Attack | None = Linearisation(attack_mode="train")
     step_size: float = 5000 / 255
     implicit: float | None = 0.1
     sign: bool = False
@@ -54,12 +54,11 @@ class FastBat(AdversarialTraining):
         return True
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        kind = type(ball).__name__
-        if not isinstance(ball, (LinfBall, SparseBall)):
-            raise InputError(f"loss.type FastBat: found {kind} for perturbation; accepted: LinfBall, SparseBall")
+        if not ball.projects_by_entry:
+            raise InputError(f"loss.type FastBat: found {ball.kind} for perturbation; accepted: LinfBall, SparseBall")
         super().check_ball(ball)
-        if self.sign and isinstance(ball, SparseBall):
-            raise InputError(f"loss.sign: found true for a {kind}, whose epsilon is no size; accepted: false")
+        if self.sign and not NormBall.matches(ball):
+            raise InputError(f"loss.sign: found true for a {ball.kind}, whose epsilon is no size; accepted: false")
 
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
         point = found.images.detach().requires_grad_()
@@ -70,21 +69,11 @@ class FastBat(AdversarialTraining):
         with torch.no_grad():
             change = self.step_size * gradient
             if self.sign:
-                assert isinstance(step.ball, NormBall)
-                change = self.sign_size * step.ball.radius(gradient) * gradient.sign()
+                change = self.sign_size * NormBall.of(step.ball).radius(gradient) * gradient.sign()
             target = found.images + change
             images = step.ball.project(batch.images, target)
-            inside = _inside(step.ball, batch.images, images, target)
-        if implicit:  # unchanged values, with the derivative of the step where it ends inside the box
+            inside = step.ball.follows(batch.images, images, target)
+        if implicit:  # images as they are, with the derivative of the step where it ends inside the box
             size = self.step_size if self.implicit is None else self.implicit
             images = images + size * inside * (gradient - gradient.detach())
         return super().passes(model, batch, step, replace(found, images=images), clean)
-
-
-def _inside(ball: PerturbationSet, images: Tensor, reached: Tensor, target: Tensor) -> Tensor:
-    """A bool mask of the entries of ``reached``, the projection of ``target`` around ``images``, that move with it."""
-    inside = reached == target
-    if not isinstance(ball, SparseBall):
-        return inside
-    selected = ball.grouped(reached != images).any(1, keepdim=True)  # unselected entries may equal the target by chance
-    return inside & ball.ungrouped(selected.expand_as(ball.grouped(images)), images.shape[1:])

@@ -11,4 +11,4 @@ class Fgsm(AdversarialTraining):
     Prone to catastrophic overfitting: accuracy under stronger attacks may fall to 0 within an epoch.
     """
 
-    attack: Attack = Ascent(attack_mode="train", steps=1, step_size=1.0, start="zero")
+    attack: Attack | None = Ascent(attack_mode="train", steps=1, step_size=1.0, start="zero")

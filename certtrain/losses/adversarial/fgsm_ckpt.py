@@ -12,4 +12,4 @@ class FgsmCkpt(AdversarialTraining):
     Samples that are misclassified without an attack are trained on unchanged.
     """
 
-    attack: Attack = Checkpoints(attack_mode="eval")
+    attack: Attack | None = Checkpoints(attack_mode="eval")

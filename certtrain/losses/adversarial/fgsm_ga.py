@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attacks import Ascent, Attack, AttackResult, CrossEntropy
-from ...bounds import LinfBall, PerturbationSet
+from ...bounds import PerturbationSet
 from ...errors import InputError
 from ...step import Batch, Step
 from ..base import Ramp, check_least, value_at
@@ -46,9 +46,9 @@ class FgsmGa(AdversarialTraining):
 
     def check_ball(self, ball: PerturbationSet) -> None:
         super().check_ball(ball)
-        if self.weight is None and not isinstance(ball, LinfBall):
+        if self.weight is None and ball.norm != "Linf":
             raise InputError(
-                f"loss.weight: found null for {type(ball).__name__}; accepted: a number: the published formula knows "
+                f"loss.weight: found null for {ball.kind}; accepted: a number: the published formula knows "
                 "LinfBall alone"
             )
 

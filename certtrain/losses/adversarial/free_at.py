@@ -57,13 +57,13 @@ class FreeAt(AdversarialLoss):
             check(attack.objective is None, "attack.objective", attack.objective, "null: the loss itself is climbed")
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        wanted = "null" if isinstance(ball, NormBall) else SPARSE if isinstance(ball, SparseBall) else None
+        wanted = "null" if NormBall.matches(ball) else SPARSE if SparseBall.matches(ball) else None
         if wanted is None:
-            kind = type(ball).__name__
-            raise InputError(f"loss.type FreeAt: found {kind} for perturbation; accepted: a norm's ball, SparseBall")
+            found = f"found {ball.kind} for perturbation"
+            raise InputError(f"loss.type FreeAt: {found}; accepted: a norm's ball, SparseBall")
         if (self.attack is None) != (wanted == "null"):
             found = "null" if self.attack is None else type(self.attack).__name__
-            raise InputError(f"loss.attack: found {found} for a {type(ball).__name__}; accepted: {wanted}")
+            raise InputError(f"loss.attack: found {found} for a {ball.kind}; accepted: {wanted}")
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
         carried = StateSpec("position", shape)
@@ -93,17 +93,15 @@ class FreeAt(AdversarialLoss):
         return F.cross_entropy(passes.adversarial, passes.labels)
 
     def _carry(self, batch: Batch, step: Step, points: Tensor, gradient: Tensor) -> None:
-        """Store the perturbation that the next update starts from; called by the backward pass."""
-        assert isinstance(step.ball, NormBall)
-        images = batch.images.detach()
-        moved = points + self.step_size * step.ball.radius(gradient) * step.ball.direction(gradient)
-        change = step.ball.project(images, moved.clamp(0, 1)) - images
+        """Write what the next update starts from; called by the backward pass."""
+        ball, images = NormBall.of(step.ball), batch.images.detach()
+        moved = points + self.step_size * ball.radius(gradient) * ball.direction(gradient)
+        change = ball.project(images, moved.clamp(0, 1)) - images
         step.state.write(CARRIED, batch, change.nan_to_num(0, 0, 0))
 
     def _started(self, attack: SparsePgd, batch: Batch, step: Step) -> AttackResult:
-        """The points that sPGD has reached at these positions, with ``magnitudes`` and ``mask_logits`` in the trace."""
-        assert isinstance(step.ball, SparseBall)
-        ball, shape = step.ball, batch.images.shape[1:]
+        """Where sPGD stands at these positions, with its ``magnitudes`` and ``mask_logits`` in the trace."""
+        ball, shape = SparseBall.of(step.ball), batch.images.shape[1:]
         walk = attack.begin(replace(batch, images=batch.images.detach()), ball, step)
         if CARRIED in step.state.tensors:
             p, m = (ball.grouped(step.state.read(name, batch).to(walk.p.dtype)) for name in (CARRIED, LOGITS))
@@ -117,9 +115,8 @@ class FreeAt(AdversarialLoss):
     def _carry_sparse(
         self, attack: SparsePgd, batch: Batch, step: Step, start: Mapping[str, Tensor], gradient: Tensor
     ) -> None:
-        """``_carry`` for sPGD's magnitudes and logits; a unit's logit is stored at each of its entries."""
-        assert isinstance(step.ball, SparseBall)
-        ball, shape = step.ball, batch.images.shape[1:]
+        """As ``_carry``, of what sPGD keeps; a unit's logit stands at each of its numbers."""
+        ball, shape = SparseBall.of(step.ball), batch.images.shape[1:]
         center = ball.grouped(batch.images.detach())
         walk = Walk.starting(center, start["magnitudes"], start["mask_logits"], ball.counts(center), step.noise)
         walk = attack.moved(walk, ball.grouped(gradient), attack.is_projected(step), 0)

@@ -13,4 +13,4 @@ class FriendlyTrades(Trades):
     epoch 30, 1 up to 50, 2 up to 70, then 3; with tau = the number of steps this is TRADES.
     """
 
-    attack: Attack = EarlyStopped(attack_mode="eval", steps=10, step_size=0.25, start="normal", start_scale=1e-3)
+    attack: Attack | None = EarlyStopped(attack_mode="eval", steps=10, step_size=0.25, start="normal", start_scale=1e-3)

@@ -26,7 +26,7 @@ class Mart(AdversarialTraining):
         weight: lambda; 5 is the released scripts', 6 their function's default.
     """
 
-    attack: Attack = Ascent(attack_mode="eval", steps=10, step_size=0.25, start="normal", start_scale=1e-3)
+    attack: Attack | None = Ascent(attack_mode="eval", steps=10, step_size=0.25, start="normal", start_scale=1e-3)
     weight: float | Ramp = 5.0
 
     @property

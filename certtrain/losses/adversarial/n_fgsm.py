@@ -11,6 +11,6 @@ class NFgsm(AdversarialTraining):
     The images may lie (start_scale + 1) epsilon away, 3 epsilon by default.
     """
 
-    attack: Attack = Ascent(
+    attack: Attack | None = Ascent(
         attack_mode="train", steps=1, step_size=1.0, start="uniform", start_scale=2.0, projected=False
     )

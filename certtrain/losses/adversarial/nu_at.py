@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ...attacks import AttackResult, ClimbsNuclear, Nuclear, nuclear_norm
 from ...bounds import PerturbationSet
-from ...errors import InputError
 from ...step import Batch, Step
 from ..base import Ramp, check_least, value_at
 from .base import AdversarialTraining, Passes, Term
@@ -39,12 +38,7 @@ class NuAt(AdversarialTraining):
         check_least("weight", self.weight)
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        if not isinstance(ball, self.attack.balls):
-            kinds: list[type[ClimbsNuclear]] = list(ClimbsNuclear.members().values())
-            known = ", ".join(kind.__name__ for kind in kinds if isinstance(ball, kind.balls))
-            raise InputError(
-                f"loss.attack.type: found {type(self.attack).__name__} for a {type(ball).__name__}; accepted: {known}"
-            )
+        self.attack.check_ball(ball, "loss.attack", among=ClimbsNuclear)
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
         attack = self.attack

@@ -11,4 +11,4 @@ class PgdAt(AdversarialTraining):
     The attack passes are in training mode, as in the code of arXiv 2601.13645; other sources do not specify it.
     """
 
-    attack: Attack = Ascent(attack_mode="train", steps=10, step_size=0.25, start="uniform")
+    attack: Attack | None = Ascent(attack_mode="train", steps=10, step_size=0.25, start="uniform")

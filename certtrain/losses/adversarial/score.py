@@ -20,7 +20,7 @@ class Score(Trades):
     The accuracy term is no cross-entropy. TRADES with ``divergence: {type: SquaredEuclidean}`` keeps the cross-entropy.
     """
 
-    attack: Attack = Ascent(attack_mode="batch", steps=10, step_size=0.25, start="uniform")
+    attack: Attack | None = Ascent(attack_mode="batch", steps=10, step_size=0.25, start="uniform")
     divergence: Divergence = SquaredEuclidean()
     weight: float | Ramp = 4.0
 

@@ -28,7 +28,7 @@ class Trades(AdversarialTraining):
         weight: lambda, also called beta.
     """
 
-    attack: Attack = ATTACK
+    attack: Attack | None = ATTACK
     divergence: Divergence = KullbackLeibler()
     weight: float | Ramp = 6.0
 

@@ -1,0 +1,35 @@
+"""The attack that a perturbation set names for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..attacks import default_attack
+from ..bounds import PerturbationSet
+from ..step import Batch, Step
+from .adversary import Adversary, Lost
+from .sparse import Searching
+
+
+@dataclass(frozen=True)
+class DefaultAttack(Adversary):
+    """The set's default attack of the verifier (``default_attacks["falsify"]``), whichever set it is."""
+
+    @property
+    def name(self) -> str:
+        return "default"
+
+    def basis(self, batch_size: int) -> dict[str, Any]:
+        return {"purpose": "falsify"}
+
+    def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
+        return self._over(ball).refuses(model, images, ball)
+
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+        return self._over(ball)(model, batch, ball, step)
+
+    def _over(self, ball: PerturbationSet) -> Searching:
+        return Searching(self.name, ((self.name, default_attack(ball, "falsify")),))
