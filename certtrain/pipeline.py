@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from .attacks import in_mode
 from .bounds import LinfBall, PerturbationSet, UnsupportedNode
 from .bounds.folding import fold
+from .components import load_plugins
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError, check
@@ -27,7 +28,7 @@ from .progress import console
 from .recipe import Config, load_config
 from .robustness import evaluate_run
 from .run_folder import RunFolder
-from .runs import check_data, describe, load_model, question_of, recorded_config, save_weights
+from .runs import check_classes, check_data, describe, load_model, question_of, recorded_config, save_weights
 from .surroundings import surroundings
 from .training import StopRequest, check_images, fit
 from .verifiers.records import decided, reasons, summarise
@@ -35,13 +36,18 @@ from .verifiers.sweep import images_of, sweep
 
 
 def train(
-    config: Config | str | Path | None = None, out: str | Path | None = None, *, quiet: bool = False
+    config: Config | str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    plugins: Sequence[str] = (),
+    quiet: bool = False,
 ) -> RunFolder:
     """Run a recipe from start to end: train, certify the test split, attack it, export the network.
 
     Args:
         config: a ``Config``, a YAML file, or None for the embedded default (digits, CC-IBP).
         out: a new or empty folder; None for a fresh one under ``runs/``.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
         quiet: print nothing.
     Returns:
         the run's folder; ``.final()`` is its summary.
@@ -50,6 +56,7 @@ def train(
         TrainingStopped: the loss or its gradient was not finite.
         Interrupted: SIGINT or SIGTERM; the run is saved.
     """
+    load_plugins(plugins)
     recipe = config if isinstance(config, Config) else load_config(None if config is None else Path(config))
     recipe = structure(Config, unstructure(recipe))  # as resume will read it: checked, and 0 is 0.0
     device = recipe.resolved_device()
@@ -62,17 +69,21 @@ def train(
             return _go_on(folder, recipe, dataset, model, device, quiet)
 
 
-def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) -> RunFolder:
+def resume(
+    path: str | Path, *, device: str | None = None, plugins: Sequence[str] = (), quiet: bool = False
+) -> RunFolder:
     """Go on with an interrupted run, bit for bit as if it had never stopped (CPU, same versions and threads).
 
     A finished run is left as it is; one without a checkpoint starts over.
 
     Args:
         path: the run's folder. device: instead of the recorded one, for training and certification.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
         InputError: no run there, or an imported network; data or checkpoint are not what the run was started with;
             another process trains or exports it. Others as ``train``.
     """
+    load_plugins(plugins)
     folder, description = RunFolder.open(Path(path))
     if "imported" in description:
         raise InputError(f"{path}: found an imported network; accepted: verify and export, or a run of train")
@@ -83,6 +94,8 @@ def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) 
         and (description.get("export") or not config.export.enabled)
     ):
         return folder
+    if not folder.final():
+        check_classes(description, config)
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
     found = config.resolved_device()
@@ -194,6 +207,7 @@ def export(
     images: str | range | None = None,
     epsilon: float | None = None,
     timeout: float | None = None,
+    plugins: Sequence[str] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write a run's files for other verifiers: ``model.onnx``, ``specs/``, ``instances.csv``, ``abcrown.yaml``.
@@ -203,12 +217,14 @@ def export(
         images: of which test images to write properties, ``"start:stop"`` or a range; None for the recipe's.
         epsilon: their radius in pixel units; None for the run's.
         timeout: seconds that they ask for; None for the recipe's.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Returns:
         what ``run.json`` then says under ``export``.
     Raises:
         InputError: something given cannot be used, the network cannot be exported, or another process trains or exports
             this run; nothing on disk was changed.
     """
+    load_plugins(plugins)
     folder, description = RunFolder.open(Path(path))
     config = recorded_config(folder, description)
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))

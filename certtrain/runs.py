@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .components import load_plugins, own_classes
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
 from .export import current_network
+from .plugins import source_of
 from .recipe import Config
 from .run_folder import RunFolder, write_atomically
 from .surroundings import device_name, versions
@@ -26,6 +29,7 @@ from .verifiers.sweep import Question
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
     """``run.json``: all that it takes to repeat the run."""
+    plugins = {name: source_of(kind) for name, kind in own_classes(config).items()}
     return {
         "config": unstructure(config),
         "versions": versions(),
@@ -38,19 +42,24 @@ def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[
             "train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test),
         },
         "loss_files": dict(config.loss.files()),
+        **({"plugins": plugins} if plugins else {}),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }  # fmt: skip
 
 
-def load_model(path: str | Path, checkpoint: Literal["last", "best"] = "last") -> tuple[nn.Module, Config]:
+def load_model(
+    path: str | Path, checkpoint: Literal["last", "best"] = "last", *, plugins: Sequence[str] = ()
+) -> tuple[nn.Module, Config]:
     """The trained network of a run, in evaluation mode on the CPU, and the run's recipe.
 
     Args:
         path: the run's folder.
         checkpoint: ``best`` is the one that ``training.select`` kept.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
         InputError: no run there, no such weights in it, or weights of another architecture.
     """
+    load_plugins(plugins)
     folder, description = RunFolder.open(Path(path))
     config = recorded_config(folder, description)
     shape, classes = description["dataset"]["shape"], description["dataset"]["classes"]
@@ -73,11 +82,48 @@ def load_model(path: str | Path, checkpoint: Literal["last", "best"] = "last") -
 
 
 def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
-    """The recipe that a run was started with."""
+    """The recipe that a run was started with.
+
+    Raises:
+        InputError: not as certtrain writes it; a user's class that nobody has named in this process; or the run's
+            network or perturbation set is a user's class whose text is another one now.
+    """
     try:
-        return structure(Config, description["config"])
+        config = structure(Config, description["config"])
     except InputError as error:
-        raise InputError(f"{folder.run}: {error}") from error
+        raise InputError(f"{folder.run}: {_with_file(str(error), description)}") from error
+    check_classes(description, config.model, config.perturbation)
+    return config
+
+
+def check_classes(description: Mapping[str, Any], *parts: object) -> None:
+    """
+    Raises:
+        InputError: a user's class in ``parts`` does not read as when the run was started: verdicts and weights that are
+            there are of the class as it was.
+    """
+    for name, kind in (pair for part in parts for pair in own_classes(part).items()):
+        found, wanted = source_of(kind), _recorded_source(description, name)
+        if found["sha256"] and wanted.get("sha256") not in (None, found["sha256"]):
+            raise InputError(
+                f"{name}: found a class that has changed since the run was started, in {found['file']}; accepted: as "
+                f"it was, with sha256 {wanted['sha256'][:12]}…, or the changed class under another name in a new run"
+            )
+
+
+def _recorded_source(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    plugins = description.get("plugins")
+    source = plugins.get(name) if isinstance(plugins, dict) else None
+    return {key: text for key, text in source.items() if isinstance(text, str)} if isinstance(source, dict) else {}
+
+
+def _with_file(error: str, description: Mapping[str, Any]) -> str:
+    """The message on a class that is not loaded, with the file that defined it when the run was started."""
+    plugins = description.get("plugins")
+    for name in plugins if isinstance(plugins, dict) else ():
+        if f"found {name!r}" in error and (file := _recorded_source(description, name).get("file")):
+            return error.replace("--plugin FILE.py", f"--plugin {shlex.quote(file)}")
+    return error
 
 
 def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:

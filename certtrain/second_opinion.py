@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bounds import LinfBall
+from .components import load_plugins
 from .config import structure, unstructure
 from .errors import InputError
 from .export import current_network
@@ -35,6 +36,7 @@ def verify_with_abcrown(
     timeout: float | None = None,
     total_timeout: float | None = None,
     device: str | None = None,
+    plugins: Sequence[str] = (),
     quiet: bool = False,
 ) -> Verification:
     """Ask α-β-CROWN about a run's test images; go on where an earlier call stopped.
@@ -50,6 +52,7 @@ def verify_with_abcrown(
         InputError: something given cannot be used, or α-β-CROWN cannot be run.
         Interrupted: SIGINT or SIGTERM; the same call goes on.
     """
+    load_plugins(plugins)
     folder, description = RunFolder.open(Path(path))
     _, config = load_model(path)
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))

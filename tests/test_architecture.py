@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "errors", "devices", "labels", "precision", "config", "noise", "locking", "run_folder", "streams", "progress",
+    "errors", "plugins", "components",
+    "devices", "labels", "precision", "config", "noise", "locking", "run_folder", "streams", "progress",
     "kernels", "bounds", "step", "data", "models", "attacks", "losses", "diagnostics", "training", "verifiers",
     "export", "evaluation", "recipe", "surroundings", "runs", "robustness", "pipeline", "comparison", "importing",
     "verification", "diagnosis", "second_opinion", "command_line",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .tables import agreement, say_where, stages
-from .words import number, one_word_and_pairs
+from .words import add_plugins, number, one_word_and_pairs
 
 SECONDS = "seconds > 0"
 
@@ -38,6 +38,7 @@ def add(commands) -> None:
                         "input_split, location, bab")  # fmt: skip
     verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
     verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
+    add_plugins(verify)
     verify.add_argument("--debug", action="store_true", help="show the traceback of an error")
     other = verify.add_argument_group("α-β-CROWN, which is installed apart (docs/abcrown.md)")
     other.add_argument("--verifier", default="embedded", choices=("embedded", "abcrown", "both"),
@@ -82,6 +83,7 @@ def _refuse_more(options: argparse.Namespace, rest: list[str]) -> None:
 
     about_runs = ("images", "epsilon", "total_timeout", "stages", "device", "abcrown_python", "abcrown_home")
     given = [f"--{name.replace('_', '-')}" for name in about_runs if getattr(options, name) is not None]
+    given += ["--plugin"] if options.plugins else []
     given += ["--verifier"] if options.verifier != "embedded" else []
     if rest or given:
         raise InputError(
@@ -149,6 +151,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     from ..bounds import size_name
+    from ..components import load_plugins
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..recipe import Config
@@ -165,6 +168,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.verifier == "abcrown" and ours:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
+    load_plugins(options.plugins)
     recorded = recorded_config(*RunFolder.open(path))
     size = size_name(type(recorded.perturbation).__name__)
     given = {

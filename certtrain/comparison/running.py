@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..components import load_plugins
 from ..errors import InputError
 from ..locking import alone, lock_of
 from ..pipeline import resume, train
@@ -54,6 +55,7 @@ def compare(
     report_only: bool = False,
     report: bool = True,
     command: str = "",
+    plugins: Sequence[str] = (),
     quiet: bool = False,
 ) -> Comparison:
     """Train what is missing of a study, go on with what was interrupted, evaluate what is not evaluated, and write
@@ -68,10 +70,12 @@ def compare(
         report_only: train and evaluate nothing.
         report: whether to write table and figures.
         command: what to name as the call that made the numbers.
+        plugins: modules or files whose classes recipes may name, see docs/plugins.md.
     Raises:
         InputError: the study, or a folder of another recipe; before anything is trained.
         Interrupted: SIGINT or SIGTERM; the runs are saved, the same call goes on.
     """
+    load_plugins(plugins)
     study = read_study(file)
     folder = study.folder if out is None else Path(out)
     chosen = choose(study, folder, only, seeds)
@@ -84,7 +88,7 @@ def compare(
         trial.config.evaluate.check_ball(trial.config.perturbation)
     if left:
         _remember(folder, command)
-        work = in_processes(left, jobs, study.file, folder, quiet) if jobs > 1 else _one_by_one(left, quiet)
+        work = in_processes(left, jobs, study.file, folder, plugins, quiet) if jobs > 1 else _one_by_one(left, quiet)
         for trial, why in work:
             if why:
                 failures[str(trial)] = why
