@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 
 from . import plugins
@@ -43,8 +42,9 @@ class Component(abc.ABC):
                 plugins.import_installed(module)
                 members = cls.members()
                 found = members.get(name, plugins.named_object(module, inside))
-                if found in members.values():  # under its own name, or where another module imports it
-                    return _checked(typing.cast(type, found), members, field)
+                for kind in members.values():
+                    if kind is found:  # under its own name, or where another module imports it
+                        return _checked(kind, members, field)
                 raise InputError(f"{field}: {_why_no_member(cls, name, found, members)}")
             same = [full for full, kind in members.items() if kind.__name__ == name]
             if len(same) == 1:
@@ -90,6 +90,13 @@ def own_classes(value: object) -> dict[str, type]:
     return found
 
 
+def remarks(value: object) -> list[str]:
+    """What is worth saying of users' classes that other processes will not find again."""
+    found = ((name, plugins.why_lost(kind)) for name, kind in own_classes(value).items())
+    lost = "resume, verify and load_model find it only where it is defined anew"
+    return [f"{name} {why}: {lost}" for name, why in found if why]
+
+
 def fields_of(kind: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(kind) if field.init]
 
@@ -119,9 +126,11 @@ def _why_no_member(family: type, name: str, found: object, members: Mapping[str,
         return f"found {name!r}, which is abstract{lacks and f': it lacks {lacks}'}; accepted: a class that has all"
     if found is not None:
         return f"found {name!r}, which is no {family.__name__}; accepted: a class that extends {family.__name__}"
-    if plugins.is_loaded(module):
-        return f"found {name!r}, but {module} defines no such class; accepted: {', '.join(members)}"
+    if "<locals>" in name:
+        return f"found {name!r}, defined inside a function; accepted: a class at the top of a module"
     if module == "__main__":
         return f"found {name!r}, defined in an interactive session; accepted: a session that defines it as well"
+    if plugins.is_loaded(module):
+        return f"found {name!r}, but {module} defines no such class; accepted: {', '.join(members)}"
     named = f"--plugin {module} or --plugin FILE.py (in Python plugins=[{module!r}], or its import first)"
     return f"found {name!r}, a class of a module that was not named; accepted: {named}"

@@ -14,7 +14,7 @@ from torch import nn
 from .attacks import in_mode
 from .bounds import LinfBall, PerturbationSet, UnsupportedNode
 from .bounds.folding import fold
-from .components import load_plugins
+from .components import load_plugins, remarks
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError, check
@@ -65,6 +65,8 @@ def train(
         folder = RunFolder.create(new_folder(recipe, out), describe(recipe, dataset, device))
         if not quiet:
             console.print(f"run folder: {folder.path}")
+            for remark in remarks(recipe):
+                console.print(remark, markup=False)
         with folder.alone():
             return _go_on(folder, recipe, dataset, model, device, quiet)
 

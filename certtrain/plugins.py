@@ -26,6 +26,8 @@ ACCEPTED = "a module such as my_package.my_loss, or a file such as path/to/my_lo
 
 _added: list[str] = []
 """Folders that this module put on ``sys.path``."""
+_digests: dict[str, str] = {}
+"""Of the files that this module imported, by the module's name."""
 _importing: list[str] = []
 """Plug-ins whose import has not ended yet, outermost first."""
 
@@ -68,10 +70,20 @@ def source_of(kind: type) -> dict[str, str | None]:
         texts = [inspect.getsource(base) for base in kind.__mro__ if base is kind or _is_users(base)]
     except (OSError, TypeError):
         return {"file": None, "sha256": None}
-    return {
-        "file": None if file is None else os.path.abspath(file),
-        "sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-    }
+    place = None if file is None else os.path.abspath(file)
+    return {"file": place, "sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest()}
+
+
+def why_lost(kind: type) -> str:
+    """Why ``--plugin`` cannot bring a user's class into another process; empty where it can."""
+    if "<locals>" in kind.__qualname__:
+        return "is defined inside a function"
+    home = _home(kind)
+    if home == "__main__":
+        return "is defined in an interactive session"
+    if home != kind.__module__ and home.partition(".")[0] in sys.stdlib_module_names:
+        return f"is defined in a script that has the name of Python's own {home}"
+    return ""
 
 
 def import_plugin(word: str) -> None:
@@ -188,11 +200,15 @@ def _import_file(word: str) -> None:
         _remove(added)
         where = "nothing of its own" if found is None else found.origin
         raise InputError(f"plug-in {word}: {top} is already a module, {where}; accepted: a file of another name")
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    if name in sys.modules and _digests.get(name, digest) != digest:
+        raise InputError(f"plug-in {word}: has changed since this process imported it; accepted: a new process")
     try:
         _import(name, word)
     except InputError:
         _remove(added)
         raise
+    _digests[name] = digest
 
 
 def _same(one: str | None, other: str) -> bool:
