@@ -5,7 +5,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from . import plugins
 from .errors import InputError
@@ -59,14 +62,16 @@ class Component(abc.ABC):
             yield from kind._lineage()
 
 
-def load_plugins(words: Iterable[str]) -> None:
+def load_plugins(words: Iterable[str | Path]) -> None:
     """Import the modules or files that the user named, so that recipes can name their classes.
 
     Raises:
         InputError: one that cannot be imported, or that defines a class with the name of one of certtrain's.
     """
     plugins.refuse_during_import()
-    for word in words:
+    if isinstance(words, str):
+        raise InputError(f"plugins: found {words!r}; accepted: a list of modules and files, such as [{words!r}]")
+    for word in map(str, words):
         before = set(Component._lineage())
         plugins.import_plugin(word)
         for family in Component.__subclasses__():
@@ -88,6 +93,45 @@ def own_classes(value: object) -> dict[str, type]:
         for item in value:
             found |= own_classes(item)
     return found
+
+
+def sources_of(value: object) -> dict[str, dict[str, str | None]]:
+    """What ``run.json`` says under ``plugins``: of each user's class its file and the sha256 of its text."""
+    return {name: plugins.source_of(kind) for name, kind in own_classes(value).items()}
+
+
+def check_sources(description: Mapping[str, Any], *parts: object) -> None:
+    """Compare users' classes with what ``run.json`` says of them.
+
+    Raises:
+        InputError: a class in ``parts`` does not read as when the run was started: the weights and verdicts that are
+            there are of the class as it was.
+    """
+    for part in parts:
+        for name, found in sources_of(part).items():
+            wanted = _recorded_source(description, name).get("sha256")
+            if found["sha256"] and wanted not in (None, found["sha256"]):
+                raise InputError(
+                    f"{name}: found a class that has changed since the run was started, in {found['file']}; accepted: "
+                    f"as it was, with sha256 {wanted[:12]}…, or the changed class under another name in a new run"
+                )
+
+
+def with_file(error: str, description: Mapping[str, Any]) -> str:
+    """The message on a class that is not loaded, with the file that ``run.json`` says it was in."""
+    recorded = description.get("plugins")
+    for name in recorded if isinstance(recorded, dict) else ():
+        if f"found {name!r}" in error and (file := _recorded_source(description, name).get("file")):
+            return error.replace("--plugin FILE.py", f"--plugin {shlex.quote(file)}")
+    return error
+
+
+def _recorded_source(description: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Without what certtrain would not have written: a run folder may come from anybody."""
+    recorded = description.get("plugins")
+    source = recorded.get(name) if isinstance(recorded, dict) else None
+    items = source.items() if isinstance(source, dict) else ()
+    return {key: text for key, text in items if isinstance(text, str) and text.isprintable()}
 
 
 def remarks(value: object) -> list[str]:
@@ -128,9 +172,11 @@ def _why_no_member(family: type, name: str, found: object, members: Mapping[str,
         return f"found {name!r}, which is no {family.__name__}; accepted: a class that extends {family.__name__}"
     if "<locals>" in name:
         return f"found {name!r}, defined inside a function; accepted: a class at the top of a module"
+    if not module.isprintable():
+        return f"found {name!r}; accepted: {', '.join(members)}"
     if module == "__main__":
         return f"found {name!r}, defined in an interactive session; accepted: a session that defines it as well"
     if plugins.is_loaded(module):
         return f"found {name!r}, but {module} defines no such class; accepted: {', '.join(members)}"
-    named = f"--plugin {module} or --plugin FILE.py (in Python plugins=[{module!r}], or its import first)"
+    named = f"--plugin {shlex.quote(module)} or --plugin FILE.py (in Python plugins=[{module!r}], or its import first)"
     return f"found {name!r}, a class of a module that was not named; accepted: {named}"

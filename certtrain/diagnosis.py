@@ -53,7 +53,7 @@ def diagnose(
     top: int = 10,
     perturbation: PerturbationSet | None = None,
     device: str | None = None,
-    plugins: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Diagnosis:
     """Diagnose the network of a run whose training is finished, on images spread evenly over its training split.

@@ -14,7 +14,7 @@ from torch import nn
 from .attacks import in_mode
 from .bounds import LinfBall, PerturbationSet, UnsupportedNode
 from .bounds.folding import fold
-from .components import load_plugins, remarks
+from .components import check_sources, load_plugins, remarks
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError, check
@@ -28,7 +28,7 @@ from .progress import console
 from .recipe import Config, load_config
 from .robustness import evaluate_run
 from .run_folder import RunFolder
-from .runs import check_classes, check_data, describe, load_model, question_of, recorded_config, save_weights
+from .runs import check_data, describe, load_model, question_of, recorded_config, save_weights
 from .surroundings import surroundings
 from .training import StopRequest, check_images, fit
 from .verifiers.records import decided, reasons, summarise
@@ -39,7 +39,7 @@ def train(
     config: Config | str | Path | None = None,
     out: str | Path | None = None,
     *,
-    plugins: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> RunFolder:
     """Run a recipe from start to end: train, certify the test split, attack it, export the network.
@@ -72,7 +72,7 @@ def train(
 
 
 def resume(
-    path: str | Path, *, device: str | None = None, plugins: Sequence[str] = (), quiet: bool = False
+    path: str | Path, *, device: str | None = None, plugins: Sequence[str | Path] = (), quiet: bool = False
 ) -> RunFolder:
     """Go on with an interrupted run, bit for bit as if it had never stopped (CPU, same versions and threads).
 
@@ -97,7 +97,7 @@ def resume(
     ):
         return folder
     if not folder.final():
-        check_classes(description, config)
+        check_sources(description, config)
     where = device or description["device"].partition(":")[0]
     config = structure(Config, {**unstructure(config), "device": where, "threads": description["threads"]})
     found = config.resolved_device()
@@ -209,7 +209,7 @@ def export(
     images: str | range | None = None,
     epsilon: float | None = None,
     timeout: float | None = None,
-    plugins: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write a run's files for other verifiers: ``model.onnx``, ``specs/``, ``instances.csv``, ``abcrown.yaml``.

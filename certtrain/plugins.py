@@ -198,7 +198,7 @@ def _import_file(word: str) -> None:
     wanted = (os.path.join(folder, f"{top}.py"), os.path.join(folder, top, "__init__.py"))
     if found is None or not any(_same(found.origin, path) for path in wanted):
         _remove(added)
-        where = "nothing of its own" if found is None else found.origin
+        where = "one without a file" if found is None or found.origin is None else found.origin
         raise InputError(f"plug-in {word}: {top} is already a module, {where}; accepted: a file of another name")
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     if name in sys.modules and _digests.get(name, digest) != digest:

@@ -30,7 +30,7 @@ def evaluate(
     checkpoints: Sequence[str] | None = None,
     settings: Evaluate | None = None,
     device: str | None = None,
-    plugins: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """How many test images of a run whose training is finished stay right: clean, attacked, and certified by IBP.

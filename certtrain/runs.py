@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,12 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .components import load_plugins, own_classes
+from .components import check_sources, load_plugins, sources_of, with_file
 from .config import structure, unstructure
 from .data import Dataset
 from .errors import InputError
 from .export import current_network
-from .plugins import source_of
 from .recipe import Config
 from .run_folder import RunFolder, write_atomically
 from .surroundings import device_name, versions
@@ -29,7 +27,7 @@ from .verifiers.sweep import Question
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
     """``run.json``: all that it takes to repeat the run."""
-    plugins = {name: source_of(kind) for name, kind in own_classes(config).items()}
+    plugins = sources_of(config)
     return {
         "config": unstructure(config),
         "versions": versions(),
@@ -48,7 +46,7 @@ def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[
 
 
 def load_model(
-    path: str | Path, checkpoint: Literal["last", "best"] = "last", *, plugins: Sequence[str] = ()
+    path: str | Path, checkpoint: Literal["last", "best"] = "last", *, plugins: Sequence[str | Path] = ()
 ) -> tuple[nn.Module, Config]:
     """The trained network of a run, in evaluation mode on the CPU, and the run's recipe.
 
@@ -91,39 +89,9 @@ def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config
     try:
         config = structure(Config, description["config"])
     except InputError as error:
-        raise InputError(f"{folder.run}: {_with_file(str(error), description)}") from error
-    check_classes(description, config.model, config.perturbation)
+        raise InputError(f"{folder.run}: {with_file(str(error), description)}") from error
+    check_sources(description, config.model, config.perturbation)
     return config
-
-
-def check_classes(description: Mapping[str, Any], *parts: object) -> None:
-    """
-    Raises:
-        InputError: a user's class in ``parts`` does not read as when the run was started: verdicts and weights that are
-            there are of the class as it was.
-    """
-    for name, kind in (pair for part in parts for pair in own_classes(part).items()):
-        found, wanted = source_of(kind), _recorded_source(description, name)
-        if found["sha256"] and wanted.get("sha256") not in (None, found["sha256"]):
-            raise InputError(
-                f"{name}: found a class that has changed since the run was started, in {found['file']}; accepted: as "
-                f"it was, with sha256 {wanted['sha256'][:12]}…, or the changed class under another name in a new run"
-            )
-
-
-def _recorded_source(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    plugins = description.get("plugins")
-    source = plugins.get(name) if isinstance(plugins, dict) else None
-    return {key: text for key, text in source.items() if isinstance(text, str)} if isinstance(source, dict) else {}
-
-
-def _with_file(error: str, description: Mapping[str, Any]) -> str:
-    """The message on a class that is not loaded, with the file that defined it when the run was started."""
-    plugins = description.get("plugins")
-    for name in plugins if isinstance(plugins, dict) else ():
-        if f"found {name!r}" in error and (file := _recorded_source(description, name).get("file")):
-            return error.replace("--plugin FILE.py", f"--plugin {shlex.quote(file)}")
-    return error
 
 
 def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def verify_with_abcrown(
     timeout: float | None = None,
     total_timeout: float | None = None,
     device: str | None = None,
-    plugins: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Verification:
     """Ask α-β-CROWN about a run's test images; go on where an earlier call stopped.

@@ -52,7 +52,7 @@ def verify(
     certify: Certify | None = None,
     total_timeout: float | None = None,
     device: str | None = None,
-    plugins: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Verification:
     """Certify the test images of a run whose training is finished; go on where an earlier call stopped.

@@ -55,7 +55,7 @@ def compare(
     report_only: bool = False,
     report: bool = True,
     command: str = "",
-    plugins: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Comparison:
     """Train what is missing of a study, go on with what was interrupted, evaluate what is not evaluated, and write
