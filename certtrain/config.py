@@ -211,13 +211,13 @@ def _value(kind: Any, value: object, where: str) -> Any:
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if value is None and type(None) in options:
         return None
-    if not _is_plain(value):
-        found = f"a {type(value).__name__}, which no recipe can hold"
-        raise InputError(f"{where}: found {found}; accepted: {_described(options) or 'numbers, text, lists of them'}")
     sections = [option for option in options if isinstance(option, type) and _is_section(option)]
     for option in sections:
         if isinstance(value, Mapping) or len(options) == 1:
             return structure(option, value, where)
+    if not _is_plain(value):
+        found = f"a {type(value).__name__}, which no recipe can hold"
+        raise InputError(f"{where}: found {found}; accepted: {_described(options) or 'numbers, text, lists of them'}")
     for option in options:
         if option not in sections:
             try:

@@ -611,8 +611,11 @@ def test_fields_of_every_plain_kind_are_recorded_and_come_back(tmp_path):
     mapping = json.loads(json.dumps(unstructure(rich)))
     assert structure(Loss, mapping) == rich and rich.made == 4 and "made" not in mapping
     for value in (torch.zeros(1), {1: 2}, object, fields.Inner):
-        message = refused(lambda value=value: structure(Loss, unstructure(fields.Rich(anything=value)), "loss"))
-        assert message.startswith("loss.anything: found a ") and "which no recipe can hold" in message
+        config = Config(loss=fields.Rich(anything=value))
+        message = refused(lambda config=config: certtrain.train(config, tmp_path / "run"))
+        found = f"found a {type(value).__name__}, which no recipe can hold"
+        assert message == f"loss.anything: {found}; accepted: numbers, text, lists of them"
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_class_refuses_is_one_line_with_its_place(tmp_path):
