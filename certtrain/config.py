@@ -5,14 +5,14 @@ mapping with a ``type``; the remaining keys are the fields of that frozen datacl
 
     loss: {type: CcIbp, alpha: 0.01, attack: {type: Pgd, steps: 8}}
 
+A user's own component has its module in front, ``type: my_package.my_loss:MyLoss``: see ``certtrain.plugins``.
+
 Overrides from the command line are written into the mapping *before* it is structured, so that a typo
 or a value out of range meets the same check, and reads the same, wherever it was written. A section that
 is left out keeps its default; one without a ``type`` changes the default in the fields it names.
 """
 
-import abc
 import dataclasses
-import inspect
 import math
 import re
 import types
@@ -25,23 +25,9 @@ from typing import Any
 import cattrs
 import yaml
 
+from . import plugins
+from .components import Component, fields_of
 from .errors import FieldError, InputError
-
-
-class Component(abc.ABC):
-    """Base of every family of configured objects; concrete members are frozen dataclasses."""
-
-    @classmethod
-    def members(cls) -> dict[str, type]:
-        """The concrete classes of this family by name, sorted; abstract ones are left out."""
-        found: dict[str, type] = {}
-        queue = [cls]
-        while queue:
-            family = queue.pop()
-            queue.extend(family.__subclasses__())
-            if dataclasses.is_dataclass(family) and not inspect.isabstract(family):
-                found[family.__name__] = family
-        return dict(sorted(found.items()))
 
 
 def parse_number(value: object) -> float:
@@ -73,13 +59,9 @@ def structure(cls: type, mapping: object, where: str = "") -> Any:
         raise InputError(f"{where or 'recipe'}: found {mapping!r}; accepted: a mapping of fields")
     values = dict(mapping)
     if issubclass(cls, Component):
-        members = cls.members()
-        name = values.pop("type", None)
-        if not isinstance(name, str) or name not in members:
-            raise InputError(f"{prefix}type: found {name!r}; accepted: {', '.join(members)}")
-        cls = members[name]
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+        cls = cls.member(values.pop("type", None), where)
+    hints = _hints(cls, prefix)
+    fields = {field.name: field for field in fields_of(cls)}
     for key in values:
         if key not in fields:
             raise InputError(f"{prefix}{key}: no such field; accepted: {', '.join(fields)}")
@@ -94,13 +76,17 @@ def structure(cls: type, mapping: object, where: str = "") -> Any:
         return cls(**built)
     except FieldError as error:
         raise InputError(f"{prefix}{error}") from error
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError) or not plugins.is_outside(cls):
+            raise
+        raise InputError(f"{where or 'recipe'}: refused by {plugins.type_name(cls)}: {_line(error)}") from error
 
 
 def unstructure(value: Any) -> Any:
     """The plain mapping that ``structure`` turns back into an equal object."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: unstructure(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields} if isinstance(value, Component) else fields
+        fields = {f.name: unstructure(getattr(value, f.name)) for f in fields_of(type(value))}
+        return {"type": plugins.type_name(type(value)), **fields} if isinstance(value, Component) else fields
     if isinstance(value, (tuple, list)):
         return [unstructure(item) for item in value]
     return str(value) if isinstance(value, Path) else value
@@ -183,6 +169,20 @@ def section_of(config: Any, path: str) -> str:
     return " or ".join(_describe(kind) for kind in kinds if isinstance(kind, type) and _is_section(kind))
 
 
+def _hints(kind: type, prefix: str) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(kind)
+    except NameError as error:
+        if not plugins.is_outside(kind):
+            raise
+        accepted = "types that its module imports, and not for type checkers alone"
+        raise InputError(f"{prefix}type: {plugins.type_name(kind)}: {error}; accepted: {accepted}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _copy(value: Any) -> Any:
     return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
@@ -239,6 +239,9 @@ def _value(kind: Any, value: object, where: str) -> Any:
     for option in sections:
         if isinstance(value, Mapping) or len(options) == 1:
             return structure(option, value, where)
+    if not _is_plain(value):
+        found = f"a {type(value).__name__}, which no recipe can hold"
+        raise InputError(f"{where}: found {found}; accepted: {_described(options) or 'numbers, text, lists of them'}")
     for option in options:
         if (item := _item_of(option)) and isinstance(value, (list, tuple)):
             return tuple(_value(item, one, f"{where}[{place}]") for place, one in enumerate(value))
@@ -257,6 +260,14 @@ def _item_of(kind: Any) -> Any:
     item = typing.get_args(kind)[0]
     kinds = typing.get_args(item) if _is_union(item) else (item,)
     return item if any(isinstance(kind, type) and _is_section(kind) for kind in kinds) else None
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, Path))
 
 
 def _is_section(kind: type) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "labels", "noise", "config", "devices", "precision", "environment", "locking", "run_folder", "streams",
+    {"errors", "plugins", "components", "labels", "noise", "config", "devices", "precision", "environment", "locking", "run_folder", "streams",
      "progress", "ledger", "kernels"},
     {"bounds"},
     {"step", "data", "models", "attacks", "losses"},

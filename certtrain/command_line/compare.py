@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .words import one_word_and_pairs
+from .words import add_plugins, one_word_and_pairs, plugin_words
 
 
 def add(commands) -> None:
@@ -27,11 +27,13 @@ def add(commands) -> None:
     compare.add_argument("--report-only", action="store_true", help="write the table of what is there")
     compare.add_argument("--no-report", action="store_true", help="write no table and no figure")
     compare.add_argument("--list", action="store_true", help="say how far each run is, and do nothing else")
+    add_plugins(compare)
     compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
     compare.set_defaults(run=_compare, parser=compare)
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..components import load_plugins
     from ..errors import InputError
     from ..workflows.compare import compare
 
@@ -45,11 +47,13 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     (jobs,) = _whole("--jobs", [options.jobs])
     if jobs < 1:
         raise InputError(f"--jobs: found {jobs}; accepted: a whole number >= 1")
+    load_plugins(options.plugins)
     if options.list:
         return _list(path, options.out)
     found = compare(
         path, out=options.out, only=only, seeds=seeds, jobs=jobs, report_only=options.report_only,
         report=not options.no_report, command="" if options.no_report else _command(path, options),
+        plugins=options.plugins,
     )  # fmt: skip
     if not options.no_report:
         _show(found)
@@ -62,6 +66,7 @@ def _command(path: Path, options: argparse.Namespace) -> str:
     """The call that reproduces the numbers; --only and --seeds change nothing but the order."""
     words = ["python", "scripts/compare.py", str(path)]
     words += ["--jobs", options.jobs] if options.jobs != "1" else []
+    words += plugin_words(options.plugins)
     return shlex.join(words)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .words import number, one_word_and_pairs
+from .words import add_plugins, number, one_word_and_pairs
 
 SHOWN = {
     "gradient_alignment": "gradient alignment", "fgsm_pgd_cosine": "cosine of FGSM and PGD-10",
@@ -35,12 +35,14 @@ def add(commands) -> None:
                           "gradient_gap (default: all that know the perturbation set)")  # fmt: skip
     diagnose.add_argument("--top", metavar="N", default="10", help="eigenvalues of the weights' Hessian")
     diagnose.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
+    add_plugins(diagnose)
     diagnose.add_argument("--debug", action="store_true", help="show the traceback of an error")
     diagnose.set_defaults(run=_diagnose, parser=diagnose)
 
 
 def _diagnose(options: argparse.Namespace, rest: list[str]) -> int:
     from ..bounds import sized
+    from ..components import load_plugins
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..progress import console
@@ -53,6 +55,7 @@ def _diagnose(options: argparse.Namespace, rest: list[str]) -> int:
     for name in fields:
         if not name.startswith("perturbation."):
             raise InputError(f"--{name}: cannot be changed here; accepted: --perturbation.field value, see --help")
+    load_plugins(options.plugins)
     run, perturbation = Run.open(path), None
     if fields:
         perturbation = structure(Config, override(unstructure(run.config), fields)).perturbation

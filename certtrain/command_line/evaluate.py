@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .tables import accuracies
-from .words import one_word_and_pairs
+from .words import add_plugins, one_word_and_pairs
 
 
 def add(commands) -> None:
@@ -29,11 +29,13 @@ def add(commands) -> None:
     evaluate.add_argument("--images", metavar="N or START:STOP", help="the first N test images, or some (default: all)")
     evaluate.add_argument("--checkpoints", metavar="A,B", help="last, best (default: those that there are)")
     evaluate.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
+    add_plugins(evaluate)
     evaluate.add_argument("--debug", action="store_true", help="show the traceback of an error")
     evaluate.set_defaults(run=_evaluate, parser=evaluate)
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..components import load_plugins
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..recipe import Config
@@ -48,6 +50,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     for name in ("attacks", "epsilons", "checkpoints"):
         if (words := getattr(options, name)) is not None:
             overrides[f"evaluate.{name}"] = f"[{words}]"
+    load_plugins(options.plugins)
     run = Run.open(path)
     config = structure(Config, override(unstructure(run.config), overrides))
     images = options.images

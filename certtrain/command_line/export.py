@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .words import number, one_word_and_pairs
+from .words import add_plugins, number, one_word_and_pairs
 
 
 def add(commands) -> None:
@@ -20,11 +20,13 @@ def add(commands) -> None:
     export.add_argument("--images", metavar="START:STOP", help="of which test images (default: as the recipe says)")
     export.add_argument("--epsilon", metavar="E", help="another radius, in pixel units of [0, 1], such as 2/255")
     export.add_argument("--timeout", metavar="SECONDS", help="that instances.csv asks for (default: the recipe's)")
+    add_plugins(export)
     export.add_argument("--debug", action="store_true", help="show the traceback of an error")
     export.set_defaults(run=_export, parser=export)
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..components import load_plugins
     from ..errors import InputError
     from ..progress import console
     from ..workflows.export import export
@@ -35,6 +37,7 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
         raise InputError(f"--{next(iter(refused))}: cannot be changed here; accepted: see --help")
     epsilon = None if options.epsilon is None else number("--epsilon", options.epsilon, "a radius >= 0")
     timeout = None if options.timeout is None else number("--timeout", options.timeout, "seconds > 0")
+    load_plugins(options.plugins)
     run = Run.open(path)
     found = export(run, images=options.images, epsilon=epsilon, timeout=timeout)
     folder = run.folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .words import one_word_and_pairs
+from .words import add_plugins, one_word_and_pairs
 
 SECTIONS = ("data", "model", "perturbation", "certify", "export")
 FIELDS = ("name", "seed", "device", "threads")
@@ -34,11 +34,13 @@ def add(commands) -> None:
     parser.add_argument("--order", metavar="A,B,C", default="",
                         help="the file's layers in the order of use, where names and shapes leave it open")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: a new one under runs/)")
+    add_plugins(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_import, parser=parser)
 
 
 def _import(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..components import load_plugins
     from ..config import override, structure
     from ..data import Source
     from ..errors import InputError
@@ -51,6 +53,7 @@ def _import(options: argparse.Namespace, rest: list[str]) -> int:
         section, _, field = name.partition(".")
         if (section not in SECTIONS if field else name not in FIELDS) or name in ("data.type", "model.type"):
             raise InputError(f"--{name}: cannot be given here; accepted: see import-checkpoint --help")
+    load_plugins(options.plugins)
     sets = {name.lower(): name for name in Source.members()}
     names = ", ".join(kind.__name__ for kind in KNOWN.values())
     required = (("architecture", names), ("data", ", ".join(sets.values())), ("epsilon", "a radius, such as 2/255"))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .tables import agreement, say_where, stages
-from .words import number, one_word_and_pairs
+from .words import add_plugins, number, one_word_and_pairs
 
 if TYPE_CHECKING:
     from ..recipe import Config
@@ -42,6 +42,7 @@ def add(commands) -> None:
                         "input_split, location, bab")  # fmt: skip
     verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
     verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
+    add_plugins(verify)
     verify.add_argument("--debug", action="store_true", help="show the traceback of an error")
     other = verify.add_argument_group("α-β-CROWN, which is installed apart (docs/abcrown.md)")
     other.add_argument("--verifier", default="embedded", choices=("embedded", "abcrown", "both"),
@@ -86,6 +87,7 @@ def _refuse_more(options: argparse.Namespace, rest: list[str]) -> None:
 
     about_runs = ("images", "epsilon", "total_timeout", "stages", "device", "abcrown_python", "abcrown_home")
     given = [f"--{name.replace('_', '-')}" for name in about_runs if getattr(options, name) is not None]
+    given += ["--plugin"] if options.plugins else []
     given += ["--verifier"] if options.verifier != "embedded" else []
     if rest or given:
         raise InputError(
@@ -152,6 +154,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    from ..components import load_plugins
     from ..config import override, structure, unstructure
     from ..errors import InputError
     from ..recipe import Config
@@ -167,6 +170,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.verifier == "abcrown" and ours:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
+    load_plugins(options.plugins)
     run = Run.open(path)
     size = run.config.perturbation.size
     given = {

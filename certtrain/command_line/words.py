@@ -14,6 +14,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; accepted: see {self.prog} --help")
 
 
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    help = "import classes of your own from a module or file (repeatable; docs/plugins.md)"
+    parser.add_argument("--plugin", dest="plugins", action="append", default=[], metavar="MODULE", help=help)
+
+
+def plugin_words(plugins: list[str]) -> list[str]:
+    """As they stand in a call: ``["--plugin", "a", "--plugin", "b"]``."""
+    return [word for plugin in plugins for word in ("--plugin", plugin)]
+
+
 def one_word_and_pairs(
     command: str, words: list[str], what: str = "run folder", usage: str = "RUN_DIR, the folder of a finished run"
 ) -> tuple[Path, dict[str, str]]:

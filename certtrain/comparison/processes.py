@@ -19,7 +19,7 @@ POLL = 0.05
 
 
 def in_processes(
-    trials: Sequence[Trial], jobs: int, study: Path, folder: Path, quiet: bool
+    trials: Sequence[Trial], jobs: int, study: Path, folder: Path, plugins: Sequence[str | Path], quiet: bool
 ) -> Iterator[tuple[Trial, str | None]]:
     """Finish the trials, at most ``jobs`` at a time; yields each one that has ended, and why it failed or None.
 
@@ -38,7 +38,7 @@ def in_processes(
             while running or (waiting and not (refused or stop.signal)):
                 while waiting and len(running) < jobs and not (refused or stop.signal):
                     trial = waiting.popleft()
-                    running[_start(trial, study, folder, logs)] = trial
+                    running[_start(trial, study, folder, plugins, logs)] = trial
                 time.sleep(POLL)
                 for process in running.keys() - told if stop.signal or refused else ():
                     process.terminate()  # once: it saves itself
@@ -61,9 +61,9 @@ def in_processes(
         raise InputError(refused)
 
 
-def _start(trial: Trial, study: Path, folder: Path, logs: Path) -> subprocess.Popen:
+def _start(trial: Trial, study: Path, folder: Path, plugins: Sequence[str | Path], logs: Path) -> subprocess.Popen:
     words = ["compare", str(study), "--out", str(folder), "--only", trial.row.label, "--seeds", str(trial.seed),
-             "--no-report"]  # fmt: skip
+             "--no-report", *(word for plugin in plugins for word in ("--plugin", str(plugin)))]  # fmt: skip
     with (logs / f"{trial.path.name}.log").open("ab") as log:
         # a session of its own: a terminal's Ctrl-C reaches this process alone, which hands it on once
         return subprocess.Popen(

@@ -10,6 +10,7 @@ from ..comparison.processes import in_processes
 from ..comparison.report import write_figures, write_table
 from ..comparison.results import stage_of, unanswered
 from ..comparison.study import Study, Trial, read_study
+from ..components import load_plugins
 from ..config import flatten, unstructure
 from ..errors import InputError
 from ..ledger import add_once
@@ -63,6 +64,7 @@ def compare(
     report_only: bool = False,
     report: bool = True,
     command: str = "",
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Comparison:
     """Train what is missing of a study, go on with what was interrupted, evaluate what is not evaluated, and write
@@ -77,10 +79,12 @@ def compare(
         report_only: train and evaluate nothing.
         report: whether to write table and figures.
         command: what to name as the call that made the numbers.
+        plugins: modules or files whose classes recipes may name, see docs/plugins.md.
     Raises:
         InputError: the study, or a folder of another recipe; before anything is trained.
         Interrupted: SIGINT or SIGTERM; the runs are saved, the same call goes on.
     """
+    load_plugins(plugins)
     study = read_study(file)
     folder = study.folder if out is None else Path(out)
     chosen = choose(study, folder, only, seeds)
@@ -93,7 +97,7 @@ def compare(
         trial.config.evaluate.check_ball(trial.config.perturbation)
     if left:
         _remember(folder, command)
-        work = in_processes(left, jobs, study.file, folder, quiet) if jobs > 1 else _one_by_one(left, quiet)
+        work = in_processes(left, jobs, study.file, folder, plugins, quiet) if jobs > 1 else _one_by_one(left, quiet)
         for trial, why in work:
             if why:
                 failures[str(trial)] = why

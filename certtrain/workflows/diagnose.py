@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bounds import PerturbationSet
+from ..components import load_plugins
 from ..config import unstructure
 from ..diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread, those_for
 from ..diagnostics.figures import FIGURES, draw_epochs, save
@@ -51,6 +52,7 @@ def diagnose(
     top: int = 10,
     perturbation: PerturbationSet | None = None,
     device: str | None = None,
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Diagnosis:
     """Diagnose the network of a run whose training is finished, on images spread evenly over its training split.
@@ -66,10 +68,12 @@ def diagnose(
         top: eigenvalues of the weights' Hessians.
         perturbation: instead of the recipe's, so that one network can be seen under several sets.
         device: instead of the recipe's.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
         InputError: something given cannot be used, or another process diagnoses this run; nothing on disk was changed.
         Interrupted: SIGINT or SIGTERM; nothing on disk was changed.
     """
+    load_plugins(plugins)
     if what is not None:
         check_names("what", what)
     check(checkpoint in CHECKPOINTS, "checkpoint", checkpoint, ", ".join(CHECKPOINTS))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..components import load_plugins
 from ..config import unstructure
 from ..data import Dataset
 from ..environment import device_name, reproducible, versions
@@ -28,6 +29,7 @@ def evaluate(
     checkpoints: Sequence[str] | None = None,
     settings: Evaluate | None = None,
     device: str | None = None,
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """How many test images of a run whose training is finished stay right: clean, attacked, and certified by IBP.
@@ -41,6 +43,7 @@ def evaluate(
             whole numbers k; checkpoints: of ``last`` and ``best``: see ``Evaluate``.
         images: ``"start:stop"``, a range, or how many of the first; None for the settings'.
         device: instead of the recipe's.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Returns:
         the table, with what earlier calls found for the same weights.
     Raises:
@@ -48,6 +51,7 @@ def evaluate(
         Interrupted: SIGINT or SIGTERM; the same call goes on.
         Contradiction: an attack broke an image that bounds certified.
     """
+    load_plugins(plugins)
     run = Run.open(path)
     asked = {"attacks": attacks, "epsilons": epsilons, "checkpoints": checkpoints}
     section = {**unstructure(settings or run.config.evaluate), **{k: v for k, v in asked.items() if v is not None}}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..bounds import PerturbationSet
+from ..components import load_plugins
 from ..data import Dataset
 from ..export import Export, write_files
 from ..ledger import images_of
@@ -21,6 +23,7 @@ def export(
     images: str | range | None = None,
     epsilon: float | None = None,
     timeout: float | None = None,
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write a run's files for other verifiers: ``model.onnx``, ``specs/``, ``instances.csv``, ``abcrown.yaml``.
@@ -30,12 +33,14 @@ def export(
         images: of which test images to write properties, ``"start:stop"`` or a range; None for the recipe's.
         epsilon: their radius in pixel units; None for the run's.
         timeout: seconds that they ask for; None for the recipe's.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Returns:
         what ``run.json`` then says under ``export``.
     Raises:
         InputError: something given cannot be used, the network cannot be exported, or another process trains or exports
             this run; nothing on disk was changed.
     """
+    load_plugins(plugins)
     run = Run.open(path)
     ball = run.config.perturbation if epsilon is None else run.config.perturbation.with_epsilon(float(epsilon))
     settings = run.config.export if timeout is None else replace(run.config.export, timeout=timeout)

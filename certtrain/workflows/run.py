@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..components import check_sources, load_plugins, sources_of, with_file
 from ..config import structure, unstructure, with_null_defaults
 from ..data import Dataset
 from ..environment import device_name, versions
@@ -29,6 +30,7 @@ balls' one; since then it is null."""
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
     """``run.json``: all that it takes to repeat the run."""
+    plugins = sources_of(config)
     return {
         "format": FORMAT,
         "config": unstructure(config),
@@ -42,6 +44,7 @@ def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[
             "train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test),
         },
         "loss_files": dict(config.loss.files()),
+        **({"plugins": plugins} if plugins else {}),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }  # fmt: skip
 
@@ -136,25 +139,35 @@ class Run:
         return current_network(self.folder, RunFolder.open(self.folder.path)[1])
 
 
-def load_model(path: str | Path, checkpoint: Literal["last", "best"] = "last") -> tuple[nn.Module, Config]:
+def load_model(
+    path: str | Path, checkpoint: Literal["last", "best"] = "last", *, plugins: Sequence[str | Path] = ()
+) -> tuple[nn.Module, Config]:
     """The trained network of a run, in evaluation mode on the CPU, and the run's recipe.
 
     Args:
         path: the run's folder.
         checkpoint: ``best`` is the one that ``training.select`` kept.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
         InputError: no run there, no such weights in it, or weights of another architecture.
     """
+    load_plugins(plugins)
     run = Run.open(path)
     return run.model(checkpoint), run.config
 
 
 def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
-    """The recipe that a run was started with."""
+    """The recipe that a run was started with.
+
+    Raises:
+        InputError: not as certtrain writes it; a user's class that nobody has named in this process; or the run's
+            network or perturbation set is a user's class whose text is another one now.
+    """
     try:
         config = structure(Config, description["config"])
     except InputError as error:
-        raise InputError(f"{folder.run}: {error}") from error
+        raise InputError(f"{folder.run}: {with_file(str(error), description)}") from error
+    check_sources(description, config.model, config.perturbation)
     return config if description.get("format", 1) == FORMAT else with_null_defaults(config)
 
 

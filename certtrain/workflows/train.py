@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..attacks import in_mode
 from ..bounds import UnsupportedNode
 from ..bounds.folding import fold
+from ..components import check_sources, load_plugins, remarks
 from ..config import structure, unstructure
 from ..data import Dataset
 from ..environment import reproducible
@@ -32,13 +34,18 @@ from .verify import question_of
 
 
 def train(
-    config: Config | str | Path | None = None, out: str | Path | None = None, *, quiet: bool = False
+    config: Config | str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    plugins: Sequence[str | Path] = (),
+    quiet: bool = False,
 ) -> RunFolder:
     """Run a recipe from start to end: train, certify the test split, attack it, export the network.
 
     Args:
         config: a ``Config``, a YAML file, or None for the embedded default (digits, CC-IBP).
         out: a new or empty folder; None for a fresh one under ``runs/``.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
         quiet: print nothing.
     Returns:
         the run's folder; ``.final()`` is its summary.
@@ -47,6 +54,7 @@ def train(
         TrainingStopped: the loss or its gradient was not finite.
         Interrupted: SIGINT or SIGTERM; the run is saved.
     """
+    load_plugins(plugins)
     recipe = config if isinstance(config, Config) else load_config(None if config is None else Path(config))
     recipe = structure(Config, unstructure(recipe))  # as resume will read it: checked, and 0 is 0.0
     device = recipe.resolved_device()
@@ -55,27 +63,35 @@ def train(
         run = Run.create(new_folder(recipe, out), recipe, dataset, device)
         if not quiet:
             console.print(f"run folder: {run.folder.path}")
+            for remark in remarks(recipe):
+                console.print(remark, markup=False)
         with run.folder.alone():
             _go_on(run, dataset, model, device, quiet)
     return run.folder
 
 
-def resume(path: str | Path, *, device: str | None = None, quiet: bool = False) -> RunFolder:
+def resume(
+    path: str | Path, *, device: str | None = None, plugins: Sequence[str | Path] = (), quiet: bool = False
+) -> RunFolder:
     """Go on with an interrupted run, bit for bit as if it had never stopped (CPU, same versions and threads).
 
     A finished run is left as it is; one without a checkpoint starts over.
 
     Args:
         path: the run's folder. device: instead of the recorded one, for training and certification.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
         InputError: no run there, or an imported network; data or checkpoint are not what the run was started with;
             another process trains or exports it. Others as ``train``.
     """
+    load_plugins(plugins)
     run = Run.open(path)
     if "imported" in run.description:
         raise InputError(f"{path}: found an imported network; accepted: verify and export, or a run of train")
     if _is_finished(run):
         return run.folder
+    if not run.folder.final():
+        check_sources(run.description, run.config)
     where = device or run.description["device"].partition(":")[0]
     run = run.with_config(device=where, threads=run.description["threads"])
     found = run.config.resolved_device()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from ..components import load_plugins
 from ..data import Dataset
 from ..environment import device_name, reproducible, versions
 from ..errors import check
@@ -52,6 +54,7 @@ def verify(
     certify: Certify | None = None,
     total_timeout: float | None = None,
     device: str | None = None,
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Verification:
     """Certify the test images of a run whose training is finished; go on where an earlier call stopped.
@@ -67,10 +70,12 @@ def verify(
         certify: stages and limits; None for the recipe's. Its ``images`` is not looked at.
         total_timeout: seconds after which the call ends, whatever is left.
         device: instead of the recipe's.
+        plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
         InputError: something given cannot be used; nothing on disk was changed.
         Interrupted: SIGINT or SIGTERM; the same call goes on.
     """
+    load_plugins(plugins)
     check(total_timeout is None or 0 < total_timeout < math.inf, "total_timeout", total_timeout, "seconds > 0")
     run = Run.open(path)
     model = run.model()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..components import load_plugins
 from ..environment import device_name, versions
 from ..errors import InputError
 from ..ledger import Ledger, Line, images_of
@@ -29,6 +30,7 @@ def verify_with_abcrown(
     timeout: float | None = None,
     total_timeout: float | None = None,
     device: str | None = None,
+    plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Verification:
     """Ask α-β-CROWN about a run's test images; go on where an earlier call stopped.
@@ -45,6 +47,7 @@ def verify_with_abcrown(
         InputError: something given cannot be used, or α-β-CROWN cannot be run.
         Interrupted: SIGINT or SIGTERM; the same call goes on.
     """
+    load_plugins(plugins)
     run = Run.open(path)
     folder, config = run.folder, run.config
     run.model()  # refused here, not by the export
