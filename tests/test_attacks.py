@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from attack_cases import ATTACKS, quick
 from torch import nn
 
 from certtrain.attacks import Attack, AttackResult, Pgd
@@ -14,22 +15,12 @@ from certtrain.errors import InputError
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
 
-ATTACKS = [cls for cls in Attack.members().values() if cls.__module__.startswith("certtrain.")]
 BALLS = [cls(0.15) for cls in NormBall.members().values() if cls.__module__.startswith("certtrain.")]
 BALLS += [SparseBall(4), SparseBall(7, unit="feature"), SparseBall(1, unit="row"), SparseBall(2, unit="patch", side=3)]
-QUICK = {
-    "SparseRs": {"queries": 30}, "CornerSearch": {"per_size": 20, "best": 10}, "Pgd0": {"steps": 8, "restarts": 2},
-    "Saif": {"steps": 20}, "SigmaZero": {"steps": 20},
-}  # fmt: skip
-"""Smaller budgets of attacks whose own take minutes."""
 SIZES = {NormBall: (0.0, 1e-3, 8 / 255, 0.15, 2.0), SparseBall: (0, 1, 3, 30, 1000)}
 MODES = ("eval", "train", "batch")
 
 every_attack = pytest.mark.parametrize("kind", ATTACKS, ids=lambda kind: kind.__name__)
-
-
-def quick(kind, **fields) -> Attack:
-    return kind(**QUICK.get(kind.__name__, {}), **fields)
 
 
 def knows(kind, ball) -> bool:
