@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from walking import walk
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
@@ -33,9 +33,7 @@ def imported_rooms(path: Path) -> set[str]:
     return rooms & set(ORDER)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if room_of(path)], ids=lambda path: str(path.relative_to(ROOT))
-)
+@walk("path", [path for path in FILES if room_of(path)], ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path):
     room = room_of(path)
     assert room is not None

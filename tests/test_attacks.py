@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from attack_cases import ATTACKS, quick
 from torch import nn
+from walking import walk
 
 from certtrain.attacks import Attack, AttackResult, Pgd
 from certtrain.bounds import L2Ball, LinfBall, NormBall, PerturbationSet, SparseBall
@@ -147,7 +148,7 @@ class Wide(Attack):
 
 class TestFrame:
     @every_pair
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @walk("dtype", [torch.float32, torch.float64], ids=str)
     def test_the_result_lies_in_the_ball(self, kind, ball, dtype):
         batch = make_batch(dtype=dtype)
         for epsilon in SIZES[NormBall if isinstance(ball, NormBall) else SparseBall]:
@@ -158,7 +159,7 @@ class TestFrame:
                 assert torch.equal(found, batch.images)
 
     @every_attack
-    @pytest.mark.parametrize("mode", [*MODES, "clean"])
+    @walk("mode", [*MODES, "clean"])
     def test_the_model_is_left_as_it_was(self, kind, mode):
         model = make_model()
         before = snapshot(model, buffers=mode != "train")
@@ -225,7 +226,7 @@ class TestFrame:
         torch.testing.assert_close(attack_with(attack, ball, batch=shuffled), whole[order])
 
     @every_ball
-    @pytest.mark.parametrize("value", [9.0, -9.0, 1e30, float("inf"), float("-inf"), float("nan")], ids=str)
+    @walk("value", [9.0, -9.0, 1e30, float("inf"), float("-inf"), float("nan")], ids=str)
     def test_garbage_is_brought_back_into_the_ball(self, ball, value):
         batch, model = make_batch(), make_model()
         before = snapshot(model, buffers=False)

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from walking import walk
 
 from certtrain.command_line import main
 
@@ -156,7 +157,7 @@ WORDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "mentions"), WORDS.values(), ids=WORDS)
+@walk(("words", "mentions"), WORDS.values(), ids=WORDS)
 def test_bad_words(words, mentions, here, capsys):
     assert_refused(here, capsys, words, mentions)
 
@@ -376,7 +377,7 @@ VERIFY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "mentions"), VERIFY.values(), ids=VERIFY)
+@walk(("words", "mentions"), VERIFY.values(), ids=VERIFY)
 def test_bad_words_for_verify(words, mentions, here, capsys):
     assert_refused(here, capsys, words, mentions, "verify")
 

@@ -2,14 +2,15 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 
-def walk(names: str | Sequence[str], values: Iterable[Any], ids: Any = None) -> Callable:
+def walk(names: str | Iterable[str], values: Iterable[Any], ids: Any = None) -> Callable:
     """Call the test once for each row, in one test id: the arguments of ``pytest.mark.parametrize``.
 
     Every row is tried. The failing ones are raised together, each with its row as a note. Rows that are skipped are
@@ -17,10 +18,17 @@ def walk(names: str | Sequence[str], values: Iterable[Any], ids: Any = None) -> 
     must leave them as it found them. Several walks over one test make their product.
     """
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    named = None if ids is None or callable(ids) else list(ids)
     rows = []
-    for number, value in enumerate(values):
-        named = ids[number] if isinstance(ids, Sequence) else ids and ids(value)
-        rows.append((dict(zip(names, value if len(names) > 1 else [value], strict=True)), named))
+    for number, row in enumerate(values):
+        if isinstance(row, ParameterSet):
+            assert not row.marks, "a walk knows no marks"
+            value, name = row.values, row.id
+        else:
+            value, name = (row if len(names) > 1 else (row,)), named and named[number]
+        if callable(ids):
+            name = "-".join(str(ids(part)) for part in value)
+        rows.append((dict(zip(names, value, strict=True)), name))
     assert rows, f"no row of {', '.join(names)}"
 
     def decorate(test: Callable) -> Callable:
@@ -49,7 +57,7 @@ def walk(names: str | Sequence[str], values: Iterable[Any], ids: Any = None) -> 
         walks = {name for table in tables for part, _ in table for name in part}
         kept = [parameter for name, parameter in signature.parameters.items() if name not in walks]
         assert walks <= set(signature.parameters), f"{inner.__name__} takes no {walks - set(signature.parameters)}"
-        wrapped = functools.wraps(inner)(_with_self(once) if "self" in signature.parameters else once)
+        wrapped = functools.wraps(test)(_with_self(once) if "self" in signature.parameters else once)
         wrapped.__signature__ = signature.replace(parameters=kept)  # pytest reads the fixtures from it
         del wrapped.__wrapped__
         wrapped.walked = inner, tables
