@@ -98,25 +98,25 @@ def test_every_activation_is_here():
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 class TestSound:
-    @DTYPES
     @given(found=intervals())
     @properties
-    def test_on_any_interval(self, name, dtype, found):
-        lower, upper = (end.to(dtype) for end in found)
-        assert_encloses(ACTIVATIONS[name], relax(ACTIVATIONS[name], lower, upper), lower, upper)
+    def test_on_any_interval(self, name, found):
+        for dtype in (torch.float64, torch.float32):
+            lower, upper = (end.to(dtype) for end in found)
+            assert_encloses(ACTIVATIONS[name], relax(ACTIVATIONS[name], lower, upper), lower, upper)
 
     @DTYPES
     def test_on_huge_ones(self, name, dtype):
         lower, upper = torch.tensor(HUGE, dtype=dtype).split(1, 1)
         assert_encloses(ACTIVATIONS[name], relax(ACTIVATIONS[name], lower, upper), lower, upper)
 
-    @DTYPES
     @given(found=intervals(), alpha=st.one_of(st.floats(0, 1), st.floats(-1e6, 1e6)))
     @properties
-    def test_with_any_slope(self, name, dtype, found, alpha):
-        lower, upper = (end.to(dtype) for end in found)
-        lines = relax(ACTIVATIONS[name], lower, upper, torch.full_like(lower, alpha))
-        assert_encloses(ACTIVATIONS[name], lines, lower, upper)
+    def test_with_any_slope(self, name, found, alpha):
+        for dtype in (torch.float64, torch.float32):
+            lower, upper = (end.to(dtype) for end in found)
+            lines = relax(ACTIVATIONS[name], lower, upper, torch.full_like(lower, alpha))
+            assert_encloses(ACTIVATIONS[name], lines, lower, upper)
 
     @given(found=intervals())
     @properties

@@ -25,7 +25,10 @@ ENCODINGS = {
     "latin-1, strict": {"PYTHONIOENCODING": "latin-1:strict"},
     "locale C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
 }  # fmt: skip
-SMALL = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--certify.images", "20", "--export.images", "2"]
+SMALL = [
+    "--config", str(ROOT / "configs" / "smoke.yaml"), "--model.type", "Mlp", "--model.hidden", "[8]",
+    "--training.epochs", "2", "--training.schedule.length", "1", "--certify.images", "4", "--export.images", "2",
+]  # fmt: skip
 
 
 @contextlib.contextmanager
