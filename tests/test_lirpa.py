@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from networks import Apply, points_inside, randomise_norms
 from problems import alone, decided, linear_model, mostly_right, problem_of, random_images, random_model, unknown
 from torch import nn
-from walking import walk
 
 from certtrain.bounds import Box, Interval, L2Ball, LinfBall, compute_rows
 from certtrain.bounds.crown import bound_forms, crown_bounds, interval_bounds
@@ -287,8 +286,8 @@ class TestAsking:
             with pytest.raises(InputError, match="evaluates otherwise than it runs"):
                 lirpa_rows(linear_model([[1.0, 1.0]]), region, torch.ones(1, 1, 1), "crown")
 
-    @walk("method", METHODS)
-    @walk(
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(
         ("name", "attributes", "taken"),
         [
             ("Relu", {}, True),
