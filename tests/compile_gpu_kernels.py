@@ -80,7 +80,8 @@ def source(kernel: JITFunction, arguments: tuple, options: dict) -> tuple[ASTSou
     return ASTSource(kernel, signature, constants, known), flags
 
 
-def main(capability: int, dtype: str) -> None:
+def builds(capability: int, dtype: str) -> list[dict]:
+    """What became of every kernel for one generation of GPUs and one kind of numbers."""
     seen = {}
     for kernel, arguments, options in launches(getattr(torch, dtype)):
         what, flags = source(kernel, arguments, options)
@@ -90,7 +91,7 @@ def main(capability: int, dtype: str) -> None:
             continue
         compiled = triton.compile(what, target=GPUTarget("cuda", capability, 32), options=flags)
         seen[key] = {"kernel": name, "shared": compiled.metadata.shared, "stack": stack(compiled.asm["cubin"])}
-    print(json.dumps(list(seen.values())))
+    return list(seen.values())
 
 
 def stack(binary: bytes) -> int:
@@ -104,5 +105,5 @@ def stack(binary: bytes) -> int:
     return max(int(part.removeprefix("STACK:")) for part in usage.stdout.split() if part.startswith("STACK:"))
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+if __name__ == "__main__":  # called with targets, as 90-float32
+    print(json.dumps({target: builds(int(target.split("-")[0]), target.split("-")[1]) for target in sys.argv[1:]}))

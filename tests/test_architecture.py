@@ -6,12 +6,12 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import pytest
+from walking import walk
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "plugins", "components", "labels", "noise", "config", "devices", "precision", "environment", "locking", "run_folder", "streams",
-     "progress", "ledger", "kernels"},
+    {"errors", "plugins", "components", "labels", "noise", "config", "devices", "precision", "environment", "locking",
+     "run_folder", "streams", "progress", "ledger", "kernels"},
     {"bounds"},
     {"step", "data", "models", "attacks", "losses"},
     {"training", "verifiers", "evaluation", "diagnostics", "export"},
@@ -90,7 +90,7 @@ def test_every_room_has_its_layer():
     assert sum(map(len, LAYERS)) == len(LAYER)
 
 
-@pytest.mark.parametrize("layer", range(len(LAYERS)))
+@walk("layer", range(len(LAYERS)))
 def test_rooms_import_only_from_their_own_layer_and_those_to_its_left(layer):
     wrong = {
         (module, room)

@@ -6,7 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from attack_cases import ATTACKS, quick
 from torch import nn
+from walking import walk
 
 from certtrain.attacks import Attack, AttackResult, Pgd
 from certtrain.bounds import L2Ball, LinfBall, NormBall, PerturbationSet, SparseBall
@@ -14,22 +16,12 @@ from certtrain.errors import InputError
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
 
-ATTACKS = [cls for cls in Attack.members().values() if cls.__module__.startswith("certtrain.")]
 BALLS = [cls(0.15) for cls in NormBall.members().values() if cls.__module__.startswith("certtrain.")]
 BALLS += [SparseBall(4), SparseBall(7, unit="feature"), SparseBall(1, unit="row"), SparseBall(2, unit="patch", side=3)]
-QUICK = {
-    "SparseRs": {"queries": 30}, "CornerSearch": {"per_size": 20, "best": 10}, "Pgd0": {"steps": 8, "restarts": 2},
-    "Saif": {"steps": 20}, "SigmaZero": {"steps": 20},
-}  # fmt: skip
-"""Smaller budgets of attacks whose own take minutes."""
 SIZES = {NormBall: (0.0, 1e-3, 8 / 255, 0.15, 2.0), SparseBall: (0, 1, 3, 30, 1000)}
 MODES = ("eval", "train", "batch")
 
 every_attack = pytest.mark.parametrize("kind", ATTACKS, ids=lambda kind: kind.__name__)
-
-
-def quick(kind, **fields) -> Attack:
-    return kind(**QUICK.get(kind.__name__, {}), **fields)
 
 
 def knows(kind, ball) -> bool:
@@ -156,7 +148,7 @@ class Wide(Attack):
 
 class TestFrame:
     @every_pair
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @walk("dtype", [torch.float32, torch.float64], ids=str)
     def test_the_result_lies_in_the_ball(self, kind, ball, dtype):
         batch = make_batch(dtype=dtype)
         for epsilon in SIZES[NormBall if isinstance(ball, NormBall) else SparseBall]:
@@ -167,7 +159,7 @@ class TestFrame:
                 assert torch.equal(found, batch.images)
 
     @every_attack
-    @pytest.mark.parametrize("mode", [*MODES, "clean"])
+    @walk("mode", [*MODES, "clean"])
     def test_the_model_is_left_as_it_was(self, kind, mode):
         model = make_model()
         before = snapshot(model, buffers=mode != "train")
@@ -234,7 +226,7 @@ class TestFrame:
         torch.testing.assert_close(attack_with(attack, ball, batch=shuffled), whole[order])
 
     @every_ball
-    @pytest.mark.parametrize("value", [9.0, -9.0, 1e30, float("inf"), float("-inf"), float("nan")], ids=str)
+    @walk("value", [9.0, -9.0, 1e30, float("inf"), float("-inf"), float("nan")], ids=str)
     def test_garbage_is_brought_back_into_the_ball(self, ball, value):
         batch, model = make_batch(), make_model()
         before = snapshot(model, buffers=False)

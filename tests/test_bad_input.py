@@ -9,11 +9,13 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from walking import walk
 
 from certtrain.command_line import main
 
 TINY = ["--model.type", "Mlp", "--model.hidden", "[8]", "--training.epochs", "2", "--training.milestones", "[]",
         "--training.schedule.length", "1", "--training.batch_size", "500", "--certify.images", "8"]  # fmt: skip
+UNEXPORTED = ["--export.enabled", "false"]
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 
 
@@ -156,7 +158,7 @@ WORDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "mentions"), WORDS.values(), ids=WORDS)
+@walk(("words", "mentions"), WORDS.values(), ids=WORDS)
 def test_bad_words(words, mentions, here, capsys):
     assert_refused(here, capsys, words, mentions)
 
@@ -376,7 +378,7 @@ VERIFY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "mentions"), VERIFY.values(), ids=VERIFY)
+@walk(("words", "mentions"), VERIFY.values(), ids=VERIFY)
 def test_bad_words_for_verify(words, mentions, here, capsys):
     assert_refused(here, capsys, words, mentions, "verify")
 
@@ -455,7 +457,7 @@ def test_buffers_of_another_length(loss, name, rows, tmp_path, monkeypatch, caps
     from certtrain.training import checkpoint
 
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *TINY, "--loss.type", loss, "--out", "run"]) == 0
+    assert main(["train", *TINY, *UNEXPORTED, "--loss.type", loss, "--out", "run"]) == 0
     capsys.readouterr()
     metrics = tmp_path / "run" / "metrics.jsonl"  # cut short before its last line, as ``here``
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
@@ -490,7 +492,7 @@ EDGES = {
 
 @pytest.mark.parametrize("words", EDGES.values(), ids=EDGES)
 def test_values_at_the_edge_of_their_range_are_not_bad(words, here, capsys):
-    assert main(["train", *TINY, *words, "--out", "edge"]) == 0
+    assert main(["train", *TINY, *UNEXPORTED, *words, "--out", "edge"]) == 0
     final = json.loads((here / "edge" / "metrics.jsonl").read_text().splitlines()[-1])
     assert final["clean_accuracy"] >= final["attacked_accuracy"] >= final["certified_accuracy"] >= 0
     if words[-2:] == ["--perturbation.epsilon", "0"]:

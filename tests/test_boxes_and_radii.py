@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from walking import walk
 
 import certtrain
 from certtrain import Box, Interval, L1Ball, L2Ball, LinfBall, compute_bounds
-from certtrain.attacks import Attack
+from certtrain.attacks import Attack, Pgd
 from certtrain.bounds import compute_margins
 from certtrain.bounds.region import Around
 from certtrain.command_line import main
@@ -53,7 +54,7 @@ every_outside = pytest.mark.parametrize("images", [pytest.param(make(), id=name)
 
 class TestBoxes:
     @every_outside
-    @pytest.mark.parametrize(
+    @walk(
         "ask",
         [
             lambda x: Interval.box(x, 0.1),
@@ -133,9 +134,9 @@ LAYERS = {
 class TestNothingLosesNan:
     """What is NaN on its way stays NaN: on a device, where values are not looked at, no bound may come of it."""
 
-    @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    @pytest.mark.parametrize("part", ["center", "radius"])
+    @walk("layer", LAYERS.values(), ids=LAYERS)
+    @walk("dtype", [torch.float32, torch.float64], ids=str)
+    @walk("part", ["center", "radius"])
     def test_layer(self, layer, dtype, part):
         values = {"center": torch.rand(2, 2, 6, 6, dtype=dtype), "radius": torch.rand(2, 2, 6, 6, dtype=dtype)}
         values[part] = torch.full_like(values[part], math.nan)
@@ -195,7 +196,8 @@ class TestOneRadiusForEachImage:
         images = torch.rand(5, 1, 2, 3)
         labels = net(images).argmax(1)
         radii = torch.tensor([0.3, SMALL, LARGE, SMALL, 0.05])
-        settings = Certify(stages=stages, batch_size=batch_size)
+        attack = Pgd(steps=5, objective="margin")
+        settings = Certify(stages=stages, batch_size=batch_size, attack=attack)
         together = certtrain.certify(net, images, labels, kind(radii), settings)
         for number, radius in enumerate(radii.tolist()):
             row = slice(number, number + 1)
@@ -247,10 +249,10 @@ class TestSlips:
         with pytest.raises(FieldError):
             LinfBall(0.5).scaled(-1)
 
-    @pytest.mark.parametrize("fields", [{"mean": (127.5,)}, {"std": (63.75,)}, {"mean": (127.5,), "std": (0.5,)},
+    @walk("fields", [{"mean": (127.5,)}, {"std": (63.75,)}, {"mean": (127.5,), "std": (0.5,)},
                                         {"mean": (0.5,), "std": (63.75,)},
                                         {"mean": (125.3, 123.0, 113.9), "std": (63.0, 62.1, 66.7)}])  # fmt: skip
-    @pytest.mark.parametrize("kind", Architecture.members().values())
+    @walk("kind", Architecture.members().values())
     def test_normalisation_in_bytes(self, kind, fields):
         with pytest.raises(FieldError, match=r"did you mean .*/255"):
             kind(**fields)
@@ -279,9 +281,9 @@ def test_certify_refuses_half_precision(dtype):
         certtrain.certify(make_net().to(dtype), make_images().to(dtype), [0, 1, 2, 0], 0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, -1e-3])
-@pytest.mark.parametrize("at", [0, 500, 999])
+@walk("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@walk("wrong", [math.nan, math.inf, -math.inf, -1e-3])
+@walk("at", [0, 500, 999])
 def test_one_wrong_number_is_found(dtype, wrong, at):
     good, bad = torch.rand(1000).to(dtype), torch.rand(1000).to(dtype)
     bad[at] = wrong

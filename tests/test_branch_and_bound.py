@@ -231,13 +231,14 @@ class TestSampling:
         lower = problem.specification.worst(known.rows)
         lower = lower if finding.lower is None else torch.maximum(lower, finding.lower)
         draw, least = torch.Generator().manual_seed(0), torch.full((len(problem),), torch.inf)
+        asked = problem.specification
+        each = replace(asked, rows=asked.rows.repeat(1000, 1, 1), offsets=asked.offsets.repeat(1000, 1))
         for number in range(100):
             share = torch.rand(1000, *hull.center.shape, generator=draw)
             share = share if number % 2 else share.round()
             points = hull.lower + share * (hull.upper - hull.lower)
-            logits = problem.network(points.flatten(0, 1)).reshape(1000, len(problem), -1)
-            values = [problem.specification.worst(problem.specification.values(part)) for part in logits]
-            least = torch.minimum(least, torch.stack(values).amin(0))
+            values = each.worst(each.values(problem.network(points.flatten(0, 1))))
+            least = torch.minimum(least, values.reshape(1000, len(problem)).amin(0))
         assert (least >= lower - FINE).all() and (least < lower + 2).all()
 
 

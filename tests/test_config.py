@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 import yaml
+from walking import walk
 
 from certtrain.attacks import Attack, Pgd, default_attack
 from certtrain.bounds import L2Ball, LinfBall, PerturbationSet
@@ -30,7 +31,7 @@ MEMBERS = [
     if kind.__module__.startswith("certtrain.")
 ]
 
-every_member = pytest.mark.parametrize(("family", "kind"), MEMBERS, ids=[kind.__name__ for _, kind in MEMBERS])
+every_member = walk(("family", "kind"), MEMBERS, ids=[kind.__name__ for _, kind in MEMBERS])
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def test_numbers(written, number):
     assert type(found) is float and found == number
 
 
-@pytest.mark.parametrize(
+@walk(
     "written",
     ["1/0", "0/0", "nan", "inf", "-inf", "1e999", "", " ", "a", "1/2/3", "0x10", "2/255 px", "1 2", "1 2/255", True,
      False, None, math.nan, math.inf, -math.inf, 10**400, [1], {"a": 1}, 1j],
@@ -181,7 +182,7 @@ def test_yaml_reads_5e_4_as_text_and_we_as_a_number(tmp_path):
     assert config.training.optimiser == Adam(lr=5e-4) and config.perturbation == LinfBall(float(Fraction(2, 255)))
 
 
-@pytest.mark.parametrize(
+@walk(
     ("field", "value"),
     [
         ("number", True), ("number", "many"), ("number", float("nan")), ("number", float("inf")), ("number", "1/0"),
@@ -227,7 +228,7 @@ def test_a_typo_names_its_path_and_the_accepted_fields():
     refused({3: {}}, "3: ")
 
 
-@pytest.mark.parametrize(
+@walk(
     ("mapping", "start"),
     [
         ({"loss": {"type": "CcIbp", "alpha": 1.5}}, "loss.alpha: found 1.5"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from networks import Apply, Joined, Residual, networks, points_inside, rounding, small_cnn, specification
 from test_folded import LAYERS, MAX_POOLS, SHAPE, build
 from torch import Tensor, nn
+from walking import walk
 
 from certtrain.bounds import Interval, L2Ball, LinfBall, Network, Region, compute_bounds, compute_rows, crown
 from certtrain.bounds.crown import backward, bound_forms, crown_bounds, interval_bounds, relax_all
@@ -204,8 +205,8 @@ class TestBatches:
             assert ((bounds.lower - found[place].lower).abs() <= slack).all()
             assert ((bounds.upper - found[place].upper).abs() <= slack).all()
 
-    @pytest.mark.parametrize("ball", [LinfBall(0.1), L2Ball(0.1)], ids=["linf", "l2"])
-    @pytest.mark.parametrize("case", [*LAYERS, *(f"max pool, {name}" for name in MAX_POOLS)])
+    @walk("ball", [LinfBall(0.1), L2Ball(0.1)], ids=["linf", "l2"])
+    @walk("case", [*LAYERS, *(f"max pool, {name}" for name in MAX_POOLS)])
     def test_of_no_images(self, case, ball):
         layers = LAYERS[case]() if case in LAYERS else [MAX_POOLS[case.removeprefix("max pool, ")]]
         model = build([*layers, nn.ReLU(), Apply(lambda m, x: x.flatten(1)), nn.ReLU()])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from loss_cases import gradient, make_batch, make_model, make_step
+from walking import walk
 
 from certtrain.attacks import Ascent
 from certtrain.config import structure
@@ -72,7 +73,7 @@ def test_cc_ibp_mixes_the_bounds_into_the_logits_that_qub_bounds():
 
 
 @certified
-@pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
+@walk("method", METHODS, ids=lambda cls: cls.__name__)
 def test_every_method_supplies_the_term(kind, method):
     if kind is ExpIbp and method().may_be_negative:
         with pytest.raises(InputError, match=rf"^adversarial: found '{method.__name__}'; accepted: .*never negative"):

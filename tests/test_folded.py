@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import Apply, Elementwise, Joined, Residual, networks, randomise_norms, rounding, small_cnn
 from torch import Tensor, nn
+from walking import walk
 
 from certtrain.bounds import Interval, Network, UnsupportedNode, forward
 from certtrain.bounds.folding import fold
@@ -124,8 +125,8 @@ class TestIsTheModel:
         assert all(read < i for i, operation in enumerate(network.operations) for read in operation.inputs)
         assert_adjoint(network)
 
-    @pytest.mark.parametrize("case", LAYERS)
-    @pytest.mark.parametrize("count", [0, 1, 3], ids=lambda count: f"batch {count}")
+    @walk("case", LAYERS)
+    @walk("count", [0, 1, 3], ids=lambda count: f"batch {count}")
     @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's, of the model itself
     def test_each_layer(self, case, count):
         model, images = build(LAYERS[case]()), make_images(count)
@@ -195,7 +196,7 @@ class TestWeights:
         assert single(images.float()).dtype == torch.float32 and double(images).dtype == torch.float64
         torch.testing.assert_close(single(images.float()).double(), double(images), rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize(
+    @walk(
         ("model", "path"),
         [
             (nn.Sequential(nn.Flatten(), nn.Sequential(nn.ReLU(), nn.Linear(84, 3))), "1.1"),
@@ -206,8 +207,8 @@ class TestWeights:
         ],
         ids=["linear", "convolution", "norm after it", "norm", "constant"],
     )
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
+    @walk("value", [math.nan, math.inf, -math.inf])
+    @walk("bias", [False, True], ids=["weight", "bias"])
     def test_a_weight_that_is_not_finite_is_named(self, model, path, value, bias):
         model = copy.deepcopy(model).eval()
         parameters = list(model.parameters())
@@ -226,7 +227,7 @@ class TestWeights:
         for ours, theirs in zip(found, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
-    @pytest.mark.parametrize("case", LAYERS)
+    @walk("case", LAYERS)
     def test_gradients_through_adjoints(self, case):
         network = fold(build(LAYERS[case]()), SHAPE)
         for operation, shape in zip(network.operations, network.shapes):

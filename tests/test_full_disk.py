@@ -1,5 +1,6 @@
 """No room, no permission, a read-only disk: the file is named, nothing half-written stays, the run goes on later."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -26,6 +27,7 @@ from certtrain.workflows.run import save_weights
 from certtrain.workflows.train import resume
 
 ROOT = Path(__file__).parents[1]
+SMOKE = str(ROOT / "configs" / "smoke.yaml")
 LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -51,14 +53,28 @@ WRITERS = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def no_file_longer_than(size: int):
+    """No file of this process may be longer than so many bytes: the same within it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+
+
 @pytest.fixture
 def little_room():
-    """No file of this process may be longer than 20 kB."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[0][1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
-    signal.signal(signal.SIGXFSZ, before[1])
+    with no_file_longer_than(20_000):
+        yield
+
+
+def assert_refused(run: Path, code: int, said: str) -> None:
+    assert code == 2 and said.count("\n") == 1, said
+    assert said.startswith(f"error: {run}/") and "cannot be written (File too large); " in said
+    assert not list(run.rglob(".*"))
 
 
 @pytest.mark.parametrize("before", [None, b'{"old": 1}\n'], ids=["new", "there"])
@@ -93,32 +109,36 @@ def test_every_reason_at_every_step(step, number, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("room", [2_000, 5_000, 8_000, 20_000])
-def test_a_run_without_room_names_its_file_and_goes_on_later(room, tmp_path):
+def test_a_run_without_room_names_its_file_and_goes_on_later(room, tmp_path, capsys):
     """Whichever file is the first that is too long."""
-    run, recipe = tmp_path / "run", str(ROOT / "configs" / "smoke.yaml")
-    words = [sys.executable, "-c", LIMITED, str(room), "train", "--config", recipe, "--out", str(run)]
-    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 2 and found.stderr.count("\n") == 1, found.stderr
-    assert found.stderr.startswith(f"error: {run}/") and "cannot be written (File too large); " in found.stderr
-    assert not list(run.rglob(".*"))
+    run = tmp_path / "run"
+    with no_file_longer_than(room):
+        code = main(["train", "--config", SMOKE, "--out", str(run)])
+    assert_refused(run, code, capsys.readouterr().err)
     if (run / "run.json").exists():
         assert resume(run, quiet=True).final()
         assert [line["epoch"] for line in JsonLines(run / "metrics.jsonl") if line["kind"] == "epoch"] == [1, 2, 3, 4]
 
 
+def test_a_process_without_room(tmp_path):
+    """Nothing else is said, by a library neither."""
+    run = tmp_path / "run"
+    words = [sys.executable, "-c", LIMITED, "5000", "train", "--config", SMOKE, "--out", str(run)]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert_refused(run, found.returncode, found.stderr)
+
+
 @pytest.mark.parametrize("call", ["verify", "evaluate", "diagnose", "export"])
-def test_the_commands(call, run):
+def test_the_commands(call, run, capsys):
     more = {
         "verify": ["--epsilon", "0.03", "--stages", "ibp"], "evaluate": ["--attacks", "pgd-1"],
         "diagnose": ["--what", "cosine,landscape", "--images", "8"], "export": [],
     }[call]  # fmt: skip
     before = (run / "SHA256SUMS").read_bytes()
-    found = subprocess.run(
-        [sys.executable, "-c", LIMITED, "1200", call, str(run), *more], cwd=ROOT, capture_output=True, text=True
-    )
-    assert found.returncode == 2 and found.stderr.count("\n") == 1, found.stderr
-    assert found.stderr.startswith(f"error: {run}/") and "cannot be written (File too large); " in found.stderr
-    assert not list(run.rglob(".*")) and (run / "SHA256SUMS").read_bytes() == before
+    with no_file_longer_than(1200):
+        code = main([call, str(run), *more])
+    assert_refused(run, code, capsys.readouterr().err)
+    assert (run / "SHA256SUMS").read_bytes() == before
     assert main([call, str(run), *more]) == 0
 
 
@@ -158,22 +178,20 @@ def test_a_download_without_room_blames_no_mirror(tmp_path, monkeypatch):
 # --- modes
 
 UMASKS = (0o022, 0o027, 0o002, 0o077)
-WHOLE = """
-import os, sys
-os.umask(int(sys.argv[1], 8))
-from certtrain.command_line import main
-code = main(["train", "--config", sys.argv[2], "--out", sys.argv[3], "--certify.images", "10", "--export.images", "2",
-             "--evaluate.enabled", "true", "--evaluate.attacks", "[pgd-1]", "--evaluate.images", "4"])
-code = code or main(["verify", sys.argv[3], "--images", ":3", "--stages", "ibp", "--epsilon", "0.5"])
-sys.exit(code or main(["diagnose", sys.argv[3], "--images", "8", "--what", "cosine,landscape"]))
-"""
 
 
 @pytest.mark.parametrize("umask", UMASKS, ids=oct)
 def test_every_file_of_a_run_follows_the_umask(umask, tmp_path):
     run = tmp_path / "run"
-    words = [sys.executable, "-c", WHOLE, oct(umask), str(ROOT / "configs" / "smoke.yaml"), str(run)]
-    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    words = ["--certify.images", "10", "--export.images", "2", "--evaluate.enabled", "true",
+             "--evaluate.attacks", "[pgd-1]", "--evaluate.images", "4"]  # fmt: skip
+    before = os.umask(umask)
+    try:
+        assert main(["train", "--config", SMOKE, "--out", str(run), *words]) == 0
+        assert main(["verify", str(run), "--images", ":3", "--stages", "ibp", "--epsilon", "0.5"]) == 0
+        assert main(["diagnose", str(run), "--images", "8", "--what", "cosine,landscape"]) == 0
+    finally:
+        os.umask(before)
     modes = {str(path.relative_to(run)): path.stat().st_mode & 0o777 for path in run.rglob("*")}
     assert {"model.safetensors", "resume.pt", "figures", "specs", "evaluation.json", "model.onnx"} <= set(modes)
     expected = {name: (0o777 if (run / name).is_dir() else 0o666) & ~umask for name in modes}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from walking import walk
 
 from certtrain import kernels
 from certtrain.kernels import reference
@@ -13,8 +14,8 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
-LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+DTYPES = walk("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+LAYOUTS = walk("layout", ["contiguous", "channels_last", "strided"])
 
 
 @pytest.fixture(autouse=True)
@@ -77,15 +78,15 @@ SHAPES = [(3, 5), (2, 4, 7, 5), (6, 3, 1, 1), (2, 3, 9), (0, 3), (2, 70, 3), (5,
 class TestPointwise:
     @DTYPES
     @LAYOUTS
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @walk("shape", SHAPES, ids=str)
     def test_relu(self, shape, layout, dtype):
         center, radius = laid_out(randn(*shape, dtype=dtype), layout), rand(*shape, dtype=dtype, seed=1)
         compare(kernels.ibp_relu, [center, radius], TOLERANCE[dtype])
 
     @DTYPES
     @LAYOUTS
-    @pytest.mark.parametrize("relu", [False, True], ids=["affine", "affine and relu"])
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @walk("relu", [False, True], ids=["affine", "affine and relu"])
+    @walk("shape", SHAPES, ids=str)
     def test_affine(self, shape, relu, layout, dtype):
         center, radius = laid_out(randn(*shape, dtype=dtype), layout), rand(*shape, dtype=dtype, seed=1)
         scale, shift = randn(shape[1], dtype=dtype, seed=2), randn(shape[1], dtype=dtype, seed=3)
@@ -96,7 +97,7 @@ class TestPointwise:
 
     @DTYPES
     @LAYOUTS
-    @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 7, 5), (6, 3, 1, 1), (40, 3, 7, 9), (300, 5), (5, 130)], ids=str)
+    @walk("shape", [(3, 5), (2, 4, 7, 5), (6, 3, 1, 1), (40, 3, 7, 9), (300, 5), (5, 130)], ids=str)
     def test_batch_norm(self, shape, layout, dtype):
         x = laid_out((randn(*shape) * 2 + 1).to(dtype), layout)
         vectors = [randn(shape[1], dtype=dtype, seed=1), randn(shape[1], dtype=dtype, seed=2)]
@@ -161,7 +162,7 @@ class TestLayers:
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(5, 4, 7), (1, 2, 1), (3, 40, 33), (0, 3, 4), (4, 1, 3), (20, 70, 5)], ids=str)
+@walk("shape", [(5, 4, 7), (1, 2, 1), (3, 40, 33), (0, 3, 4), (4, 1, 3), (20, 70, 5)], ids=str)
 def test_margins(shape, dtype):
     images, classes, features = shape
     labels = torch.arange(images, device=DEVICE) * 7 % classes
@@ -177,8 +178,8 @@ def test_margins(shape, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("upper", [False, True], ids=["lower", "upper"])
-@pytest.mark.parametrize("shape", [(2, 3, 7), (1, 5, 1500), (0, 2, 3), (3, 1, 1), (2, 4, 3, 5)], ids=str)
+@walk("upper", [False, True], ids=["lower", "upper"])
+@walk("shape", [(2, 3, 7), (1, 5, 1500), (0, 2, 3), (3, 1, 1), (2, 4, 3, 5)], ids=str)
 def test_crown(shape, upper, dtype):
     batch, forms, *rest = shape
     coefficients = randn(*shape, dtype=dtype)
@@ -206,7 +207,7 @@ def awkward_rows(entries: int, dtype: torch.dtype) -> Tensor:
 
 class TestSelection:
     @DTYPES
-    @pytest.mark.parametrize("entries", [1, 2, 49, 1023, 1024])
+    @walk("entries", [1, 2, 49, 1023, 1024])
     def test_short_rows(self, entries, dtype):
         scores = awkward_rows(entries, dtype)
         for k in sorted({0, 1, 3, entries // 2, entries - 1, entries, entries + 3}):

@@ -20,6 +20,7 @@ from networks import (
     specification,
 )  # fmt: skip
 from torch import Tensor, nn
+from walking import walk
 
 from certtrain.bounds import (
     BatchStatistics,
@@ -246,9 +247,9 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("ball", [LinfBall(0.1), L2Ball(0.1)], ids=["linf", "l2"])
-@pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
+@walk("ending", ENDINGS)
+@walk("ball", [LinfBall(0.1), L2Ball(0.1)], ids=["linf", "l2"])
+@walk("deep", [True, False], ids=["deep", "shallow"])
 def test_networks_that_end_otherwise(ending, ball, deep):
     torch.manual_seed(0)
     start = [nn.Flatten(), nn.Linear(72, 8), *([nn.ReLU()] if deep else [])]

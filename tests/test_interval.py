@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from walking import walk
 
 from certtrain.bounds import Bounds, Interval
 
@@ -54,8 +55,8 @@ def test_from_bounds_holds_any_two_floats(first, second):
     assert (radius == 0) == (lower.item() == upper.item())
 
 
-@pytest.mark.parametrize("epsilon", EPSILONS)
-@pytest.mark.parametrize("as_tensor", [False, True])
+@walk("epsilon", EPSILONS)
+@walk("as_tensor", [False, True])
 def test_box_of_every_pixel(epsilon, as_tensor):
     given = torch.tensor(epsilon) if as_tensor else epsilon
     lower, upper = (PIXELS - given).clamp(min=0), (PIXELS + given).clamp(max=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_table import NAMES, outcome, table
+from walking import walk
 
 from certtrain import kernels
 from certtrain.kernels import dispatch, registration
@@ -292,8 +293,8 @@ def test_a_forked_child_computes_alone():
     """)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@walk("name", NAMES)
+@walk("dtype", [torch.float32, torch.float64], ids=str)
 def test_backends_agree(name, dtype):
     """Outputs and every gradient."""
     found = []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from op_table import NAMES, table
+from walking import walk
 
 from certtrain import kernels
 
@@ -97,7 +98,7 @@ def _calls():
     return [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}-{i}") for i, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize("kind, name, call", _calls())
+@walk("kind, name, call", _calls())
 def test_errors_name_the_argument(kind, name, call):
     with pytest.raises(kind, match=f"^{name}: "):
         call()
@@ -111,8 +112,8 @@ SPARSE = {
 }
 
 
-@pytest.mark.parametrize("op", SPARSE)
-@pytest.mark.parametrize(
+@walk("op", SPARSE)
+@walk(
     "kind, k, found",
     [
         (ValueError, -1, "-1; expected k >= 0"),

@@ -9,6 +9,7 @@ from measuring import peak_memory
 from op_table import NAMES, outcome, table
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from walking import walk
 
 from certtrain import kernels
 from certtrain.kernels import reference
@@ -215,8 +216,8 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@walk("name", NAMES)
+@walk("last", [False, True], ids=["contiguous", "channels_last"])
 def test_fresh_memory_is_written_before_it_is_read(name, last, poisoned):
     found = outcome(table(torch.float32, last)[name])
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -236,8 +237,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@walk("name", NAMES)
+@walk("layout", LAYOUTS)
 def test_strides_carry_no_meaning(name, layout):
     call = table()[name]
     leaves = [LAYOUTS[layout](leaf) for leaf in call.leaves]
@@ -245,8 +246,8 @@ def test_strides_carry_no_meaning(name, layout):
     torch.testing.assert_close(odd, outcome(call), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@walk("name", NAMES)
+@walk("layout", LAYOUTS)
 def test_outputs_lie_as_their_fakes_say(name, layout):
     """A compiler lays out what follows by the fake; images in channels_last stay so."""
     call = table()[name]
@@ -260,9 +261,9 @@ def test_outputs_lie_as_their_fakes_say(name, layout):
             assert a.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2], ids=["y", "mean", "variance"])
-@pytest.mark.parametrize("shape", [(9, 3), (4, 3, 5), (4, 3, 5, 6), (2, 3, 2, 3, 4), (7, 1), (2, 3, 1, 1)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@walk("part", [0, 1, 2], ids=["y", "mean", "variance"])
+@walk("shape", [(9, 3), (4, 3, 5), (4, 3, 5, 6), (2, 3, 2, 3, 4), (7, 1), (2, 3, 1, 1)], ids=str)
+@walk("layout", LAYOUTS)
 def test_gradients_of_the_batch_statistics(shape, layout, part):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (

@@ -9,6 +9,7 @@ from op_table import DIFFERENTIABLE, NAMES, outcome, table, tensors
 from torch._dynamo.backends.debugging import aot_eager
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
+from walking import walk
 
 from certtrain import kernels
 from certtrain.kernels import convolution, linear, margins, pointwise, registration, relaxation, sparse
@@ -61,7 +62,7 @@ def test_every_op_is_in_the_table():
 IMAGES = [name for name, call in table().items() if any(leaf.ndim == 4 for leaf in call.leaves)]
 
 
-@pytest.mark.parametrize(
+@walk(
     "name, last", [*((name, False) for name in NAMES), *((name, True) for name in IMAGES)],
     ids=lambda value: {True: "channels_last", False: "contiguous"}.get(value, value),
 )  # fmt: skip
@@ -139,13 +140,13 @@ def test_autocast_computes_in_float32(dtype, under_a_compiler):
                     torch.testing.assert_close(part, like, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if table()[name].exact])
+@walk("name", [name for name in DIFFERENTIABLE if table()[name].exact])
 def test_gradient(name, backend):
     call = table()[name]
     assert torch.autograd.gradcheck(call.run, [leaf.clone().requires_grad_() for leaf in call.leaves])
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@walk("name", DIFFERENTIABLE)
 def test_second_derivative_raises_where_an_op_ran(name, backend):
     call = table()[name]
     leaves = [leaf.clone().requires_grad_() for leaf in call.leaves]

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from walking import walk
 
 from certtrain import kernels
 from certtrain.kernels import linear, reference
@@ -57,8 +58,8 @@ def layered(function, center, radius, weight, bias, scale, shift, relu):
 OPTIONS = list(itertools.product([False, True], repeat=4))
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (0, 5), (2, 3, 5), (2, 0, 5), (5,), (33, 17)], ids=str)
-@pytest.mark.parametrize("outputs", [1, 4, 7])
+@walk("shape", [(3, 5), (1, 1), (0, 5), (2, 3, 5), (2, 0, 5), (5,), (33, 17)], ids=str)
+@walk("outputs", [1, 4, 7])
 def test_linear(shape, outputs, monkeypatch):
     monkeypatch.setattr(linear, "BLOCK", 2 * shape[-1])  # two rows at a time, the last block ragged
     center, radius = interval(*shape)
@@ -94,8 +95,8 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("batch", [2, 0])
+@walk("options", CONVOLUTIONS, ids=str)
+@walk("batch", [2, 0])
 def test_conv(options, batch):
     center, radius = interval(batch, 4, 7, 5)
     weight, vectors = randn(8, 4 // options.get("groups", 1), 3, 2), randn(3, 8, seed=2)
@@ -179,7 +180,7 @@ class TestGradients:
     def check(self, function, *leaves):
         assert torch.autograd.gradcheck(function, [leaf.clone().requires_grad_() for leaf in leaves])
 
-    @pytest.mark.parametrize("shape", [(3, 4), (2, 2, 4), (0, 4), (4,)], ids=str)
+    @walk("shape", [(3, 4), (2, 2, 4), (0, 4), (4,)], ids=str)
     def test_linear(self, shape, monkeypatch):
         monkeypatch.setattr(linear, "BLOCK", 8)
         self.check(
@@ -187,7 +188,7 @@ class TestGradients:
             *interval(*shape), randn(5, 4), *randn(3, 5, seed=2),
         )  # fmt: skip
 
-    @pytest.mark.parametrize("options", [{"padding": 1, "stride": 2}, {"groups": 2, "dilation": 2}], ids=str)
+    @walk("options", [{"padding": 1, "stride": 2}, {"groups": 2, "dilation": 2}], ids=str)
     def test_conv(self, options):
         self.check(
             lambda c, r, w, b, a, t: kernels.ibp_conv2d(c, r, w, b, **options, scale=a, shift=t, relu=True),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linprog, minimize
 from torch import nn
+from walking import walk
 
 from certtrain.attacks import Ascent, FrankWolfe
 from certtrain.bounds import L2Ball, LinfBall, compute_bounds
@@ -22,8 +23,8 @@ def problem(seed: int, count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return image, form
 
 
-@pytest.mark.parametrize("seed", range(15))
-@pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.4, 1.0, 3.0, 50.0])
+@walk("seed", range(15))
+@walk("epsilon", [0.0, 0.05, 0.4, 1.0, 3.0, 50.0])
 def test_concretise_is_the_linear_programme(epsilon, seed):
     """min <a, x + u - v> over u, v >= 0 with sum(u + v) <= epsilon, u <= 1 - x, v <= x."""
     image, form = problem(seed)
@@ -38,8 +39,8 @@ def test_concretise_is_the_linear_programme(epsilon, seed):
     assert found == pytest.approx(float(form @ image) + solved.fun, abs=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(15))
-@pytest.mark.parametrize("epsilon", [0.05, 0.4, 1.0, 3.0, 50.0])
+@walk("seed", range(15))
+@walk("epsilon", [0.05, 0.4, 1.0, 3.0, 50.0])
 def test_project_is_the_nearest_point(epsilon, seed):
     image, change = problem(seed)
     candidate = image + 2 * change

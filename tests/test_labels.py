@@ -5,11 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from attack_cases import ATTACKS, quick
 from problems import random_images, random_model
 from torch import nn
+from walking import walk
 
 from certtrain import certify
-from certtrain.attacks import Attack, Pgd
+from certtrain.attacks import Pgd
 from certtrain.bounds import Interval, LinfBall, NormBall, SparseBall, compute_margins
 from certtrain.data import Arrays
 from certtrain.data.dataset import Split
@@ -21,8 +23,6 @@ from certtrain.noise import Noise
 from certtrain.step import Batch, Step
 from certtrain.verifiers import Certify, Specification
 from certtrain.verifiers.vnnlib import write_property
-
-ATTACKS = sorted(name for name, cls in Attack.members().items() if cls.__module__.startswith("certtrain."))
 
 WHOLE = [0, 3, 1, 2]
 Y = torch.tensor(WHOLE)
@@ -104,7 +104,7 @@ def same(found, wanted) -> bool:
     return found == wanted
 
 
-@pytest.mark.parametrize("kind", GOOD)
+@walk("kind", GOOD)
 def test_whole_numbers_are_int64(kind):
     found = as_labels(GOOD[kind], 4)
     wanted = {"range": [0, 1, 2, 3], "read-only": [2] * 4}.get(kind, WHOLE)
@@ -112,19 +112,19 @@ def test_whole_numbers_are_int64(kind):
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("kind", ["torch.int32", "torch.uint8", "torch.float32", "list", "numpy >i4", "numpy u8"])
+@walk("kind", ["torch.int32", "torch.uint8", "torch.float32", "list", "numpy >i4", "numpy u8"])
 def test_every_entry_takes_them(entry, kind):
     assert same(ENTRIES[entry](GOOD[kind]), ENTRIES[entry](Y))
 
 
-@pytest.mark.parametrize("kind", BAD)
+@walk("kind", BAD)
 def test_the_rest_is_refused(kind):
     labels, message = BAD[kind]
     with pytest.raises(InputError, match=rf"^y: {message}.*whole numbers"):
         as_labels(labels, 4, where="y")
 
 
-@pytest.mark.parametrize("kind", BAD)
+@walk("kind", BAD)
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_refuses_the_rest(entry, kind):
     if kind in ("too few", "too many", "none at all") and entry not in COUNTS:
@@ -133,16 +133,16 @@ def test_every_entry_refuses_the_rest(entry, kind):
         ENTRIES[entry](BAD[kind][0])
 
 
-@pytest.mark.parametrize("labels", OUTSIDE)
+@walk("labels", OUTSIDE)
 @pytest.mark.parametrize("entry", CLASSES)
 def test_labels_that_are_no_classes(entry, labels):
     with pytest.raises(ValueError, match=r"found label|labels: found"):
         ENTRIES[entry](labels)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_every_attack_converts_and_checks(name):
-    attack = Attack.members()[name]()
+@pytest.mark.parametrize("kind", ATTACKS, ids=lambda kind: kind.__name__)
+def test_every_attack_converts_and_checks(kind):
+    attack = quick(kind)
     ball = next(ball for ball in (LinfBall(0.05), SparseBall(2)) if attack.needs.matches(ball))
     assert isinstance(ball, NormBall | SparseBall)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from walking import walk
 
 from certtrain.bounds import Interval, UnsupportedNode, compute_bounds
 from certtrain.config import structure, unstructure
@@ -90,7 +91,7 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("architecture", "shape", "classes", "parameters"), PUBLISHED)
+@walk(("architecture", "shape", "classes", "parameters"), PUBLISHED)
 def test_sizes_of_the_reference_sheet(architecture, shape, classes, parameters):
     with torch.device("meta"):
         assert size(architecture.build(shape, classes)) == parameters
@@ -172,7 +173,7 @@ def test_activations(name):
     torch.testing.assert_close(model(images), x @ last.weight.T + last.bias)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@walk("name", ACTIVATIONS)
 @every_model
 def test_every_model_takes_every_activation(kind, name):
     fields = {name: 4 for name in ("width",) if hasattr(kind, name)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from problems import random_images
 from torch import nn
+from walking import walk
 
 import certtrain
 from certtrain import export_onnx
@@ -77,8 +78,8 @@ def step(ball=None) -> Step:
     return Step.evaluation(ball or LinfBall(0.05), Noise(0, INDEX))
 
 
-@pytest.mark.parametrize("kind", [*ODD, *NO_TENSOR])
-@pytest.mark.parametrize("stages", [("ibp",), ("crown_ibp", "crown", "alpha"), ("attack",), ("bab",), ("input_split",)])
+@walk("kind", [*ODD, *NO_TENSOR])
+@walk("stages", [("ibp",), ("crown_ibp", "crown", "alpha"), ("attack",), ("bab",), ("input_split",)])
 def test_certify(kind, stages):
     with pytest.raises(InputError, match=r"^model: found an output .*accepted: (logits \(B, K\) of two|one tensor)"):
         certtrain.certify((ODD | NO_TENSOR)[kind], IMAGES, LABELS, 0.1, Certify(stages=stages))
@@ -127,8 +128,8 @@ def test_a_sweep_writes_no_verdict(kind, tmp_path):
         assert not list(file)
 
 
-@pytest.mark.parametrize("kind", [*ODD, *NO_TENSOR])
-@pytest.mark.parametrize("name", ATTACKS)
+@walk("kind", [*ODD, *NO_TENSOR])
+@walk("name", ATTACKS)
 def test_attacks(kind, name):
     attack = Attack.members()[name]()
     ball = next(ball for ball in (LinfBall(0.05), SparseBall(2)) if attack.needs.matches(ball))
@@ -143,8 +144,8 @@ def test_attacks_in_every_mode(mode):
         attack(ODD["one logit"], BATCH, LinfBall(0.05), step())
 
 
-@pytest.mark.parametrize("kind", BINARY)
-@pytest.mark.parametrize("name", sorted(Loss.members()))
+@walk("kind", BINARY)
+@walk("name", sorted(Loss.members()))
 def test_losses(kind, name):
     with pytest.raises(InputError, match=r"^model: found an output"):
         Loss.members()[name]()(ODD[kind], BATCH, step())
@@ -153,8 +154,8 @@ def test_losses(kind, name):
         Loss.members()[name]()(ODD[kind], BATCH, clean)
 
 
-@pytest.mark.parametrize("kind", BINARY)
-@pytest.mark.parametrize("name", DIAGNOSTICS)
+@walk("kind", BINARY)
+@walk("name", DIAGNOSTICS)
 def test_diagnostics(kind, name):
     ball = next(ball for ball in (LinfBall(0.05), SparseBall(2)) if DIAGNOSTICS[name].needs.matches(ball))
     subject = Subject(ODD[kind], BATCH, ball, Noise(0, INDEX), top=1)
@@ -260,9 +261,9 @@ TRIVIAL = {
 }
 
 
-@pytest.mark.parametrize("kind", TRIVIAL)
-@pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("arithmetic", ["nearest", "float32", "real"])
+@walk("kind", TRIVIAL)
+@walk("outputs", [1, 2])
+@walk("arithmetic", ["nearest", "float32", "real"])
 def test_properties_that_are_decided_by_their_text(kind, outputs, arithmetic, tmp_path):
     from test_vnncomp import save_network, save_property
 

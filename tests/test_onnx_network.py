@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from networks import randomise_norms
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from walking import walk
 
 from certtrain.bounds import Interval, LinfBall, UnsupportedNode, compute_bounds
 from certtrain.bounds.crown import bound_forms, crown_bounds
@@ -389,7 +390,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@walk("name", NETWORKS)
 def test_numbers_are_onnxruntimes(read, name):
     build, shape = NETWORKS[name]
     for seed in range(2):
@@ -635,7 +636,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@walk("name", REFUSED)
 def test_refusals_name_what_was_found(read, name):
     build, mentions = REFUSED[name]
     with pytest.raises(InputError) as caught:

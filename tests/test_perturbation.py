@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from scipy.optimize import minimize
+from walking import walk
 
 from certtrain.bounds import Interval, L1Ball, L2Ball, LinfBall, PerturbationSet
 from certtrain.errors import FieldError
@@ -144,8 +145,8 @@ def test_project_lands_in_the_set_of_large_float32_images(kind):
             assert ball.contains(images, found).all() and torch.equal(ball.project(images, found), found)
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e6, 1e12])
-@pytest.mark.parametrize("epsilon", [0.0, 1e-30, 1e-10, 0.1, 10.0])
+@walk("scale", [1e-20, 1e-6, 1.0, 1e6, 1e12])
+@walk("epsilon", [0.0, 1e-30, 1e-10, 0.1, 10.0])
 def test_concretise_at_any_scale_in_float32(kind, epsilon, scale):
     """Finite, below the value at the image, and not below that by more than |form|_1 epsilon."""
     images = make_images(dtype=torch.float32)
@@ -236,8 +237,8 @@ class TestL2:
         expected = (forms * 0.5).sum(2) - epsilon * forms.norm(dim=2)
         torch.testing.assert_close(L2Ball(epsilon).concretise(forms, images), expected, rtol=0, atol=1e-9)
 
-    @pytest.mark.parametrize("seed", range(12))
-    @pytest.mark.parametrize("epsilon", [0.05, 0.4, 1.0, 3.0])
+    @walk("seed", range(12))
+    @walk("epsilon", [0.05, 0.4, 1.0, 3.0])
     def test_concretise_against_scipy(self, epsilon, seed):
         """SLSQP on the same problem; pixels at 0, at 1 and near them make the walls active."""
         torch.manual_seed(seed)

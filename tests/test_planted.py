@@ -52,7 +52,7 @@ def test_the_default_attack_misses_a_third_and_finds_some():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_exact_minimum_tells_planted_networks_from_their_twins(kind):
     missed_by_bounds = 0
-    for pair in planted_pairs(8, seed=500, kinds=(kind,)):
+    for pair in planted_pairs(4 if kind in ("residual", "max_pool") else 8, seed=500, kinds=(kind,)):
         for case in pair:
             network = fold(case.model, case.image.shape, dtype=torch.float64)
             region = LinfBall(case.epsilon).region(case.image[None].double())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from walking import walk
 
 from certtrain.config import read_yaml
 from certtrain.losses import Ramp
@@ -162,7 +163,7 @@ def test_the_tables_name_every_published_recipe():
     assert (len(expressive), len(ctbench), len(others)) == (18, 34, 15)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name in ROWS or re.search(r"eps\d", name)])
+@walk("name", [name for name in RECIPES if name in ROWS or re.search(r"eps\d", name)])
 def test_epsilon_is_an_exact_fraction(name):
     found = re.search(r"eps(\d+\.\d+|\d+)", name)
     text = "1/255" if found is None else found[1] if "." in found[1] else f"{found[1]}/255"
@@ -171,7 +172,7 @@ def test_epsilon_is_an_exact_fraction(name):
     assert recipe(name).perturbation.epsilon == float(Fraction(text))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@walk("name", ROWS)
 def test_what_all_rows_share(name):
     """Normalisation and crops (1.10), clipping, and whose batch statistics are used where (1.5, 1.8)."""
     config = recipe(name)
@@ -211,7 +212,7 @@ def test_expressive_losses(row):
         assert training["epochs"] * -(-TRAINING_IMAGES[kind(config.data)] // training["batch_size"]) == int(total)
 
 
-@pytest.mark.parametrize("row", rows(CTBENCH_METHODS), ids=lambda row: f"{row[0]}-{row[1]}")
+@walk("row", rows(CTBENCH_METHODS), ids=lambda row: f"{row[0]}-{row[1]}")
 def test_ctbench(row):
     setting, method, weight, l1, *fields = row
     config, more = recipe(f"ctbench/{setting}_{method}"), named(fields)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from walking import walk
 
 from certtrain.config import read_yaml
 from certtrain.data import Arrays, Augment
@@ -14,6 +15,7 @@ from certtrain.errors import InputError
 from certtrain.models import Cnn7
 from certtrain.noise import Noise
 from certtrain.recipe import Config, load_config
+from certtrain.run_folder import RunFolder
 from certtrain.step import Batch, State, Step
 from certtrain.workflows.run import load_model
 from certtrain.workflows.train import build_model, train
@@ -85,7 +87,7 @@ def test_takes_two_steps(name):
         assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-@every_recipe
+@walk("name", RECIPES)
 def test_is_documented(name):
     """By its path; recipes of ours that have a folder, by the folder."""
     text = (ROOT / "docs" / "recipes.md").read_text() + (ROOT / "README.md").read_text()
@@ -109,8 +111,8 @@ def test_the_embedded_default_is_the_digits_recipe():
     assert load_config(ROOT / "configs" / "digits_ccibp.yaml") == Config()
 
 
-def test_the_smoke_recipe_runs_from_end_to_end(tmp_path):
-    folder = train(load_config(ROOT / "configs" / "smoke.yaml"), tmp_path / "run", quiet=True)
+def test_the_smoke_recipe_runs_from_end_to_end(smoke):
+    folder = RunFolder(smoke)
     final = folder.final()
     assert final is not None and final["images"] == 100
     names = {path.name for path in folder.path.iterdir()}
@@ -133,8 +135,8 @@ def test_your_own_arrays_train(tmp_path):
     assert final is not None and final["images"] == 10
 
 
-def test_a_run_is_loaded_again(tmp_path):
-    folder = train(load_config(ROOT / "configs" / "smoke.yaml"), tmp_path / "run", quiet=True)
+def test_a_run_is_loaded_again(run):
+    folder = RunFolder(run)
     model, config = load_model(folder.path)
     assert config == load_config(ROOT / "configs" / "smoke.yaml") and not model.training
     test = config.data.load().test

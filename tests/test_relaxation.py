@@ -10,6 +10,7 @@ from activation_kinds import by_name, relax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from walking import walk
 
 from certtrain.bounds import operations
 from certtrain.bounds.operations import Entrywise, gates
@@ -100,25 +101,25 @@ def test_every_activation_is_here():
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 class TestSound:
-    @DTYPES
     @given(found=intervals())
     @properties
-    def test_on_any_interval(self, name, dtype, found):
-        lower, upper = (end.to(dtype) for end in found)
-        assert_encloses(ACTIVATIONS[name], relax(ACTIVATIONS[name], lower, upper), lower, upper)
+    def test_on_any_interval(self, name, found):
+        for dtype in (torch.float64, torch.float32):
+            lower, upper = (end.to(dtype) for end in found)
+            assert_encloses(ACTIVATIONS[name], relax(ACTIVATIONS[name], lower, upper), lower, upper)
 
     @DTYPES
     def test_on_huge_ones(self, name, dtype):
         lower, upper = torch.tensor(HUGE, dtype=dtype).split(1, 1)
         assert_encloses(ACTIVATIONS[name], relax(ACTIVATIONS[name], lower, upper), lower, upper)
 
-    @DTYPES
     @given(found=intervals(), alpha=st.one_of(st.floats(0, 1), st.floats(-1e6, 1e6)))
     @properties
-    def test_with_any_slope(self, name, dtype, found, alpha):
-        lower, upper = (end.to(dtype) for end in found)
-        lines = relax(ACTIVATIONS[name], lower, upper, torch.full_like(lower, alpha))
-        assert_encloses(ACTIVATIONS[name], lines, lower, upper)
+    def test_with_any_slope(self, name, found, alpha):
+        for dtype in (torch.float64, torch.float32):
+            lower, upper = (end.to(dtype) for end in found)
+            lines = relax(ACTIVATIONS[name], lower, upper, torch.full_like(lower, alpha))
+            assert_encloses(ACTIVATIONS[name], lines, lower, upper)
 
     @given(found=intervals())
     @properties
@@ -187,7 +188,7 @@ class TestKinked:
         lines = relax(ACTIVATIONS[name], lower, upper, torch.full_like(lower, 0.7))
         assert torch.equal(lines.lower_slope, torch.tensor([[max(0.7, low), low, 1.0, 1.0]]))
 
-    @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.3, 1.0, 1.5])
+    @walk("alpha", [-0.5, 0.0, 0.3, 1.0, 1.5])
     def test_gradients_pass_at_the_ends(self, name, alpha):
         """An ascent starts at 0 or 1, where torch's clamp has no gradient; it must be able to leave."""
         lower, upper = torch.tensor([[-1.0, 0.0]]), torch.tensor([[2.0, 1.0]])

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from walking import walk
 
 from certtrain.errors import InputError
 from certtrain.training import EpsilonSchedule, Linear, Smoothed, Training
@@ -50,9 +51,9 @@ def test_linear_is_its_closed_form():
 
 
 @every_schedule
-@pytest.mark.parametrize("per_epoch", [1, 2, 3, 5, 40])
-@pytest.mark.parametrize("length", [1, 2, 3, 7])
-@pytest.mark.parametrize("start", [1, 4])
+@walk("per_epoch", [1, 2, 3, 5, 40])
+@walk("length", [1, 2, 3, 7])
+@walk("start", [1, 4])
 def test_zero_before_one_after_never_falling(kind, per_epoch, length, start):
     schedule = kind(start=start, length=length)
     first, last = (start - 1) * per_epoch, (start - 1 + length) * per_epoch

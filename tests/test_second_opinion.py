@@ -14,6 +14,7 @@ import pytest
 import torch
 from fake_abcrown import FakeAbcrown
 from torch import Tensor
+from walking import walk
 
 import certtrain
 from certtrain.command_line import main
@@ -434,7 +435,7 @@ def records(**statuses: str) -> list[dict]:
 
 
 class TestCompare:
-    @pytest.mark.parametrize(("one", "two"), list(itertools.product(get_args(Status), repeat=2)))
+    @walk(("one", "two"), list(itertools.product(get_args(Status), repeat=2)))
     def test_a_proof_against_a_refutation_is_a_contradiction(self, one, two):
         found = agreement_between(records(_7=one), records(_7=two))
         refuted = {"falsified", "misclassified"}

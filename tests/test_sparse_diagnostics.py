@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from walking import walk
 
 from certtrain.attacks import Ascent, Attack, AttackResult, FrankWolfe, SparsePgd, SparseRs, default_attack
 from certtrain.bounds import L2Ball, LinfBall, SparseBall
@@ -325,8 +326,8 @@ class TestChoice:
         assert set(those_for(LinfBall())) == set(those_for(L1Ball())) == set(DIAGNOSTICS) - {"overlap"}
         assert set(those_for(SPARSE)) == set(DIAGNOSTICS) - norms
 
-    @pytest.mark.parametrize("ball", [SPARSE, LinfBall(0.1)], ids=lambda ball: type(ball).__name__)
-    @pytest.mark.parametrize("name", DIAGNOSTICS)
+    @walk("ball", [SPARSE, LinfBall(0.1)], ids=lambda ball: type(ball).__name__)
+    @walk("name", DIAGNOSTICS)
     def test_the_others_refuse(self, batch, noise, name, ball):
         if name not in those_for(ball):
             with pytest.raises(InputError, match=f"perturbation: found '{type(ball).__name__}'; accepted: a "):

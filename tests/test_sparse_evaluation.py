@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from walking import walk
 
 import certtrain
 from certtrain.attacks import Attack, AttackResult, CornerSearch, Pgd0, Saif, SigmaZero, SparsePgd, SparseRs, in_mode
@@ -115,7 +116,7 @@ def test_sparse_autoattack_is_the_published_cascade(name, steps, queries, p_init
     assert third == SparseRs(queries=queries, p_init=p_init, objective=objective)
 
 
-@pytest.mark.parametrize(
+@walk(
     "name",
     [
         "spgd-x-10", "spgd-10", "spgd-u", "spgd-u-0", "SPGD-u-10", "sparse-rs", "sparse-rs-0", "sparse-rs-1.5", "saif",

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from walking import walk
 
 from certtrain import kernels
 
@@ -64,7 +65,7 @@ ROWS = {
 
 class TestSelection:
     @dtypes
-    @pytest.mark.parametrize("row", ROWS)
+    @walk("row", ROWS)
     def test_order(self, row, dtype):
         for k in range(8):
             assert_mask(torch.tensor([ROWS[row]], dtype=dtype), k)
@@ -145,8 +146,8 @@ def test_any_row(row, k):
 
 class TestApply:
     @dtypes
-    @pytest.mark.parametrize("channels", [1, 3])
-    @pytest.mark.parametrize("spatial", [(), (7,), (4, 5)], ids=str)
+    @walk("channels", [1, 3])
+    @walk("spatial", [(), (7,), (4, 5)], ids=str)
     def test_selected_pixels_are_added_and_clamped_and_the_others_stay(self, channels, spatial, dtype):
         x, p = uniform(3, channels, *spatial, dtype=dtype), normal(3, channels, *spatial, dtype=dtype)
         x = torch.where(x > 0.9, torch.where(p > 0, 1.0, -0.0), x).to(dtype)
@@ -247,7 +248,7 @@ class TestStep:
         assert found[4].tolist() == (found[2] != mask).flatten(1).any(1).tolist()
 
     @dtypes
-    @pytest.mark.parametrize("value", [0.0, NAN, INF, -INF, 1e-12, "greatest"], ids=str)
+    @walk("value", [0.0, NAN, INF, -INF, 1e-12, "greatest"], ids=str)
     def test_a_row_without_a_direction_keeps_its_logits(self, value, dtype):
         gradient, p, m, x, mask = state(dtype=dtype)
         value = torch.finfo(dtype).max if value == "greatest" else value  # finite, its square is not

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from walking import walk
 
 from certtrain.attacks import (
     AttackResult,
@@ -143,7 +144,7 @@ class Spy(nn.Module):
 class TestSteps:
     @every_method
     @every_ball
-    @pytest.mark.parametrize("count", [1, 7])
+    @walk("count", [1, 7])
     def test_every_point_lies_in_the_set_and_all_is_finite(self, name, ball, count):
         """Three updates, of which the first one may begin at the images: each moves the weights."""
         (loss, rule), batch = METHODS[name], make_batch(count)
@@ -162,7 +163,7 @@ class TestSteps:
         assert any(not torch.equal(points, batch.images) for points in spy.points)
 
     @every_method
-    @pytest.mark.parametrize("k", [0, 36, 1000])
+    @walk("k", [0, 36, 1000])
     def test_no_pixel_and_all_pixels(self, name, k):
         (loss, rule), batch = METHODS[name], make_batch(3)
         spy, state = Spy(make_model()), state_of(loss, 3)

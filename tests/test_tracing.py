@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from networks import Apply, Residual, small_cnn
 from torch import Tensor, nn
+from walking import walk
 
 from certtrain.bounds import Interval, UnsupportedNode, compute_bounds, trace
 from certtrain.bounds.folding import fold
@@ -146,8 +147,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("count", [0, 1, 4], ids=lambda count: f"batch {count}")
+@walk("form", FORMS)
+@walk("count", [0, 1, 4], ids=lambda count: f"batch {count}")
 def test_functional_forms(form, count):
     torch.manual_seed(0)
     model = head(FORMS[form], buffer=torch.randn(4), parameter=nn.Parameter(torch.randn(4)))
@@ -187,8 +188,8 @@ JOINS = {  # (B, 2, 4, 4) → anything
 }
 
 
-@pytest.mark.parametrize("join", JOINS)
-@pytest.mark.parametrize("count", [0, 1, 3], ids=lambda count: f"batch {count}")
+@walk("join", JOINS)
+@walk("count", [0, 1, 3], ids=lambda count: f"batch {count}")
 def test_concatenation(join, count):
     torch.manual_seed(0)
     model = Apply(JOINS[join], norm=nn.BatchNorm2d(4)).double().eval()
@@ -457,7 +458,7 @@ REFUSED = {  # model, what the message names
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@walk("case", REFUSED)
 def test_refused_by_name(case):
     make, names = REFUSED[case]
     model = make().double().eval()
@@ -539,7 +540,7 @@ FOLLOWED_OR_REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FOLLOWED_OR_REFUSED)
+@walk("case", FOLLOWED_OR_REFUSED)
 def test_followed_or_refused(case):
     """Value semantics cannot say it, or a hook hides it: bounds of another network must never come out."""
     model = FOLLOWED_OR_REFUSED[case]().double().eval()

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from certtrain.export import Export
 from certtrain.losses import CcIbp, Loss, LossTerms
 from certtrain.models import SmallCnn
 from certtrain.recipe import Config
+from certtrain.run_folder import RunFolder
 from certtrain.step import StateSpec
 from certtrain.training import Adam, Interrupted, Sgd, Smoothed, Training, TrainingStopped, checkpoint
 from certtrain.verifiers import Certify
@@ -36,10 +39,18 @@ TINY = Config(
         epochs=3, batch_size=300, milestones=(2,), schedule=Smoothed(start=1, length=2),
         augment=Augment(pad=1, flip=True), checkpoint_seconds=0,
     ),
-    certify=Certify(images=40, batch_size=16),
+    certify=Certify(images=40, batch_size=16, stages=("ibp", "crown", "attack")),
     export=Export(enabled=False),  # which tests/test_export.py tries; it costs seconds
 )  # fmt: skip
 STEPS = 3 * 5
+COMPLETE = dataclasses.replace(TINY, certify=Certify(images=40, batch_size=16))
+"""With every stage."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Callable[[Config], RunFolder]:
+    """The finished run of a recipe, trained once for all tests; nobody may change it."""
+    return cache(lambda config: train(config, tmp_path_factory.mktemp("finished") / "run", quiet=True))
 
 
 def with_training(config: Config, **changes) -> Config:
@@ -93,10 +104,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("loss", [CcIbp(), Stateful()], ids=["CcIbp", "Stateful"])
 @pytest.mark.parametrize("place", ["checkpoint", "metrics", "verdicts", "rename"])
-def test_killed_anywhere_and_resumed_is_as_if_never_interrupted(loss, place, tmp_path, monkeypatch):
+def test_killed_anywhere_and_resumed_is_as_if_never_interrupted(loss, place, finished, tmp_path, monkeypatch):
     """Die at every k-th durable write, before or half way through it, until the run gets to its end."""
-    config = dataclasses.replace(TINY, loss=loss)
-    expected = results(train(config, tmp_path / "whole", quiet=True))
+    config = dataclasses.replace(COMPLETE if place == "verdicts" else TINY, loss=loss)
+    expected = results(finished(config))
     budget = {"left": 0, "deaths": 0}
 
     def dying(function, when=lambda *_: True, half=None):
@@ -169,9 +180,9 @@ def test_really_killed_and_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_and_says_how_to_go_on(number, finished, tmp_path, monkeypatch, capsys):
     config = with_training(TINY, checkpoint_seconds=1000.0)
-    expected = results(train(config, tmp_path / "whole", quiet=True))
+    expected = results(finished(config))
     from certtrain.training import update
 
     steps, descend = [], update.Descend.__call__
@@ -208,16 +219,16 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_good_checkpoint(tmp_path
     assert all(torch.isfinite(value).all() for value in content["model"].values() if value.is_floating_point())
 
 
-def test_resume_without_a_checkpoint_starts_over(tmp_path):
-    expected = train(TINY, tmp_path / "run", quiet=True)
-    wanted = results(expected)
+def test_resume_without_a_checkpoint_starts_over(finished, tmp_path):
+    wanted = results(finished(TINY))
+    shutil.copytree(finished(TINY).path, tmp_path / "run")
     for name in ("resume.pt", "metrics.jsonl", "verdicts.jsonl", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     assert results(resume(tmp_path / "run", quiet=True)) == wanted
 
 
-def test_resume_of_a_finished_run_changes_nothing(tmp_path, capsys):
-    train(TINY, tmp_path / "run", quiet=True)
+def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path, capsys):
+    shutil.copytree(finished(TINY).path, tmp_path / "run")
 
     def everything():
         files = (path for path in (tmp_path / "run").rglob("*") if path.is_file())
@@ -229,8 +240,8 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path, capsys):
     assert "certified" in capsys.readouterr().out
 
 
-def test_the_last_line_sums_up_the_verdicts(tmp_path):
-    folder = train(TINY, tmp_path / "run", quiet=True)
+def test_the_last_line_sums_up_the_verdicts(finished):
+    folder = finished(COMPLETE)
     final, verdicts = folder.final(), list(folder.verdicts)
     assert [verdict["index"] for verdict in verdicts] == list(range(40)) and final["images"] == 40
     status = [verdict["status"] for verdict in verdicts]
@@ -246,11 +257,9 @@ def test_the_last_line_sums_up_the_verdicts(tmp_path):
     assert described["threads"] == torch.get_num_threads() and len(described["dataset"]["sha256"]) == 64
 
 
-def test_the_seed_decides_everything(tmp_path):
-    first, again, other = (
-        results(train(dataclasses.replace(TINY, seed=seed), tmp_path / str(n), quiet=True))
-        for n, seed in enumerate((0, 0, 1))
-    )
+def test_the_seed_decides_everything(finished, tmp_path):
+    first, other = (results(finished(dataclasses.replace(TINY, seed=seed))) for seed in (0, 1))
+    again = results(train(dataclasses.replace(TINY, seed=0), tmp_path / "again", quiet=True))
     assert first == again and first[0] != other[0]
 
 

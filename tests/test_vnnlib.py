@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from walking import walk
 
 from certtrain.errors import InputError
 from certtrain.verifiers import Specification
@@ -213,7 +214,7 @@ def test_without_outputs_every_point_of_the_box_violates(read):
     assert violated(prop, [0.0, 0.0], [5.0, 5.0, 5.0]) and not violated(prop, [2.0, 0.0], [5.0, 5.0, 5.0])
 
 
-@pytest.mark.parametrize(
+@walk(
     ("text", "line", "found"),
     [
         ("(assert (not (= Y_0 Y_1)))", 4, "="),

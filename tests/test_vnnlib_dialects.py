@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_vnncomp import IDENTITY, TENT, assert_stands, box, save_network, save_property
+from walking import walk
 
 from certtrain.command_line import main
 from certtrain.errors import InputError
@@ -89,7 +90,7 @@ FORMULAS = {
 GRID = [-1.0, 0.0, 0.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
+@walk("formula", FORMULAS)
 def test_formulas(read, formula):
     found = read(HEADER + BOX + f"(assert {formula})")
     for a, b in itertools.product(GRID, GRID):

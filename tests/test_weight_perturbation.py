@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from loss_cases import make_batch, make_model, make_step
 from torch import nn
+from walking import walk
 
 from certtrain.attacks import Ascent, Pgd
 from certtrain.bounds import L2Ball, LinfBall
@@ -76,8 +77,8 @@ def matrices(model):
 
 class TestReductions:
     @every_optimiser
-    @pytest.mark.parametrize("rule", [Awp(gamma=0.0, start_epoch=0), Lap(beta=0.0), Lap(beta=0.0, restore=True)])
-    @pytest.mark.parametrize("loss", [NFgsm(), Qub(base=NFgsm())], ids=["NFgsm", "Qub"])
+    @walk("rule", [Awp(gamma=0.0, start_epoch=0), Lap(beta=0.0), Lap(beta=0.0, restore=True)])
+    @walk("loss", [NFgsm(), Qub(base=NFgsm())], ids=["NFgsm", "Qub"])
     def test_of_size_0_it_is_the_plain_update(self, rule, loss, optimiser):
         """Weights, running statistics and figures, bit for bit."""
         assert_same(run(rule, loss, optimiser, clip=0.5), run(Descend(), loss, optimiser, clip=0.5))
@@ -150,9 +151,9 @@ class TestByHand:
         assert not torch.allclose(here, model[0].weight.grad, rtol=1e-3)
 
     @every_optimiser
-    @pytest.mark.parametrize("restore", [False, True])
-    @pytest.mark.parametrize("loss", [NFgsm(), FgsmRs(), Fgsm()], ids=lambda loss: type(loss).__name__)
-    @pytest.mark.parametrize("clip", [None, 0.1])
+    @walk("restore", [False, True])
+    @walk("loss", [NFgsm(), FgsmRs(), Fgsm()], ids=lambda loss: type(loss).__name__)
+    @walk("clip", [None, 0.1])
     def test_lap(self, optimiser, restore, loss, clip):
         """The change is that of torch's own optimiser with its momentum, on the twin of model and optimiser."""
         (model, hand), batch = twins(optimiser), make_batch()
