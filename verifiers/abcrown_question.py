@@ -53,7 +53,7 @@ class AbcrownQuestion:
         return named({**own, **self.rests_on, "abcrown": self.abcrown.versions()})
 
     @property
-    def configuration(self) -> dict[str, Any]:
+    def configuration(self) -> Mapping[str, Any]:
         return configuration(self.timeout, self.device)
 
     def offers_more(self, record: Record, before: Record) -> bool:
@@ -101,4 +101,4 @@ class AbcrownQuestion:
             return False
         point = self.ball.project(image, answer.counterexample.reshape(image.shape))
         specification = Specification.robust(self.split.labels[number : number + 1].cpu(), self.classes)
-        return not any(bool(holds(specification, logits)[0]) for logits in self.replay(point).split(1))
+        return not any(bool(holds(specification, logits)[0]) for logits in torch.split(self.replay(point), 1))

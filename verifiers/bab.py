@@ -72,11 +72,11 @@ class _Search:
         if slopes is None:
             slopes = starting_slopes(self.lower, self.upper, known.rows.shape[1])
         alphas = self._gathered(slopes[image[:, None], self.rows_of[clause]], image)
+        lower, upper = (self._gathered(end[image].unsqueeze(1), image)[:, 0] for end in (self.lower, self.upper))
         self.tree = Tree(
             image, clause, worst[image, clause], torch.zeros_like(image),
             torch.zeros(len(image), self.columns.shape[1], dtype=torch.int8, device=device),
-            *(self._gathered(end[image].unsqueeze(1), image)[:, 0] for end in (self.lower, self.upper)),
-            alphas, torch.zeros_like(alphas),
+            lower, upper, alphas, torch.zeros_like(alphas),
         )  # fmt: skip
 
     def run(self) -> Outcome:

@@ -7,13 +7,15 @@ the point where the bound is smallest it costs what the line differs from the fu
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..bounds import Region
-from ..bounds.folded import Folded
+from ..bounds.folded import Folded, Nonlinear
 from .optimise import Neurons, Optimised
+from .tree import Tree
 
 
 def minimiser(found: Optimised, region: Region, row: Tensor) -> Tensor:
@@ -40,9 +42,10 @@ def scores(network: Folded, found: Optimised, lower: Tensor, upper: Tensor, row:
     outputs = torch.cat([values[place].flatten(1) for place in neurons.places], -1)
     unstable = (lower < 0) & (upper > 0)
     width = torch.where(unstable, upper - lower, 1.0)
+    operations = [operation for operation in network.operations if isinstance(operation, Nonlinear)]
     kinks = torch.cat([
-        torch.full((shape.numel(),), network.operations[place].activation.slope, dtype=lower.dtype)
-        for place, shape in zip(neurons.places, neurons.shapes, strict=True)
+        torch.full((shape.numel(),), operation.activation.slope, dtype=lower.dtype)
+        for operation, shape in zip(operations, neurons.shapes, strict=True)
     ]).to(lower.device)  # fmt: skip
     intercept = (1 - kinks) * -lower * upper / width
     slope = (upper - kinks * lower) / width
@@ -54,19 +57,25 @@ def scores(network: Folded, found: Optimised, lower: Tensor, upper: Tensor, row:
     return torch.where(unstable, worst + here.clamp(min=0), -torch.inf)
 
 
-def look_ahead(search, tree, cost: Tensor, candidates: int) -> Tensor:
+class BoundsSubproblems(Protocol):
+    def bounds_of(self, tree: Tree) -> Tensor:
+        """(D,) lower bounds of the clauses that D subproblems are about."""
+        ...
+
+
+def look_ahead(search: BoundsSubproblems, tree: Tree, cost: Tensor, candidates: int) -> Tensor:
     """(D,) the column to split at: of the best-scored few, the one whose halves gain most, as a product, bounded with
     the parameters at hand (after filtered smart branching, arXiv 2002.10410; the worse half's bound alone is nearly
     the parent's for all of them, and chose neurons at random).
 
     Args:
-        search: what bounds subproblems (``bounds_of``). tree: D of them; cost: (D, U), -inf for what cannot be split.
+        search: what bounds subproblems. tree: D of them; cost: (D, U), -inf for what cannot be split.
     """
     count = min(candidates, cost.shape[1])
     best, columns = cost.topk(count, dim=1)
     if count == 1:
         return columns[:, 0]
-    gains = []
+    gains: list[Tensor] = []
     for place in range(count):
         at = columns[:, place : place + 1]
         halves = [search.bounds_of(replace(tree, signs=tree.signs.scatter(1, at, sign))) for sign in (1, -1)]

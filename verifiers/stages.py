@@ -15,6 +15,7 @@ from ..bounds.clock import OutOfTime, expected, look, until
 from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.effort import work_of
 from ..bounds.folding import fold
+from ..bounds.region import Around
 from ..errors import InputError
 from ..noise import Noise
 from ..step import Batch, Step
@@ -57,7 +58,8 @@ class Stage(Protocol):
     """Looks at the clock (``bounds.clock``) between the pieces of its work. Out of time it finds what it knows by then,
     or raises ``OutOfTime``."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, problem: Problem, known: Known) -> Finding: ...
 
@@ -122,6 +124,9 @@ class AttackStage:
             raise InputError("specification: found no labels; accepted: a robustness specification for this stage")
         noise = Noise(self.seed, problem.index)
         batch = Batch(problem.region.images, labels, problem.index)
+        if not isinstance(problem.region, Around):
+            found = problem.region.kind
+            raise InputError(f"region: found {found}; accepted: a perturbation set around each image for this stage")
         ball = problem.region.ball
         attack = customary(self.attack, PGD, ball, 300)
         network = _Watched(problem) if attack.attack_mode == "eval" else problem.network
@@ -240,7 +245,7 @@ class AlphaStage:
                     counterexamples[int(part[number])] = point[number]
         known = Known(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
         proved = proof(problem, known)
-        statuses = [
+        statuses: list[Status | None] = [
             "falsified" if found is not None else status
             for found, status in zip(counterexamples, proved.statuses, strict=True)
         ]

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from ..typed import is_slice, is_tuple
 from . import program as p
 
 if TYPE_CHECKING:
     from .tracing import Tracing
+
+Rule = Callable[["Tracing", fx.Node, int], int]
 
 SUPPORTED = (
     "Linear, Conv1d/2d, BatchNorm1d/2d, ReLU, LeakyReLU, Sigmoid, Tanh, GELU, SiLU, MaxPool1d/2d, AvgPool1d/2d, "
@@ -55,8 +58,8 @@ def _flatten(tracing: Tracing, node: fx.Node, source: int) -> int:
 
 def _slice(tracing: Tracing, node: fx.Node, source: int) -> int:
     index: Any = node.args[1]
-    parts = index if isinstance(index, tuple) else (index,)
-    ends = [end for part in parts if isinstance(part, slice) for end in (part.start, part.stop, part.step)]
+    parts = index if is_tuple(index) else (index,)
+    ends = [end for part in parts if is_slice(part) for end in (part.start, part.stop, part.step)]
     numbers = len(ends) == 3 * len(parts) and all(end is None or type(end) is int for end in ends)
     if not numbers or parts[:1] != (slice(None),):
         raise p.UnsupportedNode(
@@ -65,7 +68,7 @@ def _slice(tracing: Tracing, node: fx.Node, source: int) -> int:
     return tracing.append(p.Reshape(node.name, (source,), lambda x: x[parts]))
 
 
-def _pool(dimensions: int, linear: bool):
+def _pool(dimensions: int, linear: bool) -> Rule:
     def rule(tracing: Tracing, node: fx.Node, source: int) -> int:
         options, keywords = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
         function: Any = node.target
@@ -79,7 +82,7 @@ def _pool(dimensions: int, linear: bool):
     return rule
 
 
-def _activation(kind: str):
+def _activation(kind: str) -> Rule:
     return lambda tracing, node, source: tracing.activate(node.name, source, p.Activation(kind))
 
 
@@ -104,7 +107,7 @@ def concat(tracing: Tracing, node: fx.Node) -> int:
     return tracing.append(p.Concat(node.name, tuple(tracing.position(node, part) for part in parts), dim))
 
 
-FUNCTIONS: dict[str, Callable[[Tracing, fx.Node, int], int]] = {
+FUNCTIONS: dict[str, Rule] = {
     "relu": _activation("relu"),
     "relu_": _activation("relu"),
     "sigmoid": _activation("sigmoid"),

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .. import devices
 from ..config import Component
 from ..errors import InputError, check
 from ..noise import Noise
+from ..typed import as_floats, norm
 from .interval import Interval, check_pixels, cut_box
 from .region import Around, least
 
@@ -135,7 +136,7 @@ class NormBall(PerturbationSet):
         epsilon: its radius in pixel units of [0, 1]; or, where every image has its own, floats (B,).
     """
 
-    epsilon: float = 0.1  # type: ignore[assignment]
+    epsilon: float = 0.1  # type: ignore[assignment]  # a field that stands for the property
     largest: ClassVar[float] = math.inf
     """The radius above which every image lies in the ball: more is a slip. In l1 and l2 it depends on the image's size,
     and a radius of 8 is ordinary."""
@@ -144,7 +145,8 @@ class NormBall(PerturbationSet):
         if isinstance(self.epsilon, Tensor):
             self._check_radii(self.epsilon)
             return
-        number = isinstance(self.epsilon, Real) and not isinstance(self.epsilon, bool)
+        given = cast(object, self.epsilon)  # by callers without a type checker
+        number = not isinstance(given, bool) and isinstance(given, Real)
         check(number and 0 <= self.epsilon < math.inf, "epsilon", self.epsilon, self._accepted())
         check(self.epsilon <= self.largest, "epsilon", self.epsilon, self._accepted(self.epsilon))
         object.__setattr__(self, "epsilon", float(self.epsilon) if isinstance(self.epsilon, Real) else self.epsilon)
@@ -154,10 +156,10 @@ class NormBall(PerturbationSet):
         check(radii.is_floating_point() and radii.ndim <= 1, "epsilon", shape, "a number, or floats (B,)")
         if devices.waits(radii):  # see ``cut_box``
             return
-        for radius in radii[~((radii >= 0) & (radii < torch.inf))].tolist():
+        for radius in as_floats(radii[~((radii >= 0) & (radii < torch.inf))]):
             check(False, "epsilon", radius, self._accepted())
         if radii.ndim:  # a schedule's 0-d tensor may be a multiple of the recipe's radius
-            for radius in radii[radii > self.largest].tolist():
+            for radius in as_floats(radii[radii > self.largest]):
                 check(False, "epsilon", radius, self._accepted(radius))
 
     def _accepted(self, *meant: float) -> str:
@@ -238,7 +240,7 @@ class L2Ball(NormBall):
         it is the nearest point wherever the shrunk candidate is a valid image."""
         change = candidates.double() - images.double()
         epsilon = torch.as_tensor(self.radius(change, torch.float64), dtype=torch.float64, device=images.device)
-        length = change.flatten(1).norm(dim=1).reshape(-1, *[1] * (images.ndim - 1))
+        length = norm(change.flatten(1), dim=1).reshape(-1, *[1] * (images.ndim - 1))
         outside = length > epsilon
         change = change * torch.where(outside, epsilon / length.clamp(min=1e-300) * (1 - 1e-12), 1.0)
         shrunk = (images.double() + change).to(images.dtype)
@@ -251,7 +253,7 @@ class L2Ball(NormBall):
         change = (candidates.double() - images.double()).flatten(1)
         valid = ((candidates >= -slack) & (candidates <= 1 + slack)).flatten(1).all(1)
         epsilon = torch.as_tensor(self.epsilon, dtype=torch.float64, device=images.device)
-        return valid & (change.norm(dim=1) <= epsilon + slack)
+        return valid & (norm(change, dim=1) <= epsilon + slack)
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
         """By the Lagrangian dual of the norm constraint, which bounds the minimum from below at *every*
@@ -260,12 +262,12 @@ class L2Ball(NormBall):
         epsilon = torch.as_tensor(self.radius(form), dtype=images.dtype, device=images.device)
         with torch.no_grad():  # the envelope theorem: no gradient through the multiplier
             # |change| <= |form| / (2 multiplier): at multiplier = |form| / (2 epsilon) the ball is not left
-            high = form.norm(dim=2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
+            high = norm(form, dim=2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
             high = high.clamp(max=torch.finfo(form.dtype).max / 8)
             low = torch.zeros_like(high)
             for _ in range(40):
                 middle = (low + high) / 2
-                outside = _change(form, center, middle).norm(dim=2, keepdim=True) > epsilon
+                outside = norm(_change(form, center, middle), dim=2, keepdim=True) > epsilon
                 low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
             change, multiplier = _change(form, center, high), high
         dual = form * change + multiplier * change.square()
@@ -274,7 +276,7 @@ class L2Ball(NormBall):
     def direction(self, gradient: Tensor) -> Tensor:
         size = gradient.abs().flatten(1).amax(1).reshape(-1, *[1] * (gradient.ndim - 1))
         scaled = gradient / torch.where(size > 0, size, 1)  # whose squares neither overflow nor vanish
-        length = scaled.flatten(1).norm(dim=1).reshape(size.shape)
+        length = norm(scaled.flatten(1), dim=1).reshape(size.shape)
         return scaled / torch.where(length > 0, length, 1)
 
     def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
