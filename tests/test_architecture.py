@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "errors", "devices", "labels", "precision", "config", "noise", "locking", "run_folder", "streams", "progress",
-    "kernels", "bounds", "step", "data", "models", "attacks", "losses", "diagnostics", "training", "verifiers",
-    "export", "evaluation", "recipe", "surroundings", "runs", "robustness", "pipeline", "comparison", "importing",
-    "verification", "diagnosis", "second_opinion", "command_line",
+    "errors", "typed", "devices", "labels", "precision", "config", "noise", "locking", "run_folder", "streams",
+    "progress", "kernels", "bounds", "step", "data", "models", "attacks", "losses", "diagnostics", "training",
+    "verifiers", "export", "evaluation", "recipe", "surroundings", "runs", "robustness", "pipeline", "comparison",
+    "importing", "verification", "diagnosis", "second_opinion", "command_line",
 ]  # fmt: skip
 FILES = [path for folder in ("certtrain", "kernels", "verifiers") for path in sorted((ROOT / folder).rglob("*.py"))]
 
