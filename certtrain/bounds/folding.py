@@ -128,7 +128,7 @@ def _affine(run: _Folding, node: p.Affine, number: int, source: int) -> int:
         source = run.append(Rearrangement(node.path, (source,), lambda x: F.pad(x, around, mode=mode)))
         padding = (0,) * (weight.ndim - 2)
     geometry = tuple(layer.stride), tuple(padding), tuple(layer.dilation), layer.groups
-    done = run.append(Convolution(node.path, (source,), weight, bias, *geometry))  # type: ignore[arg-type]
+    done = run.append(Convolution(node.path, (source,), weight, bias, *geometry))
     return run.activate(node.activation, node.path, done)
 
 
