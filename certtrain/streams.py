@@ -83,7 +83,7 @@ def lasting_streams() -> Iterator[Lasting]:
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         out, err = (Lasting(nowhere if stream is None else stream, own=True) for stream in before)
-        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        sys.stdout, sys.stderr = out, err
         try:
             yield out
         finally:

@@ -1,6 +1,6 @@
 """What an op accepts; every error names the argument, what was found and what was expected."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ _values = False
 
 
 @contextmanager
-def check_values() -> Iterator[None]:
+def check_values() -> Generator[None]:
     """Also check values, not only shapes and dtypes, while the context lasts: a negative radius raises ValueError.
 
     Each check waits for the device. The setting holds for the whole process; compiled graphs are not checked.
@@ -94,7 +94,7 @@ def label_values(values: Tensor, classes: int) -> None:
             raise ValueError(f"labels: found {low if low < 0 else high}; expected 0 to {classes - 1}")
 
 
-def budget(k: int | Tensor, rows: Tensor, rows_name: str) -> None:
+def budget(k: object, rows: Tensor, rows_name: str) -> None:
     """k: one int for all rows, or an int64 tensor with one for each (clamped to [0, N] when it is used)."""
     if isinstance(k, Tensor):
         if k.dtype != torch.int64:

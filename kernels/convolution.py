@@ -71,7 +71,9 @@ def _pair(name: str, value: int | Sequence[int]) -> list[int]:
     return values
 
 
-def _padded(center: Tensor, radius: Tensor, weight: Tensor, padding: str, strides: list[int], dilations: list[int]):
+def _padded(
+    center: Tensor, radius: Tensor, weight: Tensor, padding: str, strides: list[int], dilations: list[int]
+) -> tuple[Tensor, Tensor, list[int]]:
     """``same`` may need one column more on the right, which no symmetric padding gives."""
     if padding == "valid":
         return center, radius, [0, 0]
@@ -151,27 +153,32 @@ def _output_shape(
     return (len(center), len(weight), *sizes)
 
 
-def _fake_conv2d(center, radius, weight, bias, scale, shift, stride, padding, dilation, groups, relu):
+def _fake_conv2d(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = _output_shape(center, weight, stride, padding, dilation)
     state = empty(center, torch.uint8, shape) if relu else center.new_empty(0, dtype=torch.uint8)
     return empty(center, shape=shape), empty(center, shape=shape), state
 
 
 def _fake_conv2d_backward(
-    grad_center, grad_radius, state, center, radius, weight, bias, scale, stride, padding, dilation, groups, relu, needs
-):  # fmt: skip
+    grad_center: Tensor, grad_radius: Tensor, state: Tensor, center: Tensor, radius: Tensor, weight: Tensor,
+    bias: Tensor | None, scale: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    groups: int, relu: bool, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     whole = [
         empty(x) if needed else x.new_empty(0) for x, needed in zip((center, radius, weight), needs[:3], strict=True)
     ]
     return *whole, *(weight.new_empty(len(weight) if needed else 0) for needed in needs[3:])
 
 
-def _save_conv2d(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     center, radius, weight, bias, scale, _, *ctx.options, ctx.relu = inputs
     ctx.save_for_backward(center, radius, weight, bias, scale, output[2])
 
 
-def _conv2d_gradient(ctx: Any, grad_center: Tensor, grad_radius: Tensor, _: Tensor):
+def _conv2d_gradient(ctx: Any, grad_center: Tensor, grad_radius: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     center, radius, weight, bias, scale, state = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     grads = _conv2d_backward(

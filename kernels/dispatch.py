@@ -7,7 +7,7 @@ plain functions on tensors (``reference/backend.py`` lists them); it is imported
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -33,7 +33,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 @contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
+def use_backend(name: str | None) -> Generator[None]:
     """Make every op use the backend ``name`` while the context lasts; None chooses automatically.
 
     The choice holds for the whole process, because the backward pass may run in other threads. The environment

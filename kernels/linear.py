@@ -126,25 +126,31 @@ def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, buffer[: part.stop - first]
 
 
-def _fake_linear(center, radius, weight, bias, scale, shift, relu):
+def _fake_linear(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shape = (*center.shape[:-1], len(weight))
     state = center.new_empty((math.prod(shape[:-1]), len(weight)) if relu else 0, dtype=torch.uint8)
     middle = 0 if scale is None else shape
     return center.new_empty(shape), center.new_empty(shape), state, center.new_empty(middle), center.new_empty(middle)
 
 
-def _fake_linear_backward(grad_center, grad_radius, state, center, radius, weight, scale, middle, spread, relu, needs):
+def _fake_linear_backward(
+    grad_center: Tensor, grad_radius: Tensor, state: Tensor, center: Tensor, radius: Tensor, weight: Tensor,
+    scale: Tensor | None, middle: Tensor, spread: Tensor, relu: bool, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     shapes = (center.shape, radius.shape, weight.shape, weight.shape[:1], weight.shape[:1], weight.shape[:1])
     return tuple(center.new_empty(shape if needed else 0) for shape, needed in zip(shapes, needs, strict=True))
 
 
-def _save_linear(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     center, radius, weight, _, scale, _, ctx.relu = inputs
     ctx.save_for_backward(center, radius, weight, scale, *output[2:])
     ctx.set_materialize_grads(True)
 
 
-def _linear_gradient(ctx: Any, grad_center: Tensor, grad_radius: Tensor, *_: Tensor):
+def _linear_gradient(ctx: Any, grad_center: Tensor, grad_radius: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     center, radius, weight, scale, state, middle, spread = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     grads = _linear_backward(

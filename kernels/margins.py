@@ -63,23 +63,27 @@ def _onto_logits(grad: Tensor, labels: Tensor, classes: int) -> Tensor:
     return onto.scatter_(1, labels[:, None], grad.sum(1, keepdim=True))
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _fake(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    return center.new_empty(len(center), max(len(weight) - 1, 0))
+
+
+def _fake_backward(
+    grad: Tensor, center: Tensor, radius: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = center.shape
+    return (
+        center.new_empty(shape), center.new_empty(shape), center.new_empty(weight.shape), center.new_empty(len(weight))
+    )  # fmt: skip
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     center, radius, weight, _, labels = inputs
     ctx.save_for_backward(center, radius, weight, labels)
 
 
-def _gradient(ctx: Any, grad: Tensor):
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *grads, for_bias = _margins_backward(grad, *ctx.saved_tensors)
     return *grads, for_bias if ctx.needs_input_grad[3] else None, None
 
 
-register(
-    _margins,
-    fake=lambda center, radius, weight, bias, labels: center.new_empty(len(center), max(len(weight) - 1, 0)),
-    backward=_margins_backward,
-    fake_backward=lambda grad, center, radius, weight, labels: (
-        center.new_empty(center.shape), center.new_empty(center.shape), center.new_empty(weight.shape),
-        center.new_empty(len(weight)),
-    ),
-    save=_save, gradient=_gradient,
-)  # fmt: skip
+register(_margins, fake=_fake, backward=_margins_backward, fake_backward=_fake_backward, save=_save, gradient=_gradient)

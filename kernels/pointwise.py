@@ -101,25 +101,30 @@ def _pointwise_backward(
     return grads[0], grads[1], absent[0], absent[1]
 
 
-def _fake_pointwise(center, radius, scale, shift, relu):
+def _fake_pointwise(
+    center: Tensor, radius: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     state = empty(center, torch.uint8) if relu else center.new_empty(0, dtype=torch.uint8)
     return empty(center), empty(center), state
 
 
-def _fake_pointwise_backward(grad_center, grad_radius, state, center, radius, scale, sums):
+def _fake_pointwise_backward(
+    grad_center: Tensor, grad_radius: Tensor, state: Tensor, center: Tensor | None, radius: Tensor | None,
+    scale: Tensor | None, sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = state if center is None else center
     for_scale = grad_center.new_empty(0) if scale is None else torch.empty_like(scale)
     for_shift = grad_center.new_empty(grad_center.shape[1] if sums else 0)
     return empty(like, grad_center.dtype), empty(like, grad_center.dtype), for_scale, for_shift
 
 
-def _save_pointwise(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_pointwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     center, radius, scale, _, _ = inputs
     kept = (None, None) if scale is None else (center, radius)  # a ReLU's byte a entry says all that it needs
     ctx.save_for_backward(*kept, scale, output[2])
 
 
-def _pointwise_gradient(ctx: Any, grad_center: Tensor, grad_radius: Tensor, _: Tensor):
+def _pointwise_gradient(ctx: Any, grad_center: Tensor, grad_radius: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     center, radius, scale, state = ctx.saved_tensors
     _, _, of_scale, of_shift, _ = ctx.needs_input_grad
     for_center, for_radius, for_scale, for_shift = _pointwise_backward(
@@ -154,12 +159,27 @@ def _statistics(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=dtype)
 
 
-def _save_batch_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _fake_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(x), _statistics(x), _statistics(x)
+
+
+def _fake_batch_norm_backward(
+    grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor, variance: Tensor,
+    weight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return empty(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+
+
+def _save_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, weight, _, ctx.eps = inputs
     ctx.save_for_backward(x, weight, output[1], output[2])
 
 
-def _batch_norm_gradient(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor):
+def _batch_norm_gradient(
+    ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor
+) -> tuple[Tensor | None, ...]:
     x, weight, mean, variance = ctx.saved_tensors
     for_x, for_weight, for_bias = _batch_norm_backward(
         grad_y, grad_mean, grad_variance, x, mean, variance, weight, ctx.eps
@@ -168,11 +188,6 @@ def _batch_norm_gradient(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_varia
 
 
 register(
-    _batch_norm,
-    fake=lambda x, weight, bias, eps: (empty(x), _statistics(x), _statistics(x)),
-    backward=_batch_norm_backward,
-    fake_backward=lambda grad_y, grad_mean, grad_variance, x, mean, variance, weight, eps: (
-        empty(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1]),
-    ),
+    _batch_norm, fake=_fake_batch_norm, backward=_batch_norm_backward, fake_backward=_fake_batch_norm_backward,
     save=_save_batch_norm, gradient=_batch_norm_gradient,
 )  # fmt: skip

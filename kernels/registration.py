@@ -5,22 +5,33 @@ radius to rounding. So these ops compute in float32 there, in eager mode and com
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from .dispatch import chosen
 
 
+class Op(Protocol):
+    """The part of ``torch.library.CustomOpDef`` that is used here; torch leaves its own annotations bare."""
+
+    def register_fake(self, fn: Callable[..., Any], /) -> Any: ...
+
+    def register_autocast(self, device_type: str, cast_inputs: torch.dtype, /) -> Any: ...
+
+    def register_autograd(
+        self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None] | None = None
+    ) -> None: ...
+
+
 def register(
-    op: CustomOpDef,
+    op: Op,
     *,
-    fake: Callable,
-    backward: CustomOpDef | None = None,
-    fake_backward: Callable | None = None,
-    save: Callable[[Any, tuple, Any], None] | None = None,
+    fake: Callable[..., Any],
+    backward: Op | None = None,
+    fake_backward: Callable[..., Any] | None = None,
+    save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     gradient: Callable[..., Sequence[Tensor | None]] | None = None,
 ) -> None:
     """Finish an op: fake tensors, autocast and, where it has one, its gradient.
@@ -34,19 +45,22 @@ def register(
         return
     _finish(backward, fake_backward)
     op.register_autograd(gradient, setup_context=save)
-    backward.register_autograd(_no_second_derivative(op), setup_context=lambda ctx, inputs, output: None)
+    backward.register_autograd(_no_second_derivative(op), setup_context=_keep_nothing)
 
 
-def _finish(op: CustomOpDef, fake: Callable) -> None:
+def _finish(op: Op, fake: Callable[..., Any]) -> None:
     op.register_fake(fake)
     for device in ("cpu", "cuda"):
         op.register_autocast(device, torch.float32)
 
 
-def _no_second_derivative(op: CustomOpDef) -> Callable:
-    name = op._qualname.split("::")[1]
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
 
-    def refuse(ctx: Any, *grads: Tensor):
+
+def _no_second_derivative(op: Op) -> Callable[..., None]:
+    name = repr(op).split("::")[1].rstrip(")>")  # <CustomOpDef(certtrain::name)>
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"{name} has no second derivative; accepted: the same call under kernels.reference, which is plain torch"
         )
@@ -54,9 +68,10 @@ def _no_second_derivative(op: CustomOpDef) -> Callable:
     return refuse
 
 
-def dense(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """What an op returns of gradients: an op returns tensors, so an empty one where nothing was asked for."""
-    return tuple(like.new_empty(0) if g is None else g for g in grads)
+def dense(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A layer's six gradients as its op returns them, all of them tensors: an empty one where none was asked for."""
+    center, radius, weight, bias, scale, shift = (like.new_empty(0) if g is None else g for g in grads)
+    return center, radius, weight, bias, scale, shift
 
 
 def asked(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -77,7 +92,7 @@ def formula_is_faster(tensor: Tensor, entries: int) -> bool:
     return not chosen() and (torch.compiler.is_compiling() or entries < SMALL)
 
 
-def plain(formula: Callable, *arguments: Any, **options: Any) -> Any:
+def plain(formula: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """The formula with the op's rule under autocast: computed in float32."""
     if not torch.is_autocast_enabled("cpu"):
         return formula(*arguments, **options)

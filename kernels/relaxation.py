@@ -83,23 +83,26 @@ def _crown_backward(
     return backend_for(coefficients).crown_backward(*tensors, upper)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _fake(
+    coefficients: Tensor, lower_slope: Tensor, upper_slope: Tensor, upper_intercept: Tensor, upper: bool
+) -> tuple[Tensor, Tensor]:
+    return coefficients.new_empty(coefficients.shape), coefficients.new_empty(coefficients.shape[:2])
+
+
+def _fake_backward(
+    grad: Tensor, grad_bias: Tensor, coefficients: Tensor, lower_slope: Tensor, upper_slope: Tensor,
+    upper_intercept: Tensor, upper: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(t.new_empty(t.shape) for t in (coefficients, lower_slope, upper_slope, upper_intercept))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *tensors, ctx.upper = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _gradient(ctx: Any, grad: Tensor, grad_bias: Tensor):
+def _gradient(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
     return *_crown_backward(grad, grad_bias, *ctx.saved_tensors, ctx.upper), None
 
 
-register(
-    _crown,
-    fake=lambda coefficients, lower_slope, upper_slope, upper_intercept, upper: (
-        coefficients.new_empty(coefficients.shape), coefficients.new_empty(coefficients.shape[:2]),
-    ),
-    backward=_crown_backward,
-    fake_backward=lambda grad, grad_bias, coefficients, *lines_and_side: (
-        *(t.new_empty(t.shape) for t in (coefficients, *lines_and_side[:3])),
-    ),
-    save=_save, gradient=_gradient,
-)  # fmt: skip
+register(_crown, fake=_fake, backward=_crown_backward, fake_backward=_fake_backward, save=_save, gradient=_gradient)

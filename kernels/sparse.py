@@ -119,7 +119,11 @@ def _topk_mask(scores: Tensor, rows: Tensor | None, k: int) -> Tensor:
     return backend_for(scores).topk_mask(scores.contiguous(), rows, k)
 
 
-register(_topk_mask, fake=lambda scores, rows, k: scores.new_empty(scores.shape, dtype=torch.uint8))
+def _fake_topk_mask(scores: Tensor, rows: Tensor | None, k: int) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.uint8)
+
+
+register(_topk_mask, fake=_fake_topk_mask)
 
 
 @torch.library.custom_op("certtrain::sparse_apply", mutates_args=())
@@ -137,23 +141,30 @@ def _sparse_apply_backward(
     return grad * share[:, None], (grad * p).sum(1)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _fake_sparse_apply(
+    x: Tensor, p: Tensor, scores: Tensor, rows: Tensor | None, k: int, projected: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), scores.new_empty(scores.shape, dtype=torch.uint8)
+
+
+def _fake_sparse_apply_backward(
+    grad: Tensor, p: Tensor, scores: Tensor, mask: Tensor, projected: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad), grad.new_empty(scores.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, p, scores, _, _, ctx.projected = inputs
     ctx.save_for_backward(p, scores, output[1])
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Tensor):
+def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     for_p, for_scores = _sparse_apply_backward(grad, *ctx.saved_tensors, ctx.projected)
     return grad if ctx.needs_input_grad[0] else None, for_p, for_scores, None, None, None
 
 
 register(
-    _sparse_apply,
-    fake=lambda x, p, scores, rows, k, projected: (
-        x.new_empty(x.shape), scores.new_empty(scores.shape, dtype=torch.uint8)
-    ),
-    backward=_sparse_apply_backward,
-    fake_backward=lambda grad, p, scores, mask, projected: (torch.empty_like(grad), grad.new_empty(scores.shape)),
+    _sparse_apply, fake=_fake_sparse_apply, backward=_sparse_apply_backward, fake_backward=_fake_sparse_apply_backward,
     save=_save, gradient=_gradient,
 )  # fmt: skip
 
@@ -167,10 +178,12 @@ def _spgd_step(
     return backend_for(x).spgd_step(*tensors, rows, k, alpha, beta, projected)
 
 
-register(
-    _spgd_step,
-    fake=lambda gradient, p, m, x, mask, rows, k, alpha, beta, projected: (
-        p.new_empty(p.shape), m.new_empty(m.shape), mask.new_empty(mask.shape), x.new_empty(x.shape),
-        x.new_empty(len(x), dtype=torch.bool),
-    ),
-)  # fmt: skip
+def _fake_spgd_step(
+    gradient: Tensor, p: Tensor, m: Tensor, x: Tensor, mask: Tensor, rows: Tensor | None, k: int,
+    alpha: float, beta: float, projected: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    changed = x.new_empty(len(x), dtype=torch.bool)
+    return p.new_empty(p.shape), m.new_empty(m.shape), mask.new_empty(mask.shape), x.new_empty(x.shape), changed
+
+
+register(_spgd_step, fake=_fake_spgd_step)

@@ -108,7 +108,7 @@ class GivenLogits(torch.autograd.Function):
     """Return given logits, with a given gradient."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, images: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
         ctx.gradient = gradient
         return logits.clone()
 
@@ -149,7 +149,7 @@ class Masked(torch.autograd.Function):
     """p on the k pixels with the largest sigmoids; the backward pass treats the mask as the sigmoids themselves."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, s: Tensor, k: int, projected: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, p: Tensor, s: Tensor, k: int, projected: bool) -> Tensor:
         mask = sort_scatter(s, k)
         ctx.save_for_backward(p, s, mask)
         ctx.projected = projected

@@ -155,8 +155,8 @@ class _Program:
         found = milp(
             np.eye(1, len(low), len(low) - 1)[0],
             integrality=np.repeat([0, 1, 0], [self.columns, self.units, 1]),
-            bounds=VariableBounds(low, high),  # type: ignore[arg-type]  # arrays are accepted
-            constraints=LinearConstraint(csr_array(table), -np.inf, limits),  # type: ignore[arg-type]
+            bounds=VariableBounds(low, high),
+            constraints=LinearConstraint(csr_array(table), -np.inf, limits),
             options=options,
         )
         images, hull = self.region.images, self.region.hull

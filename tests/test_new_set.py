@@ -8,8 +8,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from certtrain.pipeline import train
-from certtrain.runs import recorded_config
 from scipy.optimize import linprog
 from torch import nn
 
@@ -30,6 +28,8 @@ from certtrain.step import Batch, Step
 from certtrain.verifiers import AttackStage, Certify, certify, run_cascade
 from certtrain.verifiers.cascade import robustness
 from certtrain.verifiers.vnnlib_reader import read_property
+from certtrain.workflows.run import recorded_config
+from certtrain.workflows.train import train
 
 BUDGET = '''
 """Each pixel changes by at most ``cap``, all together by at most ``epsilon``; valid images alone."""

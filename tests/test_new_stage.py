@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from certtrain.pipeline import train
-from certtrain.runs import recorded_config
-from certtrain.verification import verify
 from torch import nn
 
 from certtrain.bounds import LinfBall, SparseBall
@@ -30,6 +27,9 @@ from certtrain.verifiers import (
 )
 from certtrain.verifiers.cascade import robustness
 from certtrain.verifiers.records import worth_another_try
+from certtrain.workflows.run import recorded_config
+from certtrain.workflows.train import train
+from certtrain.workflows.verify import verify
 
 CORNERS = '''
 """Looks at random corners of the hull."""

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PARTS = ["certtrain", "kernels", "verifiers", "pyproject.toml", "README.md", "LICENSE"]
 
 
 def run(code: str, *paths: Path, cwd: Path) -> str:
@@ -20,14 +22,13 @@ def test_the_wheel_takes_no_bare_name(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     source = tmp_path / "source"  # the build writes beside the sources: not into the checkout
     source.mkdir()
-    parts = ["certtrain", "kernels", "verifiers", "pyproject.toml", "README.md", "LICENSE"]
-    subprocess.run(["cp", "-a", *parts, str(source)], cwd=ROOT, check=True)
+    subprocess.run(["cp", "-a", *PARTS, str(source)], cwd=ROOT, check=True)
     subprocess.run(
         [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)], check=True
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "certtrain/kernels/cpu/selection.py" in names and "certtrain/verifiers/cascade.py" in names
+    assert {"certtrain/kernels/cpu/selection.py", "certtrain/verifiers/cascade.py", "certtrain/py.typed"} <= set(names)
     assert not any(name.startswith(("kernels", "verifiers", "tests", "scripts")) for name in names)
 
     site = tmp_path / "site"
@@ -43,6 +44,17 @@ def test_the_wheel_takes_no_bare_name(tmp_path):
     )
     said = run(code, site, cwd=tmp_path)
     assert said.startswith(str(site)) and said.endswith("certtrain.kernels.pointwise certtrain.verifiers.cascade")
+
+
+def test_the_source_distribution_holds_real_files(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    subprocess.run(["cp", "-a", *PARTS, str(source)], cwd=ROOT, check=True)
+    code = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
+    with tarfile.open(tmp_path / result.stdout.split()[-1]) as archive:
+        files = {name.split("/", 1)[1] for name in archive.getnames() if archive.getmember(name).isfile()}
+    assert {"certtrain/kernels/cpu/selection.py", "certtrain/verifiers/cascade.py", "certtrain/py.typed"} <= files
 
 
 def test_in_a_checkout_the_folders_are_one_module_with_the_package():

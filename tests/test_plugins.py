@@ -23,7 +23,6 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from certtrain.pipeline import resume
 
 import certtrain
 from certtrain import plugins
@@ -37,6 +36,7 @@ from certtrain.errors import InputError
 from certtrain.losses import CcIbp, Loss
 from certtrain.models import Architecture
 from certtrain.recipe import Config
+from certtrain.workflows.train import resume
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,8 @@ from problems import alone, decided, linear_model, problem_of, unknown
 from torch import nn
 
 from certtrain.attacks import Attack, AttackResult, Pgd
-from certtrain.bounds import L2Ball, LinfBall
+from certtrain.bounds import Box, L2Ball, LinfBall
+from certtrain.errors import InputError
 from certtrain.verifiers import (
     AlphaStage,
     AttackStage,
@@ -190,3 +191,12 @@ class TestStages:
         with torch.no_grad():
             model[1].weight[0, 0] = math.inf
         assert not any(decided(alone(IbpStage(), problem, known)))
+
+
+def test_the_attack_refuses_a_box_in_one_line():
+    """It has no images to attack around."""
+    model = linear_model([[1.0, 0.0], [0.0, 1.0]])
+    region = Box(torch.zeros(1, 2), torch.ones(1, 2))
+    problem = Problem(model, region, Specification.robust(torch.tensor([0]), 2), torch.arange(1))
+    with pytest.raises(InputError, match="region: found Box; accepted: a perturbation set around each image"):
+        run_cascade(problem, [AttackStage()])

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -29,6 +29,8 @@ from torch import Tensor
 
 from ..errors import InputError, writing
 from .problem import Status
+
+Settings = Mapping[str, Any]
 
 PYTHON, HOME = "CERTTRAIN_ABCROWN_PYTHON", "CERTTRAIN_ABCROWN_HOME"
 FRUITLESS = 3  # crashes in a row, each on its process's first property: then it is not the property
@@ -117,7 +119,7 @@ def read_counterexample(path: Path, inputs: int) -> Tensor | None:
     return torch.tensor([float(value) for _, value in pairs], dtype=torch.float32) if complete else None
 
 
-def configuration(timeout: float, device: str, *, root: str = "$CONFIG_PATH", csv: str = "instances.csv") -> dict:
+def configuration(timeout: float, device: str, *, root: str = "$CONFIG_PATH", csv: str = "instances.csv") -> Settings:
     """Its settings, for a YAML file. Its own attack, long and before the bounds, is too slow on a CPU.
 
     Args:
@@ -194,7 +196,7 @@ class Abcrown:
         return found
 
     def run(
-        self, network: Path, properties: Sequence[Path], *, shape: Sequence[int], settings: dict, logs: Path
+        self, network: Path, properties: Sequence[Path], *, shape: Sequence[int], settings: Settings, logs: Path
     ) -> Generator[Answer]:
         """An answer for each property, in order, as soon as it is known. Closing the generator ends the process.
 
@@ -224,10 +226,12 @@ class Abcrown:
                     yield Answer(number, properties[number], "error", 0.0, None, reason, last.log)
                 return
 
-    def _process(self, first: int, paths: list[Path], settings: dict, logs: Path) -> Generator[Answer, None, Answer]:
+    def _process(
+        self, first: int, paths: list[Path], settings: Settings, logs: Path
+    ) -> Generator[Answer, None, Answer]:
         """One process: answers up to its end, the last of them on the property that ended it. Returns the last."""
         log = logs / f"abcrown-{datetime.now():%Y%m%d-%H%M%S-%f}.log"
-        timeout, inputs = settings["bab"]["timeout"], math.prod(settings["model"]["input_shape"][1:])
+        timeout, inputs = float(settings["bab"]["timeout"]), math.prod(settings["model"]["input_shape"][1:])
         place, current, late, since, limit = 0, None, False, time.monotonic(), 2 * timeout + self.grace
         with TemporaryDirectory(prefix="certtrain-abcrown-") as name, writing(Path(name)):  # for its owner only
             folder = Path(name)
@@ -256,7 +260,7 @@ class Abcrown:
         return last
 
 
-def _prepare(folder: Path, properties: Sequence[Path], settings: dict) -> str:
+def _prepare(folder: Path, properties: Sequence[Path], settings: Settings) -> str:
     """What it reads. It trusts pickles (.compiled, .cached) beside its input and writes them: hence links."""
     (folder / "model.onnx").symlink_to(settings["model"]["onnx_path"])
     for place, path in enumerate(properties):
@@ -273,7 +277,7 @@ def _prepare(folder: Path, properties: Sequence[Path], settings: dict) -> str:
 
 
 @contextmanager
-def _running(command: list[str], home: Path, env: dict[str, str], log: Path) -> Iterator[Popen]:
+def _running(command: list[str], home: Path, env: dict[str, str], log: Path) -> Generator[Popen[bytes]]:
     """A process with a session of its own; when the context is left it is ended, and all that it started."""
     with log.open("xb", buffering=0) as out:
         process = Popen(command, cwd=home, env=env, stdin=DEVNULL, stdout=out, stderr=out, start_new_session=True)
@@ -290,11 +294,11 @@ def _running(command: list[str], home: Path, env: dict[str, str], log: Path) -> 
             process.wait()
 
 
-def _exited(process: Popen) -> bool:
+def _exited(process: Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _lines(log: Path, process: Popen) -> Iterator[str | None]:
+def _lines(log: Path, process: Popen[bytes]) -> Iterator[str | None]:
     """What it prints, line by line, to its end; None whenever there is nothing new."""
     with log.open(encoding="utf-8", errors="replace") as file:
         rest, over = "", False

@@ -54,7 +54,7 @@ class AbcrownQuestion(VerdictQuestion):
         return {**own, **self.rests_on, "abcrown": self.abcrown.versions()}
 
     @property
-    def configuration(self) -> dict[str, Any]:
+    def configuration(self) -> Mapping[str, Any]:
         return configuration(self.timeout, self.device)
 
     def offers_more(self, record: Line, before: Line) -> bool:
@@ -107,4 +107,4 @@ class AbcrownQuestion(VerdictQuestion):
             return False
         point = self.ball.project(image[None], answer.counterexample.reshape(1, *image.shape))[0]
         specification = Specification.robust(self.split.labels[number : number + 1].cpu(), self.classes)
-        return not any(bool(holds(specification, logits)[0]) for logits in self.replay(point).split(1))
+        return not any(bool(holds(specification, logits)[0]) for logits in torch.split(self.replay(point), 1))

@@ -15,6 +15,7 @@ from ..bounds.clock import OutOfTime, fitting, look, looking, now, until
 from ..bounds.effort import work_of
 from ..bounds.network import Network
 from ..noise import Noise, key_of
+from ..typed import as_ints
 from .known import Known
 from .problem import Problem, Specification, Status, rows_of_clauses
 from .stage import Finding, Judge, Stage, holds
@@ -53,7 +54,7 @@ class FalsifyStage(Stage):
             work = [part for start in range(self.starts) for part in _parts(number, clause, start, most)]
             try:
                 for number, clause, start in looking(work):
-                    wanted = torch.tensor([counterexamples[i] is None for i in number.tolist()], device=number.device)
+                    wanted = torch.tensor([counterexamples[i] is None for i in as_ints(number)], device=number.device)
                     if wanted.any():
                         for place, point in self._found(problem, number[wanted], clause[wanted], start):
                             if counterexamples[place] is None and self.judge(problem, place, point):
@@ -78,7 +79,7 @@ class FalsifyStage(Stage):
                 logits = forward(problem.network, at).logits
                 goal = _largest_row(specification, logits, clause).sum()
             wrong = ~holds(specification, logits.detach())
-            found += [(int(number[i]), points[i]) for i in wrong.nonzero().flatten().tolist()]
+            found += [(int(number[i]), points[i]) for i in as_ints(wrong.nonzero())]
             if found or step == self.steps:
                 break
             look()
@@ -95,7 +96,7 @@ def _step_of(network: Network) -> dict[str, float]:
 
 
 def _parts(number: Tensor, clause: Tensor, start: int, most: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    for some, of in zip(number.split(most), clause.split(most), strict=True):
+    for some, of in zip(torch.split(number, most), torch.split(clause, most), strict=True):
         yield some, of, start
 
 

@@ -33,7 +33,7 @@ def read_instances(path: str | Path) -> list[Instance]:
     Raises:
         InputError: it cannot be read, or has another line.
     """
-    path, found = Path(path), []
+    path, found = Path(path), list[Instance]()
     try:
         rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:

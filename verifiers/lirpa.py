@@ -13,7 +13,7 @@ import io
 import logging.handlers
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from ..bounds.network import NetworkModule
 from ..errors import InputError, check
 from ..models.base import Normalise
 from ..precision import full_float32
+from ..typed import named_modules
 from .known import Known
 from .limits import out_of_memory
 from .optimise import finite
@@ -189,7 +190,7 @@ def _evaluating(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, for auto_LiRPA's taste: at the sight of ``Dropout`` it turns training mode on, and the
     constants of ``Normalise`` keep it from patches."""
     twin = copy.deepcopy(_unwrapped(model)).eval().requires_grad_(False)
-    for name, module in list(twin.named_modules()):
+    for name, module in list(named_modules(twin)):
         if isinstance(module, nn.Dropout):
             twin.set_submodule(name, nn.Identity())
         elif isinstance(module, Normalise):
@@ -201,7 +202,7 @@ def _evaluating(model: nn.Module) -> nn.Module:
 
 
 def _lower(
-    library: ModuleType, model: nn.Module, hull: Interval, rows: Tensor, method: str, options: dict
+    library: ModuleType, model: nn.Module, hull: Interval, rows: Tensor, method: str, options: Mapping[str, Any]
 ) -> Tensor | None:
     """(B, R) bounds; None where they are not known to be right in this mode."""
     sound = list[Tensor]()
@@ -283,7 +284,7 @@ class _Translated(TorchFunctionMode):
     """In this thread, other words for two of torch's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
+        named: dict[str, Any] = kwargs or {}
         if func is F.gelu and named.get("approximate", "none") == "none":  # the only name that it has a rule for
             return importlib.import_module("auto_LiRPA.operators.gelu").GELUOp.apply(args[0])
         found = func(*args, **named)
@@ -293,7 +294,7 @@ class _Translated(TorchFunctionMode):
 
 
 @contextmanager
-def _quiet(dtype: torch.dtype) -> Iterator[list[logging.LogRecord]]:
+def _quiet(dtype: torch.dtype) -> Generator[list[logging.LogRecord]]:
     """Without its prints, its warnings and its log, which is yielded instead; its import's global settings are undone.
     Its tables and slopes are of the default precision: networks of another than ``dtype`` fail on them."""
     root, log = logging.getLogger(), logging.getLogger("auto_LiRPA.utils")

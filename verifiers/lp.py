@@ -118,7 +118,7 @@ class LinearProgram:
         if found.status != 0:
             return Leaf(bound, None, weights=best)
         images = self.region.images
-        point = (center + radius * torch.from_numpy(found.x[:-1])).reshape(images.shape)
+        point = (center + radius * torch.as_tensor(found.x[:-1])).reshape(images.shape)
         # back in the rows' own units; the goals' add up to 1, whatever the solver says
         multipliers = _multipliers(found)
         shares, total = multipliers[:goals].clamp(min=0), float(multipliers[:goals].clamp(min=0).sum())
@@ -132,7 +132,7 @@ class LinearProgram:
 
 def _multipliers(found: Any) -> Tensor:
     """The solver's, one for each of its constraints."""
-    return torch.from_numpy(-np.asarray(found.ineqlin.marginals)).nan_to_num(0.0, 0.0, 0.0)
+    return torch.as_tensor(-np.asarray(found.ineqlin.marginals)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _highs(cost: np.ndarray, rows: np.ndarray, limits: np.ndarray, time_limit: float, boxed: int | None = None) -> Any:
@@ -177,7 +177,7 @@ def leaf_program(
     parts = [backward(network, len(network.operations) - 1, rows[None], lines)]
     for place, shape in zip(neurons.places, neurons.shapes, strict=True):
         assumed = neurons.apart(signs)[place].flatten()
-        for index in assumed.nonzero().flatten().split(rows_at_a_time(network, 1, lower)):
+        for index in torch.split(assumed.nonzero().flatten(), rows_at_a_time(network, 1, lower)):
             # the lower bound of -sign · input, which the constraint keeps at 0 or below
             forms = lower.new_zeros(1, len(index), shape.numel())
             forms[0].scatter_(1, index[:, None], -assumed[index, None].to(lower.dtype))

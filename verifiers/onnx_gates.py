@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds.operations import Entrywise, Gelu, GeluTanh, Opaque, Operation, Scale, Silu, Sum, UnsupportedNode
+from ..typed import as_floats
 from .onnx_steps import Construction, Step, Value
 
 TOLERANCE = 3e-7
@@ -40,7 +41,7 @@ def error_function(step: Step) -> Value:
 def power(step: Step) -> Value:
     exponent = step.constant(1)
     if exponent.numel() != 1 or float(exponent) != 3:
-        step.refuse(f"exponents {exponent.flatten().tolist()}", "3, inside of GELU by tanh")
+        step.refuse(f"exponents {as_floats(exponent)}", "3, inside of GELU by tanh")
     return _entrywise(step, "cube", lambda x: x**3)
 
 

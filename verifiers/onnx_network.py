@@ -111,7 +111,7 @@ def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
 
     def replay(image: Tensor) -> Tensor:
         given = {name: image.detach().cpu().float().numpy().reshape(shape)}
-        return torch.from_numpy(np.stack([np.asarray(run.run(None, given)[0]).reshape(-1) for run in runs]))
+        return torch.as_tensor(np.stack([np.asarray(run.run(None, given)[0]).reshape(-1) for run in runs]))
 
     return replay
 
@@ -128,7 +128,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
         content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
         model = onnx.load_model_from_string(content)
         load_external_data_for_model(model, str(path.parent))
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(model)  # pyright: ignore[reportUnknownMemberType]  # takes a bare PathLike too
     except (OSError, EOFError, zlib.error, DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise InputError(f"{path}: found {' '.join(str(error).split())}; accepted: {accepted}") from error
     return model
@@ -156,7 +156,7 @@ def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
 
 def _live(nodes: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
     """Those that an output depends on."""
-    needed, live = {output}, []
+    needed, live = {output}, list[onnx.NodeProto]()
     for node in reversed(nodes):
         if needed & set(node.output):
             needed |= set(node.input) - {""}  # which stands for what is left out
@@ -166,7 +166,7 @@ def _live(nodes: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
 
 def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodeProto]:
     """The operators that the output depends on by value, all of them supported; others are sure to give constants."""
-    found, known = [], {name}
+    found, known = list[onnx.NodeProto](), {name}
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx"):
             raise UnsupportedNode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import onnx
 import torch
@@ -26,6 +27,7 @@ from ..bounds.operations import (
     Sigmoid,
     Tanh,
 )  # fmt: skip
+from ..typed import as_ints
 from . import onnx_gates
 from .onnx_steps import Pair, Shape, Step, Value, evaluate, fixed, numbers
 
@@ -68,7 +70,8 @@ def _copied(step: Step) -> Value:
 
 
 def _concat(step: Step) -> Value:
-    axis, count = step.attributes["axis"] % len(step.shape), len(step.node.input)
+    axis: int = step.attributes["axis"] % len(step.shape)
+    count = len(step.node.input)
     computed = [number for number in range(count) if step.computed(number)]
     if len(computed) == count and step.shape[0] == 1 and axis > 0:  # as nodes hold it
         return _joined(step, [step.value(number) for number in computed], step.shape, axis)
@@ -78,8 +81,9 @@ def _concat(step: Step) -> Value:
     for number in range(count):
         known = number in computed
         part = numbers(step.value(number).shape) + seen if known else step.constant(number)
-        (places if known else shift).narrow(axis, start, part.shape[axis]).copy_(part)
-        start, seen = start + part.shape[axis], seen + part.numel() * known
+        width = part.shape[axis]
+        (places if known else shift).narrow(axis, start, width).copy_(part)
+        start, seen = start + width, seen + part.numel() * known
     total = step.picked(_joined(step, rows, (1, seen), 1), places)
     return step.scaled(total, 1.0, shift) if shift.any() else total
 
@@ -108,9 +112,10 @@ def _arithmetic(step: Step) -> Value:
             return step.scaled(value, 1.0, -constant) if left else step.scaled(value, -1.0, constant)
         case "Mul":
             return step.scaled(value, constant, 0.0)
-    if right:
-        step.refuse("division by a computed value", "division by a constant")
-    return step.scaled(value, 1 / constant.double(), 0.0)
+        case _:
+            if right:
+                step.refuse("division by a computed value", "division by a constant")
+            return step.scaled(value, 1 / constant.double(), 0.0)
 
 
 def _matmul(step: Step) -> Value:
@@ -195,7 +200,7 @@ def _conv(step: Step) -> Value:
     sizes = zip(windows.image, windows.kernel, windows.stride, windows.dilation, padding)
     if windows.output != tuple((i + 2 * b - d * (k - 1) - 1) // s + 1 for i, k, s, d, b in sizes):
         padded = windows.padded(torch.empty(value.shape, device="meta"), 0.0).shape
-        value = step.append(Rearrangement, value, tuple(padded), lambda x: windows.padded(x, 0.0))
+        value = step.append(Rearrangement, value, tuple(padded), partial(windows.padded, value=0.0))
         padding = (0, 0)
     geometry = windows.stride, padding, windows.dilation, groups
     layer = nn.Conv2d(weight.shape[1] * groups, len(weight), windows.kernel, *geometry, bias=False, device="meta")
@@ -238,7 +243,7 @@ def _average_pool(step: Step) -> Value:
 def _reduced(step: Step) -> Value:
     """A mean or a sum over some dimensions: they are moved to the end, as one."""
     value, rank = step.value(0), len(step.value(0).shape)
-    axes = step.attributes.get("axes", step.constant(1).tolist() if step.has(1) else [])
+    axes = step.attributes.get("axes", as_ints(step.constant(1)) if step.has(1) else [])
     if step.node.op_type == "GlobalAveragePool":
         axes = list(range(2, rank))
     elif not axes:
@@ -249,7 +254,7 @@ def _reduced(step: Step) -> Value:
     value = step.picked(value, moved)
     function = torch.sum if step.node.op_type == "ReduceSum" else torch.mean
     reduced = (*value.shape[:-1], 1)
-    return step.reshaped(step.append(AveragePool, value, reduced, lambda x: function(x, -1, keepdim=True)))
+    return step.reshaped(step.append(AveragePool, value, reduced, partial(function, dim=-1, keepdim=True)))
 
 
 def _batch_norm(step: Step) -> Value:

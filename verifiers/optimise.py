@@ -34,7 +34,7 @@ class Neurons:
 
     def apart(self, flat: Tensor) -> dict[int, Tensor]:
         """(…, N) → (…, *shape) for each operation."""
-        parts = flat.split(self.sizes, -1)
+        parts = torch.split(flat, self.sizes, -1)
         return {
             place: part.reshape(*flat.shape[:-1], *shape)
             for place, part, shape in zip(self.places, parts, self.shapes, strict=True)
@@ -80,7 +80,7 @@ class Optimised:
     alphas: Tensor
     betas: Tensor | None
     bound: LinearBound
-    seen: dict[int, Tensor] = field(default_factory=dict)
+    seen: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
 
 class BestParameters:
@@ -144,9 +144,9 @@ def maximise(
         for (place, low), up in zip(neurons.apart(sub.lower).items(), neurons.apart(sub.upper).values(), strict=True)
     }
     alphas = alphas.detach().clone().requires_grad_(steps > 0)
-    free = [alphas]
+    free, against = [alphas], None
     if sub.signs is not None:
-        signs = sub.signs.unsqueeze(1).to(sub.lower.dtype)
+        against = -sub.signs.unsqueeze(1).to(sub.lower.dtype)
         betas = torch.zeros_like(alphas) if betas is None else betas.detach().clone()
         free.append(betas.requires_grad_(steps > 0))
     ascent = torch.optim.Adam(free, lr=rate)
@@ -161,7 +161,7 @@ def maximise(
         try:
             with torch.set_grad_enabled(not last):
                 lines = relax_all(network, bounds, neurons.apart(alphas))
-                pushed = None if betas is None or sub.signs is None else neurons.apart(-signs * betas)
+                pushed = None if betas is None or against is None else neurons.apart(against * betas)
                 found = backward(network, len(network.operations) - 1, sub.forms, lines, pushed, met, slack)
                 lower = with_offsets(network, found.lower(sub.region), sub.offsets)
         except OutOfTime:
@@ -185,8 +185,8 @@ def maximise(
         gradients = torch.autograd.grad(lower, free, torch.full_like(lower, -1.0), allow_unused=True)
         for parameters, gradient in zip(free, gradients, strict=True):  # and not of the network's own weights
             parameters.grad = gradient
-        before = None if betas is None else betas.detach().clone()
-        ascent.step()
+        before = torch.empty(0) if betas is None else betas.detach().clone()
+        ascent.step()  # pyright: ignore[reportUnknownMemberType]  # torch's closure is a bare Callable
         schedule.step()
         with torch.no_grad():
             alphas.clamp_(0, 1)

@@ -139,7 +139,7 @@ class Verdict:
     arithmetic: str
     reason: str | None = None
     counterexample: Tensor | None = None
-    spent: Mapping[str, float] = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def record(self) -> dict[str, Any]:
         """The verdict's line in ``verdicts.jsonl``."""

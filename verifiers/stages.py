@@ -215,7 +215,7 @@ class AlphaStage(Stage):
                     counterexamples[int(part[number])] = point[number]
         known = Known(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
         proved = proof(problem, known)
-        statuses = [
+        statuses: list[Status | None] = [
             "falsified" if found is not None else status
             for found, status in zip(counterexamples, proved.statuses, strict=True)
         ]

@@ -15,6 +15,7 @@ from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.folding import fold
 from ..errors import InputError, Portable, check
 from ..run_folder import write_atomically
+from ..typed import as_floats, as_ints, unique
 from .cascade import run_cascade
 from .falsify import FalsifyStage
 from .input_split import few_inputs
@@ -82,7 +83,7 @@ class Answer:
         """The content of VNN-COMP's result file."""
         if self.inputs is None or self.outputs is None:
             return RESULTS[self.word] + "\n"
-        outputs = map(repr, self.outputs.tolist())
+        outputs = map(repr, as_floats(self.outputs))
         pairs = [f"({letter}_{i} {value})" for letter, values in (("X", self.inputs), ("Y", outputs))
                  for i, value in enumerate(values)]  # fmt: skip
         return "sat\n(" + "\n".join(pairs) + ")\n"
@@ -180,7 +181,7 @@ def _points(case: Case, shape: torch.Size) -> Tensor:
         [torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64).expand(3, len(lower)), corners, inside]
     )
     points = (lower * (1 - shares) + upper * shares).float()  # no difference of ends: it may overflow
-    return torch.minimum(torch.maximum(points, case.lower32), case.upper32).unique(dim=0).reshape(-1, *shape)
+    return unique(torch.minimum(torch.maximum(points, case.lower32), case.upper32), dim=0).reshape(-1, *shape)
 
 
 def _check_reading(network: OnnxNetwork, points: Tensor, replay: Replay) -> None:
@@ -246,7 +247,7 @@ class _Exact(Judge):
     """
 
     cases: Sequence[Case] = ()
-    disputed: list[Tensor] = field(default_factory=list)
+    disputed: list[Tensor] = field(default_factory=list[Tensor])
 
     def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
         self.refute(self.cases[int(problem.index[number])], image)
@@ -265,7 +266,7 @@ class _Exact(Judge):
         outputs = self.replay(point)
         specification = Specification(case.rows[None], case.offsets[None], case.clauses)
         unsafe = [bool(run.isfinite().all()) and not bool(holds(specification, run.double())[0])
-                  for run in outputs.split(1)]  # fmt: skip
+                  for run in torch.split(outputs, 1)]  # fmt: skip
         if all(unsafe):
             raise _Refuted(decimals, outputs[-1])
         if any(unsafe) and not self.disputed:
@@ -276,7 +277,7 @@ def _alike(cases: Sequence[Case], most: int) -> Iterator[list[int]]:
     """The cases' numbers, those of the same clauses together, so many at a time."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, case in enumerate(cases):
-        groups.setdefault(tuple(case.clauses.tolist()), []).append(number)
+        groups.setdefault(tuple(as_ints(case.clauses)), []).append(number)
     for numbers in groups.values():
         yield from (numbers[first : first + most] for first in range(0, len(numbers), most))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..run_folder import write_atomically
+from ..typed import as_floats
 
 DIGITS = 1000  # of one decimal, and its largest exponent: exact fractions take as many
 
@@ -55,7 +56,7 @@ class Case:
         They are the numbers' own shortest decimals where those lie within the ends, else the end that they overstep,
         with as many digits as it takes.
         """
-        found = [_decimal_within(value, *ends) for value, ends in zip((point + 0.0).tolist(), self.ends, strict=True)]
+        found = [_decimal_within(value, *ends) for value, ends in zip(as_floats(point + 0.0), self.ends, strict=True)]
         known = [text for text in found if text is not None]
         return known if len(known) == len(found) else None
 
@@ -95,7 +96,8 @@ def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, c
     down, up = (Context(prec=9, rounding=rounding) for rounding in (ROUND_FLOOR, ROUND_CEILING))
     lines = [f"(declare-const X_{i} Real)" for i in range(len(low))]
     lines += [f"(declare-const Y_{j} Real)" for j in range(classes)]
-    for i, (least, most) in enumerate((ends32.T + 0.0).tolist()):  # + 0.0: there is no -0
+    floors, ceilings = (as_floats(end) for end in ends32 + 0.0)  # + 0.0: there is no -0
+    for i, (least, most) in enumerate(zip(floors, ceilings, strict=True)):
         lines.append(f"(assert (>= X_{i} {down.create_decimal_from_float(least)}))".replace("E", "e"))
         lines.append(f"(assert (<= X_{i} {up.create_decimal_from_float(most)}))".replace("E", "e"))
     losses = " ".join(f"(and (<= Y_{int(label)} Y_{j}))" for j in range(classes) if j != label)

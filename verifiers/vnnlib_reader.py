@@ -84,7 +84,7 @@ class _Reader:
         raise InputError(f"{self.path}, line {token.line}: found {token.text[:60]!r}; accepted: {accepted}")
 
     def read(self) -> Property:
-        factors, head = [], _Token("", 1)
+        factors, head = list[list[_Conjunction]](), _Token("", 1)
         for expression in looking(self._expressions()):
             head, arguments = self._command(expression)
             if head.text in SAYS_NOTHING:
@@ -224,7 +224,7 @@ class _Reader:
         """Disjuncts whose boxes differ from the shared one in the same way become one case."""
         box = _tightest(shared, {})
         rows = [literal for literal in shared if not isinstance(literal, _Bound)]
-        groups: dict[frozenset, tuple[_Box, list[list[_Row]]]] = {}
+        groups: dict[frozenset[tuple[tuple[int, bool], Fraction]], tuple[_Box, list[list[_Row]]]] = {}
         for literals in alternatives:
             own = _tightest(literals, box)
             clause = [literal for literal in literals if not isinstance(literal, _Bound)]
@@ -232,7 +232,7 @@ class _Reader:
             groups.setdefault(key, (own, []))[1].append(clause)
         lengths = sum(len(rows) + len(clause) for _, clauses in groups.values() for clause in clauses)
         self._limit(last, len(alternatives), lengths * self.counts["Y"] + 2 * self.counts["X"] * len(groups))
-        cases, remark = [], None if groups else "no input satisfies the asserts"
+        cases, remark = list[Case](), None if groups else "no input satisfies the asserts"
         for own, clauses in groups.values():
             self._check_bounded(box | own)
             crossed = self._crossed(box | own)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -125,7 +125,7 @@ def until(
     keep: float = 0.0,
     now: Callable[[], float] | None = None,
     wait: Callable[[], object] | None = None,
-) -> Iterator[Clock]:
+) -> Generator[Clock]:
     """A clock for what is done inside, in this thread. The deadline of a clock around it holds too.
 
     Args:

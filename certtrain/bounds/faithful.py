@@ -6,7 +6,7 @@ forward reads, leaves no trace in the program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -109,7 +109,7 @@ def _own(model: nn.Module | Network) -> nn.Module | None:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def _buffers_kept(model: nn.Module) -> Generator[None]:
     kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
         yield

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
-import torch.nn.modules.module as of_all
 from torch import Tensor, fx, nn
 
+from ..typed import (
+    forward_hooks,
+    forward_pre_hooks,
+    has_global_forward_hooks,
+    is_mapping,
+    is_sequence_or_set,
+    named_modules,
+)
 from .operations.base import UnsupportedNode
 from .operations.registry import MODULES
 from .wrappers import computed
@@ -25,23 +32,21 @@ def signature(model: nn.Module) -> Signature:
     attributes hold, hooks. Two are equal only if nothing of that has changed."""
     return tuple(
         (path, Same(module), _of_class(type(module)), _attributes(vars(module)), _has_hooks(module))
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in named_modules(model, remove_duplicate=False)
     )
 
 
 Signature = tuple[tuple[str, "Same", Any, Any, bool], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Same:
-    """Equal to the very same object, which it keeps alive."""
+    """Equal to the very same object, which it keeps alive; not hashable."""
 
     value: Any
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 _BOOKKEEPING = {*vars(nn.Module()), "_certtrain_network"}
@@ -65,9 +70,9 @@ def _snapshot(value: Any, depth: int) -> Any:
         return type(value), value
     if depth == 0 or isinstance(value, (nn.Module, Tensor)):
         return Same(value)
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return type(value), [(_snapshot(key, depth - 1), _snapshot(item, depth - 1)) for key, item in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if is_sequence_or_set(value):
         return type(value), [_snapshot(item, depth - 1) for item in value]
     if type(value).__module__.startswith("torch") or isinstance(value, (type, ModuleType, FunctionType)):
         return Same(value)
@@ -77,8 +82,7 @@ def _snapshot(value: Any, depth: int) -> Any:
 def _has_hooks(module: nn.Module) -> bool:
     """Hooks of one module or of all, other than those that compute a weight."""
     computing = len(computed(module))
-    everywhere = of_all._global_forward_hooks or of_all._global_forward_pre_hooks
-    return bool(module._forward_hooks or len(module._forward_pre_hooks) > computing or everywhere)
+    return bool(forward_hooks(module)) or len(forward_pre_hooks(module)) > computing or has_global_forward_hooks()
 
 
 def refuse_hidden_forward(path: str, module: nn.Module) -> None:
@@ -99,23 +103,26 @@ def refuse_hooks(where: str, module: nn.Module) -> None:
         raise UnsupportedNode(f"{where} has forward hooks; accepted: none")
 
 
+IN_PLACE = {name: getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv")}
+
+
 class _Proxy(fx.Proxy):
     """Records ``x += y`` as the in-place operation that it is; torch.fx's own would record ``x + y``."""
 
-    def _augmented(self, operation: Callable, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+    def _augmented(self, operation: str, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", IN_PLACE[operation], (self, other), {})
 
     def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._augmented(operator.iadd, other)
+        return self._augmented("iadd", other)
 
     def __isub__(self, other: Any) -> fx.Proxy:
-        return self._augmented(operator.isub, other)
+        return self._augmented("isub", other)
 
     def __imul__(self, other: Any) -> fx.Proxy:
-        return self._augmented(operator.imul, other)
+        return self._augmented("imul", other)
 
     def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._augmented(operator.itruediv, other)
+        return self._augmented("itruediv", other)
 
 
 class Tracer(fx.Tracer):
@@ -142,7 +149,7 @@ def refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or (
         node.op != "call_module" and name.endswith("_") and not name.endswith("__")
-    ) or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)  # fmt: skip
+    ) or node.target in IN_PLACE.values()  # fmt: skip
     value = first_operand(node)
     while in_place and isinstance(value, fx.Node):
         if len(value.users) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ class Interval:
         """The interval that holds ``value`` alone."""
         return cls(value, torch.zeros_like(value))
 
-    def map(self, function) -> Interval:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Interval:
         """Apply a rearrangement of entries (reshape, flatten, index) to center and radius alike."""
         return Interval(function(self.center), function(self.radius))
 

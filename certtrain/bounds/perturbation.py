@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Literal, Self, TypeGuard, get_args
+from typing import Any, ClassVar, Literal, Self, TypeGuard, cast, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .. import devices
 from ..config import Component
 from ..errors import InputError, check
 from ..noise import Noise
+from ..typed import as_floats
 from .interval import Interval, check_pixels, cut_box
 from .region import Around, Region
 
@@ -214,7 +215,7 @@ class NormBall(PerturbationSet):
         epsilon: its radius in pixel units of [0, 1]; or, where every image has its own, floats (B,).
     """
 
-    epsilon: float = 0.1  # type: ignore[assignment]
+    epsilon: float = 0.1  # type: ignore[assignment]  # a field that stands for the property
     default_attacks: ClassVar[Mapping[Purpose, Mapping[str, Any]]] = {
         "certified_training": {"type": "Pgd"},
         "adversarial_training": {"type": "Ascent"},
@@ -235,7 +236,8 @@ class NormBall(PerturbationSet):
         if isinstance(self.epsilon, Tensor):
             self._check_radii(self.epsilon)
             return
-        number = isinstance(self.epsilon, Real) and not isinstance(self.epsilon, bool)
+        given = cast(object, self.epsilon)  # by callers without a type checker
+        number = not isinstance(given, bool) and isinstance(given, Real)
         check(number and 0 <= self.epsilon < math.inf, "epsilon", self.epsilon, self._accepted())
         check(self.epsilon <= self.largest, "epsilon", self.epsilon, self._accepted(self.epsilon))
         object.__setattr__(self, "epsilon", float(self.epsilon) if isinstance(self.epsilon, Real) else self.epsilon)
@@ -245,10 +247,10 @@ class NormBall(PerturbationSet):
         check(radii.is_floating_point() and radii.ndim <= 1, "epsilon", shape, "a number, or floats (B,)")
         if devices.waits(radii):  # see ``cut_box``
             return
-        for radius in radii[~((radii >= 0) & (radii < torch.inf))].tolist():
+        for radius in as_floats(radii[~((radii >= 0) & (radii < torch.inf))]):
             check(False, "epsilon", radius, self._accepted())
         if radii.ndim:  # a schedule's 0-d tensor may be a multiple of the recipe's radius
-            for radius in radii[radii > self.largest].tolist():
+            for radius in as_floats(radii[radii > self.largest]):
                 check(False, "epsilon", radius, self._accepted(radius))
 
     def _accepted(self, *meant: float) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class SparseBall(PerturbationSet):
         side: of a patch, in pixels, which has to divide height and width: patches lie on a grid.
     """
 
-    k: int | Tensor = 20  # type: ignore[assignment]
+    k: int | Tensor = 20
     unit: Unit = "pixel"
     side: int = 1
     size: ClassVar[str] = "k"
@@ -60,7 +60,8 @@ class SparseBall(PerturbationSet):
             whole = self.k.dtype == torch.int64 and self.k.ndim <= 1
             check(whole, "k", f"{self.k.dtype} {tuple(self.k.shape)}", "int64 (B,)")
         else:
-            whole = isinstance(self.k, int) and not isinstance(self.k, bool)
+            given = cast(object, self.k)  # by callers without a type checker
+            whole = isinstance(given, int) and not isinstance(given, bool)
             check(whole and 0 <= self.k <= MOST, "k", self.k, f"a whole number of {self.plural} >= 0, at most {MOST}")
         check(self.unit in UNITS, "unit", self.unit, ", ".join(UNITS))
         check(self.side >= 1, "side", self.side, "a whole number of pixels >= 1")

@@ -191,7 +191,7 @@ class Tracing:
             values = [a.value() if isinstance(a, _Constant) else a for a in arguments]
             if isinstance(node.target, str):
                 return getattr(values[0], node.target)(*values[1:])
-            return node.target(*values)  # type: ignore[operator]
+            return node.target(*values)
 
         return _Constant(compute, computed=True)
 

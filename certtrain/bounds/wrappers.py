@@ -7,7 +7,7 @@ nothing: there the layer's ``weight`` is computed when it is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,11 +19,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
+from ..typed import children, forward_pre_hooks
+
 
 def inner(module: nn.Module) -> nn.Module:
     """The module inside its wrappers, however many; of any other module itself."""
     while is_wrapper(module):
-        module = module._modules["_orig_mod" if "_orig_mod" in module._modules else "module"]  # type: ignore[assignment]
+        module = module.get_submodule("_orig_mod" if "_orig_mod" in children(module) else "module")
     return module
 
 
@@ -33,27 +35,29 @@ def is_wrapper(module: nn.Module | None) -> bool:
 
 
 @contextmanager
-def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+def unwrapped(model: nn.Module) -> Generator[nn.Module]:
     """The model without wrappers, at its top and below; they are put back."""
     wrapped = [
         (parent, name, child)
-        for parent in list(model.modules()) for name, child in parent._modules.items() if is_wrapper(child)
+        for parent in list(model.modules()) for name, child in children(parent).items()
+        if child is not None and is_wrapper(child)
     ]  # fmt: skip
     for parent, name, child in wrapped:
-        parent._modules[name] = inner(child)  # type: ignore[arg-type]
+        children(parent)[name] = inner(child)
     try:
         yield inner(model)
     finally:
         for parent, name, child in wrapped:
-            parent._modules[name] = child
+            children(parent)[name] = child
 
 
 def computed(module: nn.Module) -> dict[str, Callable[[Any], Any]]:
     """The tensors that hooks compute before each call: how, given the module."""
     found: dict[str, Callable[[Any], Any]] = {}
-    for hook in module._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(module):
         if isinstance(hook, BasePruningMethod):
-            found[hook._tensor_name] = hook.apply_mask
+            pruning: Any = hook
+            found[pruning._tensor_name] = pruning.apply_mask
         elif isinstance(hook, WeightNorm):
             found[hook.name] = hook.compute_weight
         elif isinstance(hook, SpectralNorm):
@@ -74,7 +78,7 @@ def with_computed_tensors(module: nn.Module) -> nn.Module:
     tensors = computed(module)
     if not tensors:
         return module
-    iterated = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    iterated = [hook for hook in forward_pre_hooks(module) if isinstance(hook, SpectralNorm)]
 
     def iterate(view: nn.Module) -> None:
         for hook in iterated if view.training else ():

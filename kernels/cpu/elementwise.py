@@ -1,15 +1,20 @@
 """ReLU and per-channel affine maps of intervals: one pass, the channels split over the threads."""
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..layout import empty, layout_of
-from .threads import array, jit, run
+from .threads import Array, Maybe, array, jit, run
+
+Kernel: TypeAlias = Callable[..., Any]
 
 
 @jit(inline=True)
-def _through_relu(center, radius, half, zero):
+def _through_relu(center: float, radius: float, half: float, zero: float) -> tuple[float, float, np.uint8]:
     lower, upper = center - radius, center + radius
     state = np.uint8(upper > zero) + np.uint8(lower > zero)
     low = zero if lower <= zero else lower  # NaN is not <= 0 and stays
@@ -18,14 +23,19 @@ def _through_relu(center, radius, half, zero):
 
 
 @jit(inline=True)
-def _back_through_relu(grad_center, grad_radius, state, half, zero):
+def _back_through_relu(
+    grad_center: float, grad_radius: float, state: int, half: float, zero: float
+) -> tuple[float, float]:
     to_upper = (grad_center + grad_radius) * half if state > 0 else zero
     to_lower = (grad_center - grad_radius) * half if state > 1 else zero
     return to_upper + to_lower, to_upper - to_lower
 
 
 @jit
-def _planes(first, last, center, radius, scale, shift, out_center, out_radius, state, half, zero):
+def _planes(
+    first: int, last: int, center: Array, radius: Array, scale: Maybe, shift: Maybe, out_center: Maybe,
+    out_radius: Maybe, state: Maybe, half: float, zero: float,
+) -> None:  # fmt: skip
     """Arrays (outer, channels, inner); items are channels. Without outputs the inputs are overwritten: given twice,
     they would fail the check for overlap that a vectorised loop starts with, and take five times as long."""
     for o in range(center.shape[0]):
@@ -44,7 +54,10 @@ def _planes(first, last, center, radius, scale, shift, out_center, out_radius, s
 
 
 @jit
-def _columns(first, last, center, radius, scale, shift, out_center, out_radius, state, half, zero):
+def _columns(
+    first: int, last: int, center: Array, radius: Array, scale: Maybe, shift: Maybe, out_center: Maybe,
+    out_radius: Maybe, state: Maybe, half: float, zero: float,
+) -> None:  # fmt: skip
     """Arrays (outer, channels); items are channels."""
     for o in range(center.shape[0]):
         c, r = center[o, first:last], radius[o, first:last]
@@ -67,9 +80,9 @@ def _columns(first, last, center, radius, scale, shift, out_center, out_radius, 
 
 @jit(reassociate=True)
 def _planes_backward(
-    first, last, grad_center, grad_radius, state, center, radius, scale, for_center, for_radius, for_scale, for_shift,
-    half, zero,
-):  # fmt: skip
+    first: int, last: int, grad_center: Array, grad_radius: Array, state: Maybe, center: Maybe, radius: Maybe,
+    scale: Maybe, for_center: Array, for_radius: Array, for_scale: Maybe, for_shift: Maybe, half: float, zero: float,
+) -> None:  # fmt: skip
     for channel in range(first, last):
         scale_sum, shift_sum = 0.0, 0.0
         a = half + half if scale is None else scale[channel]
@@ -103,9 +116,9 @@ def _planes_backward(
 
 @jit
 def _columns_backward(
-    first, last, grad_center, grad_radius, state, center, radius, scale, for_center, for_radius, for_scale, for_shift,
-    half, zero,
-):  # fmt: skip
+    first: int, last: int, grad_center: Array, grad_radius: Array, state: Maybe, center: Maybe, radius: Maybe,
+    scale: Maybe, for_center: Array, for_radius: Array, for_scale: Maybe, for_shift: Maybe, half: float, zero: float,
+) -> None:  # fmt: skip
     for o in range(grad_center.shape[0]):
         g, h = grad_center[o, first:last], grad_radius[o, first:last]
         to_c, to_r = for_center[o, first:last], for_radius[o, first:last]
@@ -134,7 +147,7 @@ def pointwise(
     state = empty(center, torch.uint8) if relu else center.new_empty(0, dtype=torch.uint8)
     kernel, shape = _view(center, scale is not None or shift is not None, _planes, _columns)
     arrays = [_array(t, shape) for t in (center, radius)]
-    vectors = [None if t is None else t.numpy() for t in (_plain(scale), _plain(shift))]
+    vectors = [_vector(scale), _vector(shift)]
     outputs = [None if overwrite else _array(t, shape) for t in (out_center, out_radius)]
     outputs.append(_array(state, shape) if relu else None)
     run(kernel, shape[1], center.numel() * 4, *arrays, *vectors, *outputs, *_constants(center))
@@ -156,14 +169,15 @@ def pointwise_backward(
         kernel, shape[1], like.numel() * 4, _array(grad_center, shape), _array(grad_radius, shape),
         _array(state, shape) if relu else None,
         None if center is None else _array(center, shape), None if radius is None else _array(radius, shape),
-        None if scale is None else _plain(scale).numpy(),
+        _vector(scale),
         _array(for_center, shape), _array(for_radius, shape),
         *(None if t is None else t.numpy() for t in (for_scale, for_shift)), *_constants(like),
     )  # fmt: skip
-    return for_center, for_radius, *(None if t is None else t.to(like.dtype) for t in (for_scale, for_shift))
+    total_scale, total_shift = (None if t is None else t.to(like.dtype) for t in (for_scale, for_shift))
+    return for_center, for_radius, total_scale, total_shift
 
 
-def _view(like: Tensor, by_channel: bool, planes, columns):
+def _view(like: Tensor, by_channel: bool, planes: Kernel, columns: Kernel) -> tuple[Kernel, tuple[int, ...]]:
     """The kernel and the shape for a packed tensor: without channels everything is one row."""
     if not by_channel:
         return columns, (1, like.numel())
@@ -173,12 +187,12 @@ def _view(like: Tensor, by_channel: bool, planes, columns):
     return planes, tuple(layout)
 
 
-def _array(tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+def _array(tensor: Tensor, shape: tuple[int, ...]) -> Array:
     return array(tensor, *shape)
 
 
-def _plain(vector: Tensor | None):
-    return None if vector is None else vector.detach().contiguous()
+def _vector(values: Tensor | None) -> Array | None:
+    return None if values is None else values.detach().contiguous().numpy()
 
 
 def _constants(like: Tensor) -> tuple[np.floating, np.floating]:

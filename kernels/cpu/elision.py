@@ -4,14 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .threads import array, jit, run
+from .threads import Array, array, jit, run
 
 TILE = 16
 """Classes that stay in cache while the images of a thread pass by: 16 × 512 float32 are 32 KiB."""
 
 
 @jit(reassociate=True)
-def _forward(first, last, center, radius, weight, bias, labels, out, zero):
+def _forward(
+    first: int, last: int, center: Array, radius: Array, weight: Array, bias: Array, labels: Array, out: Array,
+    zero: float,
+) -> None:  # fmt: skip
     """Items are images."""
     classes, tile = weight.shape[0], 16
     for start in range(0, classes, tile):
@@ -28,7 +31,9 @@ def _forward(first, last, center, radius, weight, bias, labels, out, zero):
 
 
 @jit
-def _to_radius(first, last, grad, weight, labels, for_radius, signs):
+def _to_radius(
+    first: int, last: int, grad: Array, weight: Array, labels: Array, for_radius: Array, signs: Array
+) -> None:
     """Items are images. ``signs`` gets the sum over j of grad sign(w_y - w_j): times -radius, what w_y is due."""
     for image in range(first, last):
         label = labels[image]
@@ -43,7 +48,9 @@ def _to_radius(first, last, grad, weight, labels, for_radius, signs):
 
 
 @jit
-def _to_weight(first, last, grad, radius, weight, labels, signs, for_weight):
+def _to_weight(
+    first: int, last: int, grad: Array, radius: Array, weight: Array, labels: Array, signs: Array, for_weight: Array
+) -> None:
     """Items are classes: as another's rival in each image, and as its images' own."""
     for image in range(labels.shape[0]):
         label = labels[image]

@@ -5,11 +5,14 @@ import torch
 from torch import Tensor
 
 from ..layout import empty, layout_of
-from .threads import array, jit, run
+from .threads import Array, array, jit, run
 
 
 @jit(reassociate=True)
-def _planes(first, last, x, weight, bias, eps, y, mean, variance, zero):
+def _planes(
+    first: int, last: int, x: Array, weight: Array, bias: Array, eps: float, y: Array, mean: Array, variance: Array,
+    zero: float,
+) -> None:  # fmt: skip
     """Arrays (outer, channels, inner); items are channels. Sums of a plane in the dtype, of planes in float64."""
     count = x.shape[0] * x.shape[2]
     for channel in range(first, last):
@@ -36,7 +39,10 @@ def _planes(first, last, x, weight, bias, eps, y, mean, variance, zero):
 
 
 @jit
-def _columns(first, last, x, weight, bias, eps, y, mean, variance, zero):
+def _columns(
+    first: int, last: int, x: Array, weight: Array, bias: Array, eps: float, y: Array, mean: Array, variance: Array,
+    zero: float,
+) -> None:  # fmt: skip
     """Arrays (outer, channels); items are channels."""
     count = x.shape[0]
     total = np.zeros(last - first)
@@ -63,7 +69,7 @@ def _columns(first, last, x, weight, bias, eps, y, mean, variance, zero):
 
 
 @jit(reassociate=True)
-def _planes_backward(first, last, x, grad, mean, sums, zero):
+def _planes_backward(first: int, last: int, x: Array, grad: Array, mean: Array, sums: Array, zero: float) -> None:
     """Sums over a channel of grad, and of grad times the centered x."""
     for channel in range(first, last):
         plain, weighted, center = 0.0, 0.0, mean[channel]
@@ -78,7 +84,7 @@ def _planes_backward(first, last, x, grad, mean, sums, zero):
 
 
 @jit
-def _columns_backward(first, last, x, grad, mean, sums, zero):
+def _columns_backward(first: int, last: int, x: Array, grad: Array, mean: Array, sums: Array, zero: float) -> None:
     center = mean[first:last]
     plain, weighted = sums[0, first:last], sums[1, first:last]
     for o in range(x.shape[0]):
@@ -89,7 +95,10 @@ def _columns_backward(first, last, x, grad, mean, sums, zero):
 
 
 @jit
-def _planes_combined(first, last, x, grad, mean, onto_grad, onto_x, constant, out):
+def _planes_combined(
+    first: int, last: int, x: Array, grad: Array, mean: Array, onto_grad: Array, onto_x: Array, constant: Array,
+    out: Array,
+) -> None:  # fmt: skip
     for o in range(x.shape[0]):
         for channel in range(first, last):
             a, b, c, center = onto_grad[channel], onto_x[channel], constant[channel], mean[channel]
@@ -99,7 +108,10 @@ def _planes_combined(first, last, x, grad, mean, onto_grad, onto_x, constant, ou
 
 
 @jit
-def _columns_combined(first, last, x, grad, mean, onto_grad, onto_x, constant, out):
+def _columns_combined(
+    first: int, last: int, x: Array, grad: Array, mean: Array, onto_grad: Array, onto_x: Array, constant: Array,
+    out: Array,
+) -> None:  # fmt: skip
     a, b, c, center = onto_grad[first:last], onto_x[first:last], constant[first:last], mean[first:last]
     for o in range(x.shape[0]):
         row, g, to = x[o, first:last], grad[o, first:last], out[o, first:last]

@@ -4,14 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .threads import array, jit, run
+from .threads import Array, array, jit, run
 
 BLOCK = 4096
 """Neurons that make an item of the backward pass, so that one image's many forms share the threads as well."""
 
 
 @jit(reassociate=True)
-def _forward(first, last, coefficients, lower_slope, upper_slope, upper_intercept, upper, through, constants, zero):
+def _forward(
+    first: int, last: int, coefficients: Array, lower_slope: Array, upper_slope: Array, upper_intercept: Array,
+    upper: bool, through: Array, constants: Array, zero: float,
+) -> None:  # fmt: skip
     """Items are forms of images, (B R); lines are (B, R or 1, N)."""
     forms = coefficients.shape[1]
     for item in range(first, last):
@@ -36,9 +39,10 @@ def _forward(first, last, coefficients, lower_slope, upper_slope, upper_intercep
 
 @jit
 def _backward(
-    first, last, block, grad, grad_bias, coefficients, lower_slope, upper_slope, upper_intercept, upper,
-    to_coefficients, to_lower, to_upper, to_intercept, zero,
-):  # fmt: skip
+    first: int, last: int, block: int, grad: Array, grad_bias: Array, coefficients: Array, lower_slope: Array,
+    upper_slope: Array, upper_intercept: Array, upper: bool, to_coefficients: Array, to_lower: Array, to_upper: Array,
+    to_intercept: Array, zero: float,
+) -> None:  # fmt: skip
     """Items are blocks of neurons of images, so that the sums over forms belong to one thread."""
     forms, blocks = coefficients.shape[1], (coefficients.shape[2] + block - 1) // block
     for item in range(first, last):
@@ -78,7 +82,8 @@ def crown_backward(
     upper_intercept: Tensor, upper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = (coefficients, lower_slope, upper_slope, upper_intercept)
-    outputs = (torch.empty_like(coefficients), *(torch.zeros_like(t) for t in inputs[1:]))
+    onto_lower, onto_upper, onto_intercept = (torch.zeros_like(t) for t in inputs[1:])
+    outputs = torch.empty_like(coefficients), onto_lower, onto_upper, onto_intercept
     blocks = len(coefficients) * -(-coefficients.shape[2] // BLOCK)
     arrays = [array(t, *t.shape) for t in (grad, grad_bias, *inputs)]
     results = [array(t, *t.shape) for t in outputs]

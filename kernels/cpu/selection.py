@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .threads import array, jit, run
+from .threads import Array, Maybe, array, jit, run
 
 
 @jit
-def order_keys(row, keys):
+def order_keys(row: Array, keys: Array) -> None:
     """Integers as wide as the row's floats and in their order: -0 as +0, every NaN the greatest."""
     bits = row.view(keys.dtype)
     bound = np.empty(2, keys.dtype)  # of the keys' own type: wider ones would halve the lanes
@@ -24,7 +24,7 @@ def order_keys(row, keys):
 
 
 @jit
-def _count(keys, bound):
+def _count(keys: Array, bound: int) -> np.int32:
     """How many keys are >= bound, in 32 bits: the count of a 64-bit sum vectorises to half the lanes."""
     found = np.int32(0)
     for i in range(keys.shape[0]):
@@ -33,7 +33,7 @@ def _count(keys, bound):
 
 
 @jit
-def _kth(keys, k, low):
+def _kth(keys: Array, k: int, low: int) -> tuple[int, int]:
     """(the k-th greatest key or a lower one, how many keys are >= it), given that at least k keys are >= ``low``.
 
     It is lower only where exactly k keys are >= it: then the selection is known, and bisection stops early.
@@ -55,7 +55,7 @@ def _kth(keys, k, low):
 
 
 @jit
-def _candidates(row, k, keys, room, places):
+def _candidates(row: Array, k: int, keys: Array, room: Array, places: Array) -> int:
     """Keys among which the k greatest are, in ``room``, and their places: those that reach the k-th greatest of some
     groups' maxima. k groups hold a key that large, so that at least k keys do; of random rows about 2 k."""
     groups = (5 * k) // 2
@@ -82,7 +82,7 @@ def _candidates(row, k, keys, room, places):
 
 
 @jit
-def select(row, k, mask, keys, room, places):
+def select(row: Array, k: int, mask: Array, keys: Array, room: Array, places: Array) -> None:
     """Mark the k greatest entries, ties to the lowest index. The last three are space for as many keys, for one more,
     and for the places of those."""
     k = min(k, row.shape[0])
@@ -115,13 +115,13 @@ def select(row, k, mask, keys, room, places):
 
 
 @jit
-def spaces(entries, integer):
+def spaces(entries: int, integer: Array) -> tuple[Array, Array, Array]:
     """What ``select`` works in."""
     return np.empty(entries, integer.dtype), np.empty(entries + 1, integer.dtype), np.empty(entries + 1, np.int32)
 
 
 @jit
-def _masks(first, last, scores, budgets, k, mask, integer):
+def _masks(first: int, last: int, scores: Array, budgets: Maybe, k: int, mask: Array, integer: Array) -> None:
     """Items are rows."""
     keys, room, places = spaces(scores.shape[1], integer)
     for row in range(first, last):
@@ -129,7 +129,7 @@ def _masks(first, last, scores, budgets, k, mask, integer):
 
 
 @jit
-def _apply(first, last, x, p, mask, out, zero, one):
+def _apply(first: int, last: int, x: Array, p: Array, mask: Array, out: Array, zero: float, one: float) -> None:
     """Items are images."""
     for row in range(first, last):
         chosen = mask[row]
@@ -156,10 +156,10 @@ def sparse_apply(x: Tensor, p: Tensor, scores: Tensor, rows: Tensor | None, k: i
     return out, mask
 
 
-def budgets_of(rows: Tensor | None) -> np.ndarray | None:
+def budgets_of(rows: Tensor | None) -> Array | None:
     return None if rows is None else rows.contiguous().numpy()
 
 
-def integer_like(x: Tensor) -> np.ndarray:
+def integer_like(x: Tensor) -> Array:
     """An empty array of the integers as wide as x's floats."""
     return np.empty(0, np.int32 if x.dtype == torch.float32 else np.int64)

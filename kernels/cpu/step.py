@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ..reference.sparse import NORM_FLOOR
 from .selection import budgets_of, integer_like, select, spaces
-from .threads import array, jit, run
+from .threads import Array, Maybe, array, jit, run
 
 
 @jit
-def _slopes32(logits, slopes, powers):
+def _slopes32(logits: Array, slopes: Array, powers: Array) -> None:
     """s (1 - s) of the sigmoid s, from e = exp(-|m|), within a few ulp; NaN for NaN; 0 where s rounds to 1, as in the
     authors' code.
 
@@ -40,14 +40,14 @@ def _slopes32(logits, slopes, powers):
 
 
 @jit
-def _slopes64(logits, slopes):
+def _slopes64(logits: Array, slopes: Array) -> None:
     for i in range(logits.shape[0]):
         e = math.exp(-abs(logits[i]))
         slopes[i] = 0 if 1 + e == 1 and logits[i] > 0 else e / ((1 + e) * (1 + e))
 
 
 @jit(reassociate=True)
-def _squares(values, zero):
+def _squares(values: Array, zero: float) -> float:
     total = zero
     for i in range(values.shape[0]):
         total += values[i] * values[i]
@@ -55,7 +55,10 @@ def _squares(values, zero):
 
 
 @jit
-def _moved(gradient, p, m, x, mask, alpha, factor, projected, to_p, to_m, weights, zero, one, floor, stabiliser):
+def _moved(
+    gradient: Array, p: Array, m: Array, x: Array, mask: Array, alpha: float, factor: float, projected: bool,
+    to_p: Array, to_m: Array, weights: Array, zero: float, one: float, floor: float, stabiliser: float,
+) -> None:  # fmt: skip
     """New magnitudes and logits of one image; ``weights`` holds the slopes and becomes the gradient of the mask."""
     pixels = m.shape[0]
     for i in range(pixels):
@@ -85,7 +88,7 @@ def _moved(gradient, p, m, x, mask, alpha, factor, projected, to_p, to_m, weight
 
 
 @jit
-def _finished(x, p, old, mask, out, zero, one):
+def _finished(x: Array, p: Array, old: Array, mask: Array, out: Array, zero: float, one: float) -> bool:
     """The perturbed image; whether the mask changed."""
     changed = False
     for i in range(mask.shape[0]):
@@ -101,9 +104,10 @@ def _finished(x, p, old, mask, out, zero, one):
 
 @jit
 def _steps(
-    first, last, gradient, p, m, x, mask, budgets, k, alpha, factor, projected,
-    to_p, to_m, to_mask, out, changed, zero, one, floor, stabiliser, integer,
-):  # fmt: skip
+    first: int, last: int, gradient: Array, p: Array, m: Array, x: Array, mask: Array, budgets: Maybe, k: int,
+    alpha: float, factor: float, projected: bool, to_p: Array, to_m: Array, to_mask: Array, out: Array, changed: Array,
+    zero: float, one: float, floor: float, stabiliser: float, integer: Array,
+) -> None:  # fmt: skip
     """Items are images."""
     keys, room, places = spaces(m.shape[1], integer)
     weights = np.empty(m.shape[1], m.dtype)

@@ -9,15 +9,19 @@ when two Python threads meet, or after a fork.) A forked child has none of its p
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numba
-import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Array: TypeAlias = npt.NDArray[Any]
+Maybe: TypeAlias = Any
+"""An array or None: a kernel is compiled for each, and reads what it was not given in dead branches alone."""
 
 GRAIN = 1 << 21
 """Elementary operations below which another thread costs more than it brings: handing over takes about 50 µs."""
@@ -26,14 +30,14 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _forked = False
 
 
-def jit(function: Callable | None = None, *, reassociate: bool = False, inline: bool = False) -> Any:
+def jit(function: Callable[..., Any] | None = None, *, reassociate: bool = False, inline: bool = False) -> Any:
     """Compile on first use, without the interpreter lock, kept on disk where it can be.
 
     ``reassociate`` lets sums be taken in another order, and products and sums be fused: for reductions, which are
     not vectorised otherwise. Nothing assumes that NaN or infinity do not occur.
     """
     if function is None:
-        return lambda f: jit(f, reassociate=reassociate, inline=inline)
+        return partial(jit, reassociate=reassociate, inline=inline)
     options: dict[str, Any] = {
         "nogil": True, "error_model": "numpy", "inline": "always" if inline else "never",
         "fastmath": {"reassoc", "contract", "nsz"} if reassociate else {"contract"},
@@ -44,7 +48,7 @@ def jit(function: Callable | None = None, *, reassociate: bool = False, inline: 
         return numba.njit(function, **options)
 
 
-def run(kernel: Callable, items: int, work: int, *arguments: Any) -> None:
+def run(kernel: Callable[..., Any], items: int, work: int, *arguments: Any) -> None:
     """Call ``kernel`` over all items, on as many threads as torch uses and ``work`` elementary operations deserve."""
     threads = min(torch.get_num_threads(), items, work // GRAIN)
     if threads > 1 and (team := _team()) is not None and not _forked:
@@ -56,7 +60,9 @@ def run(kernel: Callable, items: int, work: int, *arguments: Any) -> None:
         kernel(0, items, *arguments)
 
 
-def _on_a_team(team: Callable, threads: int, work: Callable, parts: Iterator[tuple[int, int]]) -> None:
+def _on_a_team(
+    team: Callable[..., Any], threads: int, work: Callable[[int, int], Any], parts: Iterator[tuple[int, int]]
+) -> None:
     """Each thread takes parts until none is left: the runtime may give fewer threads than were asked for."""
     errors: list[BaseException] = []
 
@@ -74,7 +80,7 @@ def _on_a_team(team: Callable, threads: int, work: Callable, parts: Iterator[tup
 
 
 @cache
-def _team() -> Callable | None:
+def _team() -> Callable[..., Any] | None:
     """``GOMP_parallel`` of the OpenMP runtime that torch computes with, as GNU's, LLVM's and Intel's export it."""
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
     runtimes = [p for p in loaded if Path(p).name.startswith(("libgomp", "libomp", "libiomp"))]
@@ -96,6 +102,6 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def array(tensor: Tensor, *shape: int) -> np.ndarray:
+def array(tensor: Tensor, *shape: int) -> Array:
     """The entries of a packed tensor as they lie in memory, seen in another shape."""
     return tensor.detach().as_strided((tensor.numel(),), (1,)).numpy().reshape(shape)

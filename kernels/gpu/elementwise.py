@@ -1,3 +1,5 @@
+# Triton bodies: their pointers have no types, and an annotation would change what is compiled.
+# pyright: basic
 """ReLU and per-channel affine maps of intervals: one pass over memory, with the sums of the gradients on the way."""
 
 import torch
@@ -103,8 +105,8 @@ def pointwise_backward(
         state if state.numel() else None, center, radius, _plain(scale), for_center, for_radius, for_scale, for_shift,
         *tiles.numbers, triton.cdiv(tiles.rows, max(parts, 1)), **tiles.constants, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
-    totals = (None if t is None else t.sum(0).to(like.dtype) for t in (for_scale, for_shift))
-    return for_center, for_radius, *totals
+    total_scale, total_shift = (None if t is None else t.sum(0).to(like.dtype) for t in (for_scale, for_shift))
+    return for_center, for_radius, total_scale, total_shift
 
 
 def _plain(vector: Tensor | None) -> Tensor | None:

@@ -1,3 +1,5 @@
+# Triton bodies: their pointers have no types, and an annotation would change what is compiled.
+# pyright: basic
 """Margins: sum over d of |w_y - w_j| r, taken where it is needed, in tiles of (images, classes) or (images, features).
 
 Rows are read transposed, so that a step of the loop is an outer product of vectors that lie in memory side by side.

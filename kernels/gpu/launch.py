@@ -1,3 +1,5 @@
+# Triton bodies: their pointers have no types, and an annotation would change what is compiled.
+# pyright: basic
 """How Triton kernels are launched, and what they share: arithmetic and tiles.
 
 Half types are computed in float32. Sums are taken in an order that depends on shapes alone: parts of a sum go to memory

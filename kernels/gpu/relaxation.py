@@ -1,3 +1,5 @@
+# Triton bodies: their pointers have no types, and an annotation would change what is compiled.
+# pyright: basic
 """One backward step of linear relaxation: each coefficient is read once and written once."""
 
 from collections.abc import Sequence
@@ -112,10 +114,11 @@ def crown_backward(
         forms, neurons, blocks, parts, triton.cdiv(forms, parts), **own, UPPER=upper, BLOCK=block,
         ACC=ACCUMULATORS[acc],
     )  # fmt: skip
-    return through, *(
+    onto_lower, onto_upper, onto_intercept = (
         result if of_form else result.sum(1, keepdim=True).to(coefficients.dtype)
         for result, of_form in zip(results, own.values(), strict=True)
     )
+    return through, onto_lower, onto_upper, onto_intercept
 
 
 def _own(lines: Sequence[Tensor]) -> dict[str, bool]:

@@ -1,3 +1,5 @@
+# Triton bodies: their pointers have no types, and an annotation would change what is compiled.
+# pyright: basic
 """The k largest entries of a row by bisection on an integer key, one bit of it a round, in registers."""
 
 from typing import Any

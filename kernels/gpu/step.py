@@ -1,3 +1,5 @@
+# Triton bodies: their pointers have no types, and an annotation would change what is compiled.
+# pyright: basic
 """One sPGD update: a single launch where a row's logits fit into registers, a few launches beyond."""
 
 import math

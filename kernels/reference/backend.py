@@ -116,7 +116,8 @@ def crown_backward(
     onto_upper = torch.where(below, 0, coefficients)
     grads = (torch.where(below, coefficients, 0) * grad, onto_upper * grad, onto_upper * grad_bias)
     lines = (lower_slope, upper_slope, upper_intercept)
-    return for_coefficients, *(g.sum_to_size(line.shape) for g, line in zip(grads, lines, strict=True))
+    for_lower, for_upper, for_intercept = (g.sum_to_size(line.shape) for g, line in zip(grads, lines, strict=True))
+    return for_coefficients, for_lower, for_upper, for_intercept
 
 
 def topk_mask(scores: Tensor, rows: Tensor | None, k: int) -> Tensor:

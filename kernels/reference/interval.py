@@ -3,6 +3,8 @@
 Notation: an interval is (center, radius) with radius >= 0; lower = center - radius, upper = center + radius.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,9 @@ def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     return upper / 2 + lower / 2, (upper - lower) / 2
 
 
-def fold(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None):
+def fold(
+    weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """The affine map after the layer, folded into its weights: exact for any output channel."""
     if scale is not None:
         weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
@@ -36,16 +40,20 @@ def fold(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tenso
     return weight, bias
 
 
-def ibp_linear(center, radius, weight, bias=None, *, scale=None, shift=None, relu=False):
+def ibp_linear(
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None = None,
+    *, scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     weight, bias = fold(weight, bias, scale, shift)
     center, radius = F.linear(center, weight, bias), F.linear(radius, weight.abs())
     return ibp_relu(center, radius) if relu else (center, radius)
 
 
 def ibp_conv2d(
-    center, radius, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
-    *, scale=None, shift=None, relu=False,
-):  # fmt: skip
+    center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1, padding: int | Sequence[int] | str = 0, dilation: int | Sequence[int] = 1,
+    groups: int = 1, *, scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     weight, bias = fold(weight, bias, scale, shift)
     center = F.conv2d(center, weight, bias, stride, padding, dilation, groups)
     radius = F.conv2d(radius, weight.abs(), None, stride, padding, dilation, groups)
@@ -62,7 +70,9 @@ def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | N
     return lower if bias is None else lower + bias[labels][:, None] - bias[others]
 
 
-def batch_statistics_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+def batch_statistics_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     axes = [axis for axis in range(x.ndim) if axis != 1]
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     variance, mean = torch.var_mean(wide, dim=axes, correction=0)

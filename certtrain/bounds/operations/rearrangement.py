@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from ...typed import is_slice, is_tuple
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from .base import Function, Linear, UnsupportedNode
@@ -112,8 +113,8 @@ def _flatten(tracing: Tracing, node: fx.Node, source: int) -> int:
 @from_function("getitem")
 def _slice(tracing: Tracing, node: fx.Node, source: int) -> int:
     index: Any = node.args[1]
-    parts = index if isinstance(index, tuple) else (index,)
-    ends = [end for part in parts if isinstance(part, slice) for end in (part.start, part.stop, part.step)]
+    parts = index if is_tuple(index) else (index,)
+    ends = [end for part in parts if is_slice(part) for end in (part.start, part.stop, part.step)]
     numbers = len(ends) == 3 * len(parts) and all(end is None or type(end) is int for end in ends)
     if not numbers or parts[:1] != (slice(None),):
         raise UnsupportedNode(f"{node.name!r}: found x[{index}]; accepted: x[:, a:b, …] with numbers, the batch whole")

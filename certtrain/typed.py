@@ -1,0 +1,76 @@
+"""What torch leaves without types, with the types that it has: for the folders that are checked strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+
+
+def as_ints(values: Tensor) -> list[int]:
+    """The entries of a tensor of integers, flattened. Waits for the device."""
+    return cast(Any, values.flatten()).tolist()
+
+
+def as_floats(values: Tensor) -> list[float]:
+    """The entries of a tensor of floats, flattened. Waits for the device."""
+    return cast(Any, values.flatten()).tolist()
+
+
+def as_bools(values: Tensor) -> list[bool]:
+    """The entries of a tensor of truth values, flattened. Waits for the device."""
+    return cast(Any, values.flatten()).tolist()
+
+
+def norm(values: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
+    """The Euclidean norm along a dimension."""
+    return cast(Any, values).norm(dim=dim, keepdim=keepdim)
+
+
+def unique(values: Tensor, dim: int | None = None) -> Tensor:
+    """The different entries, or slices along ``dim``, in increasing order. Waits for the device."""
+    return cast(Any, torch).unique(values, dim=dim)
+
+
+def is_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
+    return isinstance(value, tuple)
+
+
+def is_slice(value: object) -> TypeGuard[slice[Any, Any, Any]]:
+    return isinstance(value, slice)
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(value, Mapping)
+
+
+def is_sequence_or_set(value: object) -> TypeGuard[Collection[Any]]:
+    return isinstance(value, (list, tuple, set, frozenset))
+
+
+def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """As ``nn.Module.named_modules``."""
+    return cast(Any, model).named_modules(remove_duplicate=remove_duplicate)
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The table of a module's own children: what is written to it is registered."""
+    return cast(Any, module)._modules
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """What is called after a module's forward."""
+    return list(cast(Any, module)._forward_hooks.values())
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """What is called before a module's forward."""
+    return list(cast(Any, module)._forward_pre_hooks.values())
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether something is called around every module's forward."""
+    every = cast(Any, torch.nn.modules.module)
+    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)

@@ -1,0 +1,1 @@
+"""What certtrain uses of scipy, which ships no annotations."""
