@@ -144,7 +144,9 @@ class Network:
             else operation
             for position, operation in enumerate(self.operations)
         ]
-        return Network(tuple(operations), self.shapes, self.rounding)
+        network = Network(tuple(operations), self.shapes, self.rounding)
+        network.__dict__.update(steps=self.steps, last_use=self.last_use)  # not worked out anew at every training step
+        return network
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.values(images)[-1]
