@@ -35,12 +35,12 @@ def fold(
         InputError: a weight is not finite.
     """
     written = as_written and isinstance(model, NetworkModule)
-    folding = Folding(model, torch.Size(shape), dtype, whole_pools, written, finite=statistics is None)
+    folding = _Folding(model, torch.Size(shape), dtype, whole_pools, written, finite=statistics is None)
     return folding.run(trace(model).with_statistics(statistics))
 
 
-class Folding:
-    """A folded network that grows: what an operation's ``fold`` appends to.
+class _Folding:
+    """The network that is folded so far.
 
     Args:
         finite: refuse weights that are not. A training step looks at its loss instead.

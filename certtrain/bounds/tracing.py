@@ -56,7 +56,7 @@ def trace(model: nn.Module | Network) -> Network:
             if is_wrapper(module):
                 refuse_hooks(f"{type(module).__name__} at {path!r}", module)
         with evaluation_mode(model), unwrapped(model) as inside:
-            operations = Tracing(inside).operations_of_model()
+            operations = _Tracing(inside).operations_of_model()
         model.__dict__[_KEPT] = _Traced(Network(operations), signature(model))
     return model.__dict__[_KEPT].network
 
@@ -94,7 +94,7 @@ class _Shape:
     """Stands for x.shape while tracing."""
 
 
-class Tracing:
+class _Tracing:
     """One walk over torch.fx's graph; ``values`` maps each fx node to a position, a constant or a marker."""
 
     def __init__(self, model: nn.Module):

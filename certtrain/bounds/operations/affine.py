@@ -5,21 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..interval import Interval
+from ..region import Region
 from ..relaxation import InputLines, Relaxation, each
 from ..wrappers import ComputedLayer
-from .base import Linear
-
-if TYPE_CHECKING:
-    from typing import Self
-
-    from ..folding import Folding
-    from ..region import Region
+from .base import Folding, Linear
 
 
 class Weighted(Protocol):

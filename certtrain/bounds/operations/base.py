@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from ...errors import InputError
 from ..interval import Bounds, Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
-
-if TYPE_CHECKING:
-    from ..folding import Folding
 
 
 class UnsupportedNode(InputError):
@@ -111,6 +108,38 @@ class Operation(ABC):
     @abstractmethod
     def fold(self, folding: Folding, *sources: int) -> int:
         """Append what it becomes in a folded network, at ``sources``, to ``folding``; the position of the result."""
+
+
+class Folding(Protocol):
+    """A folded network that grows: what ``Operation.fold`` appends to.
+
+    Args:
+        shapes: of the operations so far, without the batch dimension.
+        device: of the model.
+        as_written: the operators of a network file stay what they are.
+        whole_pools: max pools stay as they are.
+    """
+
+    shapes: list[torch.Size]
+    device: torch.device
+    as_written: bool
+    whole_pools: bool
+
+    def append(self, operation: Operation) -> int:
+        """Add an operation, whose inputs are positions in the folded network; returns its own."""
+        ...
+
+    def tensor(self, value: Tensor | float, path: str) -> Tensor:
+        """A constant in the model's dtype, and then in that of the folded network."""
+        ...
+
+    def finite(self, found: Tensor, path: str) -> Tensor:
+        """The tensor itself.
+
+        Raises:
+            UnsupportedNode: it holds NaN or infinity.
+        """
+        ...
 
 
 ENTRYWISE = 8

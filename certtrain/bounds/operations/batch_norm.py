@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ... import kernels
 from ..interval import Interval
-from .base import Unbounded, UnsupportedNode
+from .base import Folding, Unbounded, UnsupportedNode
 from .registry import Tracing, from_module
 from .scale import Constants, Scale
-
-if TYPE_CHECKING:
-    from ..folding import Folding
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..interval import Interval
-from .base import Unbounded, UnsupportedNode
+from .base import Folding, Unbounded, UnsupportedNode
 from .registry import Tracing, from_function, from_module
-
-if TYPE_CHECKING:
-    from ..folding import Folding
 
 
 @dataclass(frozen=True, eq=False)

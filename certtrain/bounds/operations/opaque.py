@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..interval import Interval
-from .base import Function, Unbounded, UnsupportedNode
-
-if TYPE_CHECKING:
-    from ..folding import Folding
+from .base import Folding, Function, Unbounded, UnsupportedNode
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
-from .base import Function, Unbounded, UnsupportedNode
+from .base import Folding, Function, Unbounded, UnsupportedNode
 from .rearrangement import Rearrangement, Selection
 from .registry import FunctionRule, Tracing, from_function, from_module
 from .relu import Relu
 from .sum import Sum
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..folding import Folding
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import fx, nn
 
-if TYPE_CHECKING:
-    from ..tracing import Tracing
-else:
-    Tracing = Any
+from .base import Operation
+
+
+class Tracing(Protocol):
+    """A network that grows while the steps of torch.fx's graph are walked along: what rules append to.
+
+    Args:
+        operations: so far. values: by step of the graph the position of its output, a constant or a marker.
+    """
+
+    operations: list[Operation]
+    values: dict[fx.Node, Any]
+
+    def append(self, operation: Operation) -> int:
+        """Add an operation; returns its position."""
+        ...
+
+    def position(self, node: fx.Node, argument: Any) -> int:
+        """The position of a computed operand of ``node``.
+
+        Raises:
+            UnsupportedNode: it is a constant.
+        """
+        ...
+
 
 ModuleRule = Callable[[Tracing, str, int, Any], "int | None"]
 """(tracing, path, position of the input, module) → position of the output; None: this module has no rule."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,7 @@ from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
 from .affine import with_weights
-from .base import Linear, summed_onto
-
-if TYPE_CHECKING:
-    from ..folding import Folding
+from .base import Folding, Linear, summed_onto
 
 Coefficients = Callable[[], tuple[Tensor | float, Tensor | float]]
 """(scale, shift), looked up each time: buffers are replaced when a model moves."""
