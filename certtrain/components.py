@@ -8,7 +8,7 @@ import inspect
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from . import plugins
 from .errors import InputError
@@ -18,9 +18,9 @@ class Component(abc.ABC):
     """Base of every family of configured objects; concrete members are frozen dataclasses."""
 
     @classmethod
-    def members(cls) -> dict[str, type]:
+    def members(cls) -> dict[str, type[Self]]:
         """The concrete classes of this family by ``type``, sorted, users' own last; abstract ones are left out."""
-        found: dict[str, type] = {}
+        found: dict[str, type[Self]] = {}
         for kind in cls._lineage():
             if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind):
                 name = plugins.type_name(kind)
@@ -29,7 +29,7 @@ class Component(abc.ABC):
         return dict(sorted(found.items(), key=lambda item: (plugins.is_outside(item[1]), item[0])))
 
     @classmethod
-    def member(cls, name: object, where: str = "") -> type:
+    def member(cls, name: object, where: str = "") -> type[Self]:
         """The concrete class of this family that recipes call ``name``; of users' own classes one that is imported, or
         belongs to an installed plug-in, which is imported now.
 
@@ -56,7 +56,7 @@ class Component(abc.ABC):
         raise InputError(f"{field}: found {name!r}; accepted: {', '.join(members)}")
 
     @classmethod
-    def _lineage(cls) -> Iterator[type]:
+    def _lineage(cls) -> Iterator[type[Self]]:
         yield cls
         for kind in cls.__subclasses__():
             yield from kind._lineage()

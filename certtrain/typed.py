@@ -60,6 +60,11 @@ def children(module: nn.Module) -> dict[str, nn.Module | None]:
     return cast(Any, module)._modules
 
 
+def reversed_padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """What a convolution pads with on either side, last dimension first, as ``F.pad`` takes it."""
+    return list(cast(Any, module)._reversed_padding_repeated_twice)
+
+
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """What is called after a module's forward."""
     return list(cast(Any, module)._forward_hooks.values())

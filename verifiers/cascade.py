@@ -21,6 +21,7 @@ from ..bounds.rounding import check as check_rounding
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in, classes_of
 from ..precision import full_float32
+from ..typed import as_floats, as_ints
 from .known import Known
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
@@ -126,11 +127,11 @@ class _Run:
     def go(self, left: Tensor, known: Known, stages: Sequence[Stage]) -> None:
         """Send the images ``left``, of which ``known`` speaks, through the stages."""
         for place, stage in enumerate(stages):
-            numbers = left.tolist()
+            numbers = as_ints(left)
             if place and numbers:
                 in_time = torch.tensor([self._in_time(number) for number in numbers], device=left.device)
                 left, known = left[in_time], known.subset(in_time.nonzero().flatten())
-                numbers = left.tolist()
+                numbers = as_ints(left)
             if not numbers:
                 return
             spent = max(sum(self.spent[number].values()) for number in numbers)
@@ -168,7 +169,7 @@ class _Run:
 
     def _note(self, numbers: list[int], finding: Finding, worst: list[float], late: str) -> list[int]:
         """Write a stage's finding down; which rows stay open."""
-        open_ = []
+        open_: list[int] = []
         for row, number in enumerate(numbers):
             self.lower[number] = max(self.lower[number], worst[row])
             self.reasons[number] = finding.reasons[row] if finding.reasons else None
@@ -214,7 +215,7 @@ def _answer(stage: Stage, problem: Problem, known: Known) -> tuple[Finding, list
         finding = Finding([None] * len(problem), known)
     worst = problem.specification.worst(finding.known.rows)
     worst = worst if finding.lower is None else torch.maximum(worst, finding.lower)
-    return finding, worst.tolist()  # waits for the device: the time is the stage's own
+    return finding, as_floats(worst)  # waits for the device: the time is the stage's own
 
 
 def _finite(finding: Finding, problem: Problem) -> Finding:
@@ -226,7 +227,7 @@ def _finite(finding: Finding, problem: Problem) -> Finding:
     if bool(good.all()):
         return finding
     statuses, reasons = list(finding.statuses), list(finding.reasons or [None] * len(problem))
-    for row in (~good).nonzero().flatten().tolist():
+    for row in as_ints((~good).nonzero()):
         if statuses[row] == "verified":
             statuses[row], reasons[row] = None, "overflow"
     rows = known.rows.masked_fill(~good.unsqueeze(1), -math.inf)
@@ -236,10 +237,10 @@ def _finite(finding: Finding, problem: Problem) -> Finding:
 
 def _predictions(network: nn.Module, images: Tensor) -> list[int | None]:
     """The network's choices, its program compared with it; None for an image that alone is too large for memory."""
-    found = within_memory(lambda: checked_logits(network, images).argmax(1).tolist()) if len(images) else []
+    found = within_memory(lambda: as_ints(checked_logits(network, images).argmax(1))) if len(images) else []
     if found is None and len(images) > 1:
         return [choice for half in images.tensor_split(2) for choice in _predictions(network, half)]
-    return [None] if found is None else found
+    return [None] if found is None else [*found]
 
 
 def robustness(
@@ -282,7 +283,7 @@ def certify(
     check_pixels(x, "x")
     if isinstance(epsilon, Tensor) and not epsilon.ndim and epsilon.is_floating_point():
         epsilon = epsilon.item()
-    ball = epsilon if isinstance(epsilon, PerturbationSet) else LinfBall(epsilon)  # type: ignore[arg-type]
+    ball = epsilon if isinstance(epsilon, PerturbationSet) else LinfBall(epsilon)  # type: ignore[arg-type]  # floats (B,) too
     ball.region(x).check()
     labels = as_labels(y, len(x), device=x.device, where="y")
     modes = {module: module.training for module in model.modules()}

@@ -11,7 +11,7 @@ What depends on the kind of subproblem are three parts: a ``Bounder``, a ``Split
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
+from ..typed import as_ints
 from .problem import Problem
 from .search_record import Decision, Proof, SearchRecord
 
@@ -197,7 +198,7 @@ class ImageProgress:
         return self.timeout - float(self.seconds[image])
 
     @contextmanager
-    def charged(self, images: Tensor) -> Iterator[None]:
+    def charged(self, images: Tensor) -> Generator[None]:
         """The time of what is done inside, shared equally by subproblems of ``images`` (P,)."""
         started = now()
         try:
@@ -270,7 +271,7 @@ class BranchAndBound(Generic[S, B]):
             with until(self._started + progress.timeout * count):
                 self._search()
         except OutOfTime:
-            self._give_up(set(self.open.image.tolist()), "wall clock")
+            self._give_up(set(as_ints(self.open.image)), "wall clock")
             self._drop_finished()
         reasons = [reason or doubt for reason, doubt in zip(progress.reasons, progress.doubts, strict=True)]
         ends = zip(progress.counterexamples, reasons, strict=True)
@@ -288,7 +289,7 @@ class BranchAndBound(Generic[S, B]):
             left = torch.ones(len(self.open), dtype=torch.bool, device=chosen.device)
             left[chosen] = False
             parents, self.open = self.open.take(chosen), self.open.take(left)
-            for image in parents.image.tolist():
+            for image in as_ints(parents.image):
                 self.progress.splits[image] += 1
             self._examine(self._recorded(self.splitter.children(parents), root=False))
 
@@ -304,7 +305,7 @@ class BranchAndBound(Generic[S, B]):
         """Whether probes of the first of them, for a part of the time, refuted an image. Bounds are left alone, so that
         they do not depend on time."""
         found = False
-        for number, image in enumerate(parents.image.tolist()):
+        for number, image in enumerate(as_ints(parents.image)):
             begun = now()
             if self._probed > self.leaf.probing * (begun - self._started):
                 break
@@ -320,14 +321,14 @@ class BranchAndBound(Generic[S, B]):
     def _examine(self, subproblems: S) -> None:
         """Bound subproblems; close them, or keep them open with their decision."""
         every = torch.arange(len(subproblems), device=subproblems.image.device)
-        for index in every.split(self.bounder.at_a_time) if len(every) else ():
+        for index in torch.split(every, self.bounder.at_a_time) if len(every) else ():
             batch = subproblems.take(index)
             try:
                 self._examine_batch(batch)
             except OutOfTime:
                 self.open = self.open.joined(subproblems.take(every[index[0] :]))
                 raise
-            images = set(batch.image.tolist())
+            images = set(as_ints(batch.image))
             self._give_up({i for i in images if self.progress.time_left(i) < 0}, "timeout")
             if self.most is not None:
                 self._give_up({i for i in images if self.progress.splits[i] >= self.most}, f"{self.most} splits")
@@ -365,11 +366,11 @@ class BranchAndBound(Generic[S, B]):
             with progress.charged(batch.image[kept]):
                 chosen = self.splitter.decide(bounded, options, kept)
         self._close(finished)
-        self._close(subproblems, ~keep, bounded, dict(zip(index.tolist(), solved.proofs)) if solved else {})
+        self._close(subproblems, ~keep, bounded, dict(zip(as_ints(index), solved.proofs)) if solved else {})
         if chosen is not None:
             self.open = self.open.joined(chosen)
         if solved is not None:
-            self._doubt(batch.image[index].tolist(), solved.undecided)
+            self._doubt(as_ints(batch.image[index]), solved.undecided)
 
     def _try(self, bounded: B, open_: Tensor) -> None:
         """Bounds' own minimisers are good candidates for counterexamples."""
@@ -381,7 +382,7 @@ class BranchAndBound(Generic[S, B]):
         for points in bounded.points(index):
             outputs = self.network(points.to(self.known.dtype))
             wrong = ~(specification.worst(specification.values(outputs)) > 0)
-            for number in wrong.nonzero().flatten().tolist():
+            for number in as_ints(wrong.nonzero()):
                 self.progress.refute(int(image[number]), points[number])
 
     def _doubt(self, images: Sequence[int], undecided: Sequence[str | None]) -> None:
@@ -392,7 +393,7 @@ class BranchAndBound(Generic[S, B]):
     def _give_up(self, images: set[int], reason: str) -> None:
         """Of images with open subproblems."""
         if images:
-            still = set(self.open.image.tolist())
+            still = set(as_ints(self.open.image))
             for image in images & still:
                 if self.progress.is_unfinished(image):
                     self.progress.reasons[image] = reason
@@ -419,7 +420,7 @@ class BranchAndBound(Generic[S, B]):
         self._closed.view(-1).scatter_reduce_(0, place, subproblems.bound[which].to(self._closed), "amin")
         if self.record is None:
             return
-        for number in which.nonzero().flatten().tolist():
+        for number in as_ints(which.nonzero()):
             node, bound, proof = int(subproblems.node[number]), float(subproblems.bound[number]), None
             if bound > 0 and bounded is not None:
                 proof = (solved or {}).get(number) or bounded.proof(number)

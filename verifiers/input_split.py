@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..bounds import Box
 from ..bounds.crown import rows_at_a_time
+from ..typed import as_floats, as_ints
 from .box_bounds import BoxBounds
 from .engine import (
     Bounded,
@@ -160,8 +161,8 @@ class BoxSplitter(Splitter[Boxes, BoxLines]):
 
     def decisions(self, children: Boxes) -> Sequence[Range]:
         at = children.cut.unsqueeze(1)
-        ends = (end.flatten(1).gather(1, at)[:, 0].tolist() for end in (children.lower, children.upper))
-        return [Range(*one) for one in zip(children.cut.tolist(), *ends)]
+        lower, upper = (as_floats(end.flatten(1).gather(1, at)) for end in (children.lower, children.upper))
+        return [Range(*one) for one in zip(as_ints(children.cut), lower, upper)]
 
 
 class TooSmall(LeafSolver[Boxes, BoxLines]):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..bounds import Bounds
 from ..bounds.crown import crown_bounds, rows_at_a_time
 from ..bounds.network import Network
+from ..typed import as_bools, as_ints
 from .branching import minimiser, scores
 from .engine import (
     Bounded,
@@ -277,8 +278,8 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     def decisions(self, children: SignSubproblems) -> Sequence[Sign]:
         at = children.branch.unsqueeze(1)
-        neurons = self.space.columns[children.image].gather(1, at)[:, 0].tolist()
-        return [Sign(neuron, sign) for neuron, sign in zip(neurons, children.signs.gather(1, at)[:, 0].tolist())]
+        neurons = as_ints(self.space.columns[children.image].gather(1, at))
+        return [Sign(neuron, sign) for neuron, sign in zip(neurons, as_ints(children.signs.gather(1, at)))]
 
     def _halves(self, parents: SignSubproblems) -> list[SignSubproblems]:
         at = parents.branch.unsqueeze(1)
@@ -305,8 +306,8 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
 
     def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
         bounds, undecided, proofs = list[float](), list[str | None](), list[Proof | None]()
-        images = bounded.subproblems.image[index].tolist()
-        for image, number, last in zip(images, index.tolist(), leaf.tolist(), strict=True):
+        images = as_ints(bounded.subproblems.image[index])
+        for image, number, last in zip(images, as_ints(index), as_bools(leaf), strict=True):
             bound, why, proof = -math.inf, None, None
             if progress.is_unfinished(image):
                 found = self._program(bounded.subproblems, bounded.linear, number)

@@ -11,6 +11,7 @@ from ..config import structure
 from ..data import Split
 from ..errors import InputError
 from ..ledger import Line, Question, mistyped
+from ..typed import as_ints
 from .problem import UNDECIDED, Status
 from .settings import Certify
 
@@ -32,8 +33,7 @@ class VerdictQuestion(Question):
 
     @property
     def labels(self) -> list[int]:
-        labels: list[int] = self.split.labels.tolist()
-        return labels
+        return as_ints(self.split.labels)
 
     def refuses_basis(self, basis: Line) -> str:
         if basis.get("weights") == self.rests_on["weights"]:
@@ -142,4 +142,5 @@ def so_far(records: Sequence[Line]) -> str:
 def certified(records: Sequence[Line]) -> tuple[float, float]:
     """What certified accuracy is at least, and at most: undecided images may still turn out verified."""
     low = sum(record["status"] == "verified" for record in records)
-    return tuple((low + more) / max(1, len(records)) for more in (0, sum(map(undecided, records))))  # type: ignore[return-value]
+    count = max(1, len(records))
+    return low / count, (low + sum(map(undecided, records))) / count

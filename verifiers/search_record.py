@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..typed import as_ints
+
 Reason = Literal["bounded", "infeasible", "leaf", "counterexample", "given up"]
 """Why a subproblem is closed: its linear bound is positive; nothing satisfies its assumptions; a leaf solver proved it;
 its image is refuted; or its image, or a leaf itself, stays undecided."""
@@ -159,7 +161,7 @@ class SearchRecord:
     def add(self, parent: Tensor, image: Tensor, goal: Tensor, decisions: Sequence[Decision | None]) -> Tensor:
         """(P,) int64, the numbers of P new subproblems; ``parent`` (P,) is -1 for a root."""
         first = len(self.subproblems)
-        columns = zip(parent.tolist(), image.tolist(), goal.tolist(), decisions, strict=True)
+        columns = zip(as_ints(parent), as_ints(image), as_ints(goal), decisions, strict=True)
         for number, (above, of, aim, decision) in enumerate(columns, start=first):
             self.subproblems.append(RecordedSubproblem(number, None if above < 0 else above, of, aim, decision))
             if above >= 0:

@@ -22,6 +22,7 @@ from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, rows_
 from ..bounds.folding import fold
 from ..bounds.sparse import SparseBall
 from ..bounds.sparse_part import SparsePart
+from ..typed import as_bools, as_ints
 from .engine import (
     Bounded,
     Bounder,
@@ -210,8 +211,8 @@ class UnitSplitter(Splitter[SparseSubproblems, PartBounds]):
 
     def decisions(self, children: SparseSubproblems) -> Sequence[UnitsLeft]:
         return [
-            UnitsLeft(tuple(free.nonzero().flatten().tolist()), tuple(possible.nonzero().flatten().tolist()), budget)
-            for free, possible, budget in zip(children.free, children.possible, children.budget.tolist())
+            UnitsLeft(tuple(as_ints(free.nonzero())), tuple(as_ints(possible.nonzero())), budget)
+            for free, possible, budget in zip(children.free, children.possible, as_ints(children.budget))
         ]
 
 
@@ -231,14 +232,14 @@ class FreeUnits(LeafSolver[SparseSubproblems, PartBounds]):
         free = SparsePart.of(self.ball, images, leaves.free, leaves.possible, leaves.budget).free
         box = Box(torch.where(free, 0, images), torch.where(free, 1, images))
         boxes = Problem(problem.network, box, problem.specification.subset(image), problem.index[image])
-        of = image.tolist()
+        of = as_ints(image)
         timeout = max(0.0, min(progress.time_left(i) / of.count(i) for i in set(of)))
         record = SearchRecord() if self.recording else None
         known = Known(self.known.network, leaves.rows, {})
         found = self._searched(
             boxes, known, timeout, lambda number, point: progress.refute(of[number], point), record
         )  # fmt: skip
-        proved = found.proved.tolist()
+        proved = as_bools(found.proved)
         undecided = [None if done else why or "leaf" for done, why in zip(proved, found.reasons, strict=True)]
         proofs = [Searched(record, place) if record and done else None for place, done in enumerate(proved)]
         return Solved(found.lower, undecided, proofs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bounds import PerturbationSet, forward
 from ..config import Component
 from ..errors import InputError
+from ..typed import as_bools
 from .known import Known
 from .problem import Problem, Specification, Status
 
@@ -60,7 +61,7 @@ class Judge:
         if not bool(one.region.contains(image[None])[0]):
             return False
         runs = [forward(problem.network, image[None]).logits]
-        runs += self.replay(image).to(image.device).split(1) if self.replay else []
+        runs += torch.split(self.replay(image).to(image.device), 1) if self.replay else []
         return not any(bool(holds(one.specification, logits)[0]) for logits in runs)
 
 
@@ -146,7 +147,7 @@ class TimedStage(Stage):
 
 
 def where_true(decided: Tensor, status: Status) -> list[Status | None]:
-    return [status if done else None for done in decided.tolist()]
+    return [status if done else None for done in as_bools(decided)]
 
 
 def proof(problem: Problem, known: Known) -> Finding:

@@ -17,6 +17,7 @@ from ..bounds.folding import fold
 from ..errors import InputError
 from ..noise import Noise
 from ..step import Batch, Step
+from ..typed import as_ints
 from .branching import minimiser
 from .engine import Outcome
 from .input_split import INPUTS, few_inputs, split_inputs
@@ -92,7 +93,7 @@ class AttackStage(Stage):
                 raise
             candidates = network.wrong
         wrong = ~holds(problem.specification, forward(problem.network, candidates).logits)
-        for number in wrong.nonzero().flatten().tolist():
+        for number in as_ints(wrong.nonzero()):
             wrong[number] = self.judge(problem, number, candidates[number])
         return Finding(where_true(wrong, "falsified"), known, counterexamples=list(candidates))
 
@@ -152,8 +153,8 @@ class CrownStage(Stage):
         known = _bounded(problem, known, refine=self.refine)
         region, network = known.region_of(problem), known.network
         forms, offsets = known.rows_of(problem.specification)
-        rows = []
-        for part in forms.split(rows_at_a_time(network, len(problem), forms), 1):
+        rows: list[Tensor] = []
+        for part in torch.split(forms, rows_at_a_time(network, len(problem), forms), 1):
             try:
                 rows.append(bound_forms(network, region, part, known.bounds))
             except OutOfTime:
@@ -188,10 +189,10 @@ class AlphaStage(Stage):
     def __call__(self, problem: Problem, known: Known) -> Finding:
         neurons, specification = Neurons.of(known.network), problem.specification
         known = known if known.bounds else _bounded(problem, known)
-        rows, slopes = [], []
+        rows, slopes = list[Tensor](), list[Tensor]()
         counterexamples: list[Tensor | None] = [None] * len(problem)
         size = rows_at_a_time(known.network, specification.rows.shape[1], known.rows) // 4 or 1
-        for part in torch.arange(len(problem), device=problem.index.device).split(size):
+        for part in torch.split(torch.arange(len(problem), device=problem.index.device), size):
             some, facts = problem.subset(part), known.subset(part)
             lower, upper = neurons.ends(facts.bounds, facts.rows)
             region = facts.region_of(some)
@@ -210,7 +211,7 @@ class AlphaStage(Stage):
             slopes[-1] = found.alphas
             point = some.region.nearest(minimiser(found, region, found.best.argmin(1)))
             wrong = ~holds(some.specification, known.network(point.to(known.rows.dtype))) & ~(worst(found.best) > 0)
-            for number in wrong.nonzero().flatten().tolist():
+            for number in as_ints(wrong.nonzero()):
                 if self.judge(some, number, point[number]):
                     counterexamples[int(part[number])] = point[number]
         known = Known(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))

@@ -6,10 +6,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Literal, TypeVar, final
+from typing import Any, ClassVar, Generic, Literal, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from ..bounds import PerturbationSet, forward
 from ..bounds.clock import look
@@ -21,7 +22,7 @@ from .modes import buffers_kept, in_mode
 from .objective import Objective
 
 AttackMode = Literal["train", "eval", "batch", "clean"]
-SetT = TypeVar("SetT", bound=PerturbationSet)
+SetT = TypeVar("SetT", bound=PerturbationSet, default=Any)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Attack(Component, Generic[SetT]):
 
     attack_mode: AttackMode = "eval"
 
-    def check_ball(self, ball: PerturbationSet, where: str = "attack", among: type[Component] | None = None) -> None:
+    def check_ball(self, ball: PerturbationSet, where: str = "attack", among: type[Attack] | None = None) -> None:
         """
         Args:
             among: which family of attacks the error names; all by default.
@@ -63,7 +64,7 @@ class Attack(Component, Generic[SetT]):
             InputError: the attack does not support sets of this kind; names attacks that do.
         """
         if not self.needs.matches(ball):
-            kinds: list[type[Attack[Any]]] = list((among or Attack).members().values())
+            kinds = (among or Attack).members().values()
             known = ", ".join(kind.__name__ for kind in kinds if kind.needs.matches(ball))
             raise InputError(f"{where}.type: found {type(self).__name__} for a {ball.kind}; accepted: {known}")
 

@@ -257,7 +257,7 @@ class _Bounding:
             units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
             forms = torch.cat([units, -units], 1).reshape(len(part), -1, *shape[1:])
             values = backward(self.network, position, forms, lines, slack=slack).lower(self.region)
-            below, above = values.split(part.shape[1], 1)
+            below, above = torch.split(values, part.shape[1], 1)
             below, above = (
                 torch.where(wanted.gather(1, part), end, -torch.inf).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
                 for end in (below, above)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..noise import Noise
+from ..typed import norm
 from .interval import Interval, cut_box
 from .perturbation import NormBall
 
@@ -31,7 +32,7 @@ class L2Ball(NormBall):
         it is the nearest point wherever the shrunk candidate is a valid image."""
         change = candidates.double() - images.double()
         epsilon = torch.as_tensor(self.radius(change, torch.float64), dtype=torch.float64, device=images.device)
-        length = change.flatten(1).norm(dim=1).reshape(-1, *[1] * (images.ndim - 1))
+        length = norm(change.flatten(1), 1).reshape(-1, *[1] * (images.ndim - 1))
         outside = length > epsilon
         change = change * torch.where(outside, epsilon / length.clamp(min=1e-300) * (1 - 1e-12), 1.0)
         shrunk = (images.double() + change).to(images.dtype)
@@ -44,7 +45,7 @@ class L2Ball(NormBall):
         change = (candidates.double() - images.double()).flatten(1)
         valid = ((candidates >= -slack) & (candidates <= 1 + slack)).flatten(1).all(1)
         epsilon = torch.as_tensor(self.epsilon, dtype=torch.float64, device=images.device)
-        return valid & (change.norm(dim=1) <= epsilon + slack)
+        return valid & (norm(change, 1) <= epsilon + slack)
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
         """By the Lagrangian dual of the norm constraint, which bounds the minimum from below at *every*
@@ -53,12 +54,12 @@ class L2Ball(NormBall):
         epsilon = torch.as_tensor(self.radius(form), dtype=images.dtype, device=images.device)
         with torch.no_grad():  # the envelope theorem: no gradient through the multiplier
             # |change| <= |form| / (2 multiplier): at multiplier = |form| / (2 epsilon) the ball is not left
-            high = form.norm(dim=2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
+            high = norm(form, 2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
             high = high.clamp(max=torch.finfo(form.dtype).max / 8)
             low = torch.zeros_like(high)
             for _ in range(40):
                 middle = (low + high) / 2
-                outside = _change(form, center, middle).norm(dim=2, keepdim=True) > epsilon
+                outside = norm(_change(form, center, middle), 2, keepdim=True) > epsilon
                 low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
             change, multiplier = _change(form, center, high), high
         dual = form * change + multiplier * change.square()
@@ -67,7 +68,7 @@ class L2Ball(NormBall):
     def direction(self, gradient: Tensor) -> Tensor:
         size = gradient.abs().flatten(1).amax(1).reshape(-1, *[1] * (gradient.ndim - 1))
         scaled = gradient / torch.where(size > 0, size, 1)  # whose squares neither overflow nor vanish
-        length = scaled.flatten(1).norm(dim=1).reshape(size.shape)
+        length = norm(scaled.flatten(1), 1).reshape(size.shape)
         return scaled / torch.where(length > 0, length, 1)
 
     def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:

@@ -80,8 +80,8 @@ class Network:
         if len(shapes) == 1:
             return [bounds]
         sizes = [shape.numel() for shape in shapes]
-        ends = zip(bounds.lower.split(sizes, 1), bounds.upper.split(sizes, 1), shapes, strict=True)
-        return [Bounds(low.unflatten(1, shape), up.unflatten(1, shape)) for low, up, shape in ends]
+        ends = zip(torch.split(bounds.lower, sizes, 1), torch.split(bounds.upper, sizes, 1), shapes, strict=True)
+        return [Bounds(low.reshape(len(low), *shape), up.reshape(len(low), *shape)) for low, up, shape in ends]
 
     def read_shapes(self, number: int) -> list[torch.Size]:
         """The shapes of an operation's inputs, in a folded network."""

@@ -93,7 +93,7 @@ class Slack:
     def of(cls, network: Network, intervals: Mapping[int, Interval]) -> Slack:
         """Given an interval of every operation's output, as far as they are known."""
         assert network.rounding is not None
-        magnitudes, factors = {}, {}
+        magnitudes, factors = dict[int, Tensor](), dict[int, float]()
         for number in sorted(intervals):
             if number == 0:
                 continue

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import kernels
 from ..errors import InputError, check
 from ..noise import Noise
+from ..typed import as_floats, as_ints
 from .interval import Interval
 from .perturbation import PerturbationSet, Purpose
 
@@ -141,7 +142,7 @@ class SparseBall(PerturbationSet):
         JSON."""
         before, after = (self.grouped(x[None])[0] for x in (image, point))
         units = (before != after).any(0).nonzero().flatten()
-        pairs = zip(units.tolist(), after[:, units].t().tolist(), strict=True)
+        pairs = zip(as_ints(units), map(as_floats, after[:, units].t()), strict=True)
         return {"changed": len(units), "change": [[unit, values] for unit, values in pairs]}
 
     def units(self, shape: Sequence[int]) -> int:

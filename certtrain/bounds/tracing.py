@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..typed import named_modules
 from .graph import (
     Signature,
     Tracer,
@@ -52,7 +53,7 @@ def trace(model: nn.Module | Network) -> Network:
     if isinstance(model, NetworkModule):
         return model.network
     if not is_traced(model):
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             if is_wrapper(module):
                 refuse_hooks(f"{type(module).__name__} at {path!r}", module)
         with evaluation_mode(model), unwrapped(model) as inside:
@@ -76,7 +77,7 @@ def forget(model: nn.Module) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Generator[None]:
     """Evaluation mode; the mode of every module is restored."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -88,6 +89,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 _OF_CONSTANTS = ("view", "reshape", "unsqueeze", "squeeze", "getitem", "exp", "sqrt", "reciprocal", "neg")
+
+
+_ARITHMETIC: tuple[Any, ...] = (
+    *(getattr(operator, name) for name in ("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv")),
+    *(torch.add, torch.sub, torch.mul, torch.div),
+)
 
 
 class _Shape:
@@ -166,10 +173,9 @@ class _Tracing:
             return BatchSize() if asked == (0,) else _Shape()
         if name == "getitem" and isinstance(value, _Shape) and node.args[1] == 0:
             return BatchSize()
-        if node.target in (operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul,
-                           operator.truediv, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div) or (
+        if node.target in _ARITHMETIC or (
             node.op == "call_method" and name.rstrip("_") in ("add", "sub", "mul", "div")
-        ):  # fmt: skip
+        ):
             return self._arithmetic(node, name.rstrip("_").removeprefix("i").removeprefix("true"))
         if isinstance(value, _Constant) and name in _OF_CONSTANTS:
             return self._computed(node)

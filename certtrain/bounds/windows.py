@@ -122,7 +122,7 @@ class View:
     def _inside(self, number: int) -> Tensor:
         """(M, 1, rows, columns): whether a window's places lie within the image."""
         window, sizes = self.windows.of[number], self.windows.network.shapes[number][1:]
-        within = []
+        within: list[Tensor] = []
         for p, j, a, n, size in zip(self.place, window.jump, window.start, window.size, sizes, strict=True):
             places = (p * j + a).unsqueeze(1) + torch.arange(n, device=p.device)
             within.append((places >= 0) & (places < size))

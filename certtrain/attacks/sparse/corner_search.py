@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ...bounds import PerturbationSet, SparseBall
-from ...config import Component
 from ...errors import InputError, check
 from ...noise import Noise
 from ...step import Batch, Step
@@ -53,7 +52,7 @@ class CornerSearch(Attack[SparseBall]):
         check(self.per_size >= 1, "per_size", self.per_size, "a whole number >= 1")
         check(self.best >= 1, "best", self.best, "a whole number >= 1")
 
-    def check_ball(self, ball: PerturbationSet, where: str = "attack", among: type[Component] | None = None) -> None:
+    def check_ball(self, ball: PerturbationSet, where: str = "attack", among: type[Attack] | None = None) -> None:
         super().check_ball(ball, where, among)
         sparse = SparseBall.of(ball)
         if sparse.unit not in ("pixel", "feature"):

@@ -48,10 +48,14 @@ class BatchNorm(Unbounded):
                 raise UnsupportedNode("a batch norm without running statistics; accepted: track_running_stats=True")
             statistics = BatchStatistics(norm.running_mean, norm.running_var)
         scale = torch.rsqrt(statistics.variance + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
+        weight, bias = self._affine()
+        if weight is not None:
+            scale = scale * weight
         shift = -statistics.mean * scale
-        return scale, shift if norm.bias is None else shift + norm.bias
+        return scale, shift if bias is None else shift + bias
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.norm.weight, self.norm.bias  # None without affine, which torch's types leave out
 
     def __call__(self, x: Tensor) -> Tensor:
         scale, shift = (values.reshape(-1, *[1] * (x.ndim - 2)) for values in self.coefficients())

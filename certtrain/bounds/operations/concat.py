@@ -42,7 +42,7 @@ class Concat(Linear):
 
     def adjoints(self, forms: Tensor, *shapes: torch.Size) -> tuple[Tensor, ...]:
         dim = self.along(len(shapes[0]) + 1)
-        return forms.split([shape[dim - 1] for shape in shapes], dim + 1)
+        return torch.split(forms, [shape[dim - 1] for shape in shapes], dim + 1)
 
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
         dim = self.along(inputs[0].lower.ndim - 1) + 1

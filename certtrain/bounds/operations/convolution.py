@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import kernels
+from ...typed import reversed_padding
 from ..interval import Interval
 from ..region import Region
 from ..window import Window, pair
@@ -155,7 +156,7 @@ class Convolution(Affine):
 def _convolution(tracing: Tracing, path: str, source: int, module: nn.Conv1d | nn.Conv2d) -> int:
     padding = module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):
-        around: list[int] = list(module._reversed_padding_repeated_twice)
+        around = reversed_padding(module)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         if any(around):
             source = tracing.append(Rearrangement(path, (source,), lambda x: F.pad(x, around, mode=mode)))

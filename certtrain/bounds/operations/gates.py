@@ -106,7 +106,7 @@ def gated(gate: Gate, lower: Tensor, upper: Tensor) -> tuple[Line, Line]:
     middle, width = (first + last) / 2, last - first
     wide = width > 0
     chord = torch.where(wide, (gate.h(last) - gate.h(first)) / torch.where(wide, width, 1.0), gate.slope(first))
-    lines = []
+    lines: list[Line] = []
     for side, place, straight in ((-1, *_below(gate, first, last, middle)), (1, *_above(gate, first, last, middle))):
         slope = torch.where(straight, chord, gate.slope(place))
         touched = torch.where(straight, first, place)

@@ -49,8 +49,8 @@ class Scale(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         scale, shift = self.coefficients()  # a number is looked at, a tensor never: that would wait for a GPU
-        x = x if isinstance(scale, float) and scale == 1 else x * scale
-        return x if isinstance(shift, float) and shift == 0 else x + shift
+        x = x if isinstance(scale, float) and scale == 1.0 else x * scale
+        return x if isinstance(shift, float) and shift == 0.0 else x + shift
 
     def interval(self, x: Interval) -> Interval:
         center, (scale, _) = self(x.center), self.coefficients()
@@ -97,8 +97,9 @@ class Scale(Linear):
         scale, shift = (torch.as_tensor(v) for v in self.coefficients())
         vectors = [v.reshape(-1) for v in (scale, shift)]
         if shape == (1,) and max(v.ndim for v in (scale, shift)) == 1:
-            weight, bias = torch.broadcast_tensors(*vectors)
-            layer = nn.Linear(1, len(weight), device="meta")
+            outputs = max(map(len, vectors))
+            weight, bias = (v.expand(outputs) for v in vectors)
+            layer = nn.Linear(1, outputs, device="meta")
             return with_weights(layer, weight.reshape(-1, 1).clone(), bias.clone())
         places = [v.shape[-2:].numel() if v.ndim >= 2 else v.numel() for v in (scale, shift)]
         if len(shape) != 3 or places != [1, 1]:
