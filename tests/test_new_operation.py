@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from networks import Apply
-from own_packages import forgotten, imported
+from own_packages import forgotten, imported, written
 from torch import Tensor, nn
 
 import certtrain
@@ -19,8 +20,11 @@ from certtrain.bounds.crown import bound_forms, crown_bounds, interval_bounds
 from certtrain.bounds.folding import fold
 from certtrain.bounds.forward_linear import forward_bounds
 from certtrain.bounds.operations import Input, Linear, Nonlinear, Operation, Sigmoid, Unbounded
+from certtrain.config import unstructure
 from certtrain.export import export_onnx
 from certtrain.losses import CcIbp
+from certtrain.recipe import load_config
+from certtrain.workflows.train import resume
 
 SOFTPLUS = '''
 from dataclasses import dataclass
@@ -316,3 +320,39 @@ def test_the_walk_sees_a_rule_of_another_form(rule):
 def test_cc_ibp_takes_a_network_with_it(package):
     package("softplus", SOFTPLUS)
     CcIbp(alpha=0.1).check_model(with_softplus())
+
+
+SOFT_NET = """
+from dataclasses import dataclass
+
+from torch import nn
+
+from certtrain.models import Architecture
+
+from . import softplus
+
+
+@dataclass(frozen=True)
+class SoftNet(Architecture):
+    def layers(self, shape, classes):
+        channels, height, width = shape
+        return [nn.Flatten(), nn.Linear(channels * height * width, 12), nn.Softplus(), nn.Linear(12, classes)]
+"""
+
+
+def test_a_run_finds_it_again_through_its_model(tmp_path):
+    """The module of the architecture imports the operation's."""
+    written(tmp_path, "softplus", SOFTPLUS)
+    named = [written(tmp_path, "soft_net", SOFT_NET)]
+    config = unstructure(load_config(Path(__file__).parents[1] / "configs" / "smoke.yaml"))
+    config |= {"model": {"type": "mine.soft_net:SoftNet"}}
+    config["certify"] |= {"images": 10}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    with forgotten():
+        run = certtrain.train(tmp_path / "recipe.yaml", tmp_path / "run", plugins=named, quiet=True)
+        before = [line["status"] for line in run.verdicts]
+        assert "verified" in before and run.path.joinpath("model.onnx").is_file()
+    with forgotten():
+        found = certtrain.verify(run.path, images="0:20", plugins=named, quiet=True)
+        assert [line["status"] for line in found.records][:10] == before and len(found.records) == 20
+        assert resume(run.path, plugins=named, quiet=True).final() == run.final()
