@@ -114,7 +114,6 @@ def assert_inside(ball, images, found):
 class Rogue(Attack):
     """Proposes garbage, and handles the model badly."""
 
-    balls = (PerturbationSet,)
     value: float = 9.0
 
     def propose(self, model, batch, ball, step):

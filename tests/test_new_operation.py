@@ -1,22 +1,30 @@
-"""A new operation is one file of somebody's package: it traces, gets bounds, certifies, trains and exports."""
+"""An operation written as CONTRIBUTING says, in one file of a package of one's own, traces, gets bounds, certifies,
+trains and exports; and every operation has every rule."""
 
-import importlib
 import inspect
-import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from networks import Apply
-from torch import nn
+from own_packages import forgotten, imported, written
+from torch import Tensor, nn
 
 import certtrain
-from certtrain.bounds import Interval, LinfBall, UnsupportedNode, compute_bounds, operations, trace
+from certtrain.bounds import Bounds, LinfBall, UnsupportedNode, compute_bounds, trace
 from certtrain.bounds.crown import bound_forms, crown_bounds, interval_bounds
 from certtrain.bounds.folding import fold
 from certtrain.bounds.forward_linear import forward_bounds
-from certtrain.bounds.operations import Nonlinear, Operation
+from certtrain.bounds.operations import Input, Linear, Nonlinear, Operation, Sigmoid, Unbounded
+from certtrain.config import unstructure
 from certtrain.export import export_onnx
 from certtrain.losses import CcIbp
+from certtrain.recipe import load_config
+from certtrain.workflows.train import resume
 
 SOFTPLUS = '''
 from dataclasses import dataclass
@@ -142,26 +150,10 @@ def product(tracing, node, source):
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
-    """Import a file of a package of its own; what it registers is forgotten afterwards."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    for table in (operations.registry.MODULES, operations.registry.FUNCTIONS):
-        for name in ("copy", "update"):
-            assert hasattr(table, name)
-    modules, functions = dict(operations.registry.MODULES), dict(operations.registry.FUNCTIONS)
-
-    def write(name: str, text: str):
-        (tmp_path / "mine" / f"{name}.py").write_text(text)
-        importlib.invalidate_caches()
-        return importlib.import_module(f"mine.{name}")
-
-    yield write
-    for table, before in ((operations.registry.MODULES, modules), (operations.registry.FUNCTIONS, functions)):
-        table.clear(), table.update(before)
-    for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
-        del sys.modules[name]
+def package(tmp_path: Path) -> Iterator[Callable[[str, str], ModuleType]]:
+    """Write and import a file of a package of one's own; what it registers is forgotten afterwards."""
+    with forgotten():
+        yield partial(imported, tmp_path)
 
 
 def with_softplus() -> nn.Module:
@@ -185,7 +177,8 @@ def test_a_new_operation_in_one_file(case, package, tmp_path):
     torch.manual_seed(0)
     with pytest.raises(UnsupportedNode):
         trace(build())
-    package(case, text)
+    mine = package(case, text)
+    assert_complete(getattr(mine, case.title()))
     model, images, labels = build(), torch.rand(6, 1, 8, 8), torch.randint(0, 3, (6,))
     assert_trains(model, images, labels)
     model.eval()
@@ -198,51 +191,87 @@ def test_a_new_operation_in_one_file(case, package, tmp_path):
     export_onnx(model, tmp_path / "model.onnx", images)
 
 
-def assert_trains(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+def assert_trains(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """A certified loss falls, and its gradients reach every weight."""
-    certified = []
-    ascent = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(30):
-        ascent.zero_grad()
+        optimizer.zero_grad()
         bounds = compute_bounds(model.train(), LinfBall(0.01).region(images))
         worst = bounds.upper.scatter(1, labels[:, None], bounds.lower.gather(1, labels[:, None]))
         loss = nn.functional.cross_entropy(worst, labels)
         loss.backward()
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
-        ascent.step()
-        certified.append(loss.item())
-    assert certified[-1] < 0.8 * certified[0]
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
 
 
-def assert_bounded(model: nn.Module, images: torch.Tensor, epsilon: float) -> None:
-    """All kinds of bounds enclose the network at corners and inside."""
+def assert_bounded(model: nn.Module, images: Tensor, epsilon: float) -> None:
+    """All kinds of bounds enclose the network's values at corners of the box and inside it."""
     region, network = LinfBall(epsilon).region(images), fold(model, images.shape[1:])
-    hull = region.hull
     forms = torch.randn(len(images), 5, 3, dtype=images.dtype)
     every = [interval_bounds(network, region), crown_bounds(network, region), forward_bounds(network, region)]
-    lows = [bound_forms(network, region, forms, bounds) for bounds in every[:2]]
-    outer = compute_bounds(model, region)
+    least = [bound_forms(network, region, forms, bounds) for bounds in every[:2]]
+    logits, hull = compute_bounds(model, region), region.hull
     for _ in range(50):
-        point = hull.center + hull.radius * (2 * torch.rand_like(images) - 1).sign() * torch.rand(6, 1, 1, 1).round()
-        values = network.values(point)
-        torch.testing.assert_close(values[-1], model(point))
-        assert outer.contains(values[-1], 1e-9).all()
+        shares = (2 * torch.rand_like(images) - 1).sign() * torch.rand(len(images), 1, 1, 1).round()
+        values = network.values(hull.center + hull.radius * shares)
+        torch.testing.assert_close(values[-1], model(values[0]))
+        assert logits.contains(values[-1], 1e-9).all()
         for bounds in every:
             for number, found in bounds.items():
-                read = network.together([Bounds_of(values[i]) for i in network.operations[number].inputs]).lower
+                points = [Bounds(values[source], values[source]) for source in network.operations[number].inputs]
+                read = network.together(points).lower
                 assert ((found.lower - 1e-9 <= read) & (read <= found.upper + 1e-9)).all()
-        for low in lows:
-            assert (low <= (forms @ values[-1].unsqueeze(-1)).squeeze(-1) + 1e-9).all()
+        for rows in least:
+            assert (rows <= (forms @ values[-1].unsqueeze(-1)).squeeze(-1) + 1e-9).all()
 
 
-def Bounds_of(value):
-    return Interval.point(value).bounds()
-
-
-def concrete(kind: type) -> list[type]:
-    """The classes of the package derived from it that can be made."""
-    found = [kind] if not inspect.isabstract(kind) else []
+def concrete(kind: type[Operation]) -> list[type[Operation]]:
+    """The classes derived from it that can be made, itself included."""
+    found = [] if inspect.isabstract(kind) else [kind]
     return found + [each for child in kind.__subclasses__() for each in concrete(child)]
+
+
+def rules_of(base: type[Operation]) -> list[str]:
+    """The methods that a base declares."""
+    return [name for name, value in vars(base).items() if inspect.isfunction(value) and is_public(name)]
+
+
+def is_public(name: str) -> bool:
+    return name == "__call__" or not name.startswith("_")
+
+
+EMPTY, ANY_INPUTS = inspect.Parameter.empty, ("*", inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.empty)
+
+
+def form_of(rule: Callable) -> list[tuple]:
+    """Name, kind and default of each parameter; of one like ``*inputs`` any name will do, and ``**_`` says nothing."""
+    parameters = inspect.signature(rule).parameters.values()
+    forms = [ANY_INPUTS if one.kind is one.VAR_POSITIONAL else (one.name, one.kind, one.default) for one in parameters]
+    return [form for form in forms if form[1] is not inspect.Parameter.VAR_KEYWORD]
+
+
+def assert_complete(kind: type[Operation]) -> None:
+    """Each rule of its bases is there, has a docstring, and takes what the base says that it is given.
+
+    Where the base takes ``*inputs``, an operation may name its own instead: the same number in each such rule.
+    """
+    numbers = set()
+    for base in (Operation, Linear, Nonlinear, Unbounded):
+        for rule in rules_of(base) if issubclass(kind, base) else []:
+            method, place = getattr(kind, rule), (kind.__name__, rule)
+            assert not getattr(method, "__isabstractmethod__", False), place
+            assert inspect.getdoc(method), place
+            found, wanted = form_of(method), form_of(getattr(base, rule))
+            if ANY_INPUTS in wanted and ANY_INPUTS not in found:
+                first, count = wanted.index(ANY_INPUTS), len(found) - len(wanted) + 1
+                assert count and all(default is EMPTY for _, _, default in found[first : first + count]), place
+                found[first : first + count] = [ANY_INPUTS]
+                numbers.add(count)
+            assert found == wanted, place
+    assert len(numbers) <= 1, (kind.__name__, numbers)
 
 
 def test_a_missing_rule_is_an_error():
@@ -259,18 +288,71 @@ def test_a_missing_rule_is_an_error():
 
 
 def test_every_operation_has_every_rule():
-    """All operations × all rules, in the folder of operations: each rule is there, with the base's parameters."""
+    """All operations × all rules."""
     ours = [kind for kind in concrete(Operation) if kind.__module__.startswith("certtrain.")]
     assert len(ours) >= 17
-    rules = [name for name, value in vars(Operation).items() if callable(value) and not name.startswith("__")]
+    assert {kind for kind in ours if kind.__module__ == Operation.__module__} == {Input}
     for kind in ours:
-        for rule in ("__call__", *rules):
-            found = getattr(kind, rule)
-            assert not getattr(found, "__isabstractmethod__", False), (kind.__name__, rule)
-            assert inspect.getdoc(found) or rule == "__call__", (kind.__name__, rule)
-        assert kind.__module__ != Operation.__module__ or kind.__name__ == "Input", kind
+        assert_complete(kind)
+
+
+OTHER_FORMS: dict[str, Callable] = {
+    "roundings": lambda self: 2,
+    "interval": lambda self, x, y: x,  # where values have one input
+    "magnitude": lambda self, x=None: x,
+    "relax": lambda self, *bounds, slopes=None: None,
+    "window": lambda self, window, sizes: None,
+    "module": lambda self, shape=None: None,
+}
+
+
+@pytest.mark.parametrize("rule", OTHER_FORMS)
+def test_the_walk_sees_a_rule_of_another_form(rule):
+    def kept(self):
+        """A rule that the base does not know."""
+
+    OTHER_FORMS[rule].__doc__ = "A rule."
+    assert_complete(type("Kept", (Sigmoid,), {"kept": kept}))
+    with pytest.raises(AssertionError, match=rf"\('Other', '{rule}'\)|\('Other', \{{1, 2\}}\)"):
+        assert_complete(type("Other", (Sigmoid,), {rule: OTHER_FORMS[rule]}))
 
 
 def test_cc_ibp_takes_a_network_with_it(package):
     package("softplus", SOFTPLUS)
     CcIbp(alpha=0.1).check_model(with_softplus())
+
+
+SOFT_NET = """
+from dataclasses import dataclass
+
+from torch import nn
+
+from certtrain.models import Architecture
+
+from . import softplus
+
+
+@dataclass(frozen=True)
+class SoftNet(Architecture):
+    def layers(self, shape, classes):
+        channels, height, width = shape
+        return [nn.Flatten(), nn.Linear(channels * height * width, 12), nn.Softplus(), nn.Linear(12, classes)]
+"""
+
+
+def test_a_run_finds_it_again_through_its_model(tmp_path):
+    """The module of the architecture imports the operation's."""
+    written(tmp_path, "softplus", SOFTPLUS)
+    named = [written(tmp_path, "soft_net", SOFT_NET)]
+    config = unstructure(load_config(Path(__file__).parents[1] / "configs" / "smoke.yaml"))
+    config |= {"model": {"type": "mine.soft_net:SoftNet"}}
+    config["certify"] |= {"images": 10}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    with forgotten():
+        run = certtrain.train(tmp_path / "recipe.yaml", tmp_path / "run", plugins=named, quiet=True)
+        before = [line["status"] for line in run.verdicts]
+        assert "verified" in before and run.path.joinpath("model.onnx").is_file()
+    with forgotten():
+        found = certtrain.verify(run.path, images="0:20", plugins=named, quiet=True)
+        assert [line["status"] for line in found.records][:10] == before and len(found.records) == 20
+        assert resume(run.path, plugins=named, quiet=True).final() == run.final()

@@ -283,7 +283,8 @@ class TestRuns:
     def test_a_recipe_with_it_runs_from_start_to_end(self, package, tmp_path, loss):
         found = self.of(tmp_path, {"type": "Budget", "epsilon": 0.2, "cap": 0.05}, loss)
         record = json.loads((found / "run.json").read_text())
-        assert record["config"]["perturbation"] == {"type": "Budget", "epsilon": 0.2, "cap": 0.05}
+        ball = {"type": "sets_of_my_own.budget:Budget", "epsilon": 0.2, "cap": 0.05}
+        assert record["config"]["perturbation"] == ball and [*record["plugins"]] == [ball["type"]]
         lines = [json.loads(line) for line in (found / "verdicts.jsonl").read_text().splitlines()]
         assert len(lines) == 8 and all(line["status"] != "error" for line in lines)
         assert not list((found / "specs").glob("*.vnnlib"))  # which state boxes

@@ -251,6 +251,8 @@ class TestRecipes:
         recipe["perturbation"]["epsilon"] = 0.3
         run = train(structure(Config, recipe), tmp_path / "run", quiet=True).path
         config = recorded_config(*RunFolder.open(run))
+        recorded = json.loads((run / "run.json").read_text())["plugins"]
+        assert [*recorded] == ["stages_of_my_own.corners:RandomCorners"]  # the other one is there by its name alone
         assert config.certify.stages == ("ibp", package.RandomCorners(3), "lipschitz")
         lines = [json.loads(line) for line in (run / "verdicts.jsonl").read_text().splitlines()]
         assert len(lines) == 12 and {"random_corners"} <= {line["stage"] for line in lines}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 import types
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from own_packages import forgotten
 
 import certtrain
 from certtrain import plugins
@@ -147,22 +146,6 @@ def finished(work: Path) -> Path:
 def _forgotten() -> Iterator[None]:
     with forgotten():
         yield
-
-
-class forgotten:
-    """Modules, classes and search path of plug-ins are gone afterwards."""
-
-    def __enter__(self) -> None:
-        self.modules, self.path = set(sys.modules), list(sys.path)
-
-    def __exit__(self, *_: object) -> None:
-        sys.path[:] = self.path
-        for name in set(sys.modules) - self.modules:
-            if str(getattr(sys.modules[name], "__file__", None)).startswith(tempfile.gettempdir()):
-                del sys.modules[name]
-        plugins._added.clear()
-        plugins._digests.clear()
-        gc.collect()
 
 
 class in_folder:

@@ -75,8 +75,6 @@ def noise(batch) -> Noise:
 class Corners(Attack):
     """The pixels ``places`` go to ``value``, of images (B, C, H, W): takes no notice of the network."""
 
-    balls: ClassVar = (SparseBall, LinfBall)
-
     places: tuple[int, ...] = (0, 1)
     value: float = 0.75
 
@@ -89,8 +87,6 @@ class Corners(Attack):
 @dataclass(frozen=True)
 class Random(Attack):
     """A random point of the set."""
-
-    balls: ClassVar = (SparseBall,)
 
     def propose(self, model, batch, ball, step):
         return AttackResult(batch.images + ball.sample(batch.images, step.noise, "random"))

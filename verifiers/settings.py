@@ -58,7 +58,8 @@ class Certify:
         known = Stage.named()
         for stage in self.stages:
             if isinstance(stage, str):
-                check(stage in known and stage != FIRST, "stages", stage, ", ".join(sorted({*known} - {FIRST})))
+                accepted = f"{', '.join(sorted({*known} - {FIRST}))}, or that of a class named by --plugin"
+                check(stage in known and stage != FIRST, "stages", stage, accepted)
         names = tuple(stage if isinstance(stage, str) else stage.name for stage in self.stages)
         check(len(set(names)) == len(names), "stages", names, "each stage once")
         check(self.images is None or self.images >= 1, "images", self.images, "a whole number >= 1, or null")
