@@ -229,7 +229,7 @@ def assert_bounded(model: nn.Module, images: torch.Tensor, epsilon: float) -> No
         assert outer.contains(values[-1], 1e-9).all()
         for bounds in every:
             for number, found in bounds.items():
-                read = network.together([Bounds_of(values[i]) for i in network.operations[number].inputs]).lower
+                read = network.join_bounds([Bounds_of(values[i]) for i in network.operations[number].inputs]).lower
                 assert ((found.lower - 1e-9 <= read) & (read <= found.upper + 1e-9)).all()
         for low in lows:
             assert (low <= (forms @ values[-1].unsqueeze(-1)).squeeze(-1) + 1e-9).all()

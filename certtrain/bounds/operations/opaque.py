@@ -1,4 +1,4 @@
-"""Functions that are run, and not looked into."""
+"""Functions without bound rules, which can only be evaluated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Opaque(Unbounded):
-    """A function that can be evaluated, but not bounded; asked for more it raises ``why``."""
+    """A function that can be evaluated but not bounded; other rules raise ``why``."""
 
     function: Callable[[Tensor], Tensor]
     why: UnsupportedNode
