@@ -67,7 +67,9 @@ def gamma(terms: int, unit: float) -> float:
         UnsupportedNode: the sum is too long for a bound.
     """
     if terms * unit >= 0.5:
-        raise UnsupportedNode(f"a sum of {terms} terms: too long for a bound of its rounding at unit {unit:g}")
+        raise UnsupportedNode(
+            f"found a sum of {terms} terms; accepted: fewer than {0.5 / unit:g} at unit roundoff {unit:g}"
+        )
     return terms * unit / (1 - terms * unit) * SAFETY
 
 

@@ -37,13 +37,15 @@ class SparsePart(Region):
     def of(cls, ball: SparseBall, images: Tensor, free: Tensor, possible: Tensor, budget: Tensor) -> SparsePart:
         """A part from masks over units, (B, N) bool."""
         like = ball.grouped(images)
-        wide, some = (ball.ungrouped(mask.unsqueeze(1).expand_as(like), images.shape[1:]) for mask in (free, possible))
-        return cls(ball, images, wide, some, budget)
+        free_entries, possible_entries = (
+            ball.ungrouped(mask.unsqueeze(1).expand_as(like), images.shape[1:]) for mask in (free, possible)
+        )
+        return cls(ball, images, free_entries, possible_entries, budget)
 
     @property
     def hull(self) -> Interval:
-        wide = self.free | (self.possible & (self.budget > 0).reshape(-1, *[1] * (self.images.ndim - 1)))
-        return Interval.from_bounds(torch.where(wide, 0, self.images), torch.where(wide, 1, self.images))
+        changeable = self.free | (self.possible & (self.budget > 0).reshape(-1, *[1] * (self.images.ndim - 1)))
+        return Interval.from_bounds(torch.where(changeable, 0, self.images), torch.where(changeable, 1, self.images))
 
     @property
     def is_box(self) -> bool:
@@ -66,14 +68,15 @@ class SparsePart(Region):
     def contains(self, points: Tensor) -> Tensor:
         valid = ((points >= 0) & (points <= 1)).flatten(1).all(1)
         moved = ~(points == self.images)  # NaN counts as moved
-        strange = (moved & ~self.free & ~self.possible).flatten(1).any(1)
+        forbidden = (moved & ~self.free & ~self.possible).flatten(1).any(1)
         count = self.ball.grouped(moved & self.possible).any(1).sum(1)
-        return valid & ~strange & (count <= self.budget)
+        return valid & ~forbidden & (count <= self.budget)
 
     def nearest(self, points: Tensor) -> Tensor:
         points = points.to(self.images.dtype)
-        some = self.ball.with_epsilon(self.budget).project(self.images, torch.where(self.possible, points, self.images))
-        return torch.where(self.free, points.clamp(0, 1), some)
+        within = torch.where(self.possible, points, self.images)
+        projected = self.ball.with_epsilon(self.budget).project(self.images, within)
+        return torch.where(self.free, points.clamp(0, 1), projected)
 
     def concretise(self, forms: Tensor) -> Tensor:
         values, gains = self.ball.effects(forms, self.images)

@@ -191,7 +191,9 @@ class Tracing:
         if node.kwargs or any(
             type(a) is int and isinstance(n, fx.Node) for a, n in zip(arguments, node.args, strict=True)
         ):
-            raise UnsupportedNode(f"{node.name!r}: accepted: a constant made of constants alone")
+            raise UnsupportedNode(
+                f"{node.name!r}: found options or computed values; accepted: a constant made of constants alone"
+            )
 
         def compute() -> Any:
             values = [a.value() if isinstance(a, _Constant) else a for a in arguments]
@@ -209,7 +211,9 @@ class Tracing:
         """
         value = self.values.get(argument) if isinstance(argument, fx.Node) else argument
         if type(value) is not int or not isinstance(argument, fx.Node):
-            raise UnsupportedNode(f"{node.name!r}: its input is not a tensor computed from the images")
+            raise UnsupportedNode(
+                f"{node.name!r}: found an input that is not computed from the images; accepted: one that is"
+            )
         return value
 
     def _arithmetic(self, node: fx.Node, kind: str) -> Any:

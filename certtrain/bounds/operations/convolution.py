@@ -74,7 +74,7 @@ class Convolution(Affine):
             f"{'Conv1d' if self.weight.ndim == 3 else 'Conv2d'} at {self.path!r} as the first layer over {region.kind}"
         )
         if self.groups != 1:
-            raise UnsupportedNode(f"{where}: accepted: groups=1 and zero padding given in numbers")
+            raise UnsupportedNode(f"{where}: found groups={self.groups}; accepted: groups=1")
         if not region.has_windows:
             raise UnsupportedNode(f"{where} of patches: accepted: a Linear, or pixels, features, rows and columns")
         weight, constant = self.weight, self(shift)

@@ -100,8 +100,8 @@ Line = tuple[Tensor, Tensor]
 def gated(gate: Gate, lower: Tensor, upper: Tensor) -> tuple[Line, Line]:
     """The lines below and above the function on [lower, upper], each end (B, *shape).
 
-    Sound on any interval, up to rounding beyond what ``ROUNDING`` and ``NEAR`` cover; for infinite or NaN ends they are
-    NaN or infinitely far away. Each line has the smallest area among tangents and the chord.
+    Sound on any interval, with ``ROUNDING`` and ``NEAR`` for rounding errors; for infinite or NaN ends they are NaN or
+    infinitely far away. Each line has the smallest area among tangents and the chord.
     """
     mirrored = lower + upper < 0
     first, last = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)

@@ -124,7 +124,7 @@ def _functional(dimensions: int | None) -> FunctionRule:
         options, keywords = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
         called: Any = node.target
         if keywords.pop("return_indices", False):
-            raise UnsupportedNode(f"{node.name!r}: max pooling that returns indices has no bound rule")
+            raise UnsupportedNode(f"{node.name!r}: found return_indices=True; accepted: max pooling without indices")
         if any(isinstance(option, fx.Node) for option in (*options, *keywords.values())):
             raise UnsupportedNode(f"{node.name!r}: a pool whose size depends on the images; accepted: numbers")
 
