@@ -79,7 +79,7 @@ def made_by(results: Iterable[TrialResult]) -> Mapping[str, list[str]]:
 
 
 def kind_of(study: Study) -> str:
-    """Of the rows' perturbation sets, by its class' name; empty where they differ."""
+    """The class name of the rows' perturbation sets; empty where they differ."""
     kinds = {row.config.perturbation.kind for row in study.rows}
     return kinds.pop() if len(kinds) == 1 else ""
 
