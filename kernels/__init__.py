@@ -1,8 +1,8 @@
-"""Fused bound kernels: interval arithmetic, linear relaxation and sparse projection on tensors, useful on their own.
+"""Fused bound kernels on tensors, useful on their own: interval arithmetic, linear relaxation, sparse projection.
 
-Depends on torch alone (numba and Triton are imported when they are first used) and knows tensors, not networks.
-An interval is a pair (center, radius) of equal shape, dtype and device with radius >= 0. Ops take any stride and empty
-batches. Bounds hold in the dtype's round-to-nearest arithmetic: its own rounding is not added to the radius.
+Depends on torch only; numba and Triton are imported at their first use. An interval is a pair (center, radius) of equal
+shape, dtype and device with radius >= 0. Ops accept any strides and empty batches. Bounds hold up to rounding in the
+dtype's round-to-nearest arithmetic: rounding errors are not added to the radius.
 Installed as ``certtrain.kernels``.
 """
 

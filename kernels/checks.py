@@ -1,4 +1,4 @@
-"""What an op accepts; every error names the argument, what was found and what was expected."""
+"""Argument checks of ops; every error names the argument, what was found and what was expected."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ _values = False
 
 @contextmanager
 def check_values() -> Generator[None]:
-    """Also check values, not only shapes and dtypes, while the context lasts: a negative radius raises ValueError.
+    """Context manager that also checks values, such as a negative radius, and raises ValueError.
 
-    Each check waits for the device. The setting holds for the whole process; compiled graphs are not checked.
+    Each check waits for the device. The setting applies to the whole process, but not inside compiled graphs.
     """
     global _values
     before, _values = _values, True
@@ -39,7 +39,7 @@ def floating(name: str, values: Tensor) -> None:
 
 
 def same_as(name: str, values: Tensor, like: Tensor, like_name: str) -> None:
-    """Same dtype and device; under autocast, which makes them float32, halves may meet float32."""
+    """Check for equal dtype and device; under autocast, which casts to float32, half types may meet float32."""
     if values.dtype != like.dtype and not ({values.dtype, like.dtype} <= AUTOCAST and _autocasts(like.device.type)):
         raise TypeError(f"{name}: found {values.dtype}; expected that of {like_name}, {like.dtype}")
     same_device(name, values, like, like_name)
@@ -60,14 +60,14 @@ def shape(name: str, values: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def features(name: str, values: Tensor | None, count: int, like: Tensor, like_name: str = "center") -> None:
-    """One value a feature, or None."""
+    """Check for one value per feature, or None."""
     if values is not None:
         same_as(name, values, like, like_name)
         shape(name, values, (count,))
 
 
 def parameters(center: Tensor, weight: Tensor, *vectors: Tensor | None) -> None:
-    """A layer's weight, bias, scale and shift; the last three have one value for each of its outputs, or are None."""
+    """Check a layer's weight, and its bias, scale and shift: one value per output each, or None."""
     same_as("weight", weight, center, "center")
     for name, values in zip(("bias", "scale", "shift"), vectors, strict=True):
         features(name, values, len(weight), center)
@@ -87,7 +87,10 @@ def labels(name: str, values: Tensor, like: Tensor) -> None:
 
 
 def label_values(values: Tensor, classes: int) -> None:
-    """Called inside an op, where tensors are real. On a GPU under ``check_values`` only: it waits for the device."""
+    """Check labels for the range [0, classes), inside an op, where tensors are real.
+
+    On a GPU only under ``check_values``, since it waits for the device.
+    """
     if len(values) and (_values or values.device.type == "cpu"):
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= classes:
@@ -95,7 +98,7 @@ def label_values(values: Tensor, classes: int) -> None:
 
 
 def budget(k: object, rows: Tensor, rows_name: str) -> None:
-    """k: one int for all rows, or an int64 tensor with one for each (clamped to [0, N] when it is used)."""
+    """Check k: an int for all rows, or int64 (B,) with one per row, later clamped to [0, N]."""
     if isinstance(k, Tensor):
         if k.dtype != torch.int64:
             raise TypeError(f"k: found {k.dtype}; expected an int or torch.int64")

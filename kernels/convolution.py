@@ -1,7 +1,7 @@
-"""Intervals through convolutions, with a per-channel affine map and a ReLU on their way out.
+"""Intervals through convolutions, optionally followed by a per-channel affine map and a ReLU.
 
-The two convolutions are the vendor's; what follows them is one fused pass over their outputs, in place. The affine map
-is folded into the weights, which are small. |W| is taken where it is used and not saved.
+The two convolutions are the vendor's; bias and ReLU are one fused pass over their outputs, in place. The affine map is
+folded into the weights, which are small. |W| is computed where it is used and not saved.
 """
 
 import math
@@ -28,7 +28,7 @@ def ibp_conv2d(
     """Interval of a zero-padded convolution, optionally followed by a per-channel affine map and a ReLU.
 
     Args:
-        center, radius: (B, C, H, W), dtypes as in ``ibp_linear``. Padding is known to be zero: it has radius 0.
+        center, radius: (B, C, H, W), dtypes as in ``ibp_linear``. Padding is exactly 0, with radius 0.
         weight: (K, C / groups, h, w); bias: (K,) or None; stride … groups as in ``torch.nn.functional.conv2d``.
         scale, shift: (K,) or None, applied after the layer (a folded batch norm).
         relu: whether max(., 0) follows.
@@ -74,7 +74,7 @@ def _pair(name: str, value: int | Sequence[int]) -> list[int]:
 def _padded(
     center: Tensor, radius: Tensor, weight: Tensor, padding: str, strides: list[int], dilations: list[int]
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """``same`` may need one column more on the right, which no symmetric padding gives."""
+    """Inputs and symmetric paddings for a named padding; ``same`` may need one more column at the right end."""
     if padding == "valid":
         return center, radius, [0, 0]
     if padding != "same" or strides != [1, 1]:
@@ -93,7 +93,7 @@ def _conv2d(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     form = memory_format(center)
     weight, bias = fold(weight, bias, scale, shift)
-    within = None if relu else bias  # with a ReLU the bias joins the pass that takes it
+    within = None if relu else bias  # with a ReLU the bias is added in the fused pass
     middle = F.conv2d(center, weight, within, stride, padding, dilation, groups).contiguous(memory_format=form)
     spread = F.conv2d(radius, weight.abs(), None, stride, padding, dilation, groups).contiguous(memory_format=form)
     if not relu:
@@ -107,7 +107,7 @@ def _conv2d_backward(
     bias: Tensor | None, scale: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
     groups: int, relu: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of center, radius, weight, bias, scale, shift; empty where ``needs`` says so."""
+    """Gradients of center, radius, weight, bias, scale, shift; empty tensors where ``needs`` is False."""
     form = memory_format(center)
     grad_center, grad_radius = (g.contiguous(memory_format=form) for g in (grad_center, grad_radius))
     folded, _ = fold(weight, None, scale, None)
@@ -128,7 +128,7 @@ def _conv2d_backward(
         for_folded = through_center.add_(through_radius.mul_(folded.sign()))
         factor = 1 if scale is None else scale.reshape(-1, 1, 1, 1)
         grads[2] = for_folded * factor if needs[2] else None
-        if needs[4]:  # the center's and the radius' sums over the outputs, read off the weights
+        if needs[4]:  # the gradient of scale, as a sum over the weights instead of over center and radius
             grads[4] = (for_folded * weight).sum((1, 2, 3))
     if for_shift is not None:
         grads[3] = (for_shift if scale is None else for_shift * scale) if needs[3] else None

@@ -1,7 +1,7 @@
-"""Which backend computes, and why not the others.
+"""Choice of the backend.
 
-The choice is made inside an op, when it runs, so that a compiled graph follows it too. A backend is a module of
-plain functions on tensors (``reference/backend.py`` lists them); it is imported when it is first used.
+A backend is chosen inside an op, when it runs, so that compiled graphs follow the choice too. It is a module of plain
+functions on tensors (listed in ``reference/backend.py``), imported at its first use.
 """
 
 import importlib
@@ -25,7 +25,7 @@ _chosen: str | None = None
 
 
 def available_backends() -> dict[str, str | None]:
-    """Each backend's name, with None where it is available here and otherwise the reason why it is not.
+    """Each backend's name, with None if it is available, otherwise the reason why not.
 
     ``gpu`` is Triton, ``cpu`` numba, ``reference`` plain torch (any device and dtype).
     """
@@ -34,16 +34,16 @@ def available_backends() -> dict[str, str | None]:
 
 @contextmanager
 def use_backend(name: str | None) -> Generator[None]:
-    """Make every op use the backend ``name`` while the context lasts; None chooses automatically.
+    """Context manager that makes every op use the backend ``name``; None chooses automatically.
 
-    The choice holds for the whole process, because the backward pass may run in other threads. The environment
-    variable CERTTRAIN_BACKEND sets it from outside. Automatically, CUDA tensors go to ``gpu``, CPU tensors in
-    float32 and float64 to ``cpu``, and what these two cannot take to ``reference``; small intervals on the CPU are
-    left to the plain formula, which costs them less than a call.
+    The choice applies to the whole process, because the backward pass may run in other threads. The environment
+    variable CERTTRAIN_BACKEND sets it too. The automatic choice is ``gpu`` for CUDA tensors, ``cpu`` for CPU tensors in
+    float32 and float64, and ``reference`` for the rest; small intervals on the CPU use the plain formula, which is
+    faster than calling an op.
 
     Raises:
-        ValueError: the backend is unknown or not available; the line lists those that are. An op raises it when
-            its tensors are not on the backend's device or of a dtype that it has.
+        ValueError: the backend is unknown or not available; the message lists the available ones. An op raises it
+            if the backend does not support its tensors' device or dtype.
     """
     global _chosen
     _check_choice(name, "use_backend")
@@ -55,12 +55,16 @@ def use_backend(name: str | None) -> Generator[None]:
 
 
 def chosen() -> str | None:
-    """The backend that was asked for, if one was."""
+    """The backend chosen by ``use_backend`` or the environment, if any."""
     return _chosen or os.environ.get(ENVIRONMENT) or None
 
 
 def backend_for(tensor: Tensor) -> ModuleType:
-    """The module whose functions are to work on ``tensor`` and its companions."""
+    """The backend module for an op on ``tensor``.
+
+    Raises:
+        ValueError: the chosen backend does not support the tensor.
+    """
     name = chosen()
     if not name:
         return _load(_automatic(tensor.device.type, tensor.dtype))

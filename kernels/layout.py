@@ -1,7 +1,7 @@
-"""Memory layout of what the pointwise kernels read and write: (outer, channels, inner), densely packed.
+"""Memory layout of the pointwise kernels' tensors: (outer, channels, inner), densely packed.
 
-A contiguous (B, C, *spatial) is (B, C, spatial); a channels_last one is (B·spatial, C, 1). Everything else is
-copied to one of the two first. Outputs take the layout that ``memory_format`` names, in real and fake tensors alike.
+A contiguous (B, C, *spatial) is (B, C, spatial); a channels_last one is (B·spatial, C, 1). Other tensors are first
+copied to one of the two. Outputs have the layout of ``memory_format``, in real and fake tensors alike.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,21 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
+    """Sizes of a packed tensor's three dimensions, in memory order."""
+
     outer: int
     channels: int
     inner: int
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for a tensor that is packed so and not contiguous as well, else contiguous."""
+    """channels_last for a tensor packed that way and not also contiguous, otherwise contiguous."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
 
 def packed(x: Tensor, like: Tensor) -> Tensor:
-    """x in the layout of ``like``, copied if it lies otherwise."""
+    """x in the layout of ``like``, copied if it has another."""
     return x.contiguous(memory_format=memory_format(like))
 
 
@@ -36,7 +38,7 @@ def empty(like: Tensor, dtype: torch.dtype | None = None, shape: Sequence[int] |
 
 
 def layout_of(x: Tensor) -> Layout:
-    """The view of a packed tensor whose dimension 1 are the channels; anything of fewer dimensions is one row."""
+    """The layout of a packed tensor with channels in dimension 1; a tensor with fewer dimensions is one row."""
     if x.ndim < 2:
         return Layout(1, x.numel(), 1)
     batch, channels = x.shape[:2]
@@ -47,5 +49,5 @@ def layout_of(x: Tensor) -> Layout:
 
 
 def flat(x: Tensor) -> Tensor:
-    """The entries of a packed tensor in the order in which they lie in memory; shares its storage."""
+    """The entries of a packed tensor in memory order, (N,); shares its storage."""
     return x.as_strided((x.numel(),), (1,))

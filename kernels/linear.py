@@ -1,7 +1,7 @@
-"""Intervals through linear layers, with a per-channel affine map and a ReLU on their way out.
+"""Intervals through linear layers, optionally followed by a per-feature affine map and a ReLU.
 
-The two matrix products are the vendor's; what follows them is one fused pass. |W| is taken where it is used and not
-saved. The affine map is applied to the outputs, which are smaller than the weights: CNN7's 512 × 32768 layer holds
+The two matrix products are the vendor's; affine map and ReLU are one fused pass. |W| is computed where it is used and
+not saved. The affine map is applied to the outputs, which are smaller than the weights: CNN7's 512 × 32768 layer holds
 97 % of all its parameters.
 """
 
@@ -19,8 +19,8 @@ from .reference.interval import fold
 from .registration import asked, dense, formula_is_faster, plain, register
 
 BLOCK = 1 << 20
-"""Entries of |W| that are alive at a time on the CPU. Each fresh 64 MB tensor costs more in page faults than the
-arithmetic on it: whole |W| and sign(W) made forward + backward of CNN7 1.8 times as slow at B = 8."""
+"""Entries of |W| held at a time on the CPU. The page faults of a new 64 MB tensor cost more than its arithmetic: with
+whole |W| and sign(W), forward + backward of CNN7 took 1.8 times as long at B = 8."""
 
 
 def ibp_linear(
@@ -46,7 +46,7 @@ def ibp_linear(
         raise ValueError(f"weight: found shape {tuple(weight.shape)}; expected (H, {width})")
     checks.parameters(center, weight, bias, scale, shift)
     outputs = math.prod(center.shape[:-1]) * len(weight)
-    if formula_is_faster(center, max(outputs, weight.numel() // 8)):  # the formula makes |W| and keeps it
+    if formula_is_faster(center, max(outputs, weight.numel() // 8)):  # the formula makes and keeps |W|
         return plain(reference.ibp_linear, center, radius, weight, bias, scale=scale, shift=shift, relu=relu)
     return _linear(center, radius, weight, bias, scale, shift, relu)[:2]
 
@@ -56,7 +56,7 @@ def _linear(
     center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(center, radius, state, and the products before the affine map if there is one)."""
+    """(center, radius, state, center and radius before the affine map); the last two are empty without a scale."""
     spread = radius.new_empty(*radius.shape[:-1], len(weight))
     for rows, buffer in _blocks(weight):
         spread[..., rows] = F.linear(radius, torch.abs(weight[rows], out=buffer))
@@ -67,8 +67,8 @@ def _linear(
     if scale is None:
         shift = fold(weight, bias, None, shift)[1] if relu else shift
     shape = middle.shape
-    found = backend_for(center).pointwise(_rows(middle), _rows(spread), scale, shift, relu, overwrite=scale is None)
-    outputs = found[0].reshape(shape), found[1].reshape(shape), found[2]
+    ends = backend_for(center).pointwise(_rows(middle), _rows(spread), scale, shift, relu, overwrite=scale is None)
+    outputs = ends[0].reshape(shape), ends[1].reshape(shape), ends[2]
     return (*outputs, nothing, center.new_empty(0)) if scale is None else (*outputs, middle, spread)
 
 
@@ -77,7 +77,7 @@ def _linear_backward(
     grad_center: Tensor, grad_radius: Tensor, state: Tensor, center: Tensor, radius: Tensor, weight: Tensor,
     scale: Tensor | None, middle: Tensor, spread: Tensor, relu: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of center, radius, weight, bias, scale, shift; empty where ``needs`` says so."""
+    """Gradients of center, radius, weight, bias, scale, shift; empty tensors where ``needs`` is False."""
     from_center, from_radius = _rows(grad_center).contiguous(), _rows(grad_radius).contiguous()
     for_shift = for_scale = None
     if relu or scale is not None:
@@ -111,12 +111,12 @@ def _linear_backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, *, D) → (B *, D); torch cannot infer the rows where D = 0."""
+    """(B, *, D) → (B·*, D), with explicit rows, which torch cannot infer for D = 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows, with a buffer of that shape which is used again for the next one."""
+    """Slices of rows, each with a buffer of its shape, which the next slice reuses."""
     rows, columns = weight.shape
     size = rows if weight.is_cuda else min(rows, BLOCK // max(columns, 1))
     size = max(size, 1)

@@ -1,4 +1,4 @@
-"""Bounds of all margins of a classifier's last layer, without one (K - 1) × D matrix for each image."""
+"""Bounds of all margins of a classifier's last layer, without a (K - 1) × D matrix per image."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from .registration import register
 def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Lower bounds of all margins z_y - z_j of the logits z = W x + b: last-layer elision.
 
-    Merging the specification into the last layer uses |w_y - w_j| <= |w_y| + |w_j|, so the result is never
-    below (and mostly above) the difference of the logits' own bounds (arXiv 1810.12715). Extra memory, forward and
-    backward, is a few times the output's and the weight's; the ``reference`` backend alone makes (B, K - 1, D) tensors.
+    The specification is merged into the last layer. Since |w_y - w_j| <= |w_y| + |w_j|, the result is never below, and
+    mostly above, the difference of the logits' own bounds (arXiv 1810.12715). Extra memory, forward and backward, is a
+    few times that of the output and the weight; only the ``reference`` backend makes (B, K - 1, D) tensors.
 
     Args:
         center, radius: (B, D), the last hidden interval; float32 or float64 (on GPU also float16 and bfloat16).
         weight: (K, D); bias: (K,) or None.
-        labels: (B,) int64 in [0, K). Their values are checked on the CPU, and on a GPU under ``check_values`` only.
+        labels: (B,) int64 in [0, K). Values are checked on the CPU; on a GPU only under ``check_values``.
     Returns:
         (B, K - 1), columns j != y in increasing order. Differentiable once in every tensor but labels; a second
         derivative raises.
@@ -46,7 +46,7 @@ def _margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None
 def _margins_backward(
     grad: Tensor, center: Tensor, radius: Tensor, weight: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of center, radius, weight and bias. The center's is a product of matrices, with torch."""
+    """Gradients of center, radius, weight and bias; that of center is a matrix product in torch."""
     grad, center, radius, weight, labels = (t.contiguous() for t in (grad, center, radius, weight, labels))
     for_radius, for_weight = backend_for(center).margins_backward(grad, radius, weight, labels)
     for_logits = _onto_logits(grad, labels, len(weight))
@@ -54,7 +54,7 @@ def _margins_backward(
 
 
 def _onto_logits(grad: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The gradient of z = W c + b: the row's sum at y, -grad at the others."""
+    """The gradient (B, K) of the logits W c + b: the row's sum at y, -grad at the other classes."""
     onto = grad.new_zeros(len(grad), classes)
     others = torch.arange(classes - 1, device=labels.device) + (
         torch.arange(classes - 1, device=labels.device) >= labels[:, None]

@@ -1,4 +1,4 @@
-"""Interval ops that touch each entry once: ReLU, per-channel affine maps; and batch norm with its statistics."""
+"""Pointwise interval ops, ReLU and per-channel affine maps, and batch norm with its statistics."""
 
 from typing import Any
 
@@ -54,16 +54,16 @@ def ibp_affine(
 def batch_statistics_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm over the batch's own statistics, which it returns *with their gradients*.
+    """Batch norm with the batch's own statistics, which are returned *with their gradients*.
 
     Args:
         x: (B, C, *spatial), at least two values per channel.
         weight, bias: (C,) or None.
         eps: the stabiliser added to the variance.
     Returns:
-        normalised x; mean (C,); biased variance (C,). All three are differentiable in ``x``, which torch's
-        fused batch norm does not offer and certified training needs (its bounds use these statistics). The
-        statistics of float16 and bfloat16 are float32. A second derivative raises.
+        normalised x; mean (C,); biased variance (C,). All three are differentiable in ``x``, as certified training
+        needs for its bounds; torch's fused batch norm gives no gradient of the statistics. These are float32 for
+        float16 and bfloat16. A second derivative raises.
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the argument.
     """
@@ -120,7 +120,7 @@ def _fake_pointwise_backward(
 
 def _save_pointwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     center, radius, scale, _, _ = inputs
-    kept = (None, None) if scale is None else (center, radius)  # a ReLU's byte a entry says all that it needs
+    kept = (None, None) if scale is None else (center, radius)  # for a ReLU the state, one byte per entry, is enough
     ctx.save_for_backward(*kept, scale, output[2])
 
 

@@ -1,7 +1,7 @@
-"""How an op enters torch.library: its gradient is an op of its own, and autocast computes in float32.
+"""Registration of ops in torch.library: the gradient is an op of its own, and autocast computes in float32.
 
-In bfloat16 the numbers near 1 are 1/128 apart, more than the radius 1/255: under autocast an interval would lose its
-radius to rounding. So these ops compute in float32 there, in eager mode and compiled alike.
+Numbers near 1 are 1/128 apart in bfloat16, more than the radius 1/255: an interval would lose its radius to rounding.
+So these ops compute in float32 under autocast, in eager mode and compiled alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from .dispatch import chosen
 
 
 class Op(Protocol):
-    """The part of ``torch.library.CustomOpDef`` that is used here; torch leaves its own annotations bare."""
+    """The part of ``torch.library.CustomOpDef`` used here, whose own annotations are incomplete."""
 
     def register_fake(self, fn: Callable[..., Any], /) -> Any: ...
 
@@ -34,10 +34,10 @@ def register(
     save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     gradient: Callable[..., Sequence[Tensor | None]] | None = None,
 ) -> None:
-    """Finish an op: fake tensors, autocast and, where it has one, its gradient.
+    """Register an op's fake tensors, autocast and, if it has one, gradient.
 
     Args:
-        backward, fake_backward: the op that ``gradient`` calls. It has no gradient and raises if asked for one.
+        backward, fake_backward: the op that ``gradient`` calls. It has no gradient, and raises on a second derivative.
         save: ``setup_context`` of autograd; gradient: its ``backward``.
     """
     _finish(op, fake)
@@ -69,31 +69,31 @@ def _no_second_derivative(op: Op) -> Callable[..., None]:
 
 
 def dense(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A layer's six gradients as its op returns them, all of them tensors: an empty one where none was asked for."""
+    """A layer's six gradients as an op must return them: tensors, empty ones in place of None."""
     center, radius, weight, bias, scale, shift = (like.new_empty(0) if g is None else g for g in grads)
     return center, radius, weight, bias, scale, shift
 
 
 def asked(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """What autograd gets of them."""
+    """The gradients for autograd: None where ``needs`` is False."""
     return [g if needed else None for g, needed in zip(grads, needs, strict=True)]
 
 
 SMALL = 1 << 18
-"""Entries of the output below which plain torch is as fast on the CPU as an op, whose calls cost 20 to 100 µs more:
-ReLU forward + backward of 2^12, 2^16, 2^18 entries takes 0.48, 0.75, 2.7 of the op's time (two threads)."""
+"""Entries of the output below which plain torch is faster on the CPU than an op, whose call costs 20 to 100 µs more:
+ReLU forward + backward of 2^12, 2^16, 2^18 entries takes 0.48, 0.75, 2.7 times the op's time (two threads)."""
 
 
 def formula_is_faster(tensor: Tensor, entries: int) -> bool:
-    """Whether to leave an output of so many entries to the plain formula: on the CPU where it is small, and under a
-    compiler, since Inductor fuses the formula there and cannot look into an op."""
+    """Whether the plain formula is faster for an output of this size: on the CPU for small ones, and under a compiler,
+    since Inductor fuses the formula but not an op."""
     if tensor.device.type != "cpu":
         return False
     return not chosen() and (torch.compiler.is_compiling() or entries < SMALL)
 
 
 def plain(formula: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The formula with the op's rule under autocast: computed in float32."""
+    """Call a formula as an op would run it: in float32 under autocast."""
     if not torch.is_autocast_enabled("cpu"):
         return formula(*arguments, **options)
     with torch.autocast("cpu", enabled=False):

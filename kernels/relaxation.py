@@ -1,4 +1,4 @@
-"""Backward linear relaxation through an activation layer: CROWN's inner step."""
+"""The inner step of CROWN: backward linear relaxation through an activation layer."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ def crown_relu_step(
     """Carry linear bounds of the outputs backward through ReLUs (CROWN, arXiv 1811.00866; alpha-CROWN, 2011.13824).
 
     Each neuron lies between two lines: ``lower_slope * x <= relu(x) <= upper_slope * x + upper_intercept``. A lower
-    bound takes the lower line where its coefficient is positive and the upper line where it is negative; an upper
-    bound the other way round. LeakyReLU has lines of the same form.
+    bound uses the lower line where its coefficient is positive and the upper line where it is negative; an upper bound
+    vice versa. LeakyReLU has lines of the same form.
 
     Args:
         coefficients: (B, R, *shape), R linear forms of the neurons' outputs for each image; float32 or float64.
         bias: (B, R), their constants.
-        lower_slope, upper_slope, upper_intercept: (B, *shape), or (B, R, *shape) where each form has lines of its own.
-        upper: whether the forms bound from above.
+        lower_slope, upper_slope, upper_intercept: (B, *shape), or (B, R, *shape) with lines per form.
+        upper: whether the forms are upper bounds.
     Returns:
-        (coefficients, bias) of the forms before the layer. Sound, up to rounding, wherever the lines are.
+        (coefficients, bias) of the forms before the layer. Sound, up to rounding, if the lines are.
         Differentiable once in every tensor (a coefficient of 0 counts as positive for a lower bound, as negative for
         an upper one); a second derivative raises.
     Raises:
@@ -52,7 +52,7 @@ def crown_relu_step(
 
 
 def _rows(name: str, line: Tensor, coefficients: Tensor) -> Tensor:
-    """(B, 1 or R, N)."""
+    """A line as (B, 1 or R, N)."""
     checks.same_as(name, line, coefficients, "coefficients")
     batch, _, *rest = coefficients.shape
     if line.shape == coefficients.shape:

@@ -1,6 +1,7 @@
-"""Top-k pixels: selection in a fixed order, their application to images, and one fused sPGD update.
+"""Top-k pixels: selection in a fixed order, application to images, and one fused sPGD update.
 
-Order, on every backend: value descending, every NaN equal and greatest, -0 equal to +0, ties to the lowest index.
+Order of entries, on every backend: value descending, every NaN equal and greatest, -0 equal to +0, ties to the lowest
+index.
 """
 
 import math
@@ -15,11 +16,11 @@ from .registration import register
 
 
 def topk_mask(scores: Tensor, k: int | Tensor) -> Tensor:
-    """Mark the k largest entries of each row: exactly min(k, N), in the fixed order above. Never waits for the device.
+    """Mark the k largest entries of each row, exactly min(k, N), in the fixed order. Never waits for the device.
 
     Args:
         scores: (B, *shape), rows of N entries; float64, float32, float16 or bfloat16.
-        k: an int >= 0, or int64 (B,), one for each row (clamped to [0, N]).
+        k: an int >= 0, or int64 (B,) with one per row, clamped to [0, N].
     Returns:
         uint8 mask of the same shape. Not differentiable (``sparse_apply`` has a straight-through gradient).
     Raises:
@@ -38,11 +39,11 @@ def sparse_apply(
     """Change the k best-scored pixels of each image: clamp(x + p, 0, 1) there, bit-identical x elsewhere.
 
     Args:
-        x, p: (B, C, *spatial), images in [0, 1] and what to add; float32 or float64 (on GPU also half types).
-        scores: (B, *spatial), one for each pixel, all channels together.
+        x, p: (B, C, *spatial), images in [0, 1] and changes to add; float32 or float64 (on GPU also half types).
+        scores: (B, *spatial), one per pixel, for all its channels.
         k: as in ``topk_mask``.
-        projected: which straight-through gradient p gets, G being that of the result: G where selected (True), or
-            G sigmoid(scores) everywhere. scores get the sum over channels of G p, x gets G.
+        projected: the straight-through gradient of p, for a gradient G of the result: G where selected (True), or
+            G sigmoid(scores) everywhere. The gradient of scores is the sum over channels of G p, that of x is G.
     Returns:
         images (B, C, *spatial) and the uint8 mask (B, *spatial). A second derivative raises.
     Raises:
@@ -65,16 +66,18 @@ def spgd_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One update of sPGD given the gradient of the loss at the perturbed images (arXiv 2405.05075), in one pass.
 
-    Moves the logits m by beta sqrt(N) along the normalised gradient of the mask (a row whose gradient has a norm that
-    is not finite or below 2e-10 stays), the magnitudes p by alpha along the gradient's sign (NaN takes no step) within
-    [-1, 1] and the image box, and selects anew. Never waits for the device.
+    Moves the logits m by beta sqrt(N) along the normalised gradient of the mask, except in rows whose gradient norm is
+    not finite or below 2e-10; moves the magnitudes p by alpha along the gradient's sign (no step for NaN) within
+    [-1, 1] and the image box; then selects anew. Never waits for the device.
 
     Args:
         gradient, p, x: (B, C, *spatial); float32 or float64 (on GPU also half types). For single features instead of
-            pixels give (B, 1, N) views.
-        m: (B, *spatial) logits, compared as they are: their sigmoids tie from 17 upward.
-        mask: uint8 (B, *spatial), the selection by the m that is given.
-        k: as in ``topk_mask``. alpha, beta: step sizes. projected: whether only selected pixels move (sPGD_p, sPGD_u).
+            pixels pass (B, 1, N) views.
+        m: (B, *spatial) logits; compared instead of their sigmoids, which tie from 17 upward.
+        mask: uint8 (B, *spatial), the selection by the given m.
+        k: as in ``topk_mask``.
+        alpha, beta: step sizes.
+        projected: whether only selected pixels move (sPGD_p) or all (sPGD_u).
     Returns:
         new p, m, mask, perturbed images, and whether each image's mask changed, bool (B,). Not differentiable.
     Raises:
@@ -101,7 +104,7 @@ def spgd_step(
 
 
 def _images(x: Tensor) -> Tensor:
-    """(B, C, *spatial) → (B, C, N); torch cannot infer N where B = 0."""
+    """(B, C, *spatial) → (B, C, N), with explicit N, which torch cannot infer for B = 0."""
     return x.reshape(len(x), x.shape[1], math.prod(x.shape[2:]))
 
 
@@ -111,6 +114,7 @@ def _rows(scores: Tensor) -> Tensor:
 
 
 def _split(k: int | Tensor) -> tuple[Tensor | None, int]:
+    """k as the ops take it: (one per row or None, one for all rows)."""
     return (k, 0) if isinstance(k, Tensor) else (None, k)
 
 

@@ -151,7 +151,7 @@ class TestFrame:
     def test_the_result_lies_in_the_ball(self, kind, ball, dtype):
         batch = make_batch(dtype=dtype)
         for epsilon in SIZES[NormBall if isinstance(ball, NormBall) else SparseBall]:
-            around = ball.with_epsilon(min(epsilon, ball.largest) if isinstance(ball, NormBall) else epsilon)
+            around = ball.with_epsilon(min(epsilon, ball.largest_radius) if isinstance(ball, NormBall) else epsilon)
             found = attack_with(quick(kind), around, model=make_model(dtype), batch=batch)
             assert_inside(around, batch.images, found)
             if epsilon == 0:

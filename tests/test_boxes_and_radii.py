@@ -157,7 +157,7 @@ class TestNothingLosesNan:
 
     def test_intersecting_and_largest(self):
         bad, good = (Interval(torch.tensor([center]), torch.tensor([0.1])) for center in (math.nan, 0.5))
-        assert bad.bounds().intersect(good.bounds()).lower.isnan() and good.as_largest(bad).center.isnan()
+        assert bad.bounds().intersect(good.bounds()).lower.isnan() and good.tightened_to_maximum(bad).center.isnan()
 
 
 SMALL, LARGE = 1e-4, 0.9

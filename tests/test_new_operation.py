@@ -222,7 +222,7 @@ def assert_bounded(model: nn.Module, images: Tensor, epsilon: float) -> None:
         for bounds in every:
             for number, found in bounds.items():
                 points = [Bounds(values[source], values[source]) for source in network.operations[number].inputs]
-                read = network.together(points).lower
+                read = network.join_bounds(points).lower
                 assert ((found.lower - 1e-9 <= read) & (read <= found.upper + 1e-9)).all()
         for rows in least:
             assert (rows <= (forms @ values[-1].unsqueeze(-1)).squeeze(-1) + 1e-9).all()

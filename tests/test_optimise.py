@@ -27,7 +27,7 @@ def frozen(model: nn.Module, region: Region) -> Network:
 
 def kinked(network: Network) -> bool:
     """Whether there is a slope to choose."""
-    return any(network.relaxed(i).piecewise_linear for i in network.nonlinear)
+    return any(network.nonlinear_at(i).piecewise_linear for i in network.nonlinear)
 
 
 def subproblems(network: Network, region: Region, forms: Tensor, bounds) -> Subproblems:

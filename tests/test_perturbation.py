@@ -24,7 +24,7 @@ def kind(request) -> type[PerturbationSet]:
 
 
 def ball_of(kind, epsilon):
-    return kind(min(epsilon, kind.largest))
+    return kind(min(epsilon, kind.largest_radius))
 
 
 def make_images(count=8, dtype=torch.float64):

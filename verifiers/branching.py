@@ -39,7 +39,7 @@ def scores(network: Network, found: Optimised, lower: Tensor, upper: Tensor, row
     unstable = (lower < 0) & (upper > 0)
     width = torch.where(unstable, upper - lower, 1.0)
     kinks = torch.cat([
-        torch.full((shape.numel(),), network.relaxed(place).kink, dtype=lower.dtype)
+        torch.full((shape.numel(),), network.nonlinear_at(place).kink, dtype=lower.dtype)
         for place, shape in zip(neurons.places, neurons.shapes, strict=True)
     ]).to(lower.device)  # fmt: skip
     intercept = (1 - kinks) * -lower * upper / width

@@ -1,4 +1,4 @@
-"""The attack on a perturbation set where nobody names one: the set's class says it, for each purpose."""
+"""The default attack on a perturbation set, which the set's class defines for each purpose."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from .base import Attack
 
 
 def default_attack(ball: PerturbationSet, purpose: Purpose) -> Attack[Any]:
-    """The attack that ``attack: null`` stands for over this set: its ``default_attacks``, read as a recipe's section.
+    """The attack that ``attack: null`` means for this set: the section in its ``default_attacks``, read as in a recipe.
 
     Raises:
-        InputError: the set's class names an attack that is none, or fields that it does not have.
+        InputError: the section names an unknown attack, or fields that the attack does not have.
     """
     return _built(type(ball), purpose)
 
 
 def attack_field(purpose: Purpose) -> Any:
-    """A dataclass' field ``attack: Attack | None``, None by default. In a recipe a section without a ``type`` changes
-    fields of the attack that the balls of norms have for this purpose."""
+    """A dataclass field ``attack: Attack | None``, None by default.
+
+    A recipe's section without a ``type`` changes fields of the norm balls' default attack for this purpose.
+    """
     return none_or(default_attack(LinfBall(), purpose))
 
 

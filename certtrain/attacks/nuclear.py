@@ -17,7 +17,7 @@ COUNT = "nuclear_iterations"
 
 @dataclass(frozen=True)
 class ClimbsNuclear(Attack[SetT]):
-    """The base of attacks that climb the nuclear norm too: it joins their objective at every other iteration.
+    """Mixin for attacks that add the nuclear norm to their objective at every other iteration.
 
     The objective is sum CE(f(x'), y) + weight · |f(x') - f(x)|_*, with the norm in the 2nd, 4th, … global batch of a
     training (the count is state of the run) and in every batch where no count is kept. The published code takes f(x) in

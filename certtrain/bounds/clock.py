@@ -1,8 +1,8 @@
-"""What time is left: looked at between the layers and chunks of whatever may take long.
+"""Deadlines for long computations, checked between layers and chunks.
 
-Code that computes calls ``look`` before each piece of work that cannot be interrupted. Under no clock, as in training,
-that does nothing. Under one (``until``) it raises ``OutOfTime`` where the time is up, or where the piece is expected to
-end too late, by the pace of pieces of its kind so far. Whoever can keep what is known by then catches it.
+Call ``look`` before each piece of work that cannot be interrupted. Without a clock, as in training, it does nothing.
+Under a clock (``until``) it raises ``OutOfTime`` if the deadline has passed, or if the piece is expected to end after
+it, judged by the pace of earlier pieces of the same kind. A caller that can keep partial results catches it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from ..errors import Portable
 T = TypeVar("T")
 
 LONG = 1e-3
-"""Seconds: what takes less says little of how fast longer work goes, for most of it is overhead."""
+"""Seconds; shorter pieces are not counted in the pace, since most of their time is overhead."""
 
 LAG = 0.05
-"""Seconds, and of work so many multiplications, after which a device that works on its own is waited for."""
+"""Seconds after which ``look`` waits for an asynchronous device."""
 LAG_WORK = 1e9
+"""Multiplications started since the last wait after which ``look`` waits for an asynchronous device."""
 
 
 class OutOfTime(Portable, Exception):
-    """The time is up, or what comes next would end too late."""
+    """The deadline has passed, or the next piece of work is expected to end after it."""
 
 
 @dataclass
 class Work:
-    """Of one kind, so far: seconds and amount in all, and of the piece that was slowest for its size."""
+    """Work of one kind so far: total seconds and amount, and (seconds, amount) of the piece with the lowest pace."""
 
     seconds: float = 0.0
     amount: float = 0.0
@@ -46,24 +47,26 @@ class Work:
             self.slowest = (seconds, amount)
 
     def expected(self, amount: float) -> float:
-        """Seconds, by all pieces but the slowest one, which may have loaded code (1 to 2 s in a process' first call) or
-        waited for the processor; 0 of a single piece, which says nothing then."""
-        seconds, done = self.seconds - self.slowest[0], self.amount - self.slowest[1]
-        return seconds / done * amount if done > 0 else 0.0
+        """Expected seconds for ``amount`` of work, from all pieces but the slowest; 0 after a single piece.
+
+        The slowest piece may have loaded code (1 to 2 s in a process' first call) or waited for the processor.
+        """
+        seconds, completed = self.seconds - self.slowest[0], self.amount - self.slowest[1]
+        return seconds / completed * amount if completed > 0 else 0.0
 
 
 @dataclass
 class Pace:
-    """The work so far, by kind."""
+    """Completed work by kind, and the piece in progress."""
 
     known: defaultdict[str, Work] = field(default_factory=lambda: defaultdict(Work))
-    pending: tuple[str, float, float] | None = None  # kind, amount, since when
+    pending: tuple[str, float, float] | None = None  # kind, amount, start time
 
     def begin(self, kind: str, work: float, now: float) -> None:
         self.pending = (kind, work, now)
 
     def end(self, now: float) -> None:
-        """What began last is done."""
+        """Count the piece in progress as completed."""
         if self.pending is not None:
             kind, work, since = self.pending
             if now - since >= LONG:
@@ -71,17 +74,17 @@ class Pace:
             self.pending = None
 
     def expected(self, work: Mapping[str, float]) -> float:
-        """Seconds; of kinds that are unknown, none."""
+        """Expected seconds for amounts of work by kind; kinds without a known pace count 0."""
         return sum(self.known[kind].expected(amount) for kind, amount in work.items() if kind in self.known)
 
 
 @dataclass
 class Clock:
-    """A deadline, on the clock ``now``.
+    """A deadline, in seconds on the clock ``now``.
 
     Args:
-        own: whether it is earlier than that of the clock around it by its own will.
-        wait: for a device that works on its own, so that time is what it took.
+        wait: synchronises an asynchronous device, so that measured times include its work.
+        own: whether the deadline was requested, and not inherited from the outer clock.
         late: whether ``look`` has raised.
     """
 
@@ -126,12 +129,13 @@ def until(
     now: Callable[[], float] | None = None,
     wait: Callable[[], object] | None = None,
 ) -> Generator[Clock]:
-    """A clock for what is done inside, in this thread. The deadline of a clock around it holds too.
+    """Context manager that sets a deadline in this thread. An outer deadline holds as well.
 
     Args:
-        deadline: on the clock ``now``: that of the clock around it, by default ``time.perf_counter``.
-        keep: seconds before the deadline of the clock around it that are left for what comes afterwards.
-        wait: as in ``Clock``; by default that of the clock around it.
+        deadline: seconds on the clock ``now``.
+        keep: seconds to leave before the outer deadline for later work.
+        now: the clock; by default the outer one's, or ``time.perf_counter``.
+        wait: as in ``Clock``; by default the outer one's.
     """
     outer = _CLOCK.get()
     if outer is None:
@@ -151,13 +155,13 @@ def until(
 
 
 def look(kind: str = "", work: float = 0.0, seconds: float = 0.0) -> None:
-    """Before a piece of work that cannot be interrupted.
+    """Announce a piece of work that cannot be interrupted; it ends at the next ``look`` or ``done``.
 
     Args:
-        kind, work: how much of what is to come; at the next ``look``, or at ``done``, it is over.
-        seconds: that it is expected to take, where the caller knows better.
+        kind, work: its kind, and its amount in multiplications.
+        seconds: a lower bound of its expected duration, where the caller knows one.
     Raises:
-        OutOfTime: it would not end in time.
+        OutOfTime: the deadline has passed, or the piece is expected to end after it.
     """
     clock = _CLOCK.get()
     if clock is not None:
@@ -165,40 +169,41 @@ def look(kind: str = "", work: float = 0.0, seconds: float = 0.0) -> None:
 
 
 def done() -> None:
-    """The work that the last ``look`` announced is over."""
+    """End the piece of work that the last ``look`` announced."""
     clock = _CLOCK.get()
     if clock is not None and clock.pace.pending is not None:
         clock.pace.end(clock.now())
 
 
 def looking(items: Iterable[T]) -> Iterator[T]:
-    """Each of them after a ``look``."""
+    """Yield the items, with a ``look`` before each."""
     for item in items:
         look()
         yield item
 
 
 def now() -> float:
+    """Seconds on the current clock; ``time.perf_counter`` without one."""
     clock = _CLOCK.get()
     return time.perf_counter() if clock is None else clock.now()
 
 
 def left() -> float:
-    """Seconds; inf under no clock."""
+    """Seconds until the deadline; inf without a clock."""
     clock = _CLOCK.get()
     return math.inf if clock is None or clock.deadline == math.inf else clock.deadline - clock.now()
 
 
 def expected(work: Mapping[str, float]) -> float:
-    """Seconds that so much work takes, as far as its kinds' pace is known; 0 under no clock."""
+    """Expected seconds for amounts of work by kind; kinds without a known pace count 0; 0 without a clock."""
     clock = _CLOCK.get()
     return 0.0 if clock is None else clock.pace.expected(work)
 
 
 def fitting(most: int, work: Mapping[str, float]) -> int:
-    """How many of ``most`` pieces of so much work each to take at a time: all of them where these are expected to end
-    in time, else as many as take half of it; one at least."""
-    each = expected(work)
-    if each == 0 or each * most <= (rest := left()):
+    """Number of pieces, of ``work`` each, to compute at a time: ``most`` if they are expected to end in time, else as
+    many as fit into half of the time left; at least 1."""
+    seconds = expected(work)
+    if seconds == 0 or seconds * most <= (rest := left()):
         return most
-    return max(1, min(most, int(0.5 * rest / each)))
+    return max(1, min(most, int(0.5 * rest / seconds)))

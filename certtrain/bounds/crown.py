@@ -23,14 +23,18 @@ from .rounding import Slack, interval_of, widened
 from .windows import View, Windows
 
 MEMORY = 1 << 28
-"""Bytes of coefficients that are alive at a time on the CPU; a GPU takes a quarter of what is free."""
+"""Bytes of coefficients held at a time on the CPU; on a GPU a quarter of its free memory is used."""
 
 
 @dataclass(frozen=True)
 class LinearBound:
-    """forms · x + constants is below the bounded quantity for every x of the region: (B, R, *shape), (B, R).
+    """A lower bound forms · x + constants, valid for every x of the region.
 
-    So is ``floor`` (B, R), where it is known.
+    Args:
+        forms, constants: (B, R, *shape) and (B, R).
+        slack, size: for ``lower``, in networks with a ``rounding``: the rounding errors to subtract, and the sum of
+            the magnitudes of all terms, (B, R).
+        floor: (B, R), another lower bound, if one is known.
     """
 
     forms: Tensor
@@ -40,12 +44,12 @@ class LinearBound:
     floor: Tensor | None = None
 
     def lower(self, region: Region) -> Tensor:
-        """(B, R), its minimum over the region; with a ``slack``, below it whatever float64 rounds."""
-        found = region.concretise(self.forms) + self.constants
-        found = found if self.floor is None else torch.maximum(found, self.floor)
+        """(B, R), the bound's minimum over the region; with a ``slack``, lowered by the float64 rounding errors."""
+        minimum = region.concretise(self.forms) + self.constants
+        minimum = minimum if self.floor is None else torch.maximum(minimum, self.floor)
         if self.slack is None or self.size is None:
-            return found
-        return found - self.slack.remainder(self.forms, self.size, region.hull)
+            return minimum
+        return minimum - self.slack.remainder(self.forms, self.size, region.hull)
 
 
 def backward(
@@ -54,23 +58,23 @@ def backward(
     forms: Tensor,
     lines: Mapping[int, Relaxation],
     multipliers: Mapping[int, Tensor] | None = None,
-    seen: dict[int, Tensor] | None = None,
+    reached: dict[int, Tensor] | None = None,
     slack: Slack | None = None,
     view: View | None = None,
-    met: Mapping[int, Interval] | None = None,
+    intervals: Mapping[int, Interval] | None = None,
 ) -> LinearBound:
     """Lower bounds of linear forms of an operation's output, as linear forms of the input.
 
     Args:
         position: of the operation; forms: (B, R, *its output's shape).
-        lines: of every non-linear operation that ``position`` depends on.
-        multipliers: (B, R or 1, *shape) by non-linear operation, added to the forms of its input: what constraints on
-            it bring (beta-CROWN, arXiv 2103.06624).
-        seen: is given the forms that reach each non-linear operation's output.
-        slack: what rounding may cost, for networks with a ``rounding``.
-        view: the windows of which ``forms`` and what is made of them consist; without multipliers and ``seen``.
-        met: intervals of operations' outputs. Where the forms pass through one alone, their minimum over its interval
-            bounds the quantity too, and the largest of these is the result's ``floor``. Without a ``slack``.
+        lines: relaxations of all non-linear operations that ``position`` depends on.
+        multipliers: (B, R or 1, *shape) by non-linear operation, added to the forms of its input: the Lagrange
+            multipliers of constraints on that input (beta-CROWN, arXiv 2103.06624).
+        reached: a dict to fill with the forms that reach each non-linear operation's output.
+        slack: rounding errors to subtract, for networks with a ``rounding``.
+        view: the windows to which all forms are confined; not with ``multipliers`` or ``reached``.
+        intervals: of operations' outputs; not with a ``slack``. Where the forms depend on a single operation's output,
+            their minimum over its interval is a lower bound too; the largest of these is the result's ``floor``.
     """
     constants: Tensor = forms.new_zeros(forms.shape[:2])
     size = constants
@@ -80,26 +84,26 @@ def backward(
             continue
         forms, operation = pending.pop(number), view.operation(number) if view else network.operations[number]
         clock.look(type(operation).__name__, operation.work(forms.numel()))
-        if met is not None and not pending:
-            here = least(forms, met[number]) + constants
-            floor = here if floor is None else torch.maximum(floor, here)
+        if intervals is not None and not pending:
+            minimum = least(forms, intervals[number]) + constants
+            floor = minimum if floor is None else torch.maximum(floor, minimum)
         if slack is not None:
-            cost, more = slack.charge(number, forms, view.see(number, slack.magnitudes[number]) if view else None)
+            cost, more = slack.charge(number, forms, view.extract(number, slack.magnitudes[number]) if view else None)
             constants, size = constants - cost, size + more
-        own = None
+        relaxation = None
         if isinstance(operation, Nonlinear):
-            if seen is not None:
-                seen[number] = forms
-            own = lines[number].map(partial(view.see, number)) if view else lines[number]
+            if reached is not None:
+                reached[number] = forms
+            relaxation = lines[number].map(partial(view.extract, number)) if view else lines[number]
         shapes = [(view or network).shape(number, read) for read in operation.inputs]
-        parts, constants = operation.backward(forms, constants, shapes, own)
+        parts, constants = operation.backward(forms, constants, shapes, relaxation)
         if multipliers is not None and number in multipliers:
             (through,) = parts
             parts = (through + multipliers[number],)
             if slack is not None:
                 constants = constants - slack.charge(number, parts[0])[0]
         for read, part in zip(operation.inputs, parts, strict=True):
-            part = view.fit(number, read, part) if view else part
+            part = view.align(number, read, part) if view else part
             pending[read] = pending[read] + part if read in pending else part
     clock.done()
     if 0 not in pending:
@@ -110,27 +114,31 @@ def backward(
 def relax_all(
     network: Network, bounds: Mapping[int, Bounds], alphas: Mapping[int, Tensor] | None = None
 ) -> dict[int, Relaxation]:
-    """Relaxations of the non-linear operations whose inputs have ``bounds``."""
+    """Relaxations of the non-linear operations, by position, over the ``bounds`` of their inputs."""
     return {
-        number: network.relaxed(number).relax(
-            *network.apart(number, found), alpha=alphas.get(number) if alphas else None
+        number: network.nonlinear_at(number).relax(
+            *network.split_bounds(number, entering), alpha=alphas.get(number) if alphas else None
         )
-        for number, found in bounds.items()
+        for number, entering in bounds.items()
     }
 
 
 def bound_forms(
     network: Network, region: Region, forms: Tensor, bounds: Mapping[int, Bounds], position: int | None = None
 ) -> Tensor:
-    """(B, R) lower bounds of linear forms (B, R, *shape) of an operation's output (the logits by default)."""
-    place = len(network.operations) - 1 if position is None else position
+    """(B, R) lower bounds of linear forms (B, R, *shape) of an operation's output (the logits by default).
+
+    Args:
+        bounds: of every non-linear operation's input, by position.
+    """
+    position = len(network.operations) - 1 if position is None else position
     slack = slack_of(network, region, bounds)
-    return backward(network, place, forms, relax_all(network, bounds), slack=slack).lower(region)
+    return backward(network, position, forms, relax_all(network, bounds), slack=slack).lower(region)
 
 
 def interval_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
-    """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone, the forms merged into a last
-    dense layer."""
+    """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone; forms are merged into the last
+    layer if it is dense."""
     walk = _Bounding(network, region, refine=False)
     walk.run()
     number, slack = len(network.operations) - 1, None
@@ -143,50 +151,53 @@ def interval_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
         constants = constants + operation.constant(forms)
         (forms,), number = operation.adjoints(forms, network.shapes[read]), read
     box = walk.intervals[number]
-    found = least(forms, box) + constants - cost
-    return found if slack is None else found - slack.remainder(forms, size, box)
+    lower = least(forms, box) + constants - cost
+    return lower if slack is None else lower - slack.remainder(forms, size, box)
 
 
 def slack_of(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Slack | None:
-    """What rounding may cost linear bounds, given bounds of the activations' inputs; None without a ``rounding``."""
+    """Rounding errors of linear bounds, given bounds of the activations' inputs; None without a ``rounding``."""
     if network.rounding is None:
         return None
     return Slack.of(network, all_intervals(network, region, bounds))
 
 
 def interval_bounds(network: Network, region: Region) -> dict[int, Bounds]:
-    """Interval bounds of every non-linear operation's input. Looks at the clock before each operation."""
+    """Interval bounds of every non-linear operation's input, by position. Checks the clock before each operation."""
     return _Bounding(network, region, refine=False).run()
 
 
 def all_intervals(network: Network, region: Region, given: Mapping[int, Bounds]) -> dict[int, Interval]:
-    """Intervals of every operation's output, with bounds of non-linear operations' inputs that are known already."""
+    """Intervals of every operation's output, tightened by ``given`` bounds of non-linear operations' inputs."""
     walk = _Bounding(network, region, refine=False, given=given)
     walk.run()
     return walk.intervals
 
 
 def best_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
-    """``bound_forms`` of the logits over interval bounds, where each form has the best of its minima over the intervals
-    of all operations that it passes through on its way back, instead of the input's alone. No ``rounding``."""
+    """(B, R) lower bounds of linear forms of the logits by CROWN-IBP, for networks without a ``rounding``.
+
+    Like ``bound_forms`` over interval bounds, but each form takes the best of its minima over the intervals of all
+    operations it passes through on its way back, not only over the input's.
+    """
     walk = _Bounding(network, region, refine=False)
     lines = relax_all(network, walk.run())
-    return backward(network, len(network.operations) - 1, forms, lines, met=walk.intervals).lower(region)
+    return backward(network, len(network.operations) - 1, forms, lines, intervals=walk.intervals).lower(region)
 
 
 def crown_bounds(network: Network, region: Region, given: Mapping[int, Bounds] | None = None) -> dict[int, Bounds]:
-    """Bounds of every non-linear operation's input, by backward passes for those entries whose sign intervals leave
-    open; the best of interval and linear bounds, and of those ``given``, is kept, entry by entry.
+    """Bounds of every non-linear operation's input, by position: the tightest of interval, linear and ``given`` ones.
 
-    Bounds that are given may rest on assumptions. Where these contradict each other lower > upper may result.
-    Looks at the clock before each operation, and each operation of each backward pass; out of time, what is known by
-    then is kept, and intervals over it serve for the rest.
+    Linear bounds are computed by backward passes, for the entries that ``Nonlinear.open`` selects on interval bounds.
+    ``given`` bounds may rest on assumptions; where these contradict each other, lower > upper may result. Checks the
+    clock before each operation, also inside backward passes. Out of time, the bounds so far are kept, and the rest
+    are intervals over them.
     """
     return _Bounding(network, region, refine=True, given=given).run()
 
 
 class _Bounding:
-    """One walk from the input to the output, with what is known so far."""
+    """One walk from the input to the output: the intervals and bounds so far."""
 
     def __init__(self, network: Network, region: Region, refine: bool, given: Mapping[int, Bounds] | None = None):
         self.network, self.region, self.refine, self.given = network, region, refine, given or {}
@@ -195,7 +206,7 @@ class _Bounding:
         self.bounds: dict[int, Bounds] = {}
 
     def run(self) -> dict[int, Bounds]:
-        behind: list[bool] = [False]  # whether a non-linear operation lies behind each
+        behind: list[bool] = [False]  # by position: whether its output depends on a non-linear operation
         for number, operation in enumerate(self.network.operations[1:], start=1):
             self._in_time(clock.look)
             behind.append(isinstance(operation, Nonlinear) or any(behind[read] for read in operation.inputs))
@@ -203,18 +214,18 @@ class _Bounding:
                 self.bounds[number] = self._entering(number, operation, behind)
             inputs = [self.intervals[read] for read in operation.inputs]
             self.intervals[number] = interval_of(self.network, operation, *inputs)
-            if isinstance(operation, Sum) and operation.largest is not None:  # b + relu(a - b) forgets that b is b
-                parts = (self.intervals[i] for i in operation.largest)
-                self.intervals[number] = self.intervals[number].as_largest(*parts)
+            if isinstance(operation, Sum) and operation.maximum_of is not None:  # b + relu(a - b) counts b twice
+                parts = (self.intervals[i] for i in operation.maximum_of)
+                self.intervals[number] = self.intervals[number].tightened_to_maximum(*parts)
         return self.bounds
 
     def _entering(self, number: int, operation: Nonlinear, behind: Sequence[bool]) -> Bounds:
-        """Bounds of what a non-linear operation reads; the intervals of that are tightened to them."""
+        """Bounds of a non-linear operation's inputs; tightens ``intervals`` at these inputs to them."""
         ends = [self.intervals[read].bounds() for read in operation.inputs]
         if number in self.given:
             ends = [
                 own.intersect(given)
-                for own, given in zip(ends, self.network.apart(number, self.given[number]), strict=True)
+                for own, given in zip(ends, self.network.split_bounds(number, self.given[number]), strict=True)
             ]
         wanted = operation.open(*ends)
         for place, read in enumerate(operation.inputs):
@@ -222,12 +233,12 @@ class _Bounding:
                 ends[place] = self._refined(read, ends[place], torch.ones_like(ends[place].lower, dtype=torch.bool))
             elif self.refine and behind[read] and not self.late:
                 ends[place] = self._refined(read, ends[place], wanted[place])
-            found = ends[place]
-            self.intervals[read] = Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
-        return self.network.together(ends)
+            lower, upper = ends[place].lower, ends[place].upper
+            self.intervals[read] = Bounds(lower, torch.maximum(lower, upper)).interval()
+        return self.network.join_bounds(ends)
 
     def _in_time(self, action: Callable[[], object]) -> bool:
-        """Whether it ends in time; a walk that refines goes on without, and without further looks."""
+        """Run ``action``; whether it ended in time. A refining walk then continues without refinement and clock."""
         if self.late:
             return False
         try:
@@ -238,20 +249,20 @@ class _Bounding:
             self.late = True
         return not self.late
 
-    def _refined(self, position: int, found: Bounds, wanted: Tensor) -> Bounds:
-        """``found`` of an operation's output, tightened at the entries ``wanted`` (B, *shape)."""
+    def _refined(self, position: int, known: Bounds, wanted: Tensor) -> Bounds:
+        """``known`` bounds of an operation's output, tightened at the entries ``wanted`` (B, *shape) bool."""
         shape = wanted.shape
         if self.region.is_local and (windows := Windows.behind(self.network, position)) is not None:
-            return self._refined_in_windows(windows, found, wanted)
+            return self._refined_in_windows(windows, known, wanted)
         wanted = wanted.flatten(1)
         most = int(wanted.sum(1).max()) if wanted.numel() else 0
         if not most:
-            return found
-        # each image's wanted entries first; others fill its row up, and stay: bounds are not to depend on the batch
+            return known
+        # wanted entries first; the entries that pad shorter rows keep their bounds: bounds must not depend on the batch
         order = torch.argsort(wanted.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
         lines, slack = self._lines_and_slack()
-        lower, upper = found.lower.flatten(1).clone(), found.upper.flatten(1).clone()
-        each = work_of(self.network, position, lambda number: 2 * len(order) * self.network.shapes[number].numel())
+        lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
+        work = work_of(self.network, position, lambda number: 2 * len(order) * self.network.shapes[number].numel())
 
         def tighten(part: Tensor) -> None:
             units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
@@ -266,17 +277,17 @@ class _Bounding:
             upper.scatter_reduce_(1, part, -above, "amin")
 
         self._in_chunks(
-            order.T, rows_at_a_time(self.network, len(order), lower) // 2 or 1, each, lambda p: tighten(p.T)
+            order.T, rows_at_a_time(self.network, len(order), lower) // 2 or 1, work, lambda p: tighten(p.T)
         )
         return Bounds(lower.reshape(shape), upper.reshape(shape))
 
-    def _refined_in_windows(self, windows: Windows, found: Bounds, wanted: Tensor) -> Bounds:
-        """``_refined`` of a convolution's output, every wanted entry by itself."""
+    def _refined_in_windows(self, windows: Windows, known: Bounds, wanted: Tensor) -> Bounds:
+        """``_refined`` for a convolution's output, with forms confined to the window of each wanted entry."""
         image, entry = wanted.flatten(1).nonzero(as_tuple=True)
         lines, slack = self._lines_and_slack()
-        lower, upper = found.lower.flatten(1).clone(), found.upper.flatten(1).clone()
+        lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
         size = _budget(lower) // (8 * windows.widest * lower.element_size()) or 1
-        each = work_of(self.network, windows.position, lambda number: 2 * windows.shape(number).numel())
+        work = work_of(self.network, windows.position, lambda number: 2 * windows.shape(number).numel())
 
         def tighten(part: Tensor) -> None:
             at, view = (image[part], entry[part]), windows.at(image[part], entry[part])
@@ -286,14 +297,14 @@ class _Bounding:
             )
             lower[at], upper[at] = torch.maximum(lower[at], below), torch.minimum(upper[at], -above)
 
-        self._in_chunks(torch.arange(len(image), device=image.device), size, each, tighten)
+        self._in_chunks(torch.arange(len(image), device=image.device), size, work, tighten)
         return Bounds(lower.reshape(wanted.shape), upper.reshape(wanted.shape))
 
-    def _in_chunks(self, items: Tensor, most: int, each: Mapping[str, float], action: Callable[[Tensor], None]) -> None:
-        """Act on so many of the items at a time; on fewer where that would end too late."""
+    def _in_chunks(self, items: Tensor, most: int, work: Mapping[str, float], action: Callable[[Tensor], None]) -> None:
+        """Act on ``most`` items at a time, on fewer if that would end too late; ``work``: of one item, by kind."""
         first = 0
         while first < len(items):
-            part = items[first : first + clock.fitting(min(most, len(items) - first), each)]
+            part = items[first : first + clock.fitting(min(most, len(items) - first), work)]
             if not self._in_time(partial(action, part)):
                 break
             first += len(part)
@@ -304,11 +315,11 @@ class _Bounding:
 
 
 def rows_at_a_time(network: Network, batch: int, like: Tensor) -> int:
-    """How many linear forms of each image fit into memory together."""
+    """Number of linear forms of each image that fit into memory together."""
     widest = max(shape.numel() for shape in network.shapes)
     return max(1, _budget(like) // max(1, 4 * batch * widest * like.element_size()))
 
 
 def _budget(like: Tensor) -> int:
-    """Bytes of coefficients, on its device."""
+    """Bytes for coefficients on the device of ``like``."""
     return torch.cuda.mem_get_info(like.device)[0] // 4 if like.is_cuda else MEMORY

@@ -1,4 +1,4 @@
-"""How much work a folded network's operations are, in multiplications, about: what time is estimated by."""
+"""Approximate work of a folded network's operations in multiplications, from which time is estimated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from .network import Network
 
 
 def work_of(network: Network, position: int, numbers: Callable[[int], int]) -> dict[str, float]:
-    """By kind, of a pass from an operation back to the input, given how many numbers there are at each on the way."""
-    found, wanted = Counter[str](), {position}
+    """Work of a backward pass from ``position`` to the input, by kind of operation.
+
+    Args:
+        numbers: how many numbers of coefficients there are at each position.
+    """
+    work, wanted = Counter[str](), {position}
     for number in range(position, 0, -1):
         if number in wanted:
             operation = network.operations[number]
             wanted |= set(operation.inputs)
-            found[type(operation).__name__] += operation.work(numbers(number))
-    return dict(found)
+            work[type(operation).__name__] += operation.work(numbers(number))
+    return dict(work)

@@ -1,7 +1,7 @@
-"""Is the program that is bounded the network that runs? Asked by comparing their logits.
+"""Check that a traced network computes what the model computes, by comparing their logits.
 
-torch.fx records operations: what changes them from outside, such as ``torch.autocast`` inside forward or a global that
-forward reads, leaves no trace in the program.
+torch.fx records operations only. Whatever changes them from outside, such as ``torch.autocast`` inside forward or a
+global variable that forward reads, leaves no trace in the network.
 """
 
 from __future__ import annotations
@@ -22,27 +22,29 @@ from .region import Region
 from .tracing import evaluation_mode, forget
 
 IMAGES = 32
-"""Of a larger batch ``check_faithful`` compares so many: what makes a program another network does so everywhere."""
+"""Images of a larger batch that ``check_faithful`` compares: a wrongly traced network differs on any image."""
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""Of the largest logit. Sums in another order leave 1e-6 in float32, folded batch norms somewhat more; the halves of
-autocast leave 1e-4 or more, float32 inside a float64 network 1e-8 or more."""
+"""Accepted difference, relative to the largest logit.
+
+Measured: 1e-6 for sums in another order in float32, somewhat more for folded batch norms; 1e-4 or more for autocast,
+1e-8 or more for float32 inside a float64 network."""
 
 ROUNDINGS = 16
-"""How many times the program's own rounding error, found in float64, is taken for rounding where logits are small
-beside what they are computed of."""
+"""Accepted difference in multiples of the network's own rounding error (measured against float64), for logits that are
+small compared with the numbers they are computed from."""
 
 
 @torch.no_grad()
 def checked_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The program's logits (B, K) of ``images`` (B, *shape), as far from the model's own as rounding explains.
+    """The traced network's logits (B, K) of ``images`` (B, *shape), checked to equal the model's own up to rounding.
 
-    The model is traced anew, and judged in evaluation mode; its modes and buffers are restored. It runs twice: on all
-    images, in reversed order, and on one of them alone.
+    Traces the model anew and compares in evaluation mode; its modes and buffers are restored. The model runs twice: on
+    all images in reversed order, and on a single one.
 
     Raises:
-        UnsupportedNode: the model holds an operation without a rule.
-        InputError: its logits are no function of one image, or the program's differ from them.
+        UnsupportedNode: the model contains an operation without a rule.
+        InputError: an image's logits depend on other images, or the network's logits differ from the model's.
     """
     own = _own(model)
     if own is None or not len(images):
@@ -63,10 +65,10 @@ def checked_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_faithful(model: nn.Module | Network, box: Interval | Region) -> None:
-    """Refuse a model whose program differs from it at the centre, or at a random point, of any of the first boxes.
+    """Check a model against its traced network at the centre and a random point of each of the first ``IMAGES`` boxes.
 
     Raises:
-        UnsupportedNode, InputError: as ``checked_logits``.
+        UnsupportedNode, InputError: as in ``checked_logits``.
     """
     if isinstance(model, Network) or _own(model) is None:
         return
@@ -78,29 +80,29 @@ def check_faithful(model: nn.Module | Network, box: Interval | Region) -> None:
 
 
 def check_one_image(model: nn.Module, images: Tensor, allows: Callable[[Tensor, Tensor], bool] | None = None) -> Tensor:
-    """The model's logits of images, if those of each depend on that image alone.
+    """The model's logits of ``images``, after a check that an image's logits depend on that image alone.
 
     Args:
-        allows: whether two tensors of logits differ by rounding; None for ``TOLERANCE``.
+        allows: whether two tensors of logits differ by rounding only; None for ``TOLERANCE``.
     Raises:
-        InputError: one image alone, or the same ones in another order, get other logits.
+        InputError: an image gets other logits by itself than within the batch.
     """
-    # a batch of one is compared with a batch of two
+    # a single image is compared with a batch of two
     others = images[:1].mul(0.5) if len(images) == 1 else images[:0]
     together = model(torch.cat([images, others]).flip(0)).flip(0)[: len(images)]
-    alone = model(images[:1].clone())
+    single = model(images[:1].clone())
     allows = allows or _Tolerance(None, images, together).allows
     first = together[:1]
-    if first.shape != alone.shape or not allows(first, alone):
+    if first.shape != single.shape or not allows(first, single):
         raise InputError(
-            f"{type(model).__name__}: one image alone gets {_difference(alone, first)} than among "
+            f"{type(model).__name__}: one image alone gets {_difference(single, first)} than among "
             f"{len(images) + len(others)}; accepted: a network whose logits of an image depend on that image alone"
         )
     return together
 
 
 def _own(model: nn.Module | Network) -> nn.Module | None:
-    """What runs, if that is not the program itself."""
+    """The module that runs; None for a model that is itself a network of operations."""
     if isinstance(model, Network):
         return None
     if isinstance(model, NetworkModule):
@@ -120,7 +122,7 @@ def _buffers_kept(model: nn.Module) -> Generator[None]:
 
 
 class _Tolerance:
-    """How far logits may be apart."""
+    """The accepted difference between two tensors of logits."""
 
     def __init__(self, model: nn.Module | None, images: Tensor, logits: Tensor):
         self.model, self.images, self.logits = model, images, logits
@@ -136,9 +138,9 @@ class _Tolerance:
         return bool((far <= ROUNDINGS * self._rounding()).all())
 
     def _rounding(self) -> float:
-        """The program's own rounding error on these images: beyond float64 nothing is known, and 0 is the answer."""
-        whole = isinstance(self.model, NetworkModule)
-        if self.model is None or whole or self.logits.dtype == torch.float64:
+        """The network's own rounding error on these images, against float64; 0 where it cannot be measured."""
+        is_network = isinstance(self.model, NetworkModule)
+        if self.model is None or is_network or self.logits.dtype == torch.float64:
             return 0.0
         exact = fold(self.model, self.images.shape[1:], dtype=torch.float64, whole_pools=True)(self.images.double())
         return float((exact - self.logits).abs().max())

@@ -1,7 +1,7 @@
 """The first affine layer over a set that is not a box: each output is a linear form, bounded by ``concretise``.
 
-After that layer the intervals go on as usual. For a convolution an output sees one patch of the image, and
-the set's projection to a patch is a set of the same kind, or lies in one, so the forms are concretised patch by patch.
+Later layers use intervals as usual. An output of a convolution depends on one patch of the image, and the set's
+projection to a patch is a set of the same kind or lies in one, so forms are concretised patch by patch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from .region import Region
 
 
 def first_layer(network: Network, operation: Affine, region: Region, hull: Interval) -> Interval:
-    """Tight bounds of the operation's outputs over ``region``; ``hull`` is the box that enters it.
+    """Tight bounds of the operation's outputs over ``region``.
 
+    Args:
+        hull: the box of the operation's input.
     Raises:
-        UnsupportedNode: the image does not reach it in its own shape, or the set says nothing of its patches.
+        UnsupportedNode: the input does not have the image's shape, or the set has no projection to patches.
     """
     images = region.images
     scale, shift = _input_map(network, operation.inputs[0], images)
@@ -35,7 +37,7 @@ def first_layer(network: Network, operation: Affine, region: Region, hull: Inter
 
 
 def _input_map(network: Network, position: int, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of the elementwise map up to a position, each (1, *its shape)."""
+    """(scale, shift) of the elementwise map from the image to ``position``, each (1, *shape there)."""
 
     def evaluate(position: int, value: Tensor) -> Tensor:
         operation = network.operations[position]

@@ -1,6 +1,6 @@
-"""nn.Module → its folded network: batch norms gone into weights, fixed tensors, known shapes.
+"""Fold an nn.Module into a network with fixed weights and known shapes; batch norms are merged into weights.
 
-Each operation says what it becomes. Max pools become ReLUs, max(a, b) = b + relu(a - b); dropout becomes nothing.
+Each operation implements its own ``fold``. Max pools become ReLUs, max(a, b) = b + relu(a - b); dropout is removed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def fold(
     Args:
         statistics: batch statistics instead of the running ones, with gradients, for training.
         dtype: of the weights; None keeps the model's. Weights keep their gradients.
-        whole_pools: leave max pools as they are, which is good for evaluation alone.
-        as_written: the operators of a network file stay what they are: batch norms are not folded, and constants are
-            kept in float64, not rounded to float32. Goes with that dtype; says nothing to other models.
+        whole_pools: keep max pools; the network can then be evaluated, but has no linear bounds.
+        as_written: keep the operators of a network file: batch norms are not merged, and constants stay in float64
+            instead of being rounded to float32. Use with ``dtype=torch.float64``; no effect on other models.
     Raises:
-        UnsupportedNode: the model holds an operation without a rule.
+        UnsupportedNode: the model contains an operation without a rule.
         InputError: a weight is not finite.
     """
     written = as_written and isinstance(model, NetworkModule)
@@ -40,10 +40,10 @@ def fold(
 
 
 class _Folding:
-    """The network that is folded so far.
+    """A folded network under construction, to which an operation's ``fold`` appends.
 
     Args:
-        finite: refuse weights that are not. A training step looks at its loss instead.
+        finite: refuse weights that are not finite. Training steps check their loss instead.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class _Folding:
         self.shapes = [shape]
 
     def run(self, network: Network) -> Network:
-        operations, place = network.operations, {0: 0}  # place of each of its operations among ours
-        needed = {len(operations) - 1}  # what the logits do not depend on is left out
+        operations, place = network.operations, {0: 0}  # position in ``network`` → position in the folded network
+        needed = {len(operations) - 1}  # operations that the logits do not depend on are left out
         for number in range(len(operations) - 1, 0, -1):
             needed |= set(operations[number].inputs) if number in needed else set()
         for step in network.steps:
@@ -74,16 +74,16 @@ class _Folding:
             sources = [place[read] for read in operation.inputs]
             if isinstance(operation, Affine) and norm is not None and not self.as_written:
                 dimensions = 1 + len(self.shapes[sources[0]])
-                if operation.takes_norm(dimensions):  # in the model's own dtype: that network is the one that runs
+                if operation.takes_norm(dimensions):  # in the model's own dtype, as it runs
                     operation, rest = operation.with_norm(*norm.coefficients()), rest[1:]
-            found = operation.fold(self, *sources)
+            position = operation.fold(self, *sources)
             for number in rest:
-                found = operations[number].fold(self, found)
-            place[step[-1]] = found
+                position = operations[number].fold(self, position)
+            place[step[-1]] = position
         return Network(tuple(self.operations), tuple(self.shapes))
 
     def append(self, operation: Operation) -> int:
-        """Its position. A point is sent through it, to learn its shape."""
+        """Append an operation and return its position. Its output shape is found by evaluating it at zeros."""
         points = [torch.zeros(1, *self.shapes[i], dtype=self.dtype or self.model_dtype, device=self.device)
                   for i in operation.inputs]  # fmt: skip
         with torch.no_grad():
@@ -92,11 +92,12 @@ class _Folding:
         return len(self.operations) - 1
 
     def tensor(self, value: Tensor | float, path: str) -> Tensor:
-        """A constant in the model's dtype, and then in that of the folded network."""
-        found = torch.as_tensor(value, dtype=self.model_dtype, device=self.device)
-        return self.finite(found.to(self.dtype or self.model_dtype), path)
+        """A constant, rounded to the model's dtype and then converted to the folded network's."""
+        constant = torch.as_tensor(value, dtype=self.model_dtype, device=self.device)
+        return self.finite(constant.to(self.dtype or self.model_dtype), path)
 
-    def finite(self, found: Tensor, path: str) -> Tensor:
-        if self.checks and not found.isfinite().all():
+    def finite(self, weight: Tensor, path: str) -> Tensor:
+        """``weight``, checked to be finite if this folding checks."""
+        if self.checks and not weight.isfinite().all():
             raise UnsupportedNode(f"{path}: found a weight that is not finite; accepted: finite weights")
-        return found
+        return weight

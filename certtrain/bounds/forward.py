@@ -1,4 +1,4 @@
-"""The plain pass through a network: logits, and the batch statistics that bounds are to use, with gradients."""
+"""The plain forward pass of a network: logits, and the batch statistics for bounds, with gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tracing import trace
 
 @dataclass(frozen=True)
 class Forward:
-    """What a plain pass yields: logits (B, K), and the statistics that its batch norms used (none in eval mode)."""
+    """Result of a plain pass: logits (B, K), and the statistics its batch norms used (none in evaluation mode)."""
 
     logits: Tensor
     statistics: Statistics = field(default_factory=dict[int, BatchStatistics])
@@ -23,12 +23,11 @@ class Forward:
 def forward(
     model: nn.Module | Network, images: Tensor, statistics: Statistics | None = None, *, twice: bool = False
 ) -> Forward:
-    """Logits of ``images`` (B, *shape) by the model's network, or what a part of one makes of its input.
+    """Logits of ``images`` (B, *shape) by the model's network; of a part of a network, its output.
 
-    In training mode batch norms use their batch's statistics, update the running ones as torch does, and
-    hand the statistics over. With ``statistics`` given they use those and update nothing. In
-    evaluation mode they are folded into the layer before them: this is the network that is certified. The pass is
-    differentiable once, or ``twice``, which is slower.
+    In training mode batch norms use and return their batch's statistics, and update the running ones as torch does.
+    With ``statistics`` given they use those and update nothing. In evaluation mode they are merged into the layer
+    before them, as in the certified network. The pass is differentiable once, or ``twice``, which is slower.
     """
     network = trace(model).with_statistics(statistics)
     operations, last_use = network.operations, network.last_use
@@ -47,10 +46,10 @@ def forward(
             if isinstance(operation, Affine):
                 operation.prepare()
             if isinstance(operation, BatchNorm) and operation.learns and statistics is None:
-                found, collected[number] = operation.of_batch(inputs[0], ops)
+                output, collected[number] = operation.of_batch(inputs[0], ops)
             else:
-                found = operation(*inputs)
-            inputs = [found]
+                output = operation(*inputs)
+            inputs = [output]
         values[step[-1]] = inputs[0]
         del inputs
     return Forward(values[len(operations) - 1], collected if statistics is None else statistics)

@@ -1,6 +1,6 @@
-"""What torch.fx would not tell: changes in place, hooks, and when a graph has gone stale.
+"""Checks that torch.fx lacks: in-place changes, hooks, and whether a traced graph is out of date.
 
-Each of these, unseen, would give bounds of another network than the one that runs.
+Any of these, undetected, would give bounds of another network than the one that runs.
 """
 
 from __future__ import annotations
@@ -28,71 +28,74 @@ from .wrappers import computed
 
 
 def signature(model: nn.Module) -> Signature:
-    """What a network depends on besides the values of tensors: modules and their order, their classes, all that their
-    attributes hold, hooks. Two are equal only if nothing of that has changed."""
+    """Everything but tensor values that a traced network depends on: modules in order, classes, attributes, hooks.
+
+    Two signatures are equal only if none of these has changed.
+    """
     return tuple(
-        (path, Same(module), _of_class(type(module)), _attributes(vars(module)), _has_hooks(module))
+        (path, SameObject(module), _class_contents(type(module)), _attributes(vars(module)), _has_hooks(module))
         for path, module in named_modules(model, remove_duplicate=False)
     )
 
 
-Signature = tuple[tuple[str, "Same", Any, Any, bool], ...]
+Signature = tuple[tuple[str, "SameObject", Any, Any, bool], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Same:
-    """Equal to the very same object, which it keeps alive; not hashable."""
+class SameObject:
+    """Wrapper that compares by identity and keeps its object alive; not hashable."""
 
     value: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
+        return isinstance(other, SameObject) and self.value is other.value
 
 
 _BOOKKEEPING = {*vars(nn.Module()), "_certtrain_network"}
-"""What every module has: its mode, its tensors, which are looked up each time, its modules and hooks."""
+"""Attributes that every module has: mode, tensors (looked up at each use), submodules, hooks."""
 _DEPTH = 3
+"""Levels of nested containers and objects that a signature compares by content; deeper ones count by identity."""
 
 
 def _attributes(values: Mapping[str, Any], depth: int = _DEPTH) -> list[tuple[str, Any]]:
     return [(name, _snapshot(value, depth)) for name, value in values.items() if name not in _BOOKKEEPING]
 
 
-def _of_class(kind: type) -> list[Any]:
-    """What a class written outside torch defines: somebody may replace its forward, or a constant in it."""
+def _class_contents(kind: type) -> list[Any]:
+    """Attributes defined by classes outside torch: their forward or constants may be replaced."""
     own = itertools.takewhile(lambda base: not base.__module__.startswith("torch."), kind.__mro__)
-    return [(Same(base), [(name, _snapshot(value, 1)) for name, value in vars(base).items()]) for base in own]
+    return [(SameObject(base), [(name, _snapshot(value, 1)) for name, value in vars(base).items()]) for base in own]
 
 
 def _snapshot(value: Any, depth: int) -> Any:
-    """Numbers, words, containers and plain objects by what they hold, anything else by identity."""
+    """A comparable copy: numbers, strings, containers and plain objects by content, anything else by identity."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return type(value), value
     if depth == 0 or isinstance(value, (nn.Module, Tensor)):
-        return Same(value)
+        return SameObject(value)
     if is_mapping(value):
         return type(value), [(_snapshot(key, depth - 1), _snapshot(item, depth - 1)) for key, item in value.items()]
     if is_sequence_or_set(value):
         return type(value), [_snapshot(item, depth - 1) for item in value]
     if type(value).__module__.startswith("torch") or isinstance(value, (type, ModuleType, FunctionType)):
-        return Same(value)
-    return Same(value), _attributes(getattr(value, "__dict__", {}), depth - 1)
+        return SameObject(value)
+    return SameObject(value), _attributes(getattr(value, "__dict__", {}), depth - 1)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Hooks of one module or of all, other than those that compute a weight."""
+    """Whether the module has hooks, or all modules have, other than those that compute a weight."""
     computing = len(computed(module))
     return bool(forward_hooks(module)) or len(forward_pre_hooks(module)) > computing or has_global_forward_hooks()
 
 
 def refuse_hidden_forward(path: str, module: nn.Module) -> None:
-    """torch.fx reads the class' forward: it would not see these."""
+    """Refuse hooks, a forward on the instance and an overridden __call__: torch.fx reads only the class' forward."""
     where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
     refuse_hooks(where, module)
     if "forward" in vars(module):
         raise UnsupportedNode(f"{where} has a forward of its own beside its class'; accepted: the class' forward")
     kind = type(module)
-    if isinstance(module, fx.GraphModule):  # torch.fx makes each a class, whose __call__ explains errors
+    if isinstance(module, fx.GraphModule):  # has a class of its own, whose __call__ reports errors
         kind = kind.__mro__[1]
     if kind.__call__ is not nn.Module.__call__:
         raise UnsupportedNode(f"{where} overrides __call__; accepted: a class that defines forward alone")
@@ -107,7 +110,7 @@ IN_PLACE = {name: getattr(operator, name) for name in ("iadd", "isub", "imul", "
 
 
 class _Proxy(fx.Proxy):
-    """Records ``x += y`` as the in-place operation that it is; torch.fx's own would record ``x + y``."""
+    """Records ``x += y`` as an in-place operation; torch.fx's own proxy would record ``x + y``."""
 
     def _augmented(self, operation: str, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", IN_PLACE[operation], (self, other), {})
@@ -126,7 +129,9 @@ class _Proxy(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # else what forward computes of a buffer is frozen while tracing
+    """Traces modules that have a rule as leaves."""
+
+    proxy_buffer_attributes = True  # otherwise values computed from buffers are frozen while tracing
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in MODULES or super().is_leaf_module(m, module_qualified_name)
@@ -143,8 +148,12 @@ _VIEWS = ("view", "reshape", "flatten", "contiguous", "getitem")
 
 
 def refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
-    """An in-place operation changes what *other* readers of its input see; the network would not, so its
-    bounds would be those of another network."""
+    """Refuse an in-place operation whose input has other readers: they read the changed value in the model, but the
+    unchanged one in the network.
+
+    Raises:
+        UnsupportedNode: naming the operation and its input.
+    """
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or (

@@ -23,11 +23,11 @@ from .tracing import is_traced, trace
 
 @dataclass(frozen=True)
 class Activity:
-    """What a pass saw on its way, for regularisers and verifiers.
+    """Intermediate intervals of a pass, for regularisers and verifiers.
 
     Args:
-        first: the interval that entered the first affine layer, that is in normalised units.
-        preactivations: the interval that entered each ReLU, by the ReLU's position.
+        first: the input interval of the first affine layer, in normalised units.
+        preactivations: the input interval of each ReLU, by the ReLU's position.
     """
 
     first: Interval | None
@@ -39,9 +39,9 @@ def compute_bounds(
 ) -> Interval:
     """Sound bounds of the model's logits over a box, or over a perturbation set around a batch of images.
 
-    Bounds enclose the network with fixed batch-norm statistics: the running ones, or those given. In evaluation mode
-    the model itself is compared with what was traced of it, at the centre and at a random point of the box; in training
-    mode when it was traced.
+    Bounds enclose the network with fixed batch-norm statistics: the running ones, or those given. The model is compared
+    with its traced network at the centre and at a random point of the box: in evaluation mode always, in training mode
+    only before it is traced.
 
     Args:
         model: any ``nn.Module`` of supported layers; takes (B, *shape), carries its own normalisation. Or a network.
@@ -51,9 +51,9 @@ def compute_bounds(
         An ``Interval`` of shape (B, K); ``.lower`` and ``.upper`` are the bounds. Differentiable. Holds in
         round-to-nearest arithmetic of the model's dtype, up to its rounding error.
     Raises:
-        UnsupportedNode: the model holds an operation without a rule.
-        InputError: a box that does not exist: crossed ends, a negative radius, NaN, pixels outside [0, 1]; a model that
-            computes something else than was traced of it, or no function of one image.
+        UnsupportedNode: the model contains an operation without a rule.
+        InputError: an invalid box (crossed ends, a negative radius, NaN, pixels outside [0, 1]); a model whose logits
+            differ from its traced network's, or depend on other images.
     """
     box.check()
     if isinstance(model, nn.Module) and not (model.training and is_traced(model)):
@@ -73,15 +73,15 @@ def compute_margins(
     """Lower bounds of all margins z_y - z_j, with the specification merged into the last linear layer.
 
     Args:
-        labels: (B,) whole numbers. Others as in ``compute_bounds``, but values of the box are not looked at, which in
-            training would wait for a device: over a box that does not exist margins are NaN.
+        labels: (B,) whole numbers. Others as in ``compute_bounds``, but the box's values are not checked, which would
+            wait for the device in training: margins over an invalid box are NaN.
         keep: whether to keep the pre-activation intervals.
-        shrink: multiplies the upper end of every ReLU's input interval that holds 0 inside. Below 1 the results bound
-            nothing: SABR trains on them (arXiv 2210.04871).
+        shrink: factor for the upper end of every ReLU's input interval with 0 inside. Below 1 the results are not
+            bounds: SABR trains on them (arXiv 2210.04871).
     Returns:
-        (B, K - 1), columns j != y in increasing order; and what was kept (empty if not asked).
+        (B, K - 1), columns j != y in increasing order; and the intervals kept (none without ``keep``).
     Raises:
-        InputError: a network of one output, which has no margins; labels that are no whole numbers.
+        InputError: a network of one output, which has no margins; labels that are not whole numbers.
         UnsupportedNode: as in ``compute_bounds``.
     """
     propagation = _Propagation(model, statistics, keep, shrink)
@@ -98,7 +98,7 @@ def compute_margins(
 def compute_activity(
     model: nn.Module | Network, box: Interval | Region, statistics: Statistics | None = None, *, shrink: float = 1.0
 ) -> tuple[Interval, Activity]:
-    """``compute_bounds``, and what the pass saw on its way. Arguments as in ``compute_margins``."""
+    """Bounds of the logits, and the intermediate intervals of the pass. Arguments as in ``compute_margins``."""
     propagation = _Propagation(model, statistics, True, shrink)
     return propagation.run(box)[0], propagation.activity()
 
@@ -124,7 +124,7 @@ def compute_rows(
 
 
 def _difference(logits: Interval, labels: Tensor) -> Tensor:
-    """Margins from the logits' own bounds, where the network does not end in a linear layer."""
+    """Lower bounds of margins (B, K - 1) from the logits' own bounds, for a network without a last linear layer."""
     classes = logits.center.shape[1]
     own = F.one_hot(labels, classes).bool()
     lower = logits.lower[own].reshape(-1, 1) - logits.upper
@@ -132,7 +132,7 @@ def _difference(logits: Interval, labels: Tensor) -> Tensor:
 
 
 class _Propagation:
-    """One pass: the intervals so far, and what is kept of them."""
+    """One pass of interval bound propagation, with the intervals it keeps."""
 
     def __init__(self, model: nn.Module | Network, statistics: Statistics | None, keep: bool, shrink: float = 1.0):
         self.network = trace(model).with_statistics(statistics)
@@ -146,10 +146,10 @@ class _Propagation:
     def run(
         self, box: Interval | Region, *, stop_before_last: bool = False
     ) -> tuple[Interval, tuple[Tensor, Tensor | None] | None]:
-        """The output interval; or, before a last plain linear layer, its input and that layer's (weight, bias)."""
+        """The output interval and None; with ``stop_before_last``, the last linear layer's input and (weight, bias)."""
         operations, last_use = self.network.operations, self.network.last_use
         self.region = box if isinstance(box, Region) and not box.is_box else None
-        values = {0: box.hull if isinstance(box, Region) else box.or_nan()}
+        values = {0: box.hull if isinstance(box, Region) else box.invalid_to_nan()}
         for step in self.network.steps:
             clock.look()
             operation = operations[step[0]]
@@ -164,7 +164,7 @@ class _Propagation:
         return values[len(operations) - 1], None
 
     def _through(self, step: Sequence[int], inputs: Sequence[Interval]) -> Interval:
-        """The interval behind one of the network's steps."""
+        """The output interval of one of the network's steps."""
         operation, norm = self.network.operations[step[0]], self.network.norm_of(step)
         if not isinstance(operation, Affine):
             return self._separately(step, inputs)
@@ -184,19 +184,19 @@ class _Propagation:
         return self._separately(rest, [operation.fused(x, scale, shift)])
 
     def _separately(self, step: Sequence[int], inputs: Sequence[Interval]) -> Interval:
-        """Operation by operation."""
+        """The output interval of a step, one operation at a time."""
         for number in step:
             operation = self.network.operations[number]
             if isinstance(operation, Relu):
                 if self.keep:
                     self.preactivations[number] = inputs[0]
                 if self.shrink < 1:
-                    inputs = [_shrunk(inputs[0], self.shrink)]
+                    inputs = [_with_scaled_upper(inputs[0], self.shrink)]
             inputs = [operation.interval(*inputs)]
         return inputs[0]
 
     def _last_dense(self, step: Sequence[int], inputs: Sequence[Interval]) -> Dense | None:
-        """The linear layer, with its batch norm in it, that a step consists of."""
+        """The linear layer, its batch norm merged, if the step consists of nothing else; else None."""
         operation, norm = self.network.operations[step[0]], self.network.norm_of(step)
         if not isinstance(operation, Dense) or self._starts_at(operation) or len(step) > (1 if norm is None else 2):
             return None
@@ -205,7 +205,7 @@ class _Propagation:
         return operation.with_norm(*norm.coefficients()) if operation.takes_norm(inputs[0].center.ndim) else None
 
     def _starts_at(self, operation: Affine) -> bool:
-        """Whether it is the first affine operation over a set that is not a box."""
+        """Whether ``operation`` is the first affine one, over a set that is not a box."""
         if self.region is None:
             return False
         queue = list(operation.inputs)
@@ -217,7 +217,7 @@ class _Propagation:
         return True
 
 
-def _shrunk(interval: Interval, share: float) -> Interval:
-    """With ``share`` of the upper end where 0 lies inside."""
+def _with_scaled_upper(interval: Interval, share: float) -> Interval:
+    """The interval with its upper end multiplied by ``share`` where 0 lies inside."""
     lower, upper = interval.lower, interval.upper
     return Interval.from_bounds(lower, torch.where((lower < 0) & (upper > 0), share * upper, upper))

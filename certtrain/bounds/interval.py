@@ -13,11 +13,11 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Interval:
-    """All x with |x - center| <= radius, entrywise: what the kernels read and write.
+    """All x with |x - center| <= radius, entrywise; the form that kernels read and write.
 
     Args:
-        center, radius: equal shape, dtype and device; radius >= 0. An interval that does not exist, as one with crossed
-            ends, has a radius of NaN, which no bound over it loses.
+        center, radius: equal shape, dtype and device; radius >= 0. An invalid interval, such as one with crossed ends,
+            has a radius of NaN, which propagates to all bounds over it.
     """
 
     center: Tensor
@@ -33,16 +33,16 @@ class Interval:
 
     @classmethod
     def from_bounds(cls, lower: Tensor, upper: Tensor) -> Interval:
-        """The interval of two ends, in any units, its radius rounded outward. NaN where ``lower <= upper`` is not true.
+        """The interval between two ends, in any units, its radius rounded outward; NaN where not ``lower <= upper``.
 
         Guarantees ``.lower <= lower`` and ``.upper >= upper`` in floating point and in exact arithmetic, and
-        a radius of exactly 0 where the ends are equal. (Without the rounding, 1 to 20 % of real pixel
-        boxes lose a corner.) Gradients are those of the plain (upper + lower) / 2 and (upper - lower) / 2.
+        a radius of exactly 0 where the ends are equal. Without outward rounding, 1 to 20 % of real pixel
+        boxes lose a corner. Gradients are those of the plain (upper + lower) / 2 and (upper - lower) / 2.
         """
         center = (lower + upper) / 2
         center = torch.where(center.isfinite(), center, lower / 2 + upper / 2)  # the sum may overflow
         radius = torch.maximum(upper - center, center - lower)
-        with torch.no_grad():  # each difference above is off by half an ulp at most: one ulp covers it
+        with torch.no_grad():  # each difference above has an error of half an ulp at most: one ulp covers it
             outward = torch.nextafter(radius, torch.full_like(radius, torch.inf)) - radius
             outward = torch.where(lower == upper, 0, torch.where(lower < upper, outward, torch.nan))
         return cls(center, radius + outward)
@@ -74,26 +74,27 @@ class Interval:
         return Interval(function(self.center), function(self.radius))
 
     def contains(self, value: Tensor, slack: float | Tensor = 0.0) -> Tensor:
-        """Entrywise: does ``value`` lie within the ends, give or take ``slack``? NaN lies nowhere."""
+        """Entrywise: whether ``value`` lies within the ends, up to ``slack``; False for NaN."""
         return (self.lower - slack <= value) & (value <= self.upper + slack)
 
-    def as_largest(self, *others: Interval) -> Interval:
-        """Tightened by what it is an interval of: the largest of others."""
+    def tightened_to_maximum(self, *others: Interval) -> Interval:
+        """This interval of max(others), intersected with the maximum of the others' ends."""
         lower, upper = (torch.stack(ends).amax(0) for ends in ([x.lower for x in others], [x.upper for x in others]))
-        found = Bounds(lower, upper).intersect(self.bounds())  # which rounding may cross
-        return Bounds(found.lower, torch.maximum(found.lower, found.upper)).interval()
+        tighter = Bounds(lower, upper).intersect(self.bounds())  # rounding may cross the ends
+        return Bounds(tighter.lower, torch.maximum(tighter.lower, tighter.upper)).interval()
 
     def bounds(self) -> Bounds:
         return Bounds(self.lower, self.upper)
 
-    def or_nan(self) -> Interval:
-        """Itself, NaN where it does not exist."""
+    def invalid_to_nan(self) -> Interval:
+        """This interval, its radius NaN where it is negative or NaN."""
         return Interval(self.center, torch.where(self.radius >= 0, self.radius, torch.nan))
 
     def check(self) -> None:
-        """
+        """Refuse an invalid interval.
+
         Raises:
-            InputError: it does not exist: a radius is negative, or something NaN or infinite.
+            InputError: shapes differ, a radius is negative, or a number is NaN or infinite.
         """
         if self.center.shape != self.radius.shape:
             found = f"{(*self.center.shape,)} and {(*self.radius.shape,)}"
@@ -106,15 +107,16 @@ class Interval:
 
 
 def cut_box(images: Tensor, epsilon: float | Tensor) -> Interval:
-    """``Interval.box`` of images and radii that are known to be good; others become NaN. Their values are not looked
-    at, which would wait for a GPU at every step of a training."""
+    """``Interval.box`` without checks of values, which would wait for the GPU in every training step; pixels outside
+    [0, 1] and radii that are negative or NaN give NaN."""
     inside = (images >= 0) & (images <= 1)
     lower, upper = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
     return Interval.from_bounds(torch.where(inside, lower, torch.nan), upper)
 
 
 def check_pixels(images: Tensor, where: str = "images") -> None:
-    """
+    """Refuse images in other units.
+
     Raises:
         InputError: pixels outside [0, 1], or NaN.
     """
@@ -129,9 +131,9 @@ def check_pixels(images: Tensor, where: str = "images") -> None:
 
 
 def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest of values, 0-d: NaN where one is NaN, 0 where there are none.
+    """Minimum and maximum of values, 0-d: NaN if any is NaN, 0 if there are none.
 
-    Of 50,000 in a quarter of the time that questions entry by entry take.
+    On 50,000 values it takes a quarter of the time of entrywise comparisons.
     """
     if not values.numel():
         return values.new_zeros(()), values.new_zeros(())
@@ -140,13 +142,13 @@ def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Two ends, entrywise lower <= upper: what verifiers keep and intersect."""
+    """Two ends, entrywise lower <= upper, which verifiers keep and intersect."""
 
     lower: Tensor
     upper: Tensor
 
     def intersect(self, other: Bounds) -> Bounds:
-        """The tighter end of two valid bounds, entry by entry: valid again."""
+        """The tighter ends of two valid bounds, entry by entry; also valid."""
         return Bounds(torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper))
 
     def interval(self) -> Interval:

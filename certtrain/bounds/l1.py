@@ -18,7 +18,8 @@ from .perturbation import NormBall, Purpose
 class L1Ball(NormBall):
     """sum |x' - x| <= epsilon and 0 <= x' <= 1.
 
-    ``direction`` moves one entry, and the same again where [0, 1] has stopped it: attacks of steps along it are weak.
+    ``direction`` moves a single entry, the same one again after [0, 1] has stopped it: attacks that step along it are
+    weak.
     """
 
     norm: ClassVar[str | None] = "L1"
@@ -40,21 +41,21 @@ class L1Ball(NormBall):
     def project(self, images: Tensor, candidates: Tensor) -> Tensor:
         """The nearest point of the set, in the Euclidean norm, up to rounding.
 
-        Every change shrinks by the same threshold, ends at 0, and is cut to [0, 1]. How much of it is left falls
-        piece by piece linearly with the threshold: its knots are sorted, and the piece is found by sums.
+        All changes shrink towards 0 by the same threshold and are cut to [0, 1]. Their sum is a piecewise linear,
+        falling function of the threshold; sorting its knots gives the threshold at which the sum is epsilon.
         """
         center = images.flatten(1).double()
         change = candidates.flatten(1).double() - center
         epsilon = torch.as_tensor(self.radius(change, torch.float64), dtype=torch.float64, device=images.device)
         size = change.abs()
-        room = torch.where(change > 0, 1 - center, center)  # an entry gives way from size - room on, until size
+        room = torch.where(change > 0, 1 - center, center)  # an entry shrinks from size - room on, to 0 at size
         threshold = _threshold(size, room, epsilon)
         kept = torch.minimum((size - threshold).clamp(min=0), room)
         total = kept.sum(1, keepdim=True)
         over = total > epsilon * (1 - 1e-12)
         kept = kept * torch.where(over, epsilon / total.clamp(min=1e-300) * (1 - 1e-12), 1.0)
         nearest = (center + change.sign() * kept).to(images.dtype)
-        # rounding must not lead out of the ball: entries that it moved away from the image go one step back
+        # rounding must not leave the ball: entries that it moved away from the image go back by one ulp
         flat = images.flatten(1)
         nearest = torch.where((nearest.double() - center).abs() > kept, torch.nextafter(nearest, flat), nearest)
         inside = self.contains(images, candidates.clamp(0, 1)).reshape(-1, *[1] * (images.ndim - 1))
@@ -67,8 +68,10 @@ class L1Ball(NormBall):
         return valid & (change.abs().sum(1) <= epsilon + slack)
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
-        """Exact up to rounding: a fractional knapsack. The entries with the largest coefficients go to their end of
-        [0, 1], one after the other, until epsilon is spent."""
+        """The minimum over the set, exact up to rounding: a fractional knapsack.
+
+        The entries with the largest coefficients move to their end of [0, 1], in order, until epsilon is spent.
+        """
         forms, center = coefficients.flatten(2), images.flatten(1).unsqueeze(1)
         epsilon = torch.as_tensor(self.radius(forms, torch.float64), dtype=torch.float64, device=images.device)
         order = forms.detach().abs().argsort(dim=2, descending=True, stable=True)
@@ -79,13 +82,16 @@ class L1Ball(NormBall):
         return (forms * center).sum(2) - gains.sum(2)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The entry with the largest gradient alone, the first of several."""
+        """A unit step of the entry with the largest gradient; the first one if several are largest."""
         flat = gradient.flatten(1)
         first = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter(1, first, flat.gather(1, first).sign()).reshape(gradient.shape)
 
     def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
-        """Of n + 1 exponential numbers the shares of the first n are uniform in the simplex; signs are random."""
+        """A change drawn uniformly from the l1 ball.
+
+        The first n of n + 1 exponential numbers, over the sum of all, are uniform in the simplex; signs are random.
+        """
         shape, count = images.shape[1:], images[0].numel() if len(images) else 0
         sizes = -torch.log1p(-noise.uniform((count + 1,), f"{stream}/sizes", torch.float64))
         shares = sizes[:, :count] / sizes.sum(1, keepdim=True)
@@ -94,16 +100,16 @@ class L1Ball(NormBall):
 
 
 def _threshold(size: Tensor, room: Tensor, epsilon: Tensor) -> Tensor:
-    """(B, 1) the least t >= 0 at which sum_i min(max(size_i - t, 0), room_i) <= epsilon, of (B, n) numbers."""
+    """(B, 1): the least t >= 0 at which sum_i min(max(size_i - t, 0), room_i) <= epsilon, for (B, n) numbers."""
     # the sum's slope is -1 for each entry between its two knots, size - room and size
     knots, order = torch.cat([(size - room).clamp(min=0), size], 1).sort(dim=1)
     slopes = torch.cat([-torch.ones_like(size), torch.ones_like(size)], 1).gather(1, order).cumsum(1)
     start = torch.minimum(size, room).sum(1, keepdim=True)  # at t = 0, and up to the first knot
     falls = (slopes[:, :-1] * knots.diff(dim=1)).cumsum(1)
     values = torch.cat([start, start + falls], 1)  # at each knot
-    last = (values > epsilon).sum(1, keepdim=True) - 1  # of the knots that are not far enough, the last one
+    last = (values > epsilon).sum(1, keepdim=True) - 1  # the last knot whose sum exceeds epsilon
     before = last.clamp(min=0)
     slope = slopes.gather(1, before)
     step = (epsilon - values.gather(1, before)) / torch.where(slope < 0, slope, -1)
-    found = knots.gather(1, before) + step.clamp(min=0)
-    return torch.where(last < 0, 0.0, found)
+    threshold = knots.gather(1, before) + step.clamp(min=0)
+    return torch.where(last < 0, 0.0, threshold)

@@ -28,15 +28,17 @@ class L2Ball(NormBall):
         return cut_box(images, self.radius(images))
 
     def project(self, images: Tensor, candidates: Tensor) -> Tensor:
-        """Shrink towards the image, then clip. The clip only shrinks entries further, so the result lies in the set;
-        it is the nearest point wherever the shrunk candidate is a valid image."""
+        """Shrink towards the image, then clip to [0, 1], which shrinks changes further: the result lies in the set.
+
+        It is the nearest point wherever the shrunk candidate is a valid image.
+        """
         change = candidates.double() - images.double()
         epsilon = torch.as_tensor(self.radius(change, torch.float64), dtype=torch.float64, device=images.device)
         length = norm(change.flatten(1), 1).reshape(-1, *[1] * (images.ndim - 1))
         outside = length > epsilon
         change = change * torch.where(outside, epsilon / length.clamp(min=1e-300) * (1 - 1e-12), 1.0)
         shrunk = (images.double() + change).to(images.dtype)
-        # rounding must not lead out of the ball: entries that it moved away from the image go one step back
+        # rounding must not leave the ball: entries that it moved away from the image go back by one ulp
         too_far = (shrunk.double() - images.double()).abs() > change.abs()
         shrunk = torch.where(too_far, torch.nextafter(shrunk, images), shrunk)
         return torch.where(outside, shrunk, candidates).clamp(0, 1)
@@ -48,12 +50,14 @@ class L2Ball(NormBall):
         return valid & (norm(change, 1) <= epsilon + slack)
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
-        """By the Lagrangian dual of the norm constraint, which bounds the minimum from below at *every*
-        multiplier: bisection only decides how tight it is, never whether it holds."""
+        """A lower bound of the minimum by the Lagrangian dual of the norm constraint.
+
+        The dual is sound at *every* multiplier: bisection only decides how tight it is.
+        """
         form, center = coefficients.flatten(2), images.flatten(1).unsqueeze(1)
         epsilon = torch.as_tensor(self.radius(form), dtype=images.dtype, device=images.device)
         with torch.no_grad():  # the envelope theorem: no gradient through the multiplier
-            # |change| <= |form| / (2 multiplier): at multiplier = |form| / (2 epsilon) the ball is not left
+            # |change| <= |form| / (2 multiplier): at multiplier = |form| / (2 epsilon) it lies in the ball
             high = norm(form, 2, keepdim=True) / (2 * epsilon).clamp(min=1e-30)
             high = high.clamp(max=torch.finfo(form.dtype).max / 8)
             low = torch.zeros_like(high)
@@ -67,7 +71,7 @@ class L2Ball(NormBall):
 
     def direction(self, gradient: Tensor) -> Tensor:
         size = gradient.abs().flatten(1).amax(1).reshape(-1, *[1] * (gradient.ndim - 1))
-        scaled = gradient / torch.where(size > 0, size, 1)  # whose squares neither overflow nor vanish
+        scaled = gradient / torch.where(size > 0, size, 1)  # its squares neither overflow nor vanish
         length = norm(scaled.flatten(1), 1).reshape(size.shape)
         return scaled / torch.where(length > 0, length, 1)
 

@@ -18,7 +18,7 @@ class LinfBall(NormBall):
     """|x' - x|_inf <= epsilon and 0 <= x' <= 1."""
 
     norm: ClassVar[str | None] = "Linf"
-    largest: ClassVar[float] = 1.0
+    largest_radius: ClassVar[float] = 1.0
 
     @property
     def is_box(self) -> bool:

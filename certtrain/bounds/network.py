@@ -1,8 +1,8 @@
-"""A network: operations in an order in which every input comes first.
+"""A network: operations in topological order.
 
-It has two states. As traced, its operations refer to the model's own layers, so it follows their weights, and batch
-norms and activations stand by themselves: training bounds this one. Folded (``folding.py``), the weights are fixed
-tensors, batch norms have gone into them, and the shapes are known: this one is certified, searched and exported.
+It has two states. As traced, its operations refer to the model's own layers and follow their weights, and batch norms
+are separate operations: training bounds this state. Folded (``folding.py``), weights are fixed tensors with the batch
+norms merged, and shapes are known: this state is certified, searched and exported.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Statistics = Mapping[int, BatchStatistics]
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Operations of which the first is the input and the last one gives the output.
+    """Operations, of which the first is the input and the last gives the output.
 
     Args:
-        shapes: of the operations' outputs, without the batch dimension; of a folded network.
-        rounding: the arithmetic that all bounds hold in, whatever float64 rounds on the way; None for that of the
-            weights, as computed. Of a folded network in float64.
+        shapes: of the operations' outputs, without the batch dimension; for folded networks.
+        rounding: the arithmetic of the network that bounds are proved for, including our own float64 rounding; None
+            for bounds as computed in the weights' dtype. For folded networks in float64.
     """
 
     operations: tuple[Operation, ...]
@@ -53,29 +53,30 @@ class Network:
         """Positions of the non-linear operations."""
         return tuple(number for number, operation in enumerate(self.operations) if isinstance(operation, Nonlinear))
 
-    def relaxed(self, number: int) -> Nonlinear:
-        """The non-linear operation at a position of ``nonlinear``."""
+    def nonlinear_at(self, number: int) -> Nonlinear:
+        """The non-linear operation at one of the positions ``nonlinear``."""
         operation = self.operations[number]
         assert isinstance(operation, Nonlinear)
         return operation
 
     @property
     def piecewise_linear(self) -> bool:
-        return all(self.relaxed(number).piecewise_linear for number in self.nonlinear)
+        """Whether all non-linear operations are piecewise linear."""
+        return all(self.nonlinear_at(number).piecewise_linear for number in self.nonlinear)
 
     def shape(self, number: int, read: int) -> torch.Size:
-        """The shape of what an operation reads, in a folded network."""
+        """The shape of the input at position ``read`` of operation ``number``, in a folded network."""
         return self.shapes[read]
 
-    def together(self, bounds: Sequence[Bounds]) -> Bounds:
-        """Bounds of all that a non-linear operation reads, as one: those of several inputs flattened, in order."""
+    def join_bounds(self, bounds: Sequence[Bounds]) -> Bounds:
+        """Bounds of all inputs of an operation as one: those of several inputs flattened and concatenated."""
         if len(bounds) == 1:
             return bounds[0]
         lower, upper = [x.lower.flatten(1) for x in bounds], [x.upper.flatten(1) for x in bounds]
         return Bounds(torch.cat(lower, 1), torch.cat(upper, 1))
 
-    def apart(self, number: int, bounds: Bounds) -> list[Bounds]:
-        """The bounds of each input of an operation, of ``together``."""
+    def split_bounds(self, number: int, bounds: Bounds) -> list[Bounds]:
+        """The bounds of each input of operation ``number``; the inverse of ``join_bounds``."""
         shapes = self.read_shapes(number)
         if len(shapes) == 1:
             return [bounds]
@@ -89,7 +90,7 @@ class Network:
 
     @cached_property
     def last_use(self) -> tuple[int, ...]:
-        """For each operation the position of the last one that reads it: its value may be dropped afterwards."""
+        """For each operation the position of its last reader, after which its value can be dropped."""
         last = list(range(len(self.operations)))
         for position, operation in enumerate(self.operations):
             for read in operation.inputs:
@@ -98,8 +99,11 @@ class Network:
 
     @cached_property
     def steps(self) -> tuple[tuple[int, ...], ...]:
-        """The positions after the input. An affine operation, the batch norm that alone reads it, and the ReLU that
-        alone reads that, are one step: what fused kernels compute at once."""
+        """Positions after the input, grouped into steps that fused kernels compute at once.
+
+        A step is one operation, or an affine operation with the batch norm and the ReLU behind it, if each is the only
+        reader of the one before.
+        """
         readers = Counter(read for operation in self.operations for read in operation.inputs)
         readers[len(self.operations) - 1] += 1
         steps: list[list[int]] = []
@@ -120,22 +124,21 @@ class Network:
         return tuple(tuple(step) for step in steps)
 
     def norm_of(self, step: Sequence[int]) -> BatchNorm | None:
-        """The batch norm of one of ``steps``, behind its affine operation."""
+        """The batch norm of one of ``steps``, if it has one."""
         norm = self.operations[step[1]] if len(step) > 1 else None
         return norm if isinstance(norm, BatchNorm) else None
 
     def affine_before(self, position: int) -> Operation:
-        """The affine operation whose output, perhaps through batch norms and activations, an operation reads; else
-        the operation itself."""
-        operation = found = self.operations[position]
-        while len(found.inputs) == 1 and not isinstance(found, Affine):
-            found = self.operations[found.inputs[0]]
-            if not isinstance(found, (Affine, BatchNorm)):
+        """The affine operation before an operation, batch norms between them skipped; else the operation itself."""
+        operation = before = self.operations[position]
+        while len(before.inputs) == 1 and not isinstance(before, Affine):
+            before = self.operations[before.inputs[0]]
+            if not isinstance(before, (Affine, BatchNorm)):
                 return operation
-        return found if isinstance(found, Affine) else operation
+        return before if isinstance(before, Affine) else operation
 
     def with_statistics(self, statistics: Statistics | None) -> Network:
-        """The network whose batch norms use these batch statistics."""
+        """The network with these batch statistics in its batch norms."""
         if not statistics:
             return self
         operations = [
@@ -160,10 +163,10 @@ class Network:
 
 
 class NetworkModule(nn.Module):
-    """A module that is its network from the start: what the readers of network files make.
+    """A module made of a network's operations, as readers of network files build it.
 
     Args:
-        operations: the last one gives the output. What it does not need is left out.
+        operations: the last one gives the output; those it does not depend on are left out.
     """
 
     def __init__(self, operations: Sequence[Operation]):
@@ -178,7 +181,7 @@ class NetworkModule(nn.Module):
 
     @property
     def runs(self) -> nn.Module | None:
-        """The module that it does nothing but run, if so: it was not looked into."""
+        """The module that this one only runs, without rules for its contents; else None."""
         *before, last = self.network.operations
         if len(before) == 1 and isinstance(last, Opaque) and isinstance(last.function, nn.Module):
             return last.function
@@ -188,27 +191,27 @@ class NetworkModule(nn.Module):
         return NetworkModule(copy.deepcopy(self.operations, memo))
 
     def forward(self, x: Tensor) -> Tensor:
-        from .forward import forward  # which asks for the network of a module, this one for instance
+        from .forward import forward  # imported here: ``forward`` imports this module
 
         return forward(self, x).logits
 
 
 def _needed(operations: Sequence[Operation]) -> list[Operation]:
-    """Those that the last one depends on, and the input."""
+    """The input and the operations that the last one depends on, renumbered."""
     wanted = {0, len(operations) - 1}
     for number in range(len(operations) - 1, 0, -1):
         wanted |= set(operations[number].inputs) if number in wanted else set()
     place = {old: new for new, old in enumerate(sorted(wanted))}
-    return [moved(operations[old], *(place[read] for read in operations[old].inputs)) for old in place]
+    return [with_inputs(operations[old], *(place[read] for read in operations[old].inputs)) for old in place]
 
 
-def moved(operation: Operation, *inputs: int) -> Operation:
-    """The operation at other inputs."""
+def with_inputs(operation: Operation, *inputs: int) -> Operation:
+    """The operation with other input positions."""
     return replace(operation, inputs=inputs)
 
 
 def ending_with(operations: Sequence[Operation], output: int) -> tuple[Operation, ...]:
-    """Operations of which ``output`` comes last."""
+    """The operations, with the output of ``output`` as the last one's."""
     if output == len(operations) - 1:
         return tuple(operations)
     return (*operations, Rearrangement("output", (output,), lambda x: x))

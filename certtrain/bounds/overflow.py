@@ -1,7 +1,7 @@
-"""Whether a network's evaluation over a region can leave its floating-point format: then no bound proves anything.
+"""Check whether a network's evaluation over a region can overflow; if so, no bound proves anything.
 
-Infinity is swallowed by what comes after it, tanh(inf) = 1 and relu(-inf) = 0, and where it appears depends on the
-order of a sum. So magnitudes |W| |x| + |b| are looked at, which no partial sum exceeds in any order.
+Later operations can hide an infinity, tanh(inf) = 1 and relu(-inf) = 0, and where it appears depends on the order of a
+sum. So the check uses magnitudes |W| |x| + |b|, which no partial sum exceeds in any order.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .region import Region
 from .rounding import FLOAT32
 
 SPARE = 4
-"""What a format's largest number is divided by: for roundings, and for our differences of two ends' sums."""
+"""Divisor of a format's largest number: a margin for roundings, and for differences of two ends' sums."""
 
 
 def fits(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Tensor:
-    """(B,) bool: every number of the network's evaluation, partial sums included, stays finite on the whole region,
-    and so do interval bounds of it.
+    """(B,) bool: whether the evaluation on the whole region, partial sums included, and interval bounds stay finite.
 
-    The format is float32 with the rounding of float32, else that of the weights. True of what is not bounded at all.
+    The format is float32 with the rounding ``FLOAT32``, else the weights' dtype. Always True for networks with opaque
+    operations, which have no bounds.
 
     Args:
-        bounds: of non-linear operations' inputs, as far as they are known.
+        bounds: known bounds of non-linear operations' inputs.
     """
     hull = region.hull
     everything = torch.ones(len(hull.center), dtype=torch.bool, device=hull.center.device)
@@ -39,7 +39,7 @@ def fits(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Tens
     sizes = [(hull.center.abs() + hull.radius).amax(0, keepdim=True)]
     for operation in network.operations[1:]:
         sizes.append(operation.peak(*(sizes[read] for read in operation.inputs)))
-    if all(bool((size <= most).all()) for size in sizes):  # for all images at once, as if nothing ever cancelled
+    if all(bool((size <= most).all()) for size in sizes):  # cheap sufficient check: all images at once
         return everything
     intervals = all_intervals(network, region, bounds)
     for number, operation in enumerate(network.operations[1:], start=1):

@@ -1,4 +1,4 @@
-"""A network in two parts: an extractor of features, and the classifier that reads them."""
+"""A network split into an extractor of features and a classifier of them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import InputError
-from .network import Network, Statistics, moved
+from .network import Network, Statistics, with_inputs
 from .operations import Entrywise, Input, Operation
 from .tracing import trace
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Two networks, each of which ``forward``, ``compute_bounds`` and ``compute_margins`` take for a model.
+    """The two parts of a network; ``forward``, ``compute_bounds`` and ``compute_margins`` accept each as a model.
 
     Args:
         extractor: from the images to the features.
         classifier: from the features to the logits.
-        place: of the features in the whole network.
+        place: position of the features in the whole network.
     """
 
     extractor: Network
@@ -28,19 +28,19 @@ class Halves:
     place: int
 
     def share(self, statistics: Statistics) -> tuple[Statistics, Statistics]:
-        """The whole network's batch statistics, for the extractor and for the classifier."""
-        first = {position: found for position, found in statistics.items() if position <= self.place}
-        second = {position - self.place: found for position, found in statistics.items() if position > self.place}
+        """The whole network's batch statistics, divided into the extractor's and the classifier's."""
+        first = {position: one for position, one in statistics.items() if position <= self.place}
+        second = {position - self.place: one for position, one in statistics.items() if position > self.place}
         return first, second
 
 
 def split(model: nn.Module | Network, activations: int) -> Halves:
-    """Cut a network right behind an activation, so that ``activations`` of them are left to the classifier.
+    """Split a network behind an activation, so that the classifier has ``activations`` activations.
 
-    With 0 the classifier is what follows the last activation, usually one linear layer.
+    With 0 the classifier is the part behind the last activation, usually one linear layer.
 
     Raises:
-        InputError: there are not that many, or a connection leads around the cut; says which cuts there are.
+        InputError: too few activations, or a connection bypasses the cut; lists the possible cuts.
     """
     operations = trace(model).operations
     active = [place for place, operation in enumerate(operations) if isinstance(operation, Entrywise)]
@@ -49,12 +49,12 @@ def split(model: nn.Module | Network, activations: int) -> Halves:
         accepted = ", ".join(map(str, cuts)) or "a network with an activation that all paths go through"
         raise InputError(f"the network: found no cut that leaves {activations} activations; accepted: {accepted}")
     place = cuts[activations]
-    behind = [moved(operation, *(read - place for read in operation.inputs)) for operation in operations[place + 1 :]]
+    behind = [with_inputs(one, *(read - place for read in one.inputs)) for one in operations[place + 1 :]]
     classifier = Network((Input("features", ()), *behind))
     return Halves(Network(operations[: place + 1]), classifier, place)
 
 
 def _is_cut(operations: Sequence[Operation], place: int) -> bool:
-    """Whether all that comes later depends on earlier operations through this one alone."""
+    """Whether later operations depend on earlier ones only through the one at ``place``."""
     later = operations[place + 1 :]
     return len(later) > 0 and all(read >= place for operation in later for read in operation.inputs)

@@ -1,4 +1,4 @@
-"""Where inputs may lie: what bounds are computed over, and verifiers search."""
+"""Regions of inputs, over which bounds are computed and verifiers search."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Region(ABC):
-    """One set of inputs for each problem of a batch of B; ``images``, (B, *shape), are points of them."""
+    """One set of inputs for each problem of a batch of B; ``images`` (B, *shape) holds one point of each set."""
 
     images: Tensor
 
     @property
     @abstractmethod
     def hull(self) -> Interval:
-        """The smallest boxes around the sets, outward by an ulp at most."""
+        """The smallest boxes around the sets, wider by an ulp at most."""
 
     @property
     @abstractmethod
@@ -36,47 +36,52 @@ class Region(ABC):
 
     @abstractmethod
     def take(self, index: Tensor) -> Self:
-        """The sets of some problems."""
+        """The sets of the problems ``index``."""
 
     @abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """With a conversion applied to the tensors that describe the sets."""
+        """The sets with a conversion, such as of dtype, applied to the tensors that describe them."""
 
     @abstractmethod
     def windows(self, of: Tensor, function: Callable[[Tensor], Tensor]) -> Region:
-        """The sets around windows that ``function`` cuts out of the images, where ``of`` numbers each window's image;
-        or, of an ``Around`` that is not ``is_local``, larger ones."""
+        """The sets' projections to windows of the images; sets that contain them where ``is_local`` is False.
+
+        Args:
+            of: the number of each window's image.
+            function: cuts the windows out of images.
+        """
 
     @property
     def has_windows(self) -> bool:
-        """Whether ``windows`` has sets that hold what these leave of a window."""
+        """Whether ``windows`` is available."""
         return self.is_local
 
     def perturbation(self, kind: type[SetT]) -> SetT | None:
-        """The perturbation set around ``images``, if the region is one of this kind; else None."""
+        """The perturbation set around ``images``, if the region is made of one of this class; else None."""
         return None
 
     @property
     @abstractmethod
     def is_local(self) -> bool:
-        """Whether what a set leaves of a window of the image is a set of the same kind around the window."""
+        """Whether a set's projection to a window of the image is a set of the same kind around the window."""
 
     @abstractmethod
     def contains(self, points: Tensor) -> Tensor:
-        """(B,) bool: does each point (B, *shape) lie in its set?"""
+        """(B,) bool: whether each point (B, *shape) lies in its set."""
 
     @abstractmethod
     def nearest(self, points: Tensor) -> Tensor:
-        """Points (B, *shape) of any precision, rounded to the sets' own and moved back into them."""
+        """Points (B, *shape) of any dtype, rounded to the sets' dtype and projected onto the sets."""
 
     @abstractmethod
     def concretise(self, forms: Tensor) -> Tensor:
-        """(B, R): the minimum over each set of its linear forms (B, R, *shape), never above it up to rounding."""
+        """(B, R): the minimum of linear forms (B, R, *shape) over each set, or a lower bound of it, up to rounding."""
 
     def check(self) -> None:
-        """
+        """Refuse invalid sets by their values, on any device.
+
         Raises:
-            InputError: there are no such sets, by values that are looked at wherever they are.
+            InputError: a number is NaN or infinite, ends cross, or a size or a pixel is out of range.
         """
         self.hull.check()
 
@@ -85,11 +90,11 @@ class Region(ABC):
 
     @property
     def kind(self) -> str:
-        """The name of its sets' class, which messages use."""
+        """The class name of its sets, which messages use."""
         return type(self).__name__
 
     def to(self, dtype: torch.dtype) -> Self:
-        """The same sets, seen in another precision."""
+        """The same sets in another dtype."""
         return self.map(lambda x: x.to(dtype))
 
 
@@ -152,8 +157,10 @@ class Around(Region):
 
 @dataclass(frozen=True)
 class Box(Region):
-    """All x with lower <= x <= upper, in the network's own units, whichever they are; both (B, *shape), finite.
+    """All x with lower <= x <= upper, in the network's own units.
 
+    Args:
+        lower, upper: (B, *shape), finite floats of one dtype.
     Raises:
         InputError: other ends.
     """
@@ -165,8 +172,8 @@ class Box(Region):
     def __post_init__(self) -> None:
         same = self.lower.shape == self.upper.shape and self.lower.dtype == self.upper.dtype
         if not same or not self.lower.is_floating_point():
-            of = " and ".join(f"{end.dtype} {(*end.shape,)}" for end in (self.lower, self.upper))
-            raise InputError(f"box: found ends of {of}; accepted: two tensors of floats of one shape and dtype")
+            found = " and ".join(f"{end.dtype} {(*end.shape,)}" for end in (self.lower, self.upper))
+            raise InputError(f"box: found ends of {found}; accepted: two tensors of floats of one shape and dtype")
         if not ((self.lower <= self.upper) & (self.lower > -torch.inf) & (self.upper < torch.inf)).all():
             raise InputError("box: found crossed ends, NaN or infinity; accepted: finite ends, lower <= upper")
         object.__setattr__(self, "images", self.nearest(self.lower / 2 + self.upper / 2))  # a sum may overflow
@@ -203,7 +210,7 @@ class Box(Region):
 
 
 def least(forms: Tensor, box: Interval) -> Tensor:
-    """(B, R): the minimum of linear forms (B, R, *shape) over a box."""
+    """(B, R): the exact minimum, up to rounding, of linear forms (B, R, *shape) over a box."""
     center, radius = (part.flatten(1).unsqueeze(-1) for part in (box.center, box.radius))
     flat = forms.flatten(2)
     return (flat @ center - flat.abs() @ radius).squeeze(-1)

@@ -1,4 +1,4 @@
-"""What a non-linear operation is enclosed by, for linear bounds that are carried backward or forward."""
+"""Linear enclosures of non-linear operations, for linear bounds carried backward or forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .interval import Bounds
 
 
 class Relaxation(ABC):
-    """Linear bounds of an operation's output by its inputs, over a box of these; for B boxes at a time."""
+    """Linear bounds of an operation's output in terms of its inputs, over B boxes of inputs."""
 
     @abstractmethod
     def backward(self, forms: Tensor, constants: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -23,26 +23,26 @@ class Relaxation(ABC):
         Args:
             forms: (B, R, *shape) linear forms of the output; constants: (B, R), added to them.
         Returns:
-            The forms of each input, (B, R, *its shape), and the constants: lower bounds everywhere on the box.
+            The forms of each input, (B, R, *its shape), and the constants: together lower bounds on the whole box.
         """
 
     @abstractmethod
     def forward(self, *inputs: InputLines) -> InputLines:
-        """Carry lines of the inputs, over the network's own input, to the output."""
+        """Carry lines, which are functions of the network's input, from the inputs to the output."""
 
     @abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same with another view of each tensor (B, *shape)."""
+        """The relaxation with ``function`` applied to each of its tensors (B, *shape)."""
 
 
 @dataclass(frozen=True)
 class Lines(Relaxation):
     """lower_slope x + lower_intercept <= f(x) <= upper_slope x + upper_intercept, entry by entry.
 
-    Each (B, *shape), or (B, R, *shape) where each of R linear forms has its own. ``lower_intercept`` None is 0.
+    All are (B, *shape), or (B, R, *shape) with one per linear form; a ``lower_intercept`` of None is 0.
 
     Args:
-        rising: no slope is negative.
+        rising: whether all slopes are >= 0.
     """
 
     lower_slope: Tensor
@@ -82,42 +82,47 @@ class Lines(Relaxation):
 
 @dataclass(frozen=True)
 class InputLines:
-    """Lines below and above every number of a value, over [-1, 1]^n: slopes, then the constant, (B, n + 1, *shape)."""
+    """Linear functions of z in [-1, 1]^n, below and above every number of a value (B, *shape).
+
+    Args:
+        lower, upper: (B, n + 1, *shape): n slopes, then the constant.
+    """
 
     lower: Tensor
     upper: Tensor
 
     def bounds(self) -> Bounds:
+        """The minimum of the lower and the maximum of the upper lines, (B, *shape)."""
         lower = self.lower[:, -1] - self.lower[:, :-1].abs().sum(1)
         return Bounds(lower, self.upper[:, -1] + self.upper[:, :-1].abs().sum(1))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> InputLines:
-        """Apply a linear function without constant, of non-negative coefficients, to each of the lines' numbers."""
-        return InputLines(each(function, self.lower), each(function, self.upper))
+        """The lines of a linear function without constant and with non-negative coefficients."""
+        return InputLines(map_lines(function, self.lower), map_lines(function, self.upper))
 
     def combine(self, positive: Callable[[Tensor], Tensor], negative: Callable[[Tensor], Tensor]) -> InputLines:
-        """Apply a linear function without constant: the sum of one with non-negative coefficients and one with
-        non-positive ones."""
+        """The lines of ``positive`` + ``negative``: linear functions without constant, the first with non-negative
+        coefficients, the second with non-positive ones."""
         return InputLines(
-            each(positive, self.lower) + each(negative, self.upper),
-            each(positive, self.upper) + each(negative, self.lower),
+            map_lines(positive, self.lower) + map_lines(negative, self.upper),
+            map_lines(positive, self.upper) + map_lines(negative, self.lower),
         )
 
     def shifted(self, constant: Tensor) -> InputLines:
-        """Plus a constant that broadcasts with (B, *shape); changes the lines in place."""
+        """Add a constant that broadcasts with (B, *shape); changes the lines in place."""
         self.lower[:, -1] += constant
         self.upper[:, -1] += constant
         return self
 
 
-def each(function: Callable[[Tensor], Tensor], lines: Tensor) -> Tensor:
+def map_lines(function: Callable[[Tensor], Tensor], lines: Tensor) -> Tensor:
     """A function of a batch (N, *shape), applied to lines (B, n + 1, *shape)."""
-    found = function(lines.flatten(0, 1))
-    return found.reshape(*lines.shape[:2], *found.shape[1:])
+    mapped = function(lines.flatten(0, 1))
+    return mapped.reshape(*lines.shape[:2], *mapped.shape[1:])
 
 
 def constant_lines(bounds: Bounds, like: InputLines) -> InputLines:
-    """Bounds (B, *shape) as lines without slopes: what the interval of any operation gives."""
+    """Bounds (B, *shape) as lines without slopes, as an interval rule gives them."""
 
     def flat(end: Tensor) -> Tensor:
         lines = end.new_zeros(len(end), like.lower.shape[1], *end.shape[1:])

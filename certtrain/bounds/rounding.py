@@ -1,9 +1,9 @@
-"""Certificates that rounding cannot break: what floating point may do to a network, and to our bounds of it.
+"""Certificates that hold under rounding: error bounds for the network's evaluation and for our own arithmetic.
 
-A dot product of n terms, summed in any order with unit roundoff u, is off by at most gamma(n) = n u / (1 - n u) times
-the sum of its terms' absolute values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). So each
-linear operation's output may be off by gamma times its *magnitude*, |W| |x| + |b|: in the network, if its evaluation
-rounds, and in our own float64 coefficients. Intervals are widened by that, linear bounds lowered by |forms| times it.
+A dot product of n terms, summed in any order with unit roundoff u, has an error of at most gamma(n) = n u / (1 - n u)
+times the sum of its terms' absolute values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). So a
+linear operation's output has an error of at most gamma times its *magnitude*, |W| |x| + |b|: in the network, if its
+evaluation rounds, and in our float64 coefficients. Intervals are widened, and linear bounds lowered, accordingly.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 OWN = 2.0**-53
 """Unit roundoff of our own arithmetic, float64."""
 TINY = 1e-300
-"""Above all that float64 underflow can lose in sums of any size here."""
+"""Upper bound of the total float64 underflow in any sum computed here."""
 SAFETY = 1 + 1e-6
-"""On the error terms themselves, which are computed with roundings too."""
+"""Factor on error terms, which are themselves computed with rounding."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,24 @@ class Rounding:
     """The arithmetic in which the certified network is evaluated.
 
     Args:
-        unit: its unit roundoff; 0 for exact real arithmetic, 2^-24 for float32.
-        underflow: what one operation may lose to gradual underflow; 0, or 2^-149.
+        unit: unit roundoff; 0 for exact real arithmetic, 2^-24 for float32.
+        underflow: the largest error of one operation by gradual underflow; 0, or 2^-149.
     """
 
     unit: float = 0.0
     underflow: float = 0.0
 
     def network(self, operation: Operation, shape: torch.Size) -> float:
-        """What the network's own evaluation of an operation may be off by, relative to its magnitude."""
+        """Error bound of the network's evaluation of an operation, relative to its magnitude.
+
+        Args:
+            shape: of the operation's first input.
+        """
         return gamma(operation.roundings(shape), self.unit)
 
     @property
     def least(self) -> float:
-        """A magnitude at which relative errors cover underflow."""
+        """The magnitude from which on relative errors cover underflow."""
         return self.underflow / self.unit if self.unit else 0.0
 
 
@@ -57,23 +61,31 @@ FLOAT32 = Rounding(2.0**-24, 2.0**-149)
 
 
 def gamma(terms: int, unit: float) -> float:
+    """Relative error bound of a sum of ``terms`` products at unit roundoff ``unit``.
+
+    Raises:
+        UnsupportedNode: the sum is too long for a bound.
+    """
     if terms * unit >= 0.5:
-        raise UnsupportedNode(f"a sum of {terms} terms: too long for a bound of its rounding at unit {unit:g}")
+        raise UnsupportedNode(
+            f"found a sum of {terms} terms; accepted: fewer than {0.5 / unit:g} at unit roundoff {unit:g}"
+        )
     return terms * unit / (1 - terms * unit) * SAFETY
 
 
 def widened(x: Interval) -> Interval:
-    """Wide enough that ``lower`` and ``upper``, computed in float64, lie outside the true ends."""
+    """The interval, widened so that ``lower`` and ``upper``, computed in float64, lie outside the exact ends."""
     return Interval(x.center, (x.radius + 4 * OWN * (x.center.abs() + x.radius)) * (1 + 4 * OWN) + TINY)
 
 
 def check(network: Network) -> None:
-    """
+    """Refuse a network with an operation whose rounding has no bound.
+
     Raises:
-        UnsupportedNode: rounding of an operation is not bounded here.
+        UnsupportedNode: naming the operation.
     """
     for number in network.nonlinear:
-        operation = network.relaxed(number)
+        operation = network.nonlinear_at(number)
         if not operation.piecewise_linear:
             raise UnsupportedNode(
                 f"{operation.path}: found {operation.kind}; accepted in this arithmetic: relu, leaky_relu"
@@ -82,8 +94,13 @@ def check(network: Network) -> None:
 
 @dataclass(frozen=True)
 class Slack:
-    """What rounding may cost linear bounds of a batch: for each operation its magnitude (B, *shape) over the region,
-    and the factor by which a form of its output may be off."""
+    """Rounding errors of linear bounds of a batch over a region.
+
+    Args:
+        magnitudes: (B, *shape) of each operation's output over the region, by position.
+        factors: relative error bound of forms of each operation's output, by position.
+        longest: upper bound of the number of terms in any sum of the final minimum.
+    """
 
     magnitudes: Mapping[int, Tensor]
     factors: Mapping[int, float]
@@ -91,7 +108,7 @@ class Slack:
 
     @classmethod
     def of(cls, network: Network, intervals: Mapping[int, Interval]) -> Slack:
-        """Given an interval of every operation's output, as far as they are known."""
+        """The slack of a network with a ``rounding``, from intervals of operations' outputs by position."""
         assert network.rounding is not None
         magnitudes, factors = dict[int, Tensor](), dict[int, float]()
         for number in sorted(intervals):
@@ -103,36 +120,36 @@ class Slack:
             count = operation.terms(network.shapes[operation.inputs[0]]) + repeats + 4
             size = operation.magnitude(*ends)
             magnitudes[number] = size * SAFETY + TINY + network.rounding.least
-            # forms are off by our adjoint, by an addition where they meet, by lines and multipliers (16 roundings of a
-            # number below the magnitude cover those); values by the network's own rounding
+            # errors of forms: our adjoint, additions where forms join, lines and multipliers (16 roundings of a number
+            # below the magnitude cover these); errors of values: the network's own rounding
             own = network.rounding.network(operation, network.shapes[operation.inputs[0]])
             factors[number] = 2 * gamma(count, OWN) + 8 * OWN + own
         longest = max(shape.numel() for shape in network.shapes) + 8 * len(network.operations)
         return cls(magnitudes, factors, longest)
 
     def charge(self, number: int, forms: Tensor, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(what these forms of an operation's output may be too high by, the size of what they add), each (B, R).
+        """(error bound of forms of an operation's output, magnitude of their values), each (B, R).
 
         Args:
-            magnitude: instead of the operation's whole one, where the forms are windows.
+            magnitude: replaces the operation's whole one where the forms are windows.
         """
         magnitude = self.magnitudes[number] if magnitude is None else magnitude
         size = (forms.abs() * magnitude.unsqueeze(1)).flatten(2).sum(-1)
         return self.factors[number] * size * SAFETY, size * SAFETY
 
     def remainder(self, forms: Tensor, size: Tensor, hull: Interval) -> Tensor:
-        """(B, R): what the minimum over the input box, and the sum of all constants, may be too high by."""
+        """(B, R): error bound of the minimum over the input box and of the sum of all constants, of total ``size``."""
         reach = (forms.abs() * (hull.center.abs() + 2 * hull.radius).unsqueeze(1)).flatten(2).sum(-1)
         return gamma(2 * self.longest, OWN) * (size + reach) * 2 * SAFETY + TINY
 
 
 def interval_of(network: Network, operation: Operation, *inputs: Interval) -> Interval:
-    """An operation's interval; with a rounding, it holds what the output should be and what the network makes of it."""
-    found = operation.interval(*inputs)
+    """An operation's output interval; with a rounding, it contains the exact and the network's rounded outputs."""
+    output = operation.interval(*inputs)
     if network.rounding is None:
-        return found
+        return output
     rounding, shape = network.rounding, inputs[0].center.shape[1:]
     ends = [(x.center.abs() + x.radius) * SAFETY for x in inputs]
     size = operation.magnitude(*ends) * SAFETY + TINY + rounding.least
     error = (2 * gamma(operation.terms(shape) + 4, OWN) + rounding.network(operation, shape)) * size
-    return widened(Interval(found.center, found.radius + SAFETY * error))
+    return widened(Interval(output.center, output.radius + SAFETY * error))

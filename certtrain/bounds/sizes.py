@@ -1,4 +1,4 @@
-"""What the sizes of perturbation sets are called, where a record names a set by its class."""
+"""Names of perturbation sets' sizes, by the class name that records hold."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from .perturbation import PerturbationSet
 
 
 def size_name(kind: str) -> str:
-    """What the size of the sets of this class is called: ``k``, ``epsilon``."""
+    """The name of the size field of a set's class: ``k``, ``epsilon``."""
     return _class_of(kind).size
 
 
 def sized(kind: str, size: float, digits: int = 6) -> str:
-    """``k 20``, ``epsilon 0.0313725``."""
+    """A size with its name: ``k 20``, ``epsilon 0.0313725``."""
     return _class_of(kind).sized(size, digits)
 
 
 def _class_of(kind: str) -> type[PerturbationSet]:
-    """The class of that name; the base for one that nobody has imported."""
+    """The set's class of that name; ``PerturbationSet`` if no such class is imported."""
     return PerturbationSet.members().get(kind, PerturbationSet)

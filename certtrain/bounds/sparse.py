@@ -1,4 +1,4 @@
-"""The l0 set: few pixels change, each as far as it likes."""
+"""The l0 set: at most k pixels change, each to any valid value."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 MOST = 2**53
 """The largest k: schedules multiply it, and kernels count in int64."""
 ONE_STEP = {"type": "SparsePgd", "steps": 1, "alpha": 1.0, "beta": 1.0, "patience": None, "keep": "last"}
-"""One-step training's attack (arXiv 2502.21041), with its random start."""
+"""The attack of one-step training (arXiv 2502.21041), with its random start."""
 TWENTY_STEPS = {"type": "SparsePgd", "steps": 20, "patience": 10, "keep": "last"}
-"""Multi-step training's attack, without its early stop: the loss of every image counts."""
+"""The attack of multi-step training, without its early stop: every image contributes to the loss."""
 
 
 @dataclass(frozen=True)
 class SparseBall(PerturbationSet):
-    """At most k units of x' differ from x, and 0 <= x' <= 1: an l0 ball. It is not convex.
+    """At most k units of x' differ from x, and 0 <= x' <= 1: an l0 ball, which is not convex.
 
-    Units partition the image. Methods see it as *grouped*: (B, M, N), N units of M numbers each.
+    Units partition the image. In *grouped* form (B, M, N) there are N units of M numbers each.
 
     Args:
-        k: how many units; or, where every image has its own, int64 (B,). A k above N means all of them.
-        unit: ``pixel``, all channels of a place together (any shape (C, …); of a vector each number); ``feature``, each
-            number; of images (C, H, W) also a whole ``row`` or ``column``, or a ``patch``.
-        side: of a patch, in pixels, which has to divide height and width: patches lie on a grid.
+        k: number of units; one int, or int64 (B,) with one per image. A k above N means all units.
+        unit: ``pixel``, all channels at one place (any shape (C, …); each number of a vector); ``feature``, each
+            number; for images (C, H, W) also ``row``, ``column`` or ``patch``.
+        side: of a patch, in pixels; divides height and width, since patches lie on a grid.
     """
 
     k: int | Tensor = 20
@@ -61,7 +61,7 @@ class SparseBall(PerturbationSet):
             whole = self.k.dtype == torch.int64 and self.k.ndim <= 1
             check(whole, "k", f"{self.k.dtype} {tuple(self.k.shape)}", "int64 (B,)")
         else:
-            given = cast(object, self.k)  # by callers without a type checker
+            given = cast(object, self.k)  # callers without a type checker pass anything
             whole = isinstance(given, int) and not isinstance(given, bool)
             check(whole and 0 <= self.k <= MOST, "k", self.k, f"a whole number of {self.plural} >= 0, at most {MOST}")
         check(self.unit in UNITS, "unit", self.unit, ", ".join(UNITS))
@@ -74,7 +74,7 @@ class SparseBall(PerturbationSet):
 
     @property
     def plural(self) -> str:
-        """Of the unit, as messages say it."""
+        """The plural of ``unit``, for messages."""
         return f"{self.unit}es" if self.unit == "patch" else f"{self.unit}s"
 
     @property
@@ -82,7 +82,7 @@ class SparseBall(PerturbationSet):
         return self.k
 
     def with_epsilon(self, epsilon: float | Tensor) -> Self:
-        """With another k: of a tensor, which a schedule makes, the nearest whole number.
+        """The set with another k; a schedule's tensor is rounded to the nearest whole number.
 
         Raises:
             FieldError: a number that is not whole.
@@ -95,7 +95,7 @@ class SparseBall(PerturbationSet):
         return dataclasses.replace(self, k=int(epsilon))
 
     def scaled(self, factor: float) -> Self:
-        """With k times so much, rounded up."""
+        """The set with k times ``factor``, rounded up."""
         if isinstance(self.k, Tensor):
             return dataclasses.replace(self, k=torch.ceil(self.k.double() * factor).long())
         return dataclasses.replace(self, k=math.ceil(self.k * factor))
@@ -123,7 +123,7 @@ class SparseBall(PerturbationSet):
     def windowed(self) -> SparseBall:
         if self.is_local:
             return self
-        k = self.k * self.side**2  # numbers of the window that its patches may change
+        k = self.k * self.side**2  # numbers of a window that k patches can change
         return SparseBall(k if isinstance(k, Tensor) else min(k, MOST))
 
     @property
@@ -131,22 +131,22 @@ class SparseBall(PerturbationSet):
         return True
 
     def follows(self, images: Tensor, reached: Tensor, target: Tensor) -> Tensor:
-        """As the base's, the selection of units held fixed."""
+        """The derivative of ``project``, with the selection of units held fixed."""
         # an entry that is not selected may equal its target by chance
         selected = self.grouped(reached != images).any(1, keepdim=True)
         moved = self.ungrouped(selected.expand_as(self.grouped(images)), images.shape[1:])
         return moved & (reached == target)
 
     def change(self, image: Tensor, point: Tensor) -> dict[str, Any]:
-        """``changed``, how many units differ, and ``change``: ``[[unit, [its values]], …]``, increasing; exact, also as
-        JSON."""
+        """``changed``, the number of units that differ, and ``change``: ``[[unit, [its values]], …]`` in increasing
+        order of units, exact also as JSON."""
         before, after = (self.grouped(x[None])[0] for x in (image, point))
         units = (before != after).any(0).nonzero().flatten()
         pairs = zip(as_ints(units), map(as_floats, after[:, units].t()), strict=True)
         return {"changed": len(units), "change": [[unit, values] for unit, values in pairs]}
 
     def units(self, shape: Sequence[int]) -> int:
-        """N, for images of ``shape`` (C, …)."""
+        """The number N of units of images of ``shape`` (C, …)."""
         self.check_shape(shape)
         match self.unit:
             case "pixel":
@@ -161,7 +161,7 @@ class SparseBall(PerturbationSet):
                 return (shape[1] // self.side) * (shape[2] // self.side)
 
     def grouped(self, x: Tensor) -> Tensor:
-        """(B, *shape) → (B, M, N)."""
+        """(B, *shape) → (B, M, N): N units of M numbers."""
         self.check_shape(x.shape[1:])
         units = self.units(x.shape[1:])
         members = math.prod(x.shape[1:]) // max(units, 1)
@@ -190,14 +190,14 @@ class SparseBall(PerturbationSet):
                 return x.reshape(len(x), *shape)
 
     def counts(self, like: Tensor) -> int | Tensor:
-        """k for ``kernels``: an int, or int64 (B,) of the batch ``like``."""
+        """k as ``kernels`` take it: an int, or int64 (B,) for the batch ``like``."""
         if not isinstance(self.k, Tensor):
             return self.k
         k = self.k.to(device=like.device, dtype=torch.int64)
         return k.expand(len(like)).contiguous() if k.ndim == 0 else k
 
     def changed(self, images: Tensor, candidates: Tensor, slack: float = 0.0) -> Tensor:
-        """(B,) int64: in how many units do candidates differ, by more than ``slack``? NaN differs."""
+        """(B,) int64: the number of units in which candidates differ by more than ``slack``; NaN differs."""
         same = self.grouped((candidates.double() - images.double()).abs() <= slack)
         return (~same).any(1).sum(1)
 
@@ -208,13 +208,15 @@ class SparseBall(PerturbationSet):
         return Interval.from_bounds(torch.where(free, 0, images), torch.where(free, 1, images))
 
     def project(self, images: Tensor, candidates: Tensor) -> Tensor:
-        """The nearest point of the set (one of them), in the Euclidean norm: the k units that gain most keep their
-        change, cut to [0, 1]. A unit gains |d|² - |what the cut takes away|²."""
+        """A nearest point of the set in the Euclidean norm.
+
+        The k units with the largest gain keep their change d, cut to [0, 1]; the gain is |d|² - |d - cut d|².
+        """
         valid = candidates.clamp(0, 1)
         change, cut = candidates.double() - images.double(), candidates.double() - valid.double()
         gains = self.grouped(change.square() - cut.square()).sum(1)
         moved = self.grouped(valid != images).any(1)
-        gains = torch.where(moved, gains.clamp(min=torch.finfo(gains.dtype).tiny), 0)  # squares may vanish
+        gains = torch.where(moved, gains.clamp(min=torch.finfo(gains.dtype).tiny), 0)  # squares may underflow
         mask = kernels.topk_mask(gains, self.counts(images))
         chosen = self.ungrouped(mask.bool().unsqueeze(1).expand_as(self.grouped(images)), images.shape[1:])
         return torch.where(chosen, valid, images)
@@ -224,7 +226,7 @@ class SparseBall(PerturbationSet):
         return valid & (self.changed(images, candidates, slack) <= self.counts(images))
 
     def concretise(self, coefficients: Tensor, images: Tensor) -> Tensor:
-        """Exact up to rounding: the k units that can lower the form most go to their best corners."""
+        """The minimum over the set, exact up to rounding: the k units that lower the form most go to their corners."""
         values, gains = self.effects(coefficients, images)
         k = self.counts(images)
         if isinstance(k, Tensor):
@@ -233,15 +235,15 @@ class SparseBall(PerturbationSet):
         return values + torch.where(mask.bool(), gains, 0).sum(2)
 
     def effects(self, coefficients: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Of linear forms (B, S, *shape): their values at the images (B, S), and what each unit can add (B, S, N), at
-        its best corner: <= 0."""
+        """Values of linear forms (B, S, *shape) at the images, (B, S), and the lowest change that each unit can make to
+        them, (B, S, N), <= 0."""
         products = coefficients * images.unsqueeze(1)
         effects = coefficients.clamp(max=0) - products  # c x' - c x is smallest at x' = 0 or 1
         gains = self.grouped(effects.flatten(0, 1)).sum(1)
         return products.flatten(2).sum(2), gains.reshape(*coefficients.shape[:2], gains.shape[1])
 
     def sample(self, images: Tensor, noise: Noise, stream: str) -> Tensor:
-        """k random units, and in them changes uniform in [-1, 1], cut to valid images."""
+        """Changes of k random units, uniform in [-1, 1] and cut to valid images."""
         center = self.grouped(images)
         change = 2 * noise.uniform(center.shape[1:], f"{stream}/size", images.dtype) - 1
         change = torch.minimum(torch.maximum(change, -center), 1 - center)

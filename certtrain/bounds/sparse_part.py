@@ -1,4 +1,4 @@
-"""Part of an l0 set: what a search over places is left with when it has decided about some of them."""
+"""Part of an l0 set: a subproblem of a search over changed units, with some of them decided."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .sparse import SparseBall
 
 @dataclass(frozen=True)
 class SparsePart(Region):
-    """Part of a sparse set around each of ``images``: some units are free, and few of some others may change.
+    """Part of a sparse set around each of ``images``: free units, and others of which a limited number may change.
 
     Args:
-        ball: which says what a unit is; its k is not looked at.
+        ball: defines the units; its k is not used.
         images: (B, *shape).
-        free, possible: as ``images``, bool, alike within a unit, never both: the units that may change whatever the
-            others do, and those of which at most ``budget`` do.
+        free, possible: disjoint bool masks as ``images``, constant within a unit: units that may always change, and
+            units of which at most ``budget`` may.
         budget: (B,) int64.
     """
 
@@ -35,15 +35,17 @@ class SparsePart(Region):
 
     @classmethod
     def of(cls, ball: SparseBall, images: Tensor, free: Tensor, possible: Tensor, budget: Tensor) -> SparsePart:
-        """With the masks given by units, (B, N)."""
+        """A part from masks over units, (B, N) bool."""
         like = ball.grouped(images)
-        wide, some = (ball.ungrouped(mask.unsqueeze(1).expand_as(like), images.shape[1:]) for mask in (free, possible))
-        return cls(ball, images, wide, some, budget)
+        free_entries, possible_entries = (
+            ball.ungrouped(mask.unsqueeze(1).expand_as(like), images.shape[1:]) for mask in (free, possible)
+        )
+        return cls(ball, images, free_entries, possible_entries, budget)
 
     @property
     def hull(self) -> Interval:
-        wide = self.free | (self.possible & (self.budget > 0).reshape(-1, *[1] * (self.images.ndim - 1)))
-        return Interval.from_bounds(torch.where(wide, 0, self.images), torch.where(wide, 1, self.images))
+        changeable = self.free | (self.possible & (self.budget > 0).reshape(-1, *[1] * (self.images.ndim - 1)))
+        return Interval.from_bounds(torch.where(changeable, 0, self.images), torch.where(changeable, 1, self.images))
 
     @property
     def is_box(self) -> bool:
@@ -65,22 +67,23 @@ class SparsePart(Region):
 
     def contains(self, points: Tensor) -> Tensor:
         valid = ((points >= 0) & (points <= 1)).flatten(1).all(1)
-        moved = ~(points == self.images)  # NaN is no point
-        strange = (moved & ~self.free & ~self.possible).flatten(1).any(1)
+        moved = ~(points == self.images)  # NaN counts as moved
+        forbidden = (moved & ~self.free & ~self.possible).flatten(1).any(1)
         count = self.ball.grouped(moved & self.possible).any(1).sum(1)
-        return valid & ~strange & (count <= self.budget)
+        return valid & ~forbidden & (count <= self.budget)
 
     def nearest(self, points: Tensor) -> Tensor:
         points = points.to(self.images.dtype)
-        some = self.ball.with_epsilon(self.budget).project(self.images, torch.where(self.possible, points, self.images))
-        return torch.where(self.free, points.clamp(0, 1), some)
+        within = torch.where(self.possible, points, self.images)
+        projected = self.ball.with_epsilon(self.budget).project(self.images, within)
+        return torch.where(self.free, points.clamp(0, 1), projected)
 
     def concretise(self, forms: Tensor) -> Tensor:
         values, gains = self.ball.effects(forms, self.images)
         return values + torch.where(self._chosen(gains), gains, 0).sum(2)
 
     def minimiser(self, forms: Tensor) -> Tensor:
-        """(B, *shape): a point of each set at which its linear form, as ``images``, is smallest."""
+        """(B, *shape): a point of each set that minimises its linear form (B, *shape)."""
         chosen = self._chosen(self.ball.effects(forms.unsqueeze(1), self.images)[1]).transpose(1, 2).contiguous()
         like = self.ball.grouped(self.images)
         chosen = self.ball.ungrouped(chosen.squeeze(2).unsqueeze(1).expand_as(like), self.images.shape[1:])
@@ -88,7 +91,7 @@ class SparsePart(Region):
         return torch.where(chosen, corners, self.images)
 
     def _chosen(self, gains: Tensor) -> Tensor:
-        """(B, R, N) bool: the units that change where forms with these effects are smallest."""
+        """(B, R, N) bool: the units that change at the minimum of forms, given the units' effects (B, R, N)."""
         free, possible = (self.ball.grouped(mask).any(1).unsqueeze(1) for mask in (self.free, self.possible))
         counts = self.budget.repeat_interleave(gains.shape[1])
         effects = torch.where(possible, gains.detach().neg(), 0)

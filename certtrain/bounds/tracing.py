@@ -1,4 +1,4 @@
-"""nn.Module → network, by torch.fx."""
+"""Trace an nn.Module into a network, by torch.fx."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .wrappers import is_wrapper, unwrapped, with_computed_tensors
 
 @dataclass(frozen=True, eq=False)
 class _Traced:
-    """A network, and the signature of the model that it was traced from. A copied or pickled model is traced anew."""
+    """A network and the signature of the traced model. It is not copied or pickled with the model."""
 
     network: Network
     signature: Signature
@@ -41,9 +41,9 @@ class _Traced:
 
 
 def trace(model: nn.Module | Network) -> Network:
-    """The network of a model that maps a batch (B, *shape) to logits (B, K). Traced once, kept on the model.
+    """The network of a model that maps a batch (B, *shape) to logits (B, K), traced once and kept on the model.
 
-    Traced in evaluation mode: that is the network which bounds enclose. A network, such as a part of one, is its own.
+    The model is traced in evaluation mode, as bounds enclose it. A ``Network`` is returned as it is.
 
     Raises:
         UnsupportedNode: an operation without a rule, named with its path in the model.
@@ -66,19 +66,19 @@ _KEPT = "_certtrain_network"
 
 
 def is_traced(model: nn.Module) -> bool:
-    """Whether there is a network, made of the model as it is now."""
+    """Whether the model has a traced network that is still up to date."""
     traced = model.__dict__.get(_KEPT)
     return traced is not None and traced.signature == signature(model)
 
 
 def forget(model: nn.Module) -> None:
-    """Trace the model anew at the next ``trace``: a closure or a global that its forward reads may have changed."""
+    """Make the next ``trace`` trace the model anew, as after a change of a closure or global that its forward reads."""
     model.__dict__.pop(_KEPT, None)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None]:
-    """Evaluation mode; the mode of every module is restored."""
+    """Context manager for evaluation mode; restores the mode of every module."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -88,7 +88,7 @@ def evaluation_mode(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
-_OF_CONSTANTS = ("view", "reshape", "unsqueeze", "squeeze", "getitem", "exp", "sqrt", "reciprocal", "neg")
+_CONSTANT_FUNCTIONS = ("view", "reshape", "unsqueeze", "squeeze", "getitem", "exp", "sqrt", "reciprocal", "neg")
 
 
 _ARITHMETIC: tuple[Any, ...] = (
@@ -98,11 +98,11 @@ _ARITHMETIC: tuple[Any, ...] = (
 
 
 class _Shape:
-    """Stands for x.shape while tracing."""
+    """Placeholder for x.shape while tracing."""
 
 
 class _Tracing:
-    """One walk over torch.fx's graph; ``values`` maps each fx node to a position, a constant or a marker."""
+    """One walk over torch.fx's graph; ``values`` maps each fx node to a position, a constant or a placeholder."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -110,21 +110,26 @@ class _Tracing:
         self.values: dict[fx.Node, Any] = {}
 
     def operations_of_model(self) -> tuple[Operation, ...]:
+        """Trace the model.
+
+        Raises:
+            UnsupportedNode: naming the operation and its path in the model.
+        """
         refuse_hidden_forward("", self.model)
         tracer = Tracer()
-        # a single layer as the whole model: torch.fx would look inside it
+        # a model that is a single layer is wrapped: torch.fx would trace into it
         single = tracer.is_leaf_module(self.model, "") and not isinstance(self.model, nn.Sequential)
         self.root = nn.Sequential(self.model) if single else self.model
         before = set(vars(self.root))
         try:
             graph = tracer.trace(self.root)
-        except Exception as error:  # whatever the model's own forward raises when it meets a proxy
+        except Exception as error:  # whatever the model's forward raises on a proxy
             raise UnsupportedNode(
                 f"{type(self.model).__name__}: its forward cannot be traced ({error}); "
                 "accepted: a forward without branches on values"
             ) from error
         finally:
-            for name in set(vars(self.root)) - before:  # torch.fx leaves tensors that forward makes on the model
+            for name in set(vars(self.root)) - before:  # torch.fx stores tensors made in forward on the model
                 delattr(self.root, name)
         *steps, output = graph.nodes
         for node in steps:
@@ -150,6 +155,7 @@ class _Tracing:
         return self._module(node) if node.op == "call_module" else self._function(node)
 
     def append(self, operation: Operation) -> int:
+        """Append an operation and return its position."""
         self.operations.append(operation)
         return len(self.operations) - 1
 
@@ -159,25 +165,25 @@ class _Tracing:
         source = self.position(node, first_operand(node))
         module = with_computed_tensors(module)
         rule = rule_of(module)
-        done = None if rule is None else rule(self, path, source, module)
-        if done is None:
+        position = None if rule is None else rule(self, path, source, module)
+        if position is None:
             raise UnsupportedNode(f"{type(module).__name__} at {path!r} has no bound rule; supported: {supported()}")
-        return done
+        return position
 
     def _function(self, node: fx.Node) -> Any:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         first = first_operand(node)
         value = self.values.get(first) if isinstance(first, fx.Node) else first
         if name == "size" or (name == "getattr" and node.args[1] == "shape"):
-            asked = node.args[1:] if name == "size" else ()
-            return BatchSize() if asked == (0,) else _Shape()
+            dimensions = node.args[1:] if name == "size" else ()
+            return BatchSize() if dimensions == (0,) else _Shape()
         if name == "getitem" and isinstance(value, _Shape) and node.args[1] == 0:
             return BatchSize()
         if node.target in _ARITHMETIC or (
             node.op == "call_method" and name.rstrip("_") in ("add", "sub", "mul", "div")
         ):
             return self._arithmetic(node, name.rstrip("_").removeprefix("i").removeprefix("true"))
-        if isinstance(value, _Constant) and name in _OF_CONSTANTS:
+        if isinstance(value, _Constant) and name in _CONSTANT_FUNCTIONS:
             return self._computed(node)
         if name in ("cat", "concat", "concatenate"):
             return concat(self, node)
@@ -186,12 +192,14 @@ class _Tracing:
         raise UnsupportedNode(f"{name} at {_place(node)} has no bound rule; supported: {supported()}")
 
     def _computed(self, node: fx.Node) -> _Constant:
-        """A constant made of constants, computed when it is asked for, because buffers may change."""
+        """A constant computed from constants, evaluated at each use because buffers may change."""
         arguments = [self.values[a] if isinstance(a, fx.Node) else a for a in node.args]
         if node.kwargs or any(
             type(a) is int and isinstance(n, fx.Node) for a, n in zip(arguments, node.args, strict=True)
         ):
-            raise UnsupportedNode(f"{node.name!r}: accepted: a constant made of constants alone")
+            raise UnsupportedNode(
+                f"{node.name!r}: found options or computed values; accepted: a constant made of constants alone"
+            )
 
         def compute() -> Any:
             values = [a.value() if isinstance(a, _Constant) else a for a in arguments]
@@ -202,9 +210,16 @@ class _Tracing:
         return _Constant(compute, computed=True)
 
     def position(self, node: fx.Node, argument: Any) -> int:
+        """The position of an argument of ``node``.
+
+        Raises:
+            UnsupportedNode: the argument is not a tensor computed from the images.
+        """
         value = self.values.get(argument) if isinstance(argument, fx.Node) else argument
         if type(value) is not int or not isinstance(argument, fx.Node):
-            raise UnsupportedNode(f"{node.name!r}: its input is not a tensor computed from the images")
+            raise UnsupportedNode(
+                f"{node.name!r}: found an input that is not computed from the images; accepted: one that is"
+            )
         return value
 
     def _arithmetic(self, node: fx.Node, kind: str) -> Any:
@@ -233,14 +248,14 @@ class _Tracing:
 
 
 def _place(node: fx.Node) -> str:
-    """The step's name, and the module in whose forward it stands."""
+    """The node's name, and the module whose forward contains it, for messages."""
     path, kind = next(reversed(node.meta.get("nn_module_stack", {}).values()), ("", None))
     return repr(node.name) if kind is None else f"{node.name!r} in {kind.__name__} at {path!r}"
 
 
 @dataclass(frozen=True, eq=False)
 class _Constant:
-    """A number, or a tensor looked up where it lives each time (``.to(device)`` replaces buffers)."""
+    """A number, or a tensor looked up at each use, since ``.to(device)`` replaces buffers."""
 
     owner: Any
     name: str = ""

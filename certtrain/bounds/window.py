@@ -1,4 +1,4 @@
-"""The part of an image that an entry further on in the network depends on."""
+"""Receptive fields: the part of an image that a later entry of the network depends on."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 Pair = tuple[int, int]
-"""Rows and columns."""
+"""(rows, columns)."""
 
 
 def pair(values: Iterable[int]) -> Pair:
+    """Exactly two values as a tuple."""
     first, second = values
     return first, second
 
 
 @dataclass(frozen=True)
 class Window:
-    """The places of one operation's output (C, H, W) that the entry at p sees: from p · jump + start on, ``size``."""
+    """The receptive field, in one operation's output (C, H, W), of an entry at place p of a later operation.
+
+    It starts at p · jump + start and has ``size`` rows and columns.
+    """
 
     jump: Pair = (1, 1)
     start: Pair = (0, 0)
     size: Pair = (1, 1)
 
     def joined(self, other: Window) -> Window:
-        """The smallest window that holds both."""
+        """The smallest window that contains both; of equal jumps."""
         start = pair(map(min, self.start, other.start))
         ends = zip(start, self.start, self.size, other.start, other.size, strict=True)
         return Window(self.jump, start, pair(max(a + n, b + m) - first for first, a, n, b, m in ends))

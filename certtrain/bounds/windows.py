@@ -1,8 +1,8 @@
-"""Backward passes from entries of a convolution's output, confined to what each of them sees.
+"""Backward passes from entries of a convolution's output, confined to each entry's receptive field.
 
-An entry at place p of some operation's output depends on a window of every earlier one: from p · jump + start on,
-``size`` places. Its linear forms are 0 elsewhere, so they are carried as windows, each at a place of its own. What
-reaches over the border of an image belongs to zero padding, and is dropped.
+An entry at place p of an operation's output depends on a window of every earlier one: ``size`` places from
+p · jump + start on. Its linear forms are 0 elsewhere, so they are carried as windows, each at its own place. Parts of
+a window outside the image belong to zero padding and are set to 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .window import Window, pair
 
 @dataclass(frozen=True)
 class Windows:
-    """Of every operation that a convolution's output depends on."""
+    """The windows, by position, of all operations that a convolution's output depends on."""
 
     network: Network
     position: int
@@ -30,32 +30,37 @@ class Windows:
 
     @classmethod
     def behind(cls, network: Network, position: int) -> Windows | None:
-        """None where an operation on the way is not local, or windows would save less than half of the entries."""
-        found = {position: Window()}
+        """The windows behind ``position``; None if an operation is not local, or windows save less than half."""
+        windows_of = {position: Window()}
         for number in range(position, 0, -1):
-            if number not in found:
+            if number not in windows_of:
                 continue
-            operation, window = network.operations[number], found[number]
+            operation, window = network.operations[number], windows_of[number]
             shapes = [network.shapes[read] for read in (number, *operation.inputs)]
             before = operation.window(window, shapes) if all(len(shape) == 3 for shape in shapes) else None
             if before is None:
                 return None
             for read in operation.inputs:
-                found[read] = found[read].joined(before) if read in found else before
-        windows = cls(network, position, found)
-        whole = sum(network.shapes[number].numel() for number in found)
-        return windows if 2 * sum(windows.shape(number).numel() for number in found) < whole else None
+                windows_of[read] = windows_of[read].joined(before) if read in windows_of else before
+        windows = cls(network, position, windows_of)
+        whole = sum(network.shapes[number].numel() for number in windows_of)
+        return windows if 2 * sum(windows.shape(number).numel() for number in windows_of) < whole else None
 
     def shape(self, number: int, window: Window | None = None) -> torch.Size:
+        """(C, rows, columns) of an operation's window, or of another ``window`` of its output."""
         return torch.Size((self.network.shapes[number][0], *(window or self.of[number]).size))
 
     @property
     def widest(self) -> int:
-        """Numbers in the largest window."""
+        """Number of entries of the largest window."""
         return max(self.shape(number).numel() for number in self.of)
 
     def at(self, image: Tensor, entry: Tensor) -> View:
-        """The windows of M entries: the image of each, and its number among its image's."""
+        """The windows of M entries of the output.
+
+        Args:
+            image, entry: (M,), the image of each entry, and its index in the flattened output (C, H, W).
+        """
         _, rows, columns = self.network.shapes[self.position]
         place = entry % (rows * columns)
         return View(self, image, entry // (rows * columns), (place // columns, place % columns))
@@ -63,7 +68,11 @@ class Windows:
 
 @dataclass(frozen=True)
 class View:
-    """M entries, each with its windows: what ``backward`` carries forms (M, R, C, rows, columns) through."""
+    """The windows of M entries, for backward passes of forms (M, R, C, rows, columns).
+
+    Args:
+        image, channel, place: of each entry, (M,) each; ``place`` is (rows, columns).
+    """
 
     windows: Windows
     image: Tensor
@@ -71,28 +80,28 @@ class View:
     place: tuple[Tensor, Tensor]
 
     def units(self, like: Tensor) -> Tensor:
-        """(M, 2, C, 1, 1): each entry, and its negative."""
+        """(M, 2, C, 1, 1): the forms of each entry and of its negative."""
         channels = self.windows.network.shapes[self.windows.position][0]
         unit = F.one_hot(self.channel, channels).to(like.dtype)
         return torch.stack([unit, -unit], 1)[..., None, None]
 
     def operation(self, number: int) -> Operation:
-        """As it acts on windows, which bring their padding along."""
+        """The operation as it acts on windows, which include their padding."""
         return self.windows.network.operations[number].on_windows()
 
     def shape(self, number: int, read: int) -> torch.Size:
-        """Of the forms that ``number`` makes of what it reads."""
+        """(C, rows, columns) of the forms of its input ``read`` that operation ``number`` returns."""
         return self.windows.shape(read, self._part(number))
 
     def _part(self, number: int) -> Window:
-        """The window of its inputs that an operation's own depends on."""
+        """The window of an operation's inputs that its own window depends on."""
         network, operation = self.windows.network, self.windows.network.operations[number]
-        found = operation.window(self.windows.of[number], [network.shapes[i] for i in (number, *operation.inputs)])
-        assert found is not None
-        return found
+        part = operation.window(self.windows.of[number], [network.shapes[i] for i in (number, *operation.inputs)])
+        assert part is not None
+        return part
 
-    def see(self, number: int, values: Tensor) -> Tensor:
-        """(B, C, H, W) of an operation's output → (M, C, rows, columns), 0 where a window reaches over the border."""
+    def extract(self, number: int, values: Tensor) -> Tensor:
+        """Cut windows out of an operation's output: (B, C, H, W) → (M, C, rows, columns), 0 outside the image."""
         window, sizes = self.windows.of[number], values.shape[2:]
         _, *grid = self.windows.network.shapes[self.windows.position]
         before = pair(max(0, -a) for a in window.start)
@@ -105,8 +114,8 @@ class View:
         row, column = (p * j + a + b for p, j, a, b in zip(self.place, window.jump, window.start, before, strict=True))
         return windows[self.image, :, row, column]
 
-    def fit(self, number: int, read: int, forms: Tensor) -> Tensor:
-        """Forms that ``number`` made of what it reads, in that operation's own windows."""
+    def align(self, number: int, read: int, forms: Tensor) -> Tensor:
+        """Forms of input ``read`` from operation ``number``, padded to the windows of ``read``; 0 outside the image."""
         network, part = self.windows.network, self._part(number)
         whole = self.windows.of[read]
         if part != whole:
@@ -115,12 +124,12 @@ class View:
                 pair(n - m for n, m in zip(whole.size, part.size, strict=True)),
             )
             forms = F.pad(forms, (left, columns - left, top, rows - top))
-        if isinstance(network.operations[read], Nonlinear):  # its lines are 0 over the border
+        if isinstance(network.operations[read], Nonlinear):  # its relaxation is 0 outside the image
             return forms
         return forms * self._inside(read).unsqueeze(1)
 
     def _inside(self, number: int) -> Tensor:
-        """(M, 1, rows, columns): whether a window's places lie within the image."""
+        """(M, 1, rows, columns) bool: whether a window's places lie within the image."""
         window, sizes = self.windows.of[number], self.windows.network.shapes[number][1:]
         within: list[Tensor] = []
         for p, j, a, n, size in zip(self.place, window.jump, window.start, window.size, sizes, strict=True):
@@ -129,4 +138,5 @@ class View:
         return within[0][:, None, :, None] & within[1][:, None, None, :]
 
     def region(self, region: Region) -> Region:
-        return region.windows(self.image, lambda values: self.see(0, values))
+        """The region's projections to the windows of the input."""
+        return region.windows(self.image, lambda values: self.extract(0, values))

@@ -1,8 +1,8 @@
-"""What other tools put around a network or in front of a layer, taken off: the network that runs is the one inside.
+"""Unwrap models and layers that other tools have wrapped.
 
 DataParallel, DistributedDataParallel, AveragedModel and ``torch.compile`` wrap a module; pruning and the old
 ``weight_norm`` and ``spectral_norm`` compute a layer's weight in a hook. ``torch.nn.utils.parametrizations`` need
-nothing: there the layer's ``weight`` is computed when it is read.
+no unwrapping: they compute the layer's ``weight`` when it is read.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from ..typed import children, forward_pre_hooks
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The module inside its wrappers, however many; of any other module itself."""
+    """The module inside all its wrappers; a module without wrappers itself."""
     while is_wrapper(module):
         module = module.get_submodule("_orig_mod" if "_orig_mod" in children(module) else "module")
     return module
 
 
 def is_wrapper(module: nn.Module | None) -> bool:
+    """Whether the module is one of torch's wrappers: compiled, data-parallel or an averaged model."""
     compiled = module is not None and [name for name, _ in module.named_children()] == ["_orig_mod"]
     return compiled or isinstance(module, (nn.DataParallel, DistributedDataParallel, AveragedModel))
 
 
 @contextmanager
 def unwrapped(model: nn.Module) -> Generator[nn.Module]:
-    """The model without wrappers, at its top and below; they are put back."""
+    """Context manager that removes wrappers from the model and its submodules, and restores them."""
     wrapped = [
         (parent, name, child)
         for parent in list(model.modules()) for name, child in children(parent).items()
@@ -52,29 +53,31 @@ def unwrapped(model: nn.Module) -> Generator[nn.Module]:
 
 
 def computed(module: nn.Module) -> dict[str, Callable[[Any], Any]]:
-    """The tensors that hooks compute before each call: how, given the module."""
-    found: dict[str, Callable[[Any], Any]] = {}
+    """The functions, by tensor name, by which hooks compute a module's tensors before each call."""
+    functions: dict[str, Callable[[Any], Any]] = {}
     for hook in forward_pre_hooks(module):
         if isinstance(hook, BasePruningMethod):
             pruning: Any = hook
-            found[pruning._tensor_name] = pruning.apply_mask
+            functions[pruning._tensor_name] = pruning.apply_mask
         elif isinstance(hook, WeightNorm):
-            found[hook.name] = hook.compute_weight
+            functions[hook.name] = hook.compute_weight
         elif isinstance(hook, SpectralNorm):
-            found[hook.name] = partial(hook.compute_weight, do_power_iteration=False)
-    return found
+            functions[hook.name] = partial(hook.compute_weight, do_power_iteration=False)
+    return functions
 
 
 class ComputedLayer:
-    """A view of a layer, whose tensors are computed when they are read."""
+    """A view of a layer that computes its tensors when they are read."""
 
     def iterate(self) -> None:
-        """What happens before a pass in training mode: one step of spectral norms' power iteration."""
+        """Do one step of spectral norms' power iteration, as before each pass in training mode."""
 
 
 def with_computed_tensors(module: nn.Module) -> nn.Module:
-    """The layer itself; where hooks compute a tensor of it, a view that computes it whenever it is read, with its
-    gradients. The view shares everything else with the layer."""
+    """The layer, or, if hooks compute some of its tensors, a view that computes them at each read, with gradients.
+
+    The view shares everything else with the layer.
+    """
     tensors = computed(module)
     if not tensors:
         return module

@@ -1,4 +1,4 @@
-"""numba: float32 and float64 on the CPU. The functions are those of ``reference/backend.py``."""
+"""The numba backend: float32 and float64 on the CPU, with the functions of ``reference/backend.py``."""
 
 from .elementwise import pointwise, pointwise_backward
 from .elision import margins, margins_backward

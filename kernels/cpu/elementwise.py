@@ -1,4 +1,4 @@
-"""ReLU and per-channel affine maps of intervals: one pass, the channels split over the threads."""
+"""ReLU and per-channel affine maps of intervals in one pass, with channels divided among threads."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -36,8 +36,10 @@ def _planes(
     first: int, last: int, center: Array, radius: Array, scale: Maybe, shift: Maybe, out_center: Maybe,
     out_radius: Maybe, state: Maybe, half: float, zero: float,
 ) -> None:  # fmt: skip
-    """Arrays (outer, channels, inner); items are channels. Without outputs the inputs are overwritten: given twice,
-    they would fail the check for overlap that a vectorised loop starts with, and take five times as long."""
+    """Arrays (outer, channels, inner); items are channels. Without outputs the inputs are overwritten.
+
+    Passing the inputs as outputs would fail a vectorised loop's check for overlap and take five times as long.
+    """
     for o in range(center.shape[0]):
         for channel in range(first, last):
             c, r = center[o, channel], radius[o, channel]
@@ -178,7 +180,7 @@ def pointwise_backward(
 
 
 def _view(like: Tensor, by_channel: bool, planes: Kernel, columns: Kernel) -> tuple[Kernel, tuple[int, ...]]:
-    """The kernel and the shape for a packed tensor: without channels everything is one row."""
+    """The kernel and the shape for a packed tensor; without channels, one row."""
     if not by_channel:
         return columns, (1, like.numel())
     layout = layout_of(like)

@@ -1,4 +1,4 @@
-"""Margins: sum over d of |w_y - w_j| r taken where it is needed, with two weight rows and an image's row in cache."""
+"""Margins by sums over d of |w_y - w_j| r, with two weight rows and one image's row in cache."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from .threads import Array, array, jit, run
 
 TILE = 16
-"""Classes that stay in cache while the images of a thread pass by: 16 × 512 float32 are 32 KiB."""
+"""Classes kept in cache while a thread goes over its images: 16 × 512 float32 are 32 KiB."""
 
 
 @jit(reassociate=True)
@@ -34,7 +34,7 @@ def _forward(
 def _to_radius(
     first: int, last: int, grad: Array, weight: Array, labels: Array, for_radius: Array, signs: Array
 ) -> None:
-    """Items are images. ``signs`` gets the sum over j of grad sign(w_y - w_j): times -radius, what w_y is due."""
+    """Items are images. ``signs`` receives the sum over j of grad sign(w_y - w_j): w_y's gradient over -radius."""
     for image in range(first, last):
         label = labels[image]
         own, to, onto = weight[label], for_radius[image], signs[image]
@@ -51,7 +51,7 @@ def _to_radius(
 def _to_weight(
     first: int, last: int, grad: Array, radius: Array, weight: Array, labels: Array, signs: Array, for_weight: Array
 ) -> None:
-    """Items are classes: as another's rival in each image, and as its images' own."""
+    """Items are classes, each as the rival j of other labels and as the label y of its own images."""
     for image in range(labels.shape[0]):
         label = labels[image]
         own, r = weight[label], radius[image]

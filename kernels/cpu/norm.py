@@ -1,4 +1,4 @@
-"""Batch norm with its statistics: a channel at a time, so that its second pass finds the first one's data in cache."""
+"""Batch norm with its statistics, one channel at a time, so that later passes find the data in cache."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ def _planes(
     first: int, last: int, x: Array, weight: Array, bias: Array, eps: float, y: Array, mean: Array, variance: Array,
     zero: float,
 ) -> None:  # fmt: skip
-    """Arrays (outer, channels, inner); items are channels. Sums of a plane in the dtype, of planes in float64."""
+    """Arrays (outer, channels, inner); items are channels. A plane is summed in the dtype, planes in float64."""
     count = x.shape[0] * x.shape[2]
     for channel in range(first, last):
         total = 0.0
@@ -70,7 +70,7 @@ def _columns(
 
 @jit(reassociate=True)
 def _planes_backward(first: int, last: int, x: Array, grad: Array, mean: Array, sums: Array, zero: float) -> None:
-    """Sums over a channel of grad, and of grad times the centered x."""
+    """``sums`` (2, channels): of grad, and of grad times the centered x."""
     for channel in range(first, last):
         plain, weighted, center = 0.0, 0.0, mean[channel]
         for o in range(x.shape[0]):

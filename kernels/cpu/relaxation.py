@@ -1,4 +1,4 @@
-"""One backward step of linear relaxation: each coefficient is read once and written once."""
+"""One backward step of linear relaxation, which reads and writes each coefficient once."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from .threads import Array, array, jit, run
 
 BLOCK = 4096
-"""Neurons that make an item of the backward pass, so that one image's many forms share the threads as well."""
+"""Neurons per item of the backward pass, so that threads share even a single image's neurons."""
 
 
 @jit(reassociate=True)
@@ -15,7 +15,7 @@ def _forward(
     first: int, last: int, coefficients: Array, lower_slope: Array, upper_slope: Array, upper_intercept: Array,
     upper: bool, through: Array, constants: Array, zero: float,
 ) -> None:  # fmt: skip
-    """Items are forms of images, (B R); lines are (B, R or 1, N)."""
+    """Items are the B·R forms of all images; lines are (B, R or 1, N)."""
     forms = coefficients.shape[1]
     for item in range(first, last):
         image, form = item // forms, item % forms
@@ -43,7 +43,7 @@ def _backward(
     upper_slope: Array, upper_intercept: Array, upper: bool, to_coefficients: Array, to_lower: Array, to_upper: Array,
     to_intercept: Array, zero: float,
 ) -> None:  # fmt: skip
-    """Items are blocks of neurons of images, so that the sums over forms belong to one thread."""
+    """Items are blocks of an image's neurons, so that one thread sums over all forms."""
     forms, blocks = coefficients.shape[1], (coefficients.shape[2] + block - 1) // block
     for item in range(first, last):
         image, start = item // blocks, item % blocks * block

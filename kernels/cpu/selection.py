@@ -1,6 +1,6 @@
-"""The k largest entries of a row by bisection on an integer key, one bit of it a round.
+"""The k largest entries of a row, by bisection on integer keys, one bit per round.
 
-Each round counts keys, which vectorises; the number of rounds does not depend on the data, so that no input is slow.
+Each round counts keys, which vectorises; the number of rounds is bounded for any data, so that no input is slow.
 """
 
 import numpy as np
@@ -12,9 +12,9 @@ from .threads import Array, Maybe, array, jit, run
 
 @jit
 def order_keys(row: Array, keys: Array) -> None:
-    """Integers as wide as the row's floats and in their order: -0 as +0, every NaN the greatest."""
+    """Integer keys, as wide as the row's floats and in their order: -0 equals +0, every NaN is the greatest."""
     bits = row.view(keys.dtype)
-    bound = np.empty(2, keys.dtype)  # of the keys' own type: wider ones would halve the lanes
+    bound = np.empty(2, keys.dtype)  # of the keys' own type: wider ones would halve the vector lanes
     bound[0] = np.iinfo(keys.dtype).max
     greatest = bound[0]
     width = np.int32(8 * keys.itemsize - 1)
@@ -25,20 +25,20 @@ def order_keys(row: Array, keys: Array) -> None:
 
 @jit
 def _count(keys: Array, bound: int) -> np.int32:
-    """How many keys are >= bound, in 32 bits: the count of a 64-bit sum vectorises to half the lanes."""
-    found = np.int32(0)
+    """Number of keys >= bound, counted in 32 bits: a 64-bit count would halve the vector lanes."""
+    count = np.int32(0)
     for i in range(keys.shape[0]):
-        found = np.int32(found + np.int32(keys[i] >= bound))
-    return found
+        count = np.int32(count + np.int32(keys[i] >= bound))
+    return count
 
 
 @jit
 def _kth(keys: Array, k: int, low: int) -> tuple[int, int]:
-    """(the k-th greatest key or a lower one, how many keys are >= it), given that at least k keys are >= ``low``.
+    """(threshold, number of keys >= it), given that at least k keys are >= ``low``.
 
-    It is lower only where exactly k keys are >= it: then the selection is known, and bisection stops early.
+    The threshold is the k-th greatest key, or a lower one with exactly k keys >= it, at which bisection stops early.
     """
-    bound = np.empty(1, keys.dtype)  # of the keys' own type: a wider one would halve the lanes
+    bound = np.empty(1, keys.dtype)  # of the keys' own type: a wider one would halve the vector lanes
     high = keys[0]
     for i in range(keys.shape[0]):
         high = max(high, keys[i])
@@ -46,9 +46,9 @@ def _kth(keys: Array, k: int, low: int) -> tuple[int, int]:
     at_least = _count(keys, bound[0])
     while low < high and at_least != k:  # at least k keys are >= low, fewer than k are > high
         bound[0] = (low | high) - ((low ^ high) >> 1)  # their mean rounded up, without overflow
-        found = _count(keys, bound[0])
-        if found >= k:
-            low, at_least = bound[0], found
+        count = _count(keys, bound[0])
+        if count >= k:
+            low, at_least = bound[0], count
         else:
             high = bound[0] - 1
     return low, at_least
@@ -56,8 +56,11 @@ def _kth(keys: Array, k: int, low: int) -> tuple[int, int]:
 
 @jit
 def _candidates(row: Array, k: int, keys: Array, room: Array, places: Array) -> int:
-    """Keys among which the k greatest are, in ``room``, and their places: those that reach the k-th greatest of some
-    groups' maxima. k groups hold a key that large, so that at least k keys do; of random rows about 2 k."""
+    """Write candidates for the k greatest keys to ``room``, and their indices to ``places``; return their number.
+
+    Candidates are the keys that reach the k-th greatest of some groups' maxima: at least k keys, and about 2 k of a
+    random row.
+    """
     groups = (5 * k) // 2
     order_keys(row[:groups], keys[:groups])
     maxima = keys[:groups].copy()
@@ -83,13 +86,12 @@ def _candidates(row: Array, k: int, keys: Array, room: Array, places: Array) -> 
 
 @jit
 def select(row: Array, k: int, mask: Array, keys: Array, room: Array, places: Array) -> None:
-    """Mark the k greatest entries, ties to the lowest index. The last three are space for as many keys, for one more,
-    and for the places of those."""
+    """Mark the k greatest entries, ties to the lowest index; ``keys``, ``room``, ``places`` are from ``spaces``."""
     k = min(k, row.shape[0])
     if k <= 0:
         mask[:] = 0
         return
-    long = row.shape[0] >= 4096 and row.shape[0] >= 16 * k  # shorter rows are in the nearest cache: look at all
+    long = row.shape[0] >= 4096 and row.shape[0] >= 16 * k  # shorter rows fit into the first-level cache: use all keys
     if long:
         keys = room[: _candidates(row, k, keys, room, places)]
         mask[:] = 0
@@ -107,7 +109,7 @@ def select(row: Array, k: int, mask: Array, keys: Array, room: Array, places: Ar
             mask[i] = keys[i] >= least
     surplus = at_least - k
     i = keys.shape[0] - 1
-    while surplus > 0:  # the least key occurs more often than there is room for: drop its last ones
+    while surplus > 0:  # more ties at the least key than wanted: drop the last ones
         if keys[i] == least:
             mask[places[i] if long else i] = 0
             surplus -= 1
@@ -116,7 +118,7 @@ def select(row: Array, k: int, mask: Array, keys: Array, room: Array, places: Ar
 
 @jit
 def spaces(entries: int, integer: Array) -> tuple[Array, Array, Array]:
-    """What ``select`` works in."""
+    """Buffers for ``select``: keys of a row, candidates (one more entry), and the candidates' indices."""
     return np.empty(entries, integer.dtype), np.empty(entries + 1, integer.dtype), np.empty(entries + 1, np.int32)
 
 
@@ -157,9 +159,10 @@ def sparse_apply(x: Tensor, p: Tensor, scores: Tensor, rows: Tensor | None, k: i
 
 
 def budgets_of(rows: Tensor | None) -> Array | None:
+    """One k per row as an array, or None."""
     return None if rows is None else rows.contiguous().numpy()
 
 
 def integer_like(x: Tensor) -> Array:
-    """An empty array of the integers as wide as x's floats."""
+    """An empty array of the integer type as wide as x's floats."""
     return np.empty(0, np.int32 if x.dtype == torch.float32 else np.int64)

@@ -1,4 +1,4 @@
-"""One sPGD update: a row's gradient, magnitudes, logits and image are in cache from the first look to the last."""
+"""One sPGD update, image by image, so that an image's tensors stay in cache."""
 
 import math
 
@@ -13,10 +13,11 @@ from .threads import Array, Maybe, array, jit, run
 
 @jit
 def _slopes32(logits: Array, slopes: Array, powers: Array) -> None:
-    """s (1 - s) of the sigmoid s, from e = exp(-|m|), within a few ulp; NaN for NaN; 0 where s rounds to 1, as in the
+    """s (1 - s) of the sigmoid s of float32 logits, within a few ulp; NaN for NaN; 0 where s rounds to 1, as in the
     authors' code.
 
-    The library's exp does not vectorise: here 2^n, written as bits, times Cephes' polynomial on [-ln 2 / 2, ln 2 / 2].
+    Computed from exp(-|m|) by bits of 2^n and Cephes' polynomial on [-ln 2 / 2, ln 2 / 2], since the library's exp does
+    not vectorise.
     """
     for i in range(logits.shape[0]):
         x = max(-abs(logits[i]), np.float32(-87.0))
@@ -41,6 +42,7 @@ def _slopes32(logits: Array, slopes: Array, powers: Array) -> None:
 
 @jit
 def _slopes64(logits: Array, slopes: Array) -> None:
+    """``_slopes32`` for float64 logits."""
     for i in range(logits.shape[0]):
         e = math.exp(-abs(logits[i]))
         slopes[i] = 0 if 1 + e == 1 and logits[i] > 0 else e / ((1 + e) * (1 + e))
@@ -59,7 +61,7 @@ def _moved(
     gradient: Array, p: Array, m: Array, x: Array, mask: Array, alpha: float, factor: float, projected: bool,
     to_p: Array, to_m: Array, weights: Array, zero: float, one: float, floor: float, stabiliser: float,
 ) -> None:  # fmt: skip
-    """New magnitudes and logits of one image; ``weights`` holds the slopes and becomes the gradient of the mask."""
+    """New magnitudes and logits of one image; ``weights`` holds the slopes, then the gradient of the mask."""
     pixels = m.shape[0]
     for i in range(pixels):
         to_m[i] = zero
@@ -89,7 +91,7 @@ def _moved(
 
 @jit
 def _finished(x: Array, p: Array, old: Array, mask: Array, out: Array, zero: float, one: float) -> bool:
-    """The perturbed image; whether the mask changed."""
+    """Write the perturbed image to ``out``; return whether the mask changed."""
     changed = False
     for i in range(mask.shape[0]):
         changed |= mask[i] != old[i]

@@ -1,9 +1,9 @@
-"""How numba kernels are compiled and run on several threads.
+"""Compile numba kernels and run them on several threads.
 
-A kernel is ``kernel(first, last, *arrays)`` and works on the items [first, last); items do not share outputs, so that
-results do not depend on the number of threads. The threads are torch's own, borrowed from its OpenMP runtime: after
-each operation they spin for milliseconds, and any others would have to share the cores with them. (numba's layers abort
-when two Python threads meet, or after a fork.) A forked child has none of its parent's threads and computes alone.
+A kernel ``kernel(first, last, *arrays)`` works on the items [first, last). Items do not share outputs, so results do
+not depend on the number of threads. The threads are those of torch's OpenMP runtime: they spin for milliseconds after
+each operation, and other threads would compete with them for the cores. numba's threading layers abort when called from
+two Python threads or after a fork. A forked child has none of its parent's threads and computes on one.
 """
 
 import ctypes
@@ -21,20 +21,20 @@ from torch import Tensor
 
 Array: TypeAlias = npt.NDArray[Any]
 Maybe: TypeAlias = Any
-"""An array or None: a kernel is compiled for each, and reads what it was not given in dead branches alone."""
+"""An array or None; a kernel is compiled for each case, and does not read an argument that is None."""
 
 GRAIN = 1 << 21
-"""Elementary operations below which another thread costs more than it brings: handing over takes about 50 µs."""
+"""Elementary operations per thread, below which another thread does not pay: starting one takes about 50 µs."""
 
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _forked = False
 
 
 def jit(function: Callable[..., Any] | None = None, *, reassociate: bool = False, inline: bool = False) -> Any:
-    """Compile on first use, without the interpreter lock, kept on disk where it can be.
+    """Compile a function on first use, without the interpreter lock, cached on disk if possible.
 
-    ``reassociate`` lets sums be taken in another order, and products and sums be fused: for reductions, which are
-    not vectorised otherwise. Nothing assumes that NaN or infinity do not occur.
+    ``reassociate`` allows reordered sums and fused multiply-adds, which reductions need to be vectorised. NaN and
+    infinity are handled in either case.
     """
     if function is None:
         return partial(jit, reassociate=reassociate, inline=inline)
@@ -44,16 +44,16 @@ def jit(function: Callable[..., Any] | None = None, *, reassociate: bool = False
     }  # fmt: skip
     try:
         return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # no folder to keep it in: neither the package's nor the user's can be written
+    except RuntimeError:  # no cache: neither the package's folder nor the user's is writable
         return numba.njit(function, **options)
 
 
 def run(kernel: Callable[..., Any], items: int, work: int, *arguments: Any) -> None:
-    """Call ``kernel`` over all items, on as many threads as torch uses and ``work`` elementary operations deserve."""
+    """Run ``kernel`` over all items, on at most torch's number of threads, and one per ``GRAIN`` of ``work``."""
     threads = min(torch.get_num_threads(), items, work // GRAIN)
     if threads > 1 and (team := _team()) is not None and not _forked:
-        kernel(0, 0, *arguments)  # compiles here if it is new: the runtime's threads may have small stacks
-        parts = min(items, 4 * threads)  # more than threads: one that wakes late, or loses its core, takes fewer
+        kernel(0, 0, *arguments)  # compile here: the runtime's threads may have small stacks
+        parts = min(items, 4 * threads)  # more than threads, to balance late or interrupted ones
         ends = [items * part // parts for part in range(parts + 1)]
         _on_a_team(team, threads, lambda first, last: kernel(first, last, *arguments), pairwise(ends))
     elif items:
@@ -63,7 +63,7 @@ def run(kernel: Callable[..., Any], items: int, work: int, *arguments: Any) -> N
 def _on_a_team(
     team: Callable[..., Any], threads: int, work: Callable[[int, int], Any], parts: Iterator[tuple[int, int]]
 ) -> None:
-    """Each thread takes parts until none is left: the runtime may give fewer threads than were asked for."""
+    """Let each thread take parts until none is left; the runtime may provide fewer threads than requested."""
     errors: list[BaseException] = []
 
     @_BODY
@@ -71,7 +71,7 @@ def _on_a_team(
         try:
             for part in parts:
                 work(*part)
-        except BaseException as error:  # it cannot cross the runtime
+        except BaseException as error:  # an exception cannot pass through the runtime
             errors.append(error)
 
     team(body, None, threads, 0)
@@ -81,10 +81,10 @@ def _on_a_team(
 
 @cache
 def _team() -> Callable[..., Any] | None:
-    """``GOMP_parallel`` of the OpenMP runtime that torch computes with, as GNU's, LLVM's and Intel's export it."""
+    """``GOMP_parallel`` of torch's OpenMP runtime, which GNU's, LLVM's and Intel's export; None if not found."""
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
     runtimes = [p for p in loaded if Path(p).name.startswith(("libgomp", "libomp", "libiomp"))]
-    folder = str(Path(torch.__file__).parent)  # torch and torch.libs: a wheel brings its own
+    folder = str(Path(torch.__file__).parent)  # torch and torch.libs: a wheel contains its own runtime
     for path in sorted(runtimes, key=lambda p: (not p.startswith(folder), p)):
         function = getattr(ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW), "GOMP_parallel", None)
         if function is not None:
@@ -103,5 +103,5 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def array(tensor: Tensor, *shape: int) -> Array:
-    """The entries of a packed tensor as they lie in memory, seen in another shape."""
+    """A numpy view of a packed tensor's entries, in memory order, with another shape."""
     return tensor.detach().as_strided((tensor.numel(),), (1,)).numpy().reshape(shape)

@@ -1,4 +1,4 @@
-"""Triton: CUDA tensors from compute capability 8.0 upward. The functions are those of ``reference/backend.py``."""
+"""The Triton backend: CUDA from compute capability 8.0, with the functions of ``reference/backend.py``."""
 
 from .elementwise import pointwise, pointwise_backward
 from .elision import margins, margins_backward

@@ -1,6 +1,6 @@
 # Triton bodies: their pointers have no types, and an annotation would change what is compiled.
 # pyright: basic
-"""ReLU and per-channel affine maps of intervals: one pass over memory, with the sums of the gradients on the way."""
+"""ReLU and per-channel affine maps of intervals in one pass over memory, sums of gradients included."""
 
 import torch
 import triton
@@ -40,10 +40,10 @@ def _forward(
 @triton.jit
 def _backward(
     grad_center, grad_radius, state, center, radius, scale, for_center, for_radius, for_scale, for_shift,
-    elements, channels, inner, each,
+    elements, channels, inner, tiles_per_part,
     FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A part of a block of channels; ``for_scale`` and ``for_shift`` are (parts, channels)."""
+    """Gradients for one part of a block of channels; ``for_scale`` and ``for_shift`` are (parts, channels)."""
     part, channel = place(channels, BLOCK_C, WIDE)
     within = channel < channels
     if scale is not None:
@@ -51,8 +51,8 @@ def _backward(
         sign = tl.where(a > 0, 1.0, tl.where(a < 0, -1.0, a * 0)).to(ACC)
     scale_sum = tl.zeros([BLOCK_C, BLOCK_E], ACC)
     shift_sum = tl.zeros([BLOCK_C, BLOCK_E], ACC)
-    for step in range(each):
-        element = elements_of(part * each + step, BLOCK_E)
+    for step in range(tiles_per_part):
+        element = elements_of(part * tiles_per_part + step, BLOCK_E)
         inside = within & (element < elements)
         at = offsets(channel, element, channels, inner, FLAT)
         g = wide(tl.load(grad_center + at, inside, 0.0))

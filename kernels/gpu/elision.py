@@ -1,8 +1,8 @@
 # Triton bodies: their pointers have no types, and an annotation would change what is compiled.
 # pyright: basic
-"""Margins: sum over d of |w_y - w_j| r, taken where it is needed, in tiles of (images, classes) or (images, features).
+"""Margins by sums over d of |w_y - w_j| r, in tiles of (images, classes) or (images, features).
 
-Rows are read transposed, so that a step of the loop is an outer product of vectors that lie in memory side by side.
+Rows are read transposed, so that each step of the loop is an outer product of vectors contiguous in memory.
 """
 
 import torch
@@ -44,8 +44,8 @@ def _to_radius(
     grad, weight, labels, for_radius, signs, images, classes, features,
     BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """``grad`` is (K, B) with 0 at each image's label. ``signs`` gets the sum over j of grad sign(w_y - w_j): times
-    -radius, what w_y is due."""
+    """``grad`` is (K, B) with 0 at each image's label. ``signs`` receives the sum over j of grad sign(w_y - w_j):
+    w_y's gradient divided by -radius."""
     columns = tl.cdiv(features, BLOCK_D)
     image = tl.program_id(0) // columns * BLOCK_I + tl.arange(0, BLOCK_I)
     feature = tl.program_id(0) % columns * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -57,9 +57,7 @@ def _to_radius(
     for j in range(classes):
         g = tl.load(grad + image, image < images, 0.0)[:, None]
         rival = wide(tl.load(rivals + feature, feature < features, 0.0))[None, :]
-        difference = tl.where(
-            label[:, None] == j, 0.0, own - rival
-        )  # infinite weights have no difference to themselves
+        difference = tl.where(label[:, None] == j, 0.0, own - rival)  # inf - inf would be NaN
         onto -= g * tl.abs(difference)
         due += tl.where(difference > 0, g, tl.where(difference < 0, -g, g * 0.0))
         grad, rivals = grad + images, rivals + features
@@ -128,6 +126,6 @@ def margins_backward(grad: Tensor, radius: Tensor, weight: Tensor, labels: Tenso
 
 
 def _with_labels(grad: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """(B, K): the gradient in the column of each rival, 0 in that of the label."""
+    """(B, K): the gradient at each rival class, 0 at the label."""
     others = torch.arange(classes - 1, device=labels.device)
     return grad.new_zeros(len(grad), classes).scatter_(1, others + (others >= labels[:, None]), grad)

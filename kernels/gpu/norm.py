@@ -1,6 +1,6 @@
 # Triton bodies: their pointers have no types, and an annotation would change what is compiled.
 # pyright: basic
-"""Batch norm with its statistics: one fused read for the sums of each way, one fused pass for what they make."""
+"""Batch norm with its statistics: forward and backward each take one pass for sums and one for the result."""
 
 from typing import Any
 
@@ -27,18 +27,18 @@ from .launch import (
 
 @triton.jit
 def _statistics(
-    x, means, squares, elements, channels, inner, each,
+    x, means, squares, elements, channels, inner, tiles_per_part,
     FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of a part, tile by tile (Chan et al.): no digits are lost to a large mean."""
+    """Mean and sum of squared deviations of one part, tile by tile (Chan et al.), accurate also for large means."""
     part, channel = place(channels, BLOCK_C, WIDE)
     within = channel < channels
     mean, square = tl.zeros([BLOCK_C, 1], ACC), tl.zeros([BLOCK_C, 1], ACC)
     before = tl.zeros([1], ACC)
-    for step in range(each):
-        element = elements_of(part * each + step, BLOCK_E)
+    for step in range(tiles_per_part):
+        element = elements_of(part * tiles_per_part + step, BLOCK_E)
         inside = within & (element < elements)
-        count = tl.minimum(elements - (part * each + step) * BLOCK_E, BLOCK_E).to(ACC)
+        count = tl.minimum(elements - (part * tiles_per_part + step) * BLOCK_E, BLOCK_E).to(ACC)
         if count > 0:
             values = tl.load(x + offsets(channel, element, channels, inner, FLAT), inside, 0.0).to(ACC)
             own = tl.sum(values, 1)[:, None] / count
@@ -53,7 +53,7 @@ def _statistics(
 
 @triton.jit
 def _combine(
-    means, squares, mean, variance, elements, channels, parts, each,
+    means, squares, mean, variance, elements, channels, parts, tiles_per_part,
     PARTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -61,7 +61,7 @@ def _combine(
     inside = (part < parts) & (channel < channels)[None, :]
     m = tl.load(means + part * channels + channel, inside, 0.0)
     s = tl.load(squares + part * channels + channel, inside, 0.0)
-    last = tl.minimum(elements - part * each * BLOCK_E, each * BLOCK_E)
+    last = tl.minimum(elements - part * tiles_per_part * BLOCK_E, tiles_per_part * BLOCK_E)
     share = tl.maximum(last, 0).to(m.dtype) / elements.to(m.dtype)
     center = tl.sum(m * share, 0)
     spread = tl.sum(s / elements.to(m.dtype) + tl.where(inside, (m - center) * (m - center), 0.0) * share, 0)
@@ -91,16 +91,16 @@ def _normalise(
 
 @triton.jit
 def _sums(
-    x, grad, mean, plain, weighted, elements, channels, inner, each,
+    x, grad, mean, plain, weighted, elements, channels, inner, tiles_per_part,
     FLAT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of a part: the sums of grad, and of grad times the centered x."""
+    """Sums of grad, and of grad times the centered x, over one part."""
     part, channel = place(channels, BLOCK_C, WIDE)
     within = channel < channels
     center = tl.load(mean + channel, within, 0.0)
     first, second = tl.zeros([BLOCK_C, BLOCK_E], ACC), tl.zeros([BLOCK_C, BLOCK_E], ACC)
-    for step in range(each):
-        element = elements_of(part * each + step, BLOCK_E)
+    for step in range(tiles_per_part):
+        element = elements_of(part * tiles_per_part + step, BLOCK_E)
         inside = within & (element < elements)
         at = offsets(channel, element, channels, inner, FLAT)
         g = wide(tl.load(grad + at, inside, 0.0))
@@ -156,14 +156,14 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     tiles, acc = tiling(x, True), accumulator(x.dtype)
     y, mean, variance = empty(x), x.new_empty(x.shape[1], dtype=acc), x.new_empty(x.shape[1], dtype=acc)
     means, squares = _partial(x, tiles, acc)
-    each = triton.cdiv(tiles.rows, tiles.parts)
+    tiles_per_part = triton.cdiv(tiles.rows, tiles.parts)
     launch(
-        _statistics, tiles.columns * tiles.parts, x, x, means, squares, *tiles.numbers, each,
+        _statistics, tiles.columns * tiles.parts, x, x, means, squares, *tiles.numbers, tiles_per_part,
         **tiles.constants, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
     launch(
-        _combine, triton.cdiv(x.shape[1], 16), x, means, squares, mean, variance, *tiles.numbers[:2], tiles.parts, each,
-        **_reduction(tiles), BLOCK_E=tiles.block_e,
+        _combine, triton.cdiv(x.shape[1], 16), x, means, squares, mean, variance, *tiles.numbers[:2], tiles.parts,
+        tiles_per_part, **_reduction(tiles), BLOCK_E=tiles.block_e,
     )  # fmt: skip
     launch(
         _normalise, tiles.columns * tiles.rows, x, x, mean, variance, *(_plain(t) for t in (weight, bias)), y,

@@ -1,6 +1,6 @@
 # Triton bodies: their pointers have no types, and an annotation would change what is compiled.
 # pyright: basic
-"""One backward step of linear relaxation: each coefficient is read once and written once."""
+"""One backward step of linear relaxation, which reads and writes each coefficient once."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,21 @@ from torch import Tensor
 from .launch import ACCUMULATORS, PROGRAMS, accumulator, launch, wide
 
 BLOCK = 1024
+"""Neurons per program."""
 
 
 @triton.jit
 def _forward(
-    coefficients, lower_slope, upper_slope, upper_intercept, through, constants, forms, neurons, parts, each,
+    coefficients, lower_slope, upper_slope, upper_intercept, through, constants, forms, neurons, parts, blocks_per_part,
     LOWS: tl.constexpr, UPS: tl.constexpr, INTERCEPTS: tl.constexpr, UPPER: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """A part of one form. LOWS, UPS and INTERCEPTS: whether those lines are a form's own, or shared by an image's."""
+    """One part of one form. LOWS, UPS, INTERCEPTS: whether those lines are per form, or shared by an image's forms."""
     item, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
     image = item // forms
     total = tl.zeros([BLOCK], ACC)
-    for step in range(each):
-        n = (part * each + step) * BLOCK + tl.arange(0, BLOCK)
+    for step in range(blocks_per_part):
+        n = (part * blocks_per_part + step) * BLOCK + tl.arange(0, BLOCK)
         inside = n < neurons
         a = wide(tl.load(coefficients + item * neurons + n, inside, 0.0))
         low = wide(tl.load(lower_slope + (item if LOWS else image) * neurons + n, inside, 0.0))
@@ -40,17 +41,17 @@ def _forward(
 @triton.jit
 def _backward(
     grad, grad_bias, coefficients, lower_slope, upper_slope, upper_intercept,
-    to_coefficients, to_lower, to_upper, to_intercept, forms, neurons, blocks, parts, each,
+    to_coefficients, to_lower, to_upper, to_intercept, forms, neurons, blocks, parts, forms_per_part,
     LOWS: tl.constexpr, UPS: tl.constexpr, INTERCEPTS: tl.constexpr, UPPER: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """A block of neurons and a part of the forms of one image; the gradients of shared lines are (B, parts, N)."""
+    """A block of neurons and one part of an image's forms; the gradients of shared lines are (B, parts, N)."""
     item = tl.program_id(0).to(tl.int64)
     image, part = item // (blocks * parts), item // blocks % parts
     n = item % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = n < neurons
     lows, ups, intercepts = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    for form in range(part * each, tl.minimum(part * each + each, forms)):
+    for form in range(part * forms_per_part, tl.minimum(part * forms_per_part + forms_per_part, forms)):
         row = image * forms + form
         at = row * neurons + n
         a, g = wide(tl.load(coefficients + at, inside, 0.0)), wide(tl.load(grad + at, inside, 0.0))
@@ -122,5 +123,5 @@ def crown_backward(
 
 
 def _own(lines: Sequence[Tensor]) -> dict[str, bool]:
-    """Which lines are each form's own; with a single form there is no difference."""
+    """Which lines are per form; with a single form there is no difference."""
     return {name: line.shape[1] > 1 for name, line in zip(("LOWS", "UPS", "INTERCEPTS"), lines, strict=True)}

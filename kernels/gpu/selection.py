@@ -1,6 +1,6 @@
 # Triton bodies: their pointers have no types, and an annotation would change what is compiled.
 # pyright: basic
-"""The k largest entries of a row by bisection on an integer key, one bit of it a round, in registers."""
+"""The k largest entries of a row, by bisection on integer keys, one bit per round, in registers."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from .launch import launch, wide
 
 LANES = 4096
-"""Keys that one program holds in registers: 32 in each thread of four warps, 8 in each of sixteen. Longer rows are
-narrowed down to as few candidates first."""
+"""Keys that one program holds in registers: 32 per thread with four warps, 8 with sixteen. Longer rows are first
+reduced to at most as many candidates."""
 
 
 @triton.jit
 def order_keys(values):
-    """Integers as wide as the floats (as float32 for halves) and in their order: -0 as +0, every NaN the greatest."""
+    """Integer keys in the order of the floats and as wide (float32 for halves): -0 equals +0, NaN is the greatest."""
     values = wide(values)
     if values.dtype.primitive_bitwidth == 64:
         bits = values.to(tl.int64, bitcast=True)
@@ -33,13 +33,13 @@ def order_keys(values):
 
 @triton.jit
 def least_key(like):
-    """A key below that of any float, for lanes without one."""
+    """A key below that of any float, for lanes without an entry."""
     return tl.full([], 1, like.dtype) << (like.dtype.primitive_bitwidth - 1)
 
 
 @triton.jit
 def kth(keys, k):
-    """The k-th greatest key; for k = 0 one that no float but NaN has. At least k keys are not ``least_key``."""
+    """The k-th greatest key; for k = 0 the key of NaN. At least k keys must not be ``least_key``."""
     rounds: tl.constexpr = keys.dtype.primitive_bitwidth - 1
     found = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= k, tl.full([], 0, keys.dtype), least_key(keys))
     bit = tl.full([], 1, keys.dtype) << (rounds - 1)
@@ -51,7 +51,7 @@ def kth(keys, k):
 
 @triton.jit
 def chosen(keys, k):
-    """Which of a row's keys are the k greatest, ties to the lowest index."""
+    """Mask of the k greatest keys of a row, ties to the lowest index."""
     bound = kth(keys, k)
     above, tied = keys > bound, keys == bound
     room = k - tl.sum(above.to(tl.int32), 0)
@@ -68,7 +68,7 @@ def budget(budgets, row, k, entries):
 
 @triton.jit
 def _short(scores, budgets, k, mask, entries, BLOCK: tl.constexpr):
-    """A row."""
+    """Select in one row of at most BLOCK entries."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     keys = order_keys(tl.load(scores + row * entries + lane, lane < entries, 0.0))
@@ -85,7 +85,7 @@ def _keys_at(scores, start, entries, BLOCK: tl.constexpr):
 
 @triton.jit
 def _long(scores, budgets, k, mask, scratch, entries, BLOCK: tl.constexpr):
-    """A row that is longer than BLOCK. The lanes' maxima bound the k-th key from below: k lanes have one that large."""
+    """Select in one row longer than BLOCK; the k-th greatest of the lanes' maxima is a lower bound of the k-th key."""
     row = tl.program_id(0).to(tl.int64)
     k = budget(budgets, row, k, entries)
     scores, mask, scratch = scores + row * entries, mask + row * entries, scratch + row * entries
@@ -101,7 +101,7 @@ def _long(scores, budgets, k, mask, scratch, entries, BLOCK: tl.constexpr):
         hit = ((keys >= bound) & (keys > nothing)).to(tl.int32)
         tl.store(scratch + count + tl.cumsum(hit, 0) - 1, keys, hit > 0)
         count += tl.sum(hit, 0)
-    tl.debug_barrier()  # the candidates are read by other threads than wrote them
+    tl.debug_barrier()  # candidates are read by other threads than the writers
 
     if count <= BLOCK:
         lane = tl.arange(0, BLOCK)
@@ -122,7 +122,7 @@ def _long(scores, budgets, k, mask, scratch, entries, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kth_in_memory(keys, k, count, BLOCK: tl.constexpr):
-    """``kth`` of keys in memory, and how many are greater: many ties, or a large k."""
+    """(``kth`` of keys in memory, number of greater keys), for many ties or a large k."""
     rounds: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth - 1
     zero = tl.full([], 0, keys.dtype.element_ty)
     bound = tl.where(_at_least(keys, zero, count, BLOCK) >= k, zero, least_key(zero))
@@ -130,19 +130,19 @@ def _kth_in_memory(keys, k, count, BLOCK: tl.constexpr):
     for _ in range(rounds):
         bound = tl.where(_at_least(keys, bound + bit, count, BLOCK) >= k, bound + bit, bound)
         bit = bit >> 1
-    greatest = bound == ~least_key(zero)  # nothing is above it, and it has no successor
+    greatest = bound == ~least_key(zero)  # no key is above it, and bound + 1 would overflow
     above = tl.where(greatest, 0, _at_least(keys, tl.where(greatest, bound, bound + 1), count, BLOCK))
     return bound, above
 
 
 @triton.jit
 def _at_least(keys, bound, count, BLOCK: tl.constexpr):
-    """How many of the keys in memory are >= bound."""
-    found = tl.full([], 0, tl.int32)
+    """Number of keys in memory that are >= bound."""
+    total = tl.full([], 0, tl.int32)
     for start in range(0, count, BLOCK):
         lane = start + tl.arange(0, BLOCK)
-        found += tl.sum(((lane < count) & (tl.load(keys + lane, lane < count, 0) >= bound)).to(tl.int32), 0)
-    return found
+        total += tl.sum(((lane < count) & (tl.load(keys + lane, lane < count, 0) >= bound)).to(tl.int32), 0)
+    return total
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def topk_mask(scores: Tensor, rows: Tensor | None, k: int) -> Tensor:
 
 
 def lanes(entries: int) -> dict[str, Any]:
-    """A program that holds a row: its lanes, and at most eight in each thread."""
+    """Launch options of a program that holds a row: its lanes, and warps for at most eight lanes per thread."""
     block = triton.next_power_of_2(entries)
     return {"BLOCK": block, "warps": max(1, min(block // 256, 16))}
 

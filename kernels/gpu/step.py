@@ -1,6 +1,6 @@
 # Triton bodies: their pointers have no types, and an annotation would change what is compiled.
 # pyright: basic
-"""One sPGD update: a single launch where a row's logits fit into registers, a few launches beyond."""
+"""One sPGD update: a single launch if a row's logits fit into registers, otherwise a few."""
 
 import math
 from typing import Any
@@ -19,26 +19,26 @@ BLOCK = 1024
 
 @triton.jit
 def _mask_gradient(gradient, p, logits, at, inside, channels, pixels):
-    """The loss' gradient in the logits: sum over channels of gradient p, times s (1 - s) of the sigmoid s."""
+    """The gradient of the loss in the logits: the sum over channels of gradient p, times s (1 - s) of the sigmoid s."""
     decay = tl.exp(-tl.abs(logits))
     total = tl.zeros_like(logits)
     for _ in range(channels):
         total += wide(tl.load(gradient + at, inside, 0.0)) * wide(tl.load(p + at, inside, 0.0))
         gradient, p = gradient + pixels, p + pixels
     slope = decay / ((1.0 + decay) * (1.0 + decay))
-    return total * tl.where((logits > 0) & (1.0 + decay == 1.0), 0.0, slope)  # as in the authors' code, where s is 1
+    return total * tl.where((logits > 0) & (1.0 + decay == 1.0), 0.0, slope)  # as in the authors' code
 
 
 @triton.jit
 def _moved(logits, for_mask, norm, factor, floor, stabiliser):
-    """The new logits; a norm that is NaN, infinite or tiny leaves them as they are."""
+    """The new logits; unchanged where the norm is NaN, infinite or tiny."""
     sound = (norm >= number(floor, norm)) & (norm < float("inf"))
     return tl.where(sound, logits + number(factor, norm) / (norm + number(stabiliser, norm)) * for_mask, logits)
 
 
 @triton.jit
 def _write_images(gradient, p, x, to_p, out, old, new, at, inside, alpha, channels, pixels, PROJECTED: tl.constexpr):
-    """Magnitudes along the gradient's sign within [-1, 1] and the image box, and the image with the chosen ones."""
+    """Move the magnitudes along the gradient's sign within [-1, 1] and the image box; write the perturbed images."""
     for _ in range(channels):
         g = wide(tl.load(gradient + at, inside, 0.0))
         source = tl.load(x + at, inside, 0.0)
@@ -63,7 +63,7 @@ def _short(
     alpha: tl.float64, factor: tl.float64, floor: tl.float64, stabiliser: tl.float64,
     PROJECTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """An image."""
+    """The whole update of one image."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < pixels
@@ -84,7 +84,7 @@ def _short(
 
 @triton.jit
 def _gradients(gradient, p, m, for_mask, squares, channels, pixels, blocks, BLOCK: tl.constexpr):
-    """A block of an image's pixels."""
+    """The mask's gradient and the sum of its squares over a block of one image's pixels."""
     row, part = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
     lane = part * BLOCK + tl.arange(0, BLOCK)
     inside = lane < pixels
@@ -101,8 +101,8 @@ def _logits(
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
     lane = part * BLOCK + tl.arange(0, BLOCK)
-    at, each = row * pixels + lane, tl.arange(0, PARTS)
-    norm = tl.sqrt(tl.sum(tl.load(squares + row * blocks + each, each < blocks, 0.0), 0))
+    at, parts = row * pixels + lane, tl.arange(0, PARTS)
+    norm = tl.sqrt(tl.sum(tl.load(squares + row * blocks + parts, parts < blocks, 0.0), 0))
     logits = wide(tl.load(m + at, lane < pixels, 0.0))
     moved = _moved(logits, tl.load(for_mask + at, lane < pixels, 0.0), norm, factor, floor, stabiliser)
     tl.store(to_m + at, moved, lane < pixels)

@@ -1,7 +1,7 @@
-"""Plain torch, as the formulas read: the oracle of every compiled backend, and the fallback.
+"""The formulas in plain torch: the oracle of every compiled backend, and the fallback.
 
-The functions here have the public ops' signatures, no checks, and torch's own gradients. ``backend`` holds what
-the ops call when this backend is chosen.
+Functions have the public ops' signatures, no checks, and torch's own gradients. ``backend`` holds the functions that
+ops call when this backend is chosen.
 """
 
 from .interval import batch_statistics_norm, ibp_affine, ibp_conv2d, ibp_linear, ibp_margins, ibp_relu

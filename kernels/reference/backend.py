@@ -1,8 +1,8 @@
-"""What every backend offers, here in plain torch, with gradients by hand.
+"""The functions of every backend, here in plain torch, with gradients by hand.
 
-Tensors come checked, on one device and of one dtype. Intervals are packed (``layout.py``); relaxations are
-(B, R, N); images are (B, C, N) and scores (B, N), contiguous. Results are new tensors unless ``overwrite`` says that
-the caller owns the inputs. A state is one byte an entry: how many of its two ends are positive.
+Arguments are checked, on one device and of one dtype. Intervals are packed (``layout.py``); relaxations are (B, R, N);
+images are (B, C, N) and scores (B, N), contiguous. Results are new tensors unless ``overwrite`` is set. A state is one
+byte per entry: how many of the interval's two ends are positive.
 """
 
 import torch
@@ -16,7 +16,7 @@ from . import interval, relaxation, sparse
 def pointwise(
     center: Tensor, radius: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(center, radius, state) of max(scale x + shift, 0), at least one of the three; no state without ReLU."""
+    """(center, radius, state) of max(scale x + shift, 0), any of the three steps optional; empty state without ReLU."""
     center, radius = center.clone(), radius.clone()
     if scale is not None:
         scale = interval.per_channel(scale, center)
@@ -33,8 +33,8 @@ def pointwise_backward(
     grad_center: Tensor, grad_radius: Tensor, state: Tensor, center: Tensor | None, radius: Tensor | None,
     scale: Tensor | None, sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of center, radius, scale, shift. ``center`` and ``radius`` are the inputs, needed with a scale only;
-    ``sums`` asks for the gradient of shift."""
+    """Gradients of center, radius, scale, shift. ``center`` and ``radius`` are the inputs, needed only with a scale;
+    ``sums`` requests the gradient of shift."""
     if state.numel():
         to_upper = (grad_center + grad_radius) / 2 * (state > 0)
         to_lower = (grad_center - grad_radius) / 2 * (state > 1)
@@ -51,7 +51,7 @@ def pointwise_backward(
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, biased variance)."""
+    """(normalised x, mean, biased variance)."""
     y, mean, variance = interval.batch_statistics_norm(x, weight, bias, eps)
     return packed(y, x), mean, variance
 
@@ -60,7 +60,7 @@ def batch_norm_backward(
     grad_y: Tensor, grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor, variance: Tensor,
     weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight and bias (the last two are made without weight and bias as well)."""
+    """Gradients of x, weight and bias; the last two also without weight and bias."""
     axes = [axis for axis in range(x.ndim) if axis != 1]
     count = x.numel() // x.shape[1]
     inverse = torch.rsqrt(variance + eps)
@@ -83,7 +83,7 @@ def margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None,
 
 
 def margins_backward(grad: Tensor, radius: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of radius, and of weight through the radius; the center's part is the op's own."""
+    """Gradients of radius, and of weight through the radius; the op adds the center's part."""
     classes, others = len(weight), _others(labels, len(weight))
     rows = weight[labels][:, None] - weight[others]
     grad_radius = -torch.einsum("bk,bkd->bd", grad, rows.abs())
@@ -101,7 +101,7 @@ def _others(labels: Tensor, classes: int) -> Tensor:
 def crown(
     coefficients: Tensor, lower_slope: Tensor, upper_slope: Tensor, upper_intercept: Tensor, upper: bool
 ) -> tuple[Tensor, Tensor]:
-    """(coefficients before the ReLU, what joins the bias); the lines are (B, R or 1, N)."""
+    """(coefficients before the ReLU, term to add to the bias); the lines are (B, R or 1, N)."""
     nothing = coefficients.new_zeros(coefficients.shape[:2])
     return relaxation.crown_relu_step(coefficients, nothing, lower_slope, upper_slope, upper_intercept, upper=upper)
 
@@ -121,7 +121,7 @@ def crown_backward(
 
 
 def topk_mask(scores: Tensor, rows: Tensor | None, k: int) -> Tensor:
-    """``rows`` holds one k for each row and replaces ``k``."""
+    """``rows`` holds one k per row and replaces ``k``."""
     return sparse.topk_mask(scores, k if rows is None else rows)
 
 

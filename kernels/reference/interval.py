@@ -31,7 +31,7 @@ def ibp_relu(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
 def fold(
     weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The affine map after the layer, folded into its weights: exact for any output channel."""
+    """(weight, bias) with a per-channel affine map after the layer folded in; exact up to rounding."""
     if scale is not None:
         weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
         bias = None if bias is None else bias * scale
@@ -64,7 +64,7 @@ def ibp_margins(center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | N
     classes = len(weight)
     others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
     others = others + (others >= labels[:, None])  # j != y, increasing
-    # embedding, not indexing: the gradient of an index is summed in the threads' order of arrival
+    # embedding, not indexing: the gradient of indexing is summed in a thread-dependent order
     rows = F.embedding(labels, weight)[:, None] - F.embedding(others, weight)
     lower = torch.einsum("bkd,bd->bk", rows, center) - torch.einsum("bkd,bd->bk", rows.abs(), radius)
     return lower if bias is None else lower + bias[labels][:, None] - bias[others]
@@ -76,5 +76,5 @@ def batch_statistics_norm(
     axes = [axis for axis in range(x.ndim) if axis != 1]
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     variance, mean = torch.var_mean(wide, dim=axes, correction=0)
-    # torch's fused norm gives no gradient to its statistics; var_mean's copy of them does
+    # torch's fused norm returns its statistics without gradients, var_mean with them
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), mean, variance

@@ -1,7 +1,7 @@
-"""Top-k selection and one sPGD update (Zhong et al., arXiv 2405.05075), with the order of entries fixed.
+"""Top-k selection and one sPGD update (Zhong et al., arXiv 2405.05075), with a fixed order of entries.
 
 Order: value descending, every NaN equal and greatest, -0 equal to +0, ties to the lowest index. A stable
-descending sort obeys all four rules; ``torch.topk`` promises none for ties.
+descending sort has this order; ``torch.topk`` guarantees none for ties.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The operations of networks, one class in one file each; importing this registers how the tracer finds them."""
+"""The operations of networks, one class per file; importing this package registers their tracing rules."""
 
 from .affine import Affine, Weights
 from .base import Function, Input, Linear, Nonlinear, Operation, Unbounded, UnsupportedNode

@@ -1,4 +1,4 @@
-"""Layers of a weight and a bias: what batch norms fold into and the fused kernels compute."""
+"""Layers with a weight and a bias, which batch norms merge into and fused kernels compute."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..interval import Interval
 from ..region import Region
-from ..relaxation import InputLines, Relaxation, each
+from ..relaxation import InputLines, Relaxation, map_lines
 from ..wrappers import ComputedLayer
 from .base import Folding, Linear
 
 
 class Weighted(Protocol):
-    """Where an operation's weights are looked up each time: a layer of the model, or ``Weights``."""
+    """The holder of an operation's weights, read at each use: a layer of the model, or ``Weights``."""
 
     @property
     def weight(self) -> Tensor: ...
@@ -28,7 +28,7 @@ class Weighted(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Fixed ones, of a folded network."""
+    """Fixed weights of a folded network."""
 
     weight: Tensor
     bias: Tensor | None
@@ -36,7 +36,7 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Affine(Linear):
-    """``layer.weight``, of which dimension 0 counts the outputs or their channels, and ``layer.bias``."""
+    """A linear map by ``layer.weight``, with outputs or their channels in dimension 0, plus ``layer.bias``."""
 
     layer: Weighted
 
@@ -49,26 +49,26 @@ class Affine(Linear):
         return self.layer.bias
 
     def with_weights(self, weight: Tensor, bias: Tensor | None) -> Self:
-        """The same operation with these instead, which stay as they are."""
+        """The operation with these fixed weights."""
         return replace(self, layer=Weights(weight, bias))
 
     def with_norm(self, scale: Tensor, shift: Tensor) -> Self:
-        """The operation, and then ``scale * y + shift`` of each channel y, both (K,), as one."""
+        """The operation followed by ``scale * y + shift`` per output channel, both (K,), as one operation."""
         weight = self.weight * scale.reshape(-1, *[1] * (self.weight.ndim - 1))
         return self.with_weights(weight, shift if self.bias is None else self.bias * scale + shift)
 
     def fold(self, folding: Folding, *sources: int) -> int:
         bias = None if self.bias is None else folding.tensor(self.bias, self.path)
-        found = self.with_weights(folding.tensor(self.weight, self.path), bias)
-        return folding.append(replace(found, inputs=sources))
+        folded = self.with_weights(folding.tensor(self.weight, self.path), bias)
+        return folding.append(replace(folded, inputs=sources))
 
     def prepare(self) -> None:
-        """What a layer does before a plain pass in training mode."""
+        """Update the layer before a plain pass in training mode, as its hooks would."""
         if isinstance(self.layer, ComputedLayer):
             self.layer.iterate()
 
     def takes_norm(self, dimensions: int) -> bool:
-        """Whether a batch norm's channels are this operation's outputs, for inputs of so many dimensions."""
+        """Whether a following batch norm can be merged, for inputs with this number of dimensions."""
         return True
 
     def interval(self, x: Interval) -> Interval:
@@ -78,37 +78,41 @@ class Affine(Linear):
     def fused(
         self, x: Interval, scale: Tensor | None = None, shift: Tensor | None = None, *, relu: bool = False
     ) -> Interval:
-        """``interval`` of the operation, of ``scale * y + shift`` of its channels, and of a ReLU, by one kernel."""
+        """``interval`` of the operation, then of ``scale * y + shift`` per channel and of a ReLU, by one kernel."""
 
     @abstractmethod
     def over_set(self, region: Region, hull: Interval, scale: Tensor, shift: Tensor) -> Interval:
-        """``interval`` of the first affine operation over a set that is not a box: each output is a linear form, which
-        the set concretises.
+        """``interval`` of the first affine operation over a set that is not a box.
+
+        Outputs are linear forms of the image, minimised by ``region.concretise``.
 
         Args:
-            hull: the box that enters the operation, around ``scale * images + shift``, each (1, *its shape).
+            hull: the box of the operation's input, ``scale * images + shift``.
+            scale, shift: (1, *input shape).
         """
 
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
         (x,) = inputs
         up, down = (self.with_weights(part, None) for part in (self.weight.clamp(min=0), self.weight.clamp(max=0)))
-        lower, upper = each(up, x.lower) + each(down, x.upper), each(up, x.upper) + each(down, x.lower)
-        found = InputLines(lower, upper)
-        return found if self.bias is None else found.shifted(self.bias.reshape(-1, *[1] * (self.weight.ndim - 2)))
+        lower = map_lines(up, x.lower) + map_lines(down, x.upper)
+        upper = map_lines(up, x.upper) + map_lines(down, x.lower)
+        lines = InputLines(lower, upper)
+        return lines if self.bias is None else lines.shifted(self.bias.reshape(-1, *[1] * (self.weight.ndim - 2)))
 
 
 def with_weights(layer: nn.Linear | nn.Conv1d | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The layer of torch, with these weights and this bias in it."""
+    """A torch layer, with its parameters replaced by these."""
     layer.weight = nn.Parameter(weight)
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return layer
 
 
 def absolute(bias: Tensor | None) -> Tensor | None:
+    """|bias|, or None."""
     return None if bias is None else bias.abs()
 
 
 def concretised(region: Region, forms: Tensor, constant: Tensor) -> Interval:
-    """The interval of linear forms (B, R, *shape) of a region's images, plus a constant that broadcasts with (B, R)."""
+    """The interval (B, R) of linear forms (B, R, *shape) over a region, plus a constant that broadcasts with it."""
     lower, upper = region.concretise(forms), -region.concretise(-forms)
     return Interval.from_bounds(lower + constant, torch.maximum(lower, upper) + constant)

@@ -1,8 +1,8 @@
-"""What an operation of a network must bring along. Each is one class in one file of this folder.
+"""Base classes of a network's operations; each operation is one class in one file of this folder.
 
-An operation is frozen and knows the positions of its inputs, of which 0 is the network's input. It evaluates itself on
-values, on intervals and on linear bounds. A missing rule is a type error: all are abstract here, or stand below with
-what most operations want.
+An operation is frozen and knows the positions of its inputs; position 0 is the network's input. It evaluates values,
+intervals and linear bounds. Rules are abstract here or have a default that suits most operations, so that a missing
+rule is a type error.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from ..window import Window
 
 
 class UnsupportedNode(InputError):
-    """The model contains an operation that has no rule; the message names it and what is supported."""
+    """The model contains an operation without a rule; the message names it and the supported ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class Operation(ABC):
     """One step of a network.
 
-    Values are (B, *shape), intervals and bounds of them alike, linear forms (B, R, *shape); a ``shape`` is one without
-    B. Rules that take ``*inputs`` get one for each of the operation's inputs.
+    Values, intervals and bounds are (B, *shape), linear forms (B, R, *shape); a ``shape`` excludes B. ``*inputs`` are
+    one argument per input of the operation.
 
     Args:
         path: the layer's name in the model, or the operator's in a file.
-        inputs: positions in the network.
+        inputs: positions of its inputs in the network.
     """
 
     path: str
     inputs: tuple[int, ...]
 
     entrywise_map: ClassVar[bool] = False
-    """Each entry is a * (one entry of the image) + b, no entry twice, in the image's order."""
+    """Whether each output entry is a * x + b of one entry x of the image, without repeats and in the image's order."""
 
     @abstractmethod
     def __call__(self, *inputs: Any, **_: Any) -> Tensor:
@@ -49,44 +49,45 @@ class Operation(ABC):
 
     @abstractmethod
     def interval(self, *inputs: Any, **_: Any) -> Interval:
-        """Bound the image of a box, given an ``Interval`` of each input; differentiable."""
+        """Bound the output over an ``Interval`` of each input; differentiable."""
 
     @abstractmethod
     def backward(
         self, forms: Tensor, constants: Tensor, shapes: Sequence[torch.Size], relaxation: Relaxation | None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Carry lower bounds from the output to the inputs, as ``Relaxation.backward``.
+        """Carry lower bounds from the output to the inputs, as ``Relaxation.backward`` does.
 
         Args:
-            shapes: of the inputs. relaxation: of a non-linear operation, over the inputs' bounds.
+            shapes: of the inputs.
+            relaxation: for non-linear operations, over the inputs' bounds.
         """
 
     @abstractmethod
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
-        """Carry lines over the network's input from the inputs to the output."""
+        """Carry lines, which are functions of the network's input, from the inputs to the output."""
 
     @abstractmethod
     def magnitude(self, *inputs: Any, **_: Any) -> Tensor:
-        """|W| |x| + |b|, given |x|: what roundings are relative to, and no partial sum exceeds."""
+        """|W| |x| + |b|, given |x|: the scale of rounding errors, which no partial sum exceeds."""
 
     @abstractmethod
     def roundings(self, shape: torch.Size) -> int:
-        """Roundings that an evaluation makes of one output at most, given the first input's shape; 0 if it copies."""
+        """Largest number of roundings in one output's evaluation, given the first input's shape; 0 for copies."""
 
     def terms(self, shape: torch.Size) -> int:
-        """How many products the output, or the adjoint, sums up at most, given the first input's shape."""
+        """Largest number of products in a sum of the output or the adjoint, given the first input's shape."""
         return 1
 
     def peak(self, *inputs: Tensor) -> Tensor:
-        """The largest number that an evaluation meets, partial results included, given |x|."""
+        """Upper bound of all numbers in an evaluation, partial results included, given |x|."""
         return self.magnitude(*inputs)
 
     def work(self, numbers: int) -> int:
-        """Multiplications, about, for so many numbers of the output, forward or backward."""
+        """Approximate multiplications for ``numbers`` numbers of the output, forward or backward."""
         return ENTRYWISE * numbers
 
     def window(self, window: Window, shapes: Sequence[torch.Size]) -> Window | None:
-        """The window of its inputs that a window of its output depends on; None where it is not local.
+        """The window of its inputs that a window of its output depends on; None if the operation is not local.
 
         Args:
             shapes: of the output and of each input, all (C, H, W).
@@ -94,12 +95,12 @@ class Operation(ABC):
         return None
 
     def on_windows(self) -> Operation:
-        """The operation as it acts on windows, which bring their padding along."""
+        """The operation as it acts on windows, which include their padding."""
         return self
 
     @abstractmethod
     def module(self, shape: torch.Size) -> nn.Module:
-        """A module that computes the same with the same weights, bit for bit, for the ONNX exporter.
+        """A module that computes the operation bit for bit with the same weights, for ONNX export.
 
         Args:
             shape: of the first input.
@@ -107,7 +108,7 @@ class Operation(ABC):
 
     @abstractmethod
     def fold(self, folding: Folding, *sources: int) -> int:
-        """Append what it becomes in a folded network, at ``sources``, to ``folding``; the position of the result."""
+        """Append its folded form, with inputs at ``sources``, to ``folding``; return the position of the result."""
 
 
 class Folding(Protocol):
@@ -143,7 +144,7 @@ class Folding(Protocol):
 
 
 ENTRYWISE = 8
-"""Multiplications that an operation without products takes as long as, for each number."""
+"""Work per number, in multiplications, of an operation without products."""
 
 
 class Linear(Operation):
@@ -151,10 +152,10 @@ class Linear(Operation):
 
     @abstractmethod
     def adjoints(self, forms: Tensor, *shapes: torch.Size) -> tuple[Tensor, ...]:
-        """Linear forms (B, R, *shape) of the output as forms of each input, whose ``shapes`` are given."""
+        """Linear forms (B, R, *shape) of the output as forms of each input, given the inputs' ``shapes``."""
 
     def constant(self, forms: Tensor) -> Tensor | float:
-        """What the map's constant adds to forms of its output, (B, R)."""
+        """The map's constant term in forms of its output, (B, R)."""
         return 0.0
 
     def backward(
@@ -167,7 +168,7 @@ class Linear(Operation):
 
 
 class Nonlinear(Operation):
-    """A function that linear bounds replace by a relaxation of it."""
+    """A function that linear bounds replace by a relaxation."""
 
     kind: ClassVar[str]
     """Its name in messages."""
@@ -175,11 +176,11 @@ class Nonlinear(Operation):
     @property
     @abstractmethod
     def piecewise_linear(self) -> bool:
-        """Whether it is max(x, kink x) entry by entry: branch and bound is complete for those."""
+        """Whether it is max(x, kink x) entry by entry, for which branch and bound is complete."""
 
     @property
     def kink(self) -> float:
-        """The slope left of 0 of a piecewise linear one; on the right it is 1."""
+        """The slope left of 0 of a piecewise linear function; right of 0 it is 1."""
         return 0.0
 
     @abstractmethod
@@ -187,11 +188,12 @@ class Nonlinear(Operation):
         """A relaxation over ``Bounds`` of each input.
 
         Args:
-            alpha: free parameters in [0, 1], if it has any: (B, *shape) or (B, R, *shape). None chooses them.
+            alpha: free parameters in [0, 1], if the relaxation has any: (B, *shape) or (B, R, *shape); None for
+                defaults.
         """
 
     def open(self, *bounds: Bounds) -> list[Tensor]:
-        """The entries of each input, (B, *shape) bool, whose bounds are worth tightening for a better relaxation."""
+        """(B, *shape) bool for each input: the entries for which tighter bounds improve the relaxation."""
         return [x.lower < x.upper for x in bounds]
 
     def backward(
@@ -209,11 +211,11 @@ class Nonlinear(Operation):
 
 
 class Unbounded(Operation):
-    """An operation that linear bounds never meet: folding replaces it, or nothing bounds it."""
+    """An operation without linear bounds: folding replaces it, or it has no bounds at all."""
 
     @abstractmethod
     def refusal(self) -> UnsupportedNode:
-        """Why there are no linear bounds of it."""
+        """The error for a request of linear bounds."""
 
     def backward(
         self, forms: Tensor, constants: Tensor, shapes: Sequence[torch.Size], relaxation: Relaxation | None
@@ -232,7 +234,7 @@ class Unbounded(Operation):
 
 @dataclass(frozen=True, eq=False)
 class Input(Linear):
-    """The images."""
+    """The network's input, a batch of images."""
 
     entrywise_map: ClassVar[bool] = True
 
@@ -259,7 +261,7 @@ class Input(Linear):
 
 
 class Function(nn.Module):
-    """A function as a module, for the exporter."""
+    """A function as a module, for ONNX export."""
 
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
@@ -270,5 +272,5 @@ class Function(nn.Module):
 
 
 def summed_onto(forms: Tensor, shape: torch.Size) -> Tensor:
-    """Forms of values that were broadcast from ``shape``, as forms of those: they add up."""
+    """Forms of values broadcast from ``shape``, summed to forms (B, R, *shape) of the values before the broadcast."""
     return forms.sum_to_size(*forms.shape[:2], *shape)

@@ -1,4 +1,4 @@
-"""Batch norms: by their batch's statistics in training, else an affine map of each channel."""
+"""Batch norms: with the batch's statistics in training, otherwise an affine map per channel."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class BatchStatistics:
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm(Unbounded):
-    """A batch norm of a model, over dimension 1. Folding makes it part of the layer before, or a ``Scale``.
+    """A batch norm of a model, over dimension 1. Folding merges it into the layer before it, or makes it a ``Scale``.
 
     Args:
-        statistics: of a batch, which it uses instead of the running ones.
+        statistics: of a batch, used instead of the running ones.
     """
 
     norm: nn.BatchNorm1d | nn.BatchNorm2d
@@ -37,11 +37,11 @@ class BatchNorm(Unbounded):
 
     @property
     def learns(self) -> bool:
-        """Whether it uses the statistics of the batch that it meets, and updates the running ones."""
+        """Whether it uses its input batch's statistics, and updates the running ones."""
         return self.norm.training and self.statistics is None
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift), each (C,), with the given statistics, or the running ones."""
+        """(scale, shift), each (C,), from ``statistics`` or the running ones."""
         norm, statistics = self.norm, self.statistics
         if statistics is None:
             if norm.running_mean is None or norm.running_var is None:
@@ -62,7 +62,7 @@ class BatchNorm(Unbounded):
         return x * scale + shift
 
     def of_batch(self, x: Tensor, ops: ModuleType = kernels) -> tuple[Tensor, BatchStatistics]:
-        """The output by the batch's own statistics, and these; updates the running ones as torch does.
+        """The output with the batch's own statistics, and these statistics; updates the running ones as torch does.
 
         Args:
             ops: ``kernels``, or ``kernels.reference``, which is differentiable twice.
@@ -79,7 +79,7 @@ class BatchNorm(Unbounded):
         norm.num_batches_tracked += 1
         momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
         norm.running_mean.lerp_(mean.detach(), momentum)
-        norm.running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)  # torch keeps the unbiased one
+        norm.running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)  # torch keeps the unbiased variance
 
     def interval(self, x: Interval) -> Interval:
         return Interval(*kernels.ibp_affine(x.center, x.radius, *self.coefficients()))
@@ -94,16 +94,16 @@ class BatchNorm(Unbounded):
         (source,) = sources
         rest = [1] * (len(folding.shapes[source]) - 1)
         if folding.as_written:
-            return self._apart(folding, source, rest)
+            return self._as_operators(folding, source, rest)
         scale, shift = (folding.tensor(v, self.path).reshape(1, -1, *rest) for v in self.coefficients())
         return folding.append(Scale(self.path, sources, Constants(scale, shift)))
 
-    def _apart(self, folding: Folding, source: int, rest: Sequence[int]) -> int:
-        """A batch norm as its operator: (x - mean) times a scale, plus a bias; computed in float64.
+    def _as_operators(self, folding: Folding, source: int, rest: Sequence[int]) -> int:
+        """The batch norm as two scales, (x - mean) times s, plus bias, with constants in float64.
 
         onnxruntime 1.31 evaluates x s + (bias - mean s) with a rounded s = weight / sqrt(variance + epsilon), whose
-        error acts on x - mean alone. Besides it, x is rounded twice, mean three times and bias twice; s is off by 4
-        roundings at most if its four steps round correctly, and 8 are paid for.
+        error acts on x - mean only. In addition x is rounded twice, mean three times and bias twice. The error of s is
+        4 roundings at most if its four steps round correctly; 8 are allowed for.
         """
         norm = self.norm
         mean, variance, weight, bias = (

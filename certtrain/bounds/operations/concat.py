@@ -1,4 +1,4 @@
-"""Values one after the other along a dimension."""
+"""Concatenation of values along a dimension."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .registry import Tracing
 
 @dataclass(frozen=True, eq=False)
 class Concat(Linear):
-    """All inputs one after the other along ``dim``, counted with the batch, which is 0; negative ones from the end."""
+    """The inputs concatenated along ``dim`` as in ``torch.cat``: the batch is 0, negative ones count from the end."""
 
     dim: int
 
     def along(self, rank: int) -> int:
-        """The dimension of tensors that have ``rank`` of them.
+        """``dim`` as a non-negative number, for tensors with ``rank`` dimensions.
 
         Raises:
-            UnsupportedNode: it is the batch, or there is no such dimension.
+            UnsupportedNode: it is the batch dimension, or out of range.
         """
         dim = self.dim + rank if self.dim < 0 else self.dim
         if not 1 <= dim < rank:
@@ -62,7 +62,7 @@ class Concat(Linear):
 
 
 def concat(tracing: Tracing, node: fx.Node) -> int:
-    """The operation of ``torch.cat``, whose first argument is a list."""
+    """Tracing rule of ``torch.cat``, whose first argument is a list."""
     parts = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(parts, (list, tuple)) or not parts:

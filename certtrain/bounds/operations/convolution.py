@@ -1,4 +1,4 @@
-"""Convolutions in one and in two dimensions, told apart by their weights: (K, C / groups, length or height, width)."""
+"""Convolutions in one and two dimensions, distinguished by their weights' number of dimensions."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Convolution(Affine):
 
     @property
     def geometry(self) -> tuple[Sizes, Sizes, Sizes, int]:
+        """(stride, padding, dilation, groups), as torch's functions take them."""
         return self.stride, self.padding, self.dilation, self.groups
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class Convolution(Affine):
         return function(x, weight, bias, *self.geometry)
 
     def _check(self, x: Tensor, weight: Tensor) -> None:
-        """torch takes a tensor without batch dimension for one image."""
+        """Refuse an input without batch dimension, which torch would take for one image."""
         if x.ndim != weight.ndim:
             name, accepted = (
                 ("Conv1d", "(B, channels, length)") if weight.ndim == 3 else ("Conv2d", "(B, channels, height, width)")
@@ -58,38 +59,38 @@ class Convolution(Affine):
         weight, (stride, padding, dilation, groups) = self.weight, self.geometry
         self._check(x.center, weight)
         flat = weight.ndim == 3
-        if flat:  # a row of an image
+        if flat:  # as an image of one row
             x, weight = x.map(lambda t: t.unsqueeze(2)), weight.unsqueeze(2)
             stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-        found = Interval(
+        output = Interval(
             *kernels.ibp_conv2d(
                 x.center, x.radius, weight, self.bias, stride, padding, dilation, groups,
                 scale=scale, shift=shift, relu=relu,
             )
         )  # fmt: skip
-        return found.map(lambda t: t.squeeze(2)) if flat else found
+        return output.map(lambda t: t.squeeze(2)) if flat else output
 
     def over_set(self, region: Region, hull: Interval, scale: Tensor, shift: Tensor) -> Interval:
         where = (
             f"{'Conv1d' if self.weight.ndim == 3 else 'Conv2d'} at {self.path!r} as the first layer over {region.kind}"
         )
         if self.groups != 1:
-            raise UnsupportedNode(f"{where}: accepted: groups=1 and zero padding given in numbers")
+            raise UnsupportedNode(f"{where}: found groups={self.groups}; accepted: groups=1")
         if not region.has_windows:
             raise UnsupportedNode(f"{where} of patches: accepted: a Linear, or pixels, features, rows and columns")
         weight, constant = self.weight, self(shift)
         if weight.ndim == 4:
             return self._over_windows(region, weight, scale, constant)
-        found = self._over_windows(region, *(x.unsqueeze(2) for x in (weight, scale, constant)))
-        return found.map(lambda x: x.squeeze(2))
+        output = self._over_windows(region, *(x.unsqueeze(2) for x in (weight, scale, constant)))
+        return output.map(lambda x: x.squeeze(2))
 
     def _over_windows(self, region: Region, weight: Tensor, scale: Tensor, constant: Tensor) -> Interval:
-        """By forms (B·L, K, C, h, w) over the windows (B·L, C, h, w) that they act on; padding has coefficient 0."""
+        """The output interval by forms (B·L, K, C, h, w) over windows (B·L, C, h, w); padding has coefficient 0."""
         count, images = len(region), region.images
         shape, kernel = (images.shape[1], *weight.shape[2:]), weight.shape[2:]
 
         def unfold(x: Tensor) -> Tensor:
-            """(N, L, C·h·w) of (N, C, H, W): the L windows of each image."""
+            """(N, C, H, W) → (N, L, C·h·w), the L windows of each image."""
             walk = [(missing, *sizes)[-2:] for sizes, missing in
                     ((self.dilation, 1), (self.padding, 0), (self.stride, 1))]  # fmt: skip
             return F.unfold(x, tuple(kernel), *walk).transpose(1, 2)
@@ -99,8 +100,8 @@ class Convolution(Affine):
 
         forms = unfold(scale).unsqueeze(2) * weight.flatten(1)  # (1, L, K, C·h·w)
         forms = forms.expand(count, -1, -1, -1).reshape(-1, len(weight), *shape)
-        each = torch.arange(count, device=images.device).repeat_interleave(constant.shape[2:].numel())
-        places = region.windows(each, cut)
+        image = torch.arange(count, device=images.device).repeat_interleave(constant.shape[2:].numel())
+        places = region.windows(image, cut)
         lower, upper = (
             end.reshape(-1, *constant.shape[2:], end.shape[1]).permute(0, 3, 1, 2)  # (B·L, K) → (B, K, H', W')
             for end in (places.concretise(forms), -places.concretise(-forms))
@@ -116,8 +117,8 @@ class Convolution(Affine):
                 shape[1:], flat.shape[2:], self.stride, self.padding, self.dilation, weight.shape[2:], strict=True
             )
         ]
-        found = function(flat, weight, None, self.stride, self.padding, rest, self.groups, self.dilation)
-        return (found.reshape(*forms.shape[:2], *found.shape[1:]),)
+        adjoint = function(flat, weight, None, self.stride, self.padding, rest, self.groups, self.dilation)
+        return (adjoint.reshape(*forms.shape[:2], *adjoint.shape[1:]),)
 
     def constant(self, forms: Tensor) -> Tensor | float:
         return 0.0 if self.bias is None else forms.flatten(3).sum(3) @ self.bias

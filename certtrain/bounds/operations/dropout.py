@@ -1,4 +1,4 @@
-"""Dropout: random in training; bounds enclose the evaluation network, where it does nothing."""
+"""Dropout: random in training, the identity in evaluation mode, which bounds enclose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .registry import Tracing, from_function, from_module
 
 @dataclass(frozen=True, eq=False)
 class Dropout(Unbounded):
-    """A dropout layer of a model; folding leaves it out."""
+    """A dropout layer of a model; folding removes it."""
 
     layer: nn.Module
 

@@ -1,4 +1,4 @@
-"""Activations: functions applied entry by entry. Each kind is a class in a file of its own, derived from this one."""
+"""Activations: functions of one number, applied entry by entry. Each kind is a subclass in a file of its own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..window import Window
 from .base import Nonlinear
 
 KERNEL_ERROR = 5
-"""Times eps and max(1, |x|): how far smooth activations, as they are run, may be from the functions; paid for by
-intervals and lines. It covers two kernels, torch's at an interval's end and the running network's inside it. Over 13
-million float32 numbers, vector bodies and scalar tails (``scripts/measure_activations.py``; torch 2.15.0 with AVX512,
-onnxruntime 1.31.1, with its optimisations and without), torch is off by 2.9 eps at most (GELU), onnxruntime by 1.8; in
-float64 torch by 1.0."""
+"""Error bound of smooth activations as kernels compute them, times eps and max(1, |x|); intervals and lines include it.
+
+It covers two kernels: torch's at an interval's end, and the running network's inside. Measured largest errors over 13
+million float32 numbers, in vector bodies and scalar tails: 2.9 eps for torch (GELU), 1.8 for onnxruntime; in float64
+1.0 for torch (``scripts/measure_activations.py``; torch 2.15.0 with AVX512; onnxruntime 1.31.1, with and without its
+optimisations)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +29,18 @@ class Entrywise(Nonlinear):
 
     @abstractmethod
     def image(self, x: Bounds) -> Bounds:
-        """The values taken between two ends, as far as floating point tells them at the ends; differentiable.
+        """The range of the function between two ends, from its floating-point values at the ends; differentiable.
 
         Ends may be infinite; NaN stays NaN.
         """
 
     @abstractmethod
     def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
-        """Lines over [lower, upper], both (B, *shape), that enclose what kernels make of the function.
+        """Lines over [lower, upper], both (B, *shape), that enclose the function and what kernels compute for it.
 
         Args:
-            alpha: slopes of lower lines where the function has a kink inside the interval, cut to what is sound; (B,
-                *shape) or (B, R, *shape). None chooses the one that makes the smaller area. Smooth functions ignore it.
+            alpha: slopes of lower lines where the function has a kink inside the interval, clipped to sound ones; (B,
+                *shape) or (B, R, *shape). None for the slope with the smaller area. Smooth functions ignore it.
         """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -47,25 +48,25 @@ class Entrywise(Nonlinear):
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
-        """The function."""
+        """Evaluate the function at each entry."""
 
     @property
     def piecewise_linear(self) -> bool:
         return False
 
     def kernel_error(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """The distance on [lower, upper] between the function and what kernels make of it; without a gradient.
+        """Largest error of kernels on [lower, upper], without a gradient.
 
-        This one is of functions that grow like x.
+        This default is for functions that grow like x.
         """
         size = torch.maximum(lower.detach().abs(), upper.detach().abs()).clamp(min=1)
         return KERNEL_ERROR * torch.finfo(size.dtype).eps * size
 
     def interval(self, x: Interval) -> Interval:
-        """``image`` of centers and radii, around what kernels make of it."""
+        """The range over an interval, widened by the kernels' error."""
         ends = x.bounds()
-        found, error = self.image(ends), self.kernel_error(ends.lower, ends.upper)
-        return Bounds(found.lower - error, found.upper + error).interval()
+        image, error = self.image(ends), self.kernel_error(ends.lower, ends.upper)
+        return Bounds(image.lower - error, image.upper + error).interval()
 
     def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> Lines:
         (x,) = bounds

@@ -1,9 +1,9 @@
 """Lines that enclose GELU and SiLU, by tangents and chords.
 
-Both are x (1 + T(x)) / 2 with an odd T that rises from -1 to 1, so x / 2 plus an even h(x) = x T(x) / 2. That is
-convex on [-bend, bend] and concave on either side; by its symmetry, intervals whose middle is not left of 0 are enough.
-Where a line touches is found by bisection. What its constant must be is not: on a convex piece h is above any of its
-tangents, on a concave one below, and a line differs from a tangent by most at an end of the piece.
+Both are x (1 + T(x)) / 2 with an odd T that rises from -1 to 1, so they are x / 2 plus an even h(x) = x T(x) / 2. h is
+convex on [-bend, bend] and concave on either side; by symmetry, intervals whose middle is >= 0 suffice. Bisection finds
+where a line touches h, but soundness does not depend on it: the line's constant is computed directly. On a convex piece
+h lies above any tangent, on a concave one below, and a line differs most from a tangent at an end of the piece.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 
 STRAIGHT = 1000.0
-"""Beyond it GELU and SiLU equal 0 or x in every floating-point format; their formulas give NaN at infinity, and their
-derivatives for large numbers."""
+"""|x| beyond which GELU and SiLU equal 0 or x in every floating-point format. Their formulas give NaN at infinity, and
+their derivatives already for large numbers."""
 HALVINGS = 30
+"""Steps of a bisection."""
 ROUNDING, NEAR = 4, 6
-"""Times eps, what lines are moved outward by: ``ROUNDING`` times the largest |x| (or 1), and ``NEAR``. The roundings
-of h, of slopes and of constants needed 1.1 |x| at most, in float32 on three million intervals, at 61 points each in
-float64; the rest is for what is run, up to 2.9 |x| from the function where |x| is about 3, to 1.8 |x| elsewhere, by
+"""Lines are moved outward by eps times (``ROUNDING`` max(|x|, 1) + ``NEAR``).
+
+Measured: the roundings of h, slopes and constants need 1.1 |x| at most (float32, three million intervals, checked at 61
+points each in float64). The rest covers the kernels' error: up to 2.9 |x| where |x| is about 3, 1.8 |x| elsewhere, by
 ``scripts/measure_activations.py`` (``KERNEL_ERROR`` in ``entrywise.py``)."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One function: T, T' and T'' of numbers, and where h = x T / 2 stops being convex."""
+    """One function: T, T' and T'', and the ``bend`` up to which h = x T / 2 is convex."""
 
     value: Callable[[Tensor], Tensor]
     first: Callable[[Tensor], Tensor]
@@ -45,7 +47,7 @@ class Gate:
         return self.first(x) + x * self.second(x) / 2
 
     def tangent(self, place: Tensor, x: Tensor) -> Tensor:
-        """At ``x``, of the tangent at ``place``."""
+        """The value at ``x`` of h's tangent at ``place``."""
         value, first = self.value(place), self.first(place)
         return (x * value + (x - place) * (place * first)) / 2
 
@@ -92,14 +94,14 @@ GATES = {  # bends by 50-digit arithmetic: roots of the second derivative
 }  # fmt: skip
 
 Line = tuple[Tensor, Tensor]
-"""(slope, constant)."""
+"""(slope, constant) of a line."""
 
 
 def gated(gate: Gate, lower: Tensor, upper: Tensor) -> tuple[Line, Line]:
     """The lines below and above the function on [lower, upper], each end (B, *shape).
 
-    As far as floating point tells them they are sound on any interval; where an end is infinite or NaN they are NaN, or
-    infinitely far away, and prove nothing. Each is the one that leaves the smallest area, among tangents and the chord.
+    Sound on any interval, with ``ROUNDING`` and ``NEAR`` for rounding errors; for infinite or NaN ends they are NaN or
+    infinitely far away. Each line has the smallest area among tangents and the chord.
     """
     mirrored = lower + upper < 0
     first, last = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
@@ -121,37 +123,38 @@ def gated(gate: Gate, lower: Tensor, upper: Tensor) -> tuple[Line, Line]:
 
 
 def _below(gate: Gate, first: Tensor, last: Tensor, middle: Tensor) -> Line:
-    """(a place of the convex piece, right of 0, whose tangent is below h; whether the chord is to be taken instead).
+    """(place >= 0 in the convex piece whose tangent is below h, bool: take the chord instead).
 
-    Left of ``last`` such a tangent is below h wherever it is so at ``last``: it falls to the left, and h(0) = 0 is h's
-    minimum. The further right its place, the higher it is there.
+    A tangent that is below h at ``last`` is below h everywhere left of it: it falls to the left, and h(0) = 0 is h's
+    minimum. The further right its place, the higher the tangent is at ``last``.
     """
     with torch.no_grad():
         high = middle.clamp(max=gate.bend)
-        found = _bisected(lambda place: gate.tangent(place, last) <= gate.h(last), torch.zeros_like(high), high)
-        straight = first > found
-        touches = found < high
-    place = torch.where(touches, _following(gate, found, last), middle.clamp(max=gate.bend))
+        touching = _bisected(lambda place: gate.tangent(place, last) <= gate.h(last), torch.zeros_like(high), high)
+        straight = first > touching
+        touches = touching < high
+    place = torch.where(touches, _following(gate, touching, last), middle.clamp(max=gate.bend))
     return place, straight
 
 
 def _above(gate: Gate, first: Tensor, last: Tensor, middle: Tensor) -> Line:
-    """(a place of the right concave piece whose tangent is above h; whether the chord is to be taken instead).
+    """(place in the right concave piece whose tangent is above h, bool: take the chord instead).
 
-    A tangent there rises by more than 1/2, so h falls behind it to the left of -bend, and it is above h on all of the
-    left if it is so at ``first``. The further left its place, the lower it is there.
+    Such a tangent rises while h falls left of -bend, so it is above h on the whole interval if it is so at ``first``.
+    The further left its place, the lower the tangent is at ``first``.
     """
     with torch.no_grad():
         low = middle.clamp(min=gate.bend)
-        found = _bisected(lambda place: gate.tangent(place, first) >= gate.h(first), last, low)
-        straight = (last <= gate.bend) | (gate.tangent(found, first) < gate.h(first))
-        touches = found > low
-    place = torch.where(touches, _following(gate, found, first), middle.clamp(min=gate.bend))
+        touching = _bisected(lambda place: gate.tangent(place, first) >= gate.h(first), last, low)
+        straight = (last <= gate.bend) | (gate.tangent(touching, first) < gate.h(first))
+        touches = touching > low
+    place = torch.where(touches, _following(gate, touching, first), middle.clamp(min=gate.bend))
     return place, straight
 
 
 def _bisected(holds: Callable[[Tensor], Tensor], good: Tensor, wanted: Tensor) -> Tensor:
-    """``wanted`` where it holds there; else nearly the last place that it does at, on the way from ``good``."""
+    """``wanted`` where the condition holds there; else, nearly, the last place from ``good`` to ``wanted`` at which it
+    holds."""
     at_once, bad = holds(wanted), wanted
     for _ in range(HALVINGS):
         half = (good + bad) / 2
@@ -161,7 +164,7 @@ def _bisected(holds: Callable[[Tensor], Tensor], good: Tensor, wanted: Tensor) -
 
 
 def _following(gate: Gate, place: Tensor, end: Tensor) -> Tensor:
-    """``place``, with the gradient by ``end`` of the place whose tangent meets h there: the implicit function's."""
+    """``place``, with the gradient (by the implicit function theorem) of the place whose tangent meets h at ``end``."""
     height = gate.tangent(place, end) - gate.h(end)
     with torch.no_grad():
         derivative = gate.curvature(place) * (end - place)
@@ -170,23 +173,23 @@ def _following(gate: Gate, place: Tensor, end: Tensor) -> Tensor:
 
 
 def _least_above(gate: Gate, first: Tensor, last: Tensor, slope: Tensor, place: Tensor) -> Tensor:
-    """A constant with which a line of this slope is above h: at the ends, and on the right concave piece.
+    """A constant with which a line of this slope is above h, at the ends and on the right concave piece.
 
-    On the left one h falls, so what it has above a rising line is largest at ``first``; of a falling line h, which is
-    even, is furthest above at ``last``.
+    On the left concave piece h falls: its excess over a rising line is largest at ``first``, and over a falling line,
+    since h is even, at ``last``.
     """
-    found = torch.maximum(gate.h(first) - slope * first, gate.h(last) - slope * last)
+    at_ends = torch.maximum(gate.h(first) - slope * first, gate.h(last) - slope * last)
     start, point = first.clamp(min=gate.bend), torch.where(place > gate.bend, place, last)
     off = gate.slope(point) - slope
     right = gate.h(point) - slope * point + torch.maximum(off * (start - point), off * (last - point))
-    return torch.where(last > gate.bend, torch.maximum(found, right), found)
+    return torch.where(last > gate.bend, torch.maximum(at_ends, right), at_ends)
 
 
 def _most_below(gate: Gate, first: Tensor, last: Tensor, slope: Tensor, place: Tensor) -> Tensor:
-    """A constant with which a line of this slope is below h: at the ends, and on the convex piece."""
-    found = torch.minimum(gate.h(first) - slope * first, gate.h(last) - slope * last)
+    """A constant with which a line of this slope is below h, at the ends and on the convex piece."""
+    at_ends = torch.minimum(gate.h(first) - slope * first, gate.h(last) - slope * last)
     start, end = first.clamp(min=-gate.bend), last.clamp(max=gate.bend)
     point = torch.minimum(torch.maximum(place, start), end)
     off = gate.slope(point) - slope
     inner = gate.h(point) - slope * point + torch.minimum(off * (start - point), off * (end - point))
-    return torch.where(first < gate.bend, torch.minimum(found, inner), found)
+    return torch.where(first < gate.bend, torch.minimum(at_ends, inner), at_ends)

@@ -1,4 +1,4 @@
-"""Functions that are run, and not looked into."""
+"""Functions without bound rules, which can only be evaluated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Folding, Function, Unbounded, UnsupportedNode
 
 @dataclass(frozen=True, eq=False)
 class Opaque(Unbounded):
-    """A function that can be evaluated, but not bounded; asked for more it raises ``why``."""
+    """A function that can be evaluated but not bounded; other rules raise ``why``."""
 
     function: Callable[[Tensor], Tensor]
     why: UnsupportedNode

@@ -1,4 +1,4 @@
-"""Pools: averages are linear, maxima become ReLUs where a network is folded, max(a, b) = b + relu(a - b)."""
+"""Pools: averages are linear; folding turns maxima into ReLUs, max(a, b) = b + relu(a - b)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sum import Sum
 
 @dataclass(frozen=True, eq=False)
 class AveragePool(Rearrangement):
-    """Averages or sums of windows over the last dimensions; all coefficients of one sign, which divisors may turn."""
+    """Averages or sums over windows of the last dimensions; all coefficients have one sign, that of the divisor."""
 
     entrywise_map: ClassVar[bool] = False
 
@@ -28,21 +28,21 @@ class AveragePool(Rearrangement):
         return Interval(self.function(x.center), self.function(x.radius).abs())  # a divisor may be negative
 
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
-        found = inputs[0].map(self.function)
-        turned = bool((self.function(torch.ones_like(inputs[0].lower[:1, -1])) < 0).any())
-        return InputLines(found.upper, found.lower) if turned else found
+        lines = inputs[0].map(self.function)
+        negative = bool((self.function(torch.ones_like(inputs[0].lower[:1, -1])) < 0).any())
+        return InputLines(lines.upper, lines.lower) if negative else lines
 
     def roundings(self, shape: torch.Size) -> int:
         return shape[-2:].numel() + 1
 
     def peak(self, *inputs: Tensor) -> Tensor:
-        """The sum, before it is divided."""
+        """The sum before the division."""
         return self.magnitude(*inputs) * self.terms(inputs[0].shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
 class MaxPool(Unbounded):
-    """The largest numbers of windows over the last ``dimensions``; monotone in every entry."""
+    """Maxima over windows of the last ``dimensions`` dimensions; monotone in every entry."""
 
     function: Callable[[Tensor], Tensor]
     dimensions: int = 2
@@ -70,32 +70,31 @@ class MaxPool(Unbounded):
             return lambda x: x.flatten(-self.dimensions)[..., index].reshape(*x.shape[: -self.dimensions], *shape)
 
         def largest(first: int, last: int) -> int:
-            """max over the windows' columns [first, last), half against half."""
+            """The position of the maximum over the windows' columns [first, last), by halves."""
             if last - first == 1:
                 return folding.append(Selection(self.path, (source,), pick(first)))
             middle = (first + last) // 2
             left, right = largest(first, middle), largest(middle, last)
             above = folding.append(Sum(self.path, (left, right), -1.0))
             above = folding.append(Relu(self.path, (above,)))
-            return folding.append(Sum(self.path, (right, above), 1.0, largest=(left, right)))
+            return folding.append(Sum(self.path, (right, above), 1.0, maximum_of=(left, right)))
 
         return largest(0, windows.shape[1])
 
     def _windows(self, shape: torch.Size) -> tuple[Tensor, torch.Size]:
-        """The places that each output sees, of the H·W: (outputs, size), and the output's size. Short windows repeat a
-        place."""
+        """(outputs, size), the flat places of each output's window, padded by repeats, and the output's shape."""
         sizes = shape[-self.dimensions :]
         places = sizes.numel()
         probes = torch.full((places, 1, places), -1.0).diagonal_scatter(torch.ones(1, places), dim1=0, dim2=2)
-        found = self.function(probes.reshape(places, 1, *sizes))
-        seen = (found.reshape(places, -1) > 0).T
-        columns = [row.nonzero().flatten() for row in seen]
+        responses = self.function(probes.reshape(places, 1, *sizes))
+        in_window = (responses.reshape(places, -1) > 0).T
+        columns = [row.nonzero().flatten() for row in in_window]
         if not all(len(column) for column in columns):
             raise UnsupportedNode(
                 f"{self.path}: found a window over padding alone; accepted: windows that see the image"
             )
         size = max(len(column) for column in columns)
-        return torch.stack([torch.cat([c, c[:1].expand(size - len(c))]) for c in columns]), found.shape[2:]
+        return torch.stack([torch.cat([c, c[:1].expand(size - len(c))]) for c in columns]), responses.shape[2:]
 
 
 @from_module(nn.MaxPool1d, nn.AdaptiveMaxPool1d)
@@ -114,13 +113,13 @@ def _average_pool(tracing: Tracing, path: str, source: int, module: nn.Module) -
 
 
 def _functional(dimensions: int | None) -> FunctionRule:
-    """A pool given as a function: a maximum over so many dimensions, or an average."""
+    """Tracing rule of a functional pool: a maximum over ``dimensions`` dimensions; an average for None."""
 
     def rule(tracing: Tracing, node: fx.Node, source: int) -> int:
         options, keywords = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
         called: Any = node.target
         if keywords.pop("return_indices", False):
-            raise UnsupportedNode(f"{node.name!r}: max pooling that returns indices has no bound rule")
+            raise UnsupportedNode(f"{node.name!r}: found return_indices=True; accepted: max pooling without indices")
         if any(isinstance(option, fx.Node) for option in (*options, *keywords.values())):
             raise UnsupportedNode(f"{node.name!r}: a pool whose size depends on the images; accepted: numbers")
 

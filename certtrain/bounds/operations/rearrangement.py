@@ -19,7 +19,7 @@ from .registry import BatchSize, Tracing, from_function, from_module
 
 @dataclass(frozen=True, eq=False)
 class Rearrangement(Linear):
-    """A linear map without constant, each of whose outputs is one of its inputs, in their order, or 0."""
+    """A linear map without constant, of which each output is one of its inputs, in their order, or 0."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -35,10 +35,10 @@ class Rearrangement(Linear):
         (shape,) = shapes
         with torch.enable_grad():
             point = forms.new_zeros(forms.shape[0] * forms.shape[1], *shape, requires_grad=True)
-            (found,) = torch.autograd.grad(
+            (adjoint,) = torch.autograd.grad(
                 self.function(point), point, forms.flatten(0, 1), create_graph=forms.requires_grad
             )
-        return (found.reshape(*forms.shape[:2], *shape),)
+        return (adjoint.reshape(*forms.shape[:2], *shape),)
 
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
         return inputs[0].map(self.function)
@@ -58,7 +58,7 @@ class Rearrangement(Linear):
 
 @dataclass(frozen=True, eq=False)
 class Selection(Rearrangement):
-    """Entries picked by their numbers, in whatever order."""
+    """Entries selected by index, in any order."""
 
     entrywise_map: ClassVar[bool] = False
 

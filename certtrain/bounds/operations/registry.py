@@ -1,4 +1,4 @@
-"""Where operations say which modules and functions of a model they come from. The tracer looks them up here."""
+"""Registry of tracing rules: which modules and functions of a model become which operations."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ FUNCTIONS: dict[str, FunctionRule] = {}
 
 
 class BatchSize:
-    """Stands for x.size(0) while tracing."""
+    """Placeholder for x.size(0) while tracing."""
 
 
 def from_module(*kinds: type[nn.Module]) -> Callable[[ModuleRule], ModuleRule]:
-    """Register how modules of these classes, and of classes derived from them, become operations.
+    """Register the tracing rule of modules of these classes and their subclasses.
 
-    torch.fx does not look inside them. The rule appends operations to ``tracing`` and returns the last one's position.
+    torch.fx does not trace into them. The rule appends operations to ``tracing`` and returns the last one's position.
     """
 
     def register(rule: ModuleRule) -> ModuleRule:
@@ -60,7 +60,7 @@ def from_module(*kinds: type[nn.Module]) -> Callable[[ModuleRule], ModuleRule]:
 
 
 def from_function(*names: str) -> Callable[[FunctionRule], FunctionRule]:
-    """Register how functions and methods of tensors of these names become operations."""
+    """Register the tracing rule of functions and tensor methods with these names."""
 
     def register(rule: FunctionRule) -> FunctionRule:
         FUNCTIONS.update(dict.fromkeys(names, rule))
@@ -70,12 +70,12 @@ def from_function(*names: str) -> Callable[[FunctionRule], FunctionRule]:
 
 
 def rule_of(module: nn.Module) -> ModuleRule | None:
-    """That of the module's class, or of the nearest that it is derived from."""
+    """The rule of the module's class, or of its nearest base class with one."""
     return next((MODULES[kind] for kind in type(module).__mro__ if kind in MODULES), None)
 
 
 def supported() -> str:
-    """All modules and functions that have a rule, for messages."""
+    """A list of all modules and functions that have a rule, for messages."""
     modules = ", ".join(kind.__name__ for kind in MODULES)
     functions = ", ".join(name for name in FUNCTIONS if not name.endswith("_"))
     return (

@@ -1,4 +1,4 @@
-"""ReLU and LeakyReLU, with the lines of CROWN (arXiv 1811.00866), the lower slope free as in alpha-CROWN
+"""ReLU and LeakyReLU, with the lines of CROWN (arXiv 1811.00866) and alpha-CROWN's free lower slope
 (arXiv 2011.13824)."""
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ class Kinked(Entrywise):
 
     def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
         low = self.kink
-        one = torch.ones_like(lower)  # where() of two numbers would be float32, and round a slope
+        one = torch.ones_like(lower)  # where() of two Python numbers would be float32
         positive = lower >= 0
-        unstable = ~(positive | (upper <= 0))  # so is NaN, of an overflow: its lines are NaN, and prove nothing
-        half = torch.where(upper - lower == torch.inf, 0.5, one)  # two finite ends may be further apart than any number
+        unstable = ~(positive | (upper <= 0))  # NaN counts as unstable: its lines are NaN, and prove nothing
+        half = torch.where(upper - lower == torch.inf, 0.5, one)  # upper - lower may overflow
         below, above = lower * half, upper * half
         width = torch.where(unstable, above - below, 1.0)
         share = above / width
         slope = torch.where(unstable, (above - low * below) / width, torch.where(positive, one, low))
         intercept = torch.where(unstable, -(1 - low) * lower * share, 0.0)
-        # a share that underflows would be off by more than the upper end: the line through that end is as good
+        # where the share underflows, its error exceeds the upper end: use the line through that end instead
         lost = unstable & (share < torch.finfo(lower.dtype).tiny / torch.finfo(lower.dtype).eps)
         slope, intercept = torch.where(lost, low, slope), torch.where(lost, (1 - low) * upper, intercept)
         if alpha is None:
-            least = torch.where(unstable, torch.where(upper > -lower, one, low), slope)
-            return Lines(least, slope, intercept, rising=True)
+            lower_slope = torch.where(unstable, torch.where(upper > -lower, one, low), slope)
+            return Lines(lower_slope, slope, intercept, rising=True)
         if alpha.ndim > lower.ndim:
             unstable, fixed = unstable.unsqueeze(1), slope.unsqueeze(1)
         else:
             fixed = slope
-        # clamp's own gradient is 0 at its ends, where ascents start: this one passes there and beyond
+        # straight-through gradient: clamp's own is 0 at its ends, where ascents start
         sound = alpha.clamp(low, 1.0).detach() + (alpha - alpha.detach())
         return Lines(torch.where(unstable, sound, fixed), slope, intercept, rising=True)
 

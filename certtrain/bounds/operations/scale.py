@@ -1,4 +1,4 @@
-"""Products and sums with constants, entry by entry."""
+"""Entrywise products and sums with constants."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .affine import with_weights
 from .base import Folding, Linear, summed_onto
 
 Coefficients = Callable[[], tuple[Tensor | float, Tensor | float]]
-"""(scale, shift), looked up each time: buffers are replaced when a model moves."""
+"""(scale, shift), looked up at each use, since buffers are replaced when a model moves."""
 
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """Fixed ones, of a folded network: both broadcast against (1, *shape)."""
+    """Fixed coefficients of a folded network; both broadcast with (1, *shape)."""
 
     scale: Tensor
     shift: Tensor
@@ -34,11 +34,11 @@ class Constants:
 class Scale(Linear):
     """Elementwise ``scale * x + shift`` with constants of the model: numbers, parameters or buffers.
 
-    Two in a row stay two: one in their place, in float32, would be another network (x + 8192 - 8192 is not x).
+    Two in a row are not merged: in float32 that would be another network (x + 8192 - 8192 is not x).
 
     Args:
-        exact: the same in float64, where the model's own dtype would round them.
-        rounds: roundings that the network makes of one output at most, relative to |scale x| + |shift|.
+        exact: the coefficients in float64, where the model's dtype would round them.
+        rounds: largest number of roundings of one output, relative to |scale x| + |shift|.
     """
 
     coefficients: Coefficients
@@ -48,7 +48,7 @@ class Scale(Linear):
     entrywise_map: ClassVar[bool] = True
 
     def __call__(self, x: Tensor) -> Tensor:
-        scale, shift = self.coefficients()  # a number is looked at, a tensor never: that would wait for a GPU
+        scale, shift = self.coefficients()  # only numbers are compared: comparing a tensor would wait for the GPU
         x = x if isinstance(scale, float) and scale == 1.0 else x * scale
         return x if isinstance(shift, float) and shift == 0.0 else x + shift
 
@@ -58,7 +58,7 @@ class Scale(Linear):
         return Interval(center, radius.expand_as(center))
 
     def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, shift) as tensors: those of a folded network themselves."""
+        """(scale, shift) as tensors in the dtype and on the device of ``like``."""
         scale, shift = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in self.coefficients())
         return scale, shift
 
@@ -92,8 +92,8 @@ class Scale(Linear):
         return window if local else None
 
     def module(self, shape: torch.Size) -> nn.Module:
-        """A 1×1 convolution where each channel has its own two numbers: its zeros add nothing, not even a rounding. A
-        linear layer where a single feature has: of a binary score it makes two logits."""
+        """A 1×1 convolution for per-channel coefficients on images, whose zeros add no rounding; a linear layer for a
+        single feature, as for a binary score turned into two logits; else an elementwise module."""
         scale, shift = (torch.as_tensor(v) for v in self.coefficients())
         vectors = [v.reshape(-1) for v in (scale, shift)]
         if shape == (1,) and max(v.ndim for v in (scale, shift)) == 1:
@@ -104,7 +104,7 @@ class Scale(Linear):
         places = [v.shape[-2:].numel() if v.ndim >= 2 else v.numel() for v in (scale, shift)]
         if len(shape) != 3 or places != [1, 1]:
             return _Elementwise(scale, shift)
-        inputs, outputs = shape[0], max(shape[0], *map(len, vectors))  # numbers for RGB make three of one grey channel
+        inputs, outputs = shape[0], max(shape[0], *map(len, vectors))  # RGB coefficients turn grey into three channels
         scale, shift = (v.expand(outputs) for v in vectors)
         weight = torch.diag(scale) if inputs == outputs else scale
         layer = nn.Conv2d(inputs, outputs, 1, device="meta")
@@ -119,6 +119,8 @@ class Scale(Linear):
 
 
 class _Elementwise(nn.Module):
+    """``scale * x + shift``, without the operations that change nothing."""
+
     scale: Tensor
     shift: Tensor
 

@@ -14,13 +14,13 @@ from .entrywise import KERNEL_ERROR, Entrywise
 from .registry import Tracing, from_function, from_module
 
 ROUNDING = 4
-"""Times eps and the numbers' size: what lines above tanh are lifted by, for the roundings of tanh and of a slope times
-x. Ends around every switch, in both dtypes, needed 2.8 at most (``tests/test_lines.py``)."""
+"""Lines above tanh are lifted by this times eps and the numbers' size, for the roundings of tanh and of slope times x.
+Measured: 2.8 at most, for ends around every change of case, in both dtypes (``tests/test_lines.py``)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Saturating(Entrywise):
-    """A function that rises between two limits."""
+    """An increasing function between two limits."""
 
     def image(self, x: Bounds) -> Bounds:
         return Bounds(self(x.lower), self(x.upper))
@@ -29,7 +29,7 @@ class Saturating(Entrywise):
         return KERNEL_ERROR * torch.finfo(lower.dtype).eps * torch.ones_like(lower.detach())
 
     def _widened(self, lower: Tensor, upper: Tensor, ends: tuple[Tensor, Tensor, Tensor, Tensor]) -> Lines:
-        """Lines, given (lower slope, upper slope, upper intercept, lower intercept), around what kernels make of it."""
+        """Lines of (lower slope, upper slope, upper intercept, lower intercept), widened by the kernels' error."""
         error = self.kernel_error(lower, upper)
         lower_slope, upper_slope, above, below = ends
         return Lines(lower_slope, upper_slope, above + error, below - error, rising=True)
@@ -74,8 +74,8 @@ class Sigmoid(Saturating):
 def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """(slope, intercept) of a line above tanh: a chord, or a tangent at a point right of 0.
 
-    Whichever slope is chosen, and however rounding made it, the intercept is the largest of tanh(x) - slope x: which
-    slope is best may be decided wrongly next to a switch, the line is above the function all the same.
+    The intercept is the maximum of tanh(x) - slope x for the slope as rounded, so the line is above the function even
+    where rounding leads to a worse choice of slope.
     """
     at_lower, at_upper = torch.tanh(lower), torch.tanh(upper)
 
@@ -87,7 +87,7 @@ def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         low, high = torch.zeros_like(lower), upper.clamp(min=0)
         slope, intercept = tangent(high)
-        # a tangent right of 0 is above the concave half; where not even the one at ``upper`` is at ``lower``: a chord
+        # a tangent right of 0 is above the concave half; the chord if even the one at ``upper`` is below at ``lower``
         use_chord = (upper <= 0) | ((lower < 0) & (slope * lower + intercept < at_lower))
         for _ in range(30):
             middle = (low + high) / 2
@@ -95,17 +95,17 @@ def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
             above = slope * lower + intercept >= at_lower
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         slope, intercept = tangent(high)
-        # of the tangent's height at ``lower``, by its point
+        # of the tangent's height at ``lower``, in its point
         derivative = (2 * torch.tanh(high) * slope * (high - lower)).clamp(min=1e-30)
-    # the point moves with ``lower``: the implicit function's gradient, and no change of value
+    # the gradient of the point in ``lower``, by the implicit function theorem; the value does not change
     height = slope * lower + intercept - at_lower
     touching = high - (height - height.detach()) / derivative
-    # tangents further right are above it as well; the one in the middle leaves the smallest area
+    # tangents further right are above as well; the one in the middle has the smallest area
     slope, intercept = tangent(torch.maximum(touching, lower / 2 + upper / 2))
     width = upper - lower
     chord = torch.where(width > 0, (at_upper - at_lower) / torch.where(width > 0, width, 1.0), 1 - at_lower * at_lower)
     slope = torch.where(use_chord, chord, slope)
-    # it rises, whatever rounding makes of a chord; and can be halved, and halved again, without a loss
+    # a chord's slope may round below 0; slopes are later divided by 2 and 4, which must be exact
     slope = torch.where(slope < 8 * torch.finfo(lower.dtype).tiny, 0.0, slope)
     intercept = torch.where(use_chord, at_lower - slope * lower, intercept)
     with torch.no_grad():
@@ -114,17 +114,17 @@ def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _largest_above(slope: Tensor, lower: Tensor, upper: Tensor, at_lower: Tensor, at_upper: Tensor) -> Tensor:
-    """tanh(x) - slope x on [lower, upper] at most, for any slope >= 0.
+    """Upper bound of tanh(x) - slope x on [lower, upper], for any slope >= 0.
 
-    Left of 0 it is convex, so largest at an end; right of 0 it is concave, and largest where the slope is tanh's own,
-    at atanh(sqrt(1 - slope)), or as near as the interval comes. An error of that point counts by its square.
+    Left of 0 it is convex, so largest at an end; right of 0 it is concave, and largest where tanh has this slope, at
+    atanh(sqrt(1 - slope)), clipped to the interval. An error of that point changes the maximum only to second order.
     """
     root = (1 - slope).clamp(min=0).sqrt()
     peak = torch.minimum(torch.maximum(torch.log1p(root) - slope.clamp(max=1).log() / 2, lower), upper)
-    found = torch.maximum(at_lower - slope * lower, at_upper - slope * upper)
-    found = torch.maximum(found, torch.tanh(peak) - slope * peak)
+    largest = torch.maximum(at_lower - slope * lower, at_upper - slope * upper)
+    largest = torch.maximum(largest, torch.tanh(peak) - slope * peak)
     size = 1 + slope * torch.maximum(lower.abs(), upper.abs())
-    return found + ROUNDING * torch.finfo(lower.dtype).eps * size
+    return largest + ROUNDING * torch.finfo(lower.dtype).eps * size
 
 
 @from_module(nn.Tanh)

@@ -20,11 +20,11 @@ class Sum(Linear):
 
     Args:
         sign: 1 or -1.
-        largest: two positions, if this is the maximum of what is there.
+        maximum_of: two positions, if this sum equals the maximum of their outputs; bounds then use it.
     """
 
     sign: float = 1.0
-    largest: tuple[int, int] | None = None
+    maximum_of: tuple[int, int] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return x + self.sign * y
