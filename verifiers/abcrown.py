@@ -33,10 +33,10 @@ from .problem import Status
 Settings = Mapping[str, Any]
 
 PYTHON, HOME = "CERTTRAIN_ABCROWN_PYTHON", "CERTTRAIN_ABCROWN_HOME"
-FRUITLESS = 3  # crashes in a row, each on its process's first property: then it is not the property
-POLL, MERCY = 0.1, 5.0  # seconds: between looks at the log; from SIGTERM to SIGKILL
-TAKEN_UP = re.compile(r"%{5,} idx: ([0-9]+), vnnlib ID: [0-9]+ %{5,}")
-RESULT = re.compile(r"Result: (\S+)( \(timed out\))? in ([0-9]+(?:\.[0-9]+)?) seconds")
+MOST_CRASHES = 3  # crashes in a row, each on its process's first property: then it is not the property
+POLL, KILL_AFTER = 0.1, 5.0  # seconds: between looks at the log; from SIGTERM to SIGKILL
+STARTED_LINE = re.compile(r"%{5,} idx: ([0-9]+), vnnlib ID: [0-9]+ %{5,}")
+RESULT_LINE = re.compile(r"Result: (\S+)( \(timed out\))? in ([0-9]+(?:\.[0-9]+)?) seconds")
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 TRACEBACK = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(\S.*)", re.MULTILINE)
 COORDINATE = re.compile(r"\(X_([0-9]+)\s+([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\)")
@@ -62,7 +62,7 @@ print("\nFOUND " + json.dumps([versions, missing]))
 
 
 @dataclass(frozen=True)
-class Answer:
+class AbcrownAnswer:
     """On one property.
 
     Args:
@@ -82,7 +82,7 @@ class Answer:
     counterexample: Tensor | None = None
 
 
-class Result(NamedTuple):
+class ResultLine(NamedTuple):
     word: str
     late: bool
     seconds: float
@@ -95,16 +95,16 @@ class Result(NamedTuple):
         return "timeout" if self.late or self.seconds >= timeout else "unknown"
 
 
-def parse(line: str) -> int | Result | None:
+def parse(line: str) -> int | ResultLine | None:
     """What a line of its output says: the place of the property that it takes up, or the result on it."""
     line = ANSI.sub("", line)
-    if begun := TAKEN_UP.search(line):
+    if begun := STARTED_LINE.search(line):
         return int(begun[1])
-    found = RESULT.search(line)
-    return found and Result(found[1], bool(found[2]), float(found[3]))
+    found = RESULT_LINE.search(line)
+    return found and ResultLine(found[1], bool(found[2]), float(found[3]))
 
 
-def how_it_ended(code: int, log: Path) -> str:
+def exit_reason(code: int, log: Path) -> str:
     """By the exit code, and by the line that its last traceback ends with."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
@@ -197,7 +197,7 @@ class Abcrown:
 
     def run(
         self, network: Path, properties: Sequence[Path], *, shape: Sequence[int], settings: Settings, logs: Path
-    ) -> Generator[Answer]:
+    ) -> Generator[AbcrownAnswer]:
         """An answer for each property, in order, as soon as it is known. Closing the generator ends the process.
 
         A property that it crashes on is an ``error``, one that it does not let go of a ``timeout``; a new process goes
@@ -220,15 +220,15 @@ class Abcrown:
             last = yield from self._process(first, [*properties[first:][: self.batch]], settings, logs.absolute())
             fruitless = fruitless + 1 if last.status == "error" and last.number == first else 0
             first = last.number + 1
-            if fruitless == FRUITLESS:
-                reason = f"not tried: {FRUITLESS} processes in a row answered nothing; the last: {last.reason}"
+            if fruitless == MOST_CRASHES:
+                reason = f"not tried: {MOST_CRASHES} processes in a row answered nothing; the last: {last.reason}"
                 for number in range(first, len(properties)):
-                    yield Answer(number, properties[number], "error", 0.0, None, reason, last.log)
+                    yield AbcrownAnswer(number, properties[number], "error", 0.0, None, reason, last.log)
                 return
 
     def _process(
         self, first: int, paths: list[Path], settings: Settings, logs: Path
-    ) -> Generator[Answer, None, Answer]:
+    ) -> Generator[AbcrownAnswer, None, AbcrownAnswer]:
         """One process: answers up to its end, the last of them on the property that ended it. Returns the last."""
         log = logs / f"abcrown-{datetime.now():%Y%m%d-%H%M%S-%f}.log"
         timeout, inputs = float(settings["bab"]["timeout"]), math.prod(settings["model"]["input_shape"][1:])
@@ -245,18 +245,18 @@ class Abcrown:
                         (folder / f"{place}.vnnlib.compiled").unlink(missing_ok=True)  # as large as the property
                         point = read_counterexample(folder / f"point{place}", inputs)
                         known = (said.status(timeout), said.seconds, said.word, None, log, point)
-                        yield (last := Answer(first + place, paths[place], *known))
+                        yield (last := AbcrownAnswer(first + place, paths[place], *known))
                         place, since = place + 1, time.monotonic()
                         if place == len(paths):
                             return last
                     if late := line is None and time.monotonic() >= since + limit:
                         break
-        what = f"no end after {limit:g} s" if late else how_it_ended(process.returncode, log)
+        what = f"no end after {limit:g} s" if late else exit_reason(process.returncode, log)
         if current is None:
             found = f"that α-β-CROWN does not get to its first property ({what}; see {log})"
             raise InputError(f"{self.home}: found {found}; accepted: what passes --check-abcrown, a network it loads")
         status, seconds = "timeout" if late else "error", time.monotonic() - since
-        yield (last := Answer(first + place, paths[place], status, seconds, None, f"{what}, see {log}", log))
+        yield (last := AbcrownAnswer(first + place, paths[place], status, seconds, None, f"{what}, see {log}", log))
         return last
 
 
@@ -286,7 +286,7 @@ def _running(command: list[str], home: Path, env: dict[str, str], log: Path) -> 
     finally:
         try:
             os.killpg(process.pid, signal.SIGTERM)
-            until = time.monotonic() + MERCY
+            until = time.monotonic() + KILL_AFTER
             while not _exited(process) and time.monotonic() < until:
                 time.sleep(POLL / 10)
         finally:  # nobody has reaped it so far: its group's number is still its own

@@ -16,7 +16,7 @@ import torch
 from ..bounds import PerturbationSet
 from ..data import Split
 from ..ledger import Line, Report
-from .abcrown import Abcrown, Answer, configuration
+from .abcrown import Abcrown, AbcrownAnswer, configuration
 from .problem import Specification, Status
 from .records import VerdictQuestion
 from .stage import Replay, holds
@@ -83,7 +83,7 @@ class AbcrownQuestion(VerdictQuestion):
                     if time.perf_counter() >= deadline:
                         return
 
-    def _record(self, number: int, answer: Answer) -> dict[str, Any]:
+    def _record(self, number: int, answer: AbcrownAnswer) -> dict[str, Any]:
         image, label = self.split.pixels(torch.tensor([number]))[0], int(self.split.labels[number])
         prediction = int(self.replay(image)[0].argmax())
         fooled = self._fools(number, image, answer)
@@ -101,7 +101,7 @@ class AbcrownQuestion(VerdictQuestion):
             "spent": {VERIFIER: answer.seconds}, "said": answer.said,
         }  # fmt: skip
 
-    def _fools(self, number: int, image: torch.Tensor, answer: Answer) -> bool:
+    def _fools(self, number: int, image: torch.Tensor, answer: AbcrownAnswer) -> bool:
         """Whether its counterexample, moved into the ball, is one. It tolerates points that are 1e-4 outside."""
         if answer.counterexample is None:
             return False

@@ -82,24 +82,24 @@ class BoxBounds:
         values = finite(with_offsets(self.network, linear.lower(region), self.offsets[image]))
         best, row = values[:, self.members].max(-1)
         forms = linear.forms[:, self.members]  # (P, C, G, *shape)
-        alone = (torch.arange(self.members.shape[1], device=row.device) == row.unsqueeze(-1)).to(best.dtype)
-        found = ClauseBounds(best, _picked(forms, row), alone)
+        own_row = (torch.arange(self.members.shape[1], device=row.device) == row.unsqueeze(-1)).to(best.dtype)
+        found = ClauseBounds(best, _picked(forms, row), own_row)
         if self.members.shape[1] > 1 and linear.slack is None:  # a mean's own rounding is not in the slack
             return self._weighed(region, linear, forms, self.offsets[image], found)
         return found
 
     def _weighed(
-        self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, alone: ClauseBounds
+        self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, single: ClauseBounds
     ) -> ClauseBounds:
         """With the better bound that a weighted mean of a clause's rows may have."""
         constants = (linear.constants + offsets)[:, self.members]
-        weights, found = best_weights(region, forms, constants)
+        weights, bounds = best_weights(region, forms, constants)
         mean = (weights.reshape(*weights.shape, *[1] * (forms.ndim - 3)) * forms).sum(2)
-        better = found > alone.clauses
+        better = bounds > single.clauses
         return ClauseBounds(
-            torch.where(better, found, alone.clauses),
-            torch.where(better.reshape(*better.shape, *[1] * (mean.ndim - 2)), mean, alone.forms),
-            torch.where(better.unsqueeze(-1), weights, alone.weights),
+            torch.where(better, bounds, single.clauses),
+            torch.where(better.reshape(*better.shape, *[1] * (mean.ndim - 2)), mean, single.forms),
+            torch.where(better.unsqueeze(-1), weights, single.weights),
         )
 
 

@@ -21,7 +21,7 @@ from ..bounds.rounding import check as check_rounding
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in, classes_of
 from ..precision import full_float32
-from .known import Known
+from .bounds_so_far import BoundsSoFar
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
 from .settings import ROUNDINGS, Arithmetic, Certify
@@ -57,17 +57,17 @@ def run_cascade(
         problem = replace(problem, network=_runnable(problem.network))
     wait = partial(torch.cuda.synchronize, images.device) if images.is_cuda else None
     with until(wait=wait):  # for the pace of the work, which later stages go by
-        run = _Run(problem, (limits or Limits()).of(len(problem)), watch)  # traces the network anew
+        run = _BatchProgress(problem, (limits or Limits()).of(len(problem)), watch)  # traces the network anew
         if len(problem):
             network, dtype = _folded(problem, arithmetic)
             rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
             everything = torch.arange(len(problem), device=problem.index.device)
-            run.go(everything, Known(network, rows, {}), _fitting(stages, problem))
+            run.go(everything, BoundsSoFar(network, rows, {}), _stages_for_region(stages, problem))
     precision = str(images.dtype).removeprefix("torch.")
     return run.verdicts(f"nearest {precision}" if arithmetic == "nearest" else arithmetic)
 
 
-def _fitting(stages: Sequence[Stage], problem: Problem) -> Sequence[Stage]:
+def _stages_for_region(stages: Sequence[Stage], problem: Problem) -> Sequence[Stage]:
     """The stages that do their work over such a region; one whose place another stage holds already stays."""
     names = {stage.name for stage in stages}
     fitting = [(stage, stage.fitting(problem)) for stage in stages]
@@ -87,17 +87,17 @@ def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Network, torch.dt
     """The network to be bounded, and the precision to do it in."""
     images = problem.region.images
     if arithmetic == "nearest":
-        return _speaking_of(problem, fold(problem.network, images.shape[1:])), images.dtype
+        return _checked_outputs(problem, fold(problem.network, images.shape[1:])), images.dtype
     if not problem.region.is_box or images.dtype != torch.float32:
         found = f"{problem.region.kind} and {images.dtype}"
         raise InputError(f"arithmetic {arithmetic}: found {found}; accepted: a box (LinfBall) and torch.float32")
     network = fold(problem.network, images.shape[1:], dtype=torch.float64, as_written=True)
     network = replace(network, rounding=ROUNDINGS[arithmetic])
     check_rounding(network)
-    return _speaking_of(problem, network), torch.float64
+    return _checked_outputs(problem, network), torch.float64
 
 
-def _speaking_of(problem: Problem, network: Network) -> Network:
+def _checked_outputs(problem: Problem, network: Network) -> Network:
     """The network, if its outputs are those that the specification speaks of."""
     count, specification = len(problem), problem.specification
     found, wanted = (count, *network.shapes[-1]), (count, specification.rows.shape[2])
@@ -108,7 +108,7 @@ def _speaking_of(problem: Problem, network: Network) -> Network:
     return network
 
 
-class _Run:
+class _BatchProgress:
     """A batch on its way through the stages."""
 
     def __init__(self, problem: Problem, limits: Limits, watch: Callable[[str, int], object]):
@@ -123,7 +123,7 @@ class _Run:
         self.reasons: list[str | None] = [None] * count
         self.cut: dict[int, str] = {}  # images that a stage had no time for, and why
 
-    def go(self, left: Tensor, known: Known, stages: Sequence[Stage]) -> None:
+    def go(self, left: Tensor, known: BoundsSoFar, stages: Sequence[Stage]) -> None:
         """Send the images ``left``, of which ``known`` speaks, through the stages."""
         for place, stage in enumerate(stages):
             numbers = left.tolist()
@@ -206,7 +206,7 @@ class _Run:
         ]
 
 
-def _answer(stage: Stage, problem: Problem, known: Known) -> tuple[Finding, list[float]]:
+def _answer(stage: Stage, problem: Problem, known: BoundsSoFar) -> tuple[Finding, list[float]]:
     """A stage's finding, and each problem's worst margin at least."""
     try:
         finding = _finite(stage(problem, known), problem)

@@ -121,7 +121,7 @@ class Splitter(ABC, Generic[S, B]):
 
 
 @dataclass(frozen=True)
-class Solved:
+class SolverResult:
     """What a leaf solver found for L subproblems.
 
     Args:
@@ -150,7 +150,7 @@ class LeafSolver(ABC, Generic[S, B]):
         return torch.zeros_like(bounded.subproblems.image, dtype=torch.bool)
 
     @abstractmethod
-    def solve(self, bounded: B, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
+    def solve(self, bounded: B, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         """Bound the subproblems ``index`` (L,) as well as possible; candidates that are met go to ``progress.refute``.
 
         Args:

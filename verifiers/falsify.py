@@ -16,7 +16,7 @@ from ..bounds.effort import work_of
 from ..bounds.network import Network
 from ..noise import Noise, key_of
 from ..typed import as_ints
-from .known import Known
+from .bounds_so_far import BoundsSoFar
 from .problem import Problem, Specification, Status, rows_of_clauses
 from .stage import Finding, Judge, Stage, holds
 
@@ -45,7 +45,7 @@ class FalsifyStage(Stage):
     def prepared(self, seed: int, judge: Judge) -> Self:
         return replace(self, seed=seed, judge=judge)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         counterexamples: list[Tensor | None] = [None] * len(problem)
         members, _ = rows_of_clauses(problem.specification.clauses)
         number, clause = (~(known.rows[:, members] > 0).any(-1)).nonzero(as_tuple=True)

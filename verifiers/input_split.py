@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..bounds import Box
 from ..bounds.crown import rows_at_a_time
+from .bounds_so_far import BoundsSoFar
 from .box_bounds import BoxBounds
 from .engine import (
     Bounded,
@@ -23,11 +24,10 @@ from .engine import (
     LeafSolver,
     OpenSubproblems,
     Outcome,
-    Solved,
+    SolverResult,
     Splitter,
     Violates,
 )
-from .known import Known
 from .problem import Problem, rows_of_clauses
 from .search_record import Concretised, Proof, Range, SearchRecord
 
@@ -51,7 +51,7 @@ def few_inputs(problem: Problem) -> bool:
 
 def split_inputs(
     problem: Problem,
-    known: Known,
+    known: BoundsSoFar,
     timeout: float,
     violates: Violates,
     batch: int = BATCH,
@@ -69,7 +69,7 @@ def split_inputs(
     roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none)
     bounder = BoxBounder(problem, known, batch)
     return BranchAndBound(
-        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(bounder.boxes), TooSmall(),
+        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(bounder.boxes), UnsplittableBoxes(),
         timeout=timeout, violates=violates, record=record,
     ).run()  # fmt: skip
 
@@ -111,7 +111,7 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
         batch: boxes that are halved in one round, at most.
     """
 
-    def __init__(self, problem: Problem, known: Known, batch: int):
+    def __init__(self, problem: Problem, known: BoundsSoFar, batch: int):
         rows, offsets = known.rows_of(problem.specification)
         members, _ = rows_of_clauses(problem.specification.clauses)
         self.problem = problem
@@ -164,14 +164,14 @@ class BoxSplitter(Splitter[Boxes, BoxLines]):
         return [Range(*one) for one in zip(children.cut.tolist(), *ends)]
 
 
-class TooSmall(LeafSolver[Boxes, BoxLines]):
+class UnsplittableBoxes(LeafSolver[Boxes, BoxLines]):
     """A box between neighbouring floats stays undecided."""
 
     ends_search = True
 
-    def solve(self, bounded: BoxLines, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
+    def solve(self, bounded: BoxLines, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         none = torch.full((len(index),), -torch.inf, device=index.device)
-        return Solved(none, ["within tolerance"] * len(index), [None] * len(index))
+        return SolverResult(none, ["within tolerance"] * len(index), [None] * len(index))
 
 
 def _middle(lower: Tensor, upper: Tensor) -> Tensor:

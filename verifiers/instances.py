@@ -71,29 +71,29 @@ def run_instances(
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
     try:
         with file.alone():
-            done = _done(file, instances)
-            reader = _Networks(folder)
+            done = _count_answered(file, instances)
+            reader = _NetworkReader(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):
                 limit = instance.timeout if timeout is None else min(timeout, instance.timeout)
-                found, why = _answered(reader, folder, instance, limit, arithmetic)
-                line = f"{_names(instance)}{RESULTS[found.word]},{found.seconds:.3f}"
+                found, why = _answer_instance(reader, folder, instance, limit, arithmetic)
+                line = f"{_line_start(instance)}{RESULTS[found.word]},{found.seconds:.3f}"
                 file.append_text(line + "\n")
                 watch(number, len(instances), f"{line}{'' if why is None else f'  ({why})'}")
     except OSError as error:
         raise InputError(f"{results}: cannot be written ({error.strerror}); accepted: a file of results") from error
 
 
-def _names(instance: Instance) -> str:
+def _line_start(instance: Instance) -> str:
     """What an answer's line begins with."""
     text = io.StringIO()
     csv.writer(text, lineterminator=",").writerow(instance[:2])
     return text.getvalue()
 
 
-def _done(file: LineFile, instances: list[Instance]) -> int:
+def _count_answered(file: LineFile, instances: list[Instance]) -> int:
     """How many instances the results are known of. The beginning of one more answer is taken away."""
     *lines, half = file.path.read_text(encoding="utf-8", errors="replace").split("\n")
-    known = [_names(instance) for instance in instances[: len(lines) + 1]]
+    known = [_line_start(instance) for instance in instances[: len(lines) + 1]]
     for number, line in enumerate([*lines, half]):
         names = known[number] if number < len(known) else None
         status, comma, _ = line[len(names or "") :].partition(",")
@@ -108,7 +108,7 @@ def _done(file: LineFile, instances: list[Instance]) -> int:
     return len(lines)
 
 
-class _Networks:
+class _NetworkReader:
     """Reads networks; lines on the same one often follow each other."""
 
     def __init__(self, folder: Path):
@@ -122,8 +122,8 @@ class _Networks:
         return self.network
 
 
-def _answered(
-    networks: _Networks, folder: Path, instance: Instance, timeout: float, arithmetic: Arithmetic
+def _answer_instance(
+    networks: _NetworkReader, folder: Path, instance: Instance, timeout: float, arithmetic: Arithmetic
 ) -> tuple[Answer, str | None]:
     """An answer, and what to say of it."""
     started = now()

@@ -33,11 +33,11 @@ from ..errors import InputError, check
 from ..models.base import Normalise
 from ..precision import full_float32
 from ..typed import named_modules
-from .known import Known
+from .bounds_so_far import BoundsSoFar
 from .limits import out_of_memory
 from .optimise import finite
 from .problem import Problem
-from .seen import Seen, rounding
+from .sampled_outputs import SampledOutputs, rounding
 from .stage import Finding, Stage, proof, undecided
 
 if TYPE_CHECKING:
@@ -51,19 +51,19 @@ DESCENTS = 4  # steps towards the least value
 INSTALL = f"pip install --no-deps appdirs graphviz packaging setuptools tqdm {SOURCE}"
 
 
-def _whole(node: Any) -> bool:
+def _reads_attributes(node: Any) -> bool:
     """A pool whose attributes 0.7.1 reads: it ignores ``dilations``, ``ceil_mode`` and ``count_include_pad``."""
     dense = all(step == 1 for step in node.attr.get("dilations", ())) and not node.attr.get("ceil_mode", 0)
     return dense and (not any(node.attr.get("pads", ())) or node.attr.get("count_include_pad", 0) == 1)
 
 
-def _odd(node: Any) -> bool:
+def _exponent_not_even(node: Any) -> bool:
     """0.7.1's CROWN is above even powers, ``x ** 2`` among them, where x keeps its sign: by 4.2 for x⁴ on [1, 2]."""
     exponent = getattr(node.inputs[1], "value", None)
     return isinstance(exponent, Tensor) and exponent.numel() == 1 and float(exponent) % 2 != 0
 
 
-_ALL = (
+_RIGHT_ALWAYS = (
     "Abs", "Add", "ATenUnflatten", "Atan", "BatchNormalization", "Buffers", "Cast", "Concat", "Constant",
     "ConstantOfShape", "Conv", "ConvTranspose", "Equal", "Exp", "Expand", "Flatten", "Gather", "Gelu",
     "GlobalAveragePool", "Input", "Linear", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Params", "Reciprocal",
@@ -71,11 +71,11 @@ _ALL = (
     "Softplus", "Split", "Sqr", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 )  # fmt: skip
 RIGHT: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(_ALL, ("", lambda node: True)),
-    "AveragePool": ("without ceil_mode, padding counted", _whole),
+    **dict.fromkeys(_RIGHT_ALWAYS, ("", lambda node: True)),
+    "AveragePool": ("without ceil_mode, padding counted", _reads_attributes),
     "LeakyRelu": ("with slopes in [0, 1]", lambda node: 0 <= node.attr["alpha"] <= 1),
-    "MaxPool": ("without padding, dilation or ceil_mode", _whole),
-    "Pow": ("with a constant exponent that is not even", _odd),
+    "MaxPool": ("without padding, dilation or ceil_mode", _reads_attributes),
+    "Pow": ("with a constant exponent that is not even", _exponent_not_even),
 }
 """auto_LiRPA's operations whose bounds are shown right, with every method, and what they are right for: of 0.7.1, by
 ``tests/test_lirpa_layers.py``. Wrong, and therefore not here, are cosine, sine, tangent and tile."""
@@ -129,7 +129,7 @@ def lirpa_rows(model: nn.Module, region: Region, rows: Tensor, method: Method, *
             with _quiet(dtype) as said, full_float32(), torch.no_grad():
                 plain = copy.deepcopy(_unwrapped(model)).eval().requires_grad_(False)
                 options = {"conv_mode": mode, "optimize_bound_args": {"iteration": steps + 1}}  # the last takes no step
-                found = _lower(library, plain, region.hull, rows.to(dtype), METHODS[method], options)
+                found = _lower_bounds(library, plain, region.hull, rows.to(dtype), METHODS[method], options)
             if found is not None:
                 return found
         except InputError:
@@ -173,7 +173,7 @@ class LirpaStage(Stage):
     def versions(self) -> Mapping[str, str]:
         return {"auto_LiRPA": require().__version__}
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if known.network.rounding is not None:
             return undecided(problem, known, "auto_LiRPA's bounds hold in nearest arithmetic only")
         look()
@@ -201,26 +201,26 @@ def _evaluating(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _lower(
+def _lower_bounds(
     library: ModuleType, model: nn.Module, hull: Interval, rows: Tensor, method: str, options: Mapping[str, Any]
 ) -> Tensor | None:
     """(B, R) bounds; None where they are not known to be right in this mode."""
     sound = list[Tensor]()
-    with _Translated():
+    with _TorchSubstitutes():
         bounded = library.BoundedModule(_evaluating(model), hull.center, bound_opts=options)
-    if not _right(library, bounded) and options["conv_mode"] == "patches":
+    if not _right_in_patches(library, bounded) and options["conv_mode"] == "patches":
         return None
-    seen = Seen.of(model, hull)
+    seen = SampledOutputs.of(model, hull)
     for point, logits in zip(seen.points, seen.logits, strict=True):
         off = (bounded(point) - logits).abs() - rounding(logits).amax(1, keepdim=True)
         if (off > 0).any():
             why = f"one that auto_LiRPA {library.__version__} evaluates otherwise than it runs, at a point of the box"
             raise InputError(f"model: found {why}; accepted: one whose outputs it repeats")
     for node in bounded.nodes():
-        node.get_bias = partial(_watched, node.get_bias, sound)
+        node.get_bias = partial(_recording_finite, node.get_bias, sound)
         node.bound_backward = partial(_in_time, node.bound_backward)
     given = library.BoundedTensor(hull.center, library.PerturbationLpNorm(x_L=hull.lower, x_U=hull.upper))
-    with torch.set_grad_enabled(method == METHODS["alpha"]), _Translated():
+    with torch.set_grad_enabled(method == METHODS["alpha"]), _TorchSubstitutes():
         found = bounded.compute_bounds((given,), C=rows, method=method, bound_upper=False)[0].detach()
     for node in bounded.nodes():
         sound += [end.isfinite().all() for end in (node.lower, node.upper) if isinstance(end, Tensor)]
@@ -239,7 +239,7 @@ def _lower(
     return finite(torch.minimum(found, least))
 
 
-def _right(library: ModuleType, bounded: Any) -> bool:
+def _right_in_patches(library: ModuleType, bounded: Any) -> bool:
     """Whether the operations are right in patches mode too.
 
     Raises:
@@ -268,7 +268,7 @@ def _least_share(node: Any) -> Tensor:
     return (lower - upper.logsumexp(node.axis, keepdim=True)).exp().flatten(1).amin(1)
 
 
-def _watched(get_bias: Any, sound: list[Tensor], coefficients: Any, bias: Any) -> Any:
+def _recording_finite(get_bias: Any, sound: list[Tensor], coefficients: Any, bias: Any) -> Any:
     """Takes down whether a relaxation's offsets are finite: auto_LiRPA counts as 0 what comes out as NaN."""
     sound.append(torch.as_tensor(bias).isfinite().all())
     return get_bias(coefficients, bias)
@@ -280,7 +280,7 @@ def _in_time(bound_backward: Any, *arguments: Any, **options: Any) -> Any:
     return bound_backward(*arguments, **options)
 
 
-class _Translated(TorchFunctionMode):
+class _TorchSubstitutes(TorchFunctionMode):
     """In this thread, other words for two of torch's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

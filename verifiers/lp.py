@@ -31,7 +31,7 @@ TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Leaf:
+class LeafSolution:
     """What is known of a leaf.
 
     Args:
@@ -79,16 +79,16 @@ class LinearProgram:
         value = float(lowest + weights @ self.constants - ROUNDING * size)
         return -math.inf if math.isnan(value) else value
 
-    def solve(self, time_limit: float = math.inf) -> Leaf:
+    def solve(self, time_limit: float = math.inf) -> LeafSolution:
         """The leaf's answer.
 
         Args:
             time_limit: in seconds, of each of the three programs at most that HiGHS gets to solve; the clock's too.
         """
         goals = self.goals
-        alone = torch.eye(goals, len(self.constants), dtype=torch.float64)
+        single = torch.eye(goals, len(self.constants), dtype=torch.float64)
         if not (self.forms.isfinite().all() and self.constants.isfinite().all()):
-            return Leaf(-math.inf, None)
+            return LeafSolution(-math.inf, None)
         # in units of the box, [-1, 1]^D, and every row in units of its own size: HiGHS's tolerances are absolute
         hull = self.region.hull
         center, radius = hull.center.flatten(), hull.radius.flatten()
@@ -103,31 +103,31 @@ class LinearProgram:
         cost = np.eye(1, table.shape[1], table.shape[1] - 1)[0]
 
         found = _highs(cost, table, limits, time_limit)
-        bound, best = max(((self.lagrangian(weights), weights) for weights in alone), key=lambda pair: pair[0])
+        bound, best = max(((self.lagrangian(weights), weights) for weights in single), key=lambda pair: pair[0])
         if found.status != 0:
             slack = _least_slack(table[goals:, :-1], limits[goals:], time_limit)
             if slack.status != 0:
-                return Leaf(bound, None, weights=best)
+                return LeafSolution(bound, None, weights=best)
             multipliers = _multipliers(slack) / size[goals:]
             weights = torch.cat([torch.zeros(goals, dtype=torch.float64), multipliers])
             if self.lagrangian(weights) > 0:
-                return Leaf(math.inf, None, infeasible=True, weights=weights)
+                return LeafSolution(math.inf, None, infeasible=True, weights=weights)
             # too near to call: its constraints loosened by what they lack, still in search of multipliers alone
             limits[goals:] += slack.x[table.shape[1] - 1 :] + TOLERANCE
             found = _highs(cost, table, limits, time_limit)
         if found.status != 0:
-            return Leaf(bound, None, weights=best)
+            return LeafSolution(bound, None, weights=best)
         images = self.region.images
         point = (center + radius * torch.as_tensor(found.x[:-1])).reshape(images.shape)
         # back in the rows' own units; the goals' add up to 1, whatever the solver says
         multipliers = _multipliers(found)
         shares, total = multipliers[:goals].clamp(min=0), float(multipliers[:goals].clamp(min=0).sum())
-        shares = shares / total if 0 < total < math.inf else alone[0, :goals]
+        shares = shares / total if 0 < total < math.inf else single[0, :goals]
         weights = torch.cat([shares, multipliers[goals:] * size[0] / size[goals:]])
         point = self.region.nearest(point)[0]
         found_bound = self.lagrangian(weights)
         bound, best = (found_bound, weights) if found_bound > bound else (bound, best)
-        return Leaf(bound, point, weights=best)
+        return LeafSolution(bound, point, weights=best)
 
 
 def _multipliers(found: Any) -> Tensor:
@@ -197,7 +197,7 @@ def solve_leaf(
     upper: Tensor,
     signs: Tensor,
     time_limit: float = math.inf,
-) -> Leaf:
+) -> LeafSolution:
     """The minimum over a leaf of branch and bound of the largest <row, logits> + offset, bounded without trust.
 
     With every neuron's sign known the network is affine, so bound and minimum agree but for rounding and for the
@@ -219,7 +219,7 @@ def solve_leaf(
     return replace(leaf, point=point)
 
 
-def rounded_bound(network: Network, inside: Subproblems, leaf: Leaf) -> float:
+def rounded_bound(network: Network, inside: Subproblems, leaf: LeafSolution) -> float:
     """A leaf's bound in the arithmetic that ``network.rounding`` describes, of which its program knows nothing: the
     program's multipliers, in linear bounds that do. -inf for a clause of several rows, whose weighted sum rounds too.
 

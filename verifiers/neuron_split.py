@@ -17,6 +17,7 @@ from torch import Tensor
 from ..bounds import Bounds
 from ..bounds.crown import crown_bounds, rows_at_a_time
 from ..bounds.network import Network
+from .bounds_so_far import BoundsSoFar
 from .branching import minimiser, scores
 from .engine import (
     Bounded,
@@ -26,16 +27,15 @@ from .engine import (
     LeafSolver,
     OpenSubproblems,
     Outcome,
-    Solved,
+    SolverResult,
     Splitter,
     Violates,
 )
-from .known import Known
-from .lp import Leaf, rounded_bound, solve_leaf
+from .lp import LeafSolution, rounded_bound, solve_leaf
 from .optimise import BestParameters, Neurons, Optimised, Subproblems, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
 from .search import Search
-from .search_record import Contradiction, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
+from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
 
 TOLERANCE = 1e-6
 """Of the logits' scale: a leaf whose exact minimum is closer to 0 is left undecided."""
@@ -55,7 +55,7 @@ that is hidden from gradients take minutes."""
 
 def split_neurons(
     problem: Problem,
-    known: Known,
+    known: BoundsSoFar,
     exact: Network,
     search: Search,
     timeout: float,
@@ -72,7 +72,7 @@ def split_neurons(
     bounder = SignBounder(space, search, recording=record is not None)
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
-        ProgramLeaf(space, exact), timeout=timeout, violates=violates, most=search.most, record=record,
+        LinearProgramSolver(space, exact), timeout=timeout, violates=violates, most=search.most, record=record,
     ).run()  # fmt: skip
 
 
@@ -95,7 +95,7 @@ class SignSubproblems(OpenSubproblems):
 class SignSpace:
     """What the subproblems of a batch of problems refer to: columns of open neurons, and rows of clauses."""
 
-    def __init__(self, problem: Problem, known: Known):
+    def __init__(self, problem: Problem, known: BoundsSoFar):
         self.problem, self.network = problem, known.network
         self.region = known.region_of(problem)
         self.rows, self.offsets = known.rows_of(problem.specification)
@@ -176,7 +176,7 @@ class SignBounds(Bounded[SignSubproblems]):
         if bool(self.empty[number]):
             lower, upper = (end[number, : len(neurons)] for end in self.ends)
             worst = int(((lower - upper) / (1 + lower.abs())).argmax())
-            return Contradiction(int(neurons[worst]), float(lower[worst]), float(upper[worst]))
+            return CrossedBounds(int(neurons[worst]), float(lower[worst]), float(upper[worst]))
         assert self.best is not None and self.best.alphas is not None and self.best.betas is not None
         row = int(self.row[number])
         member = int(self.space.clauses[int(self.subproblems.goal[number]), row])
@@ -290,7 +290,7 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
         return maximise(space.network, space.linear(some), *space.parameters(some), steps=0).best.amax(1)
 
 
-class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
+class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
     """A linear program: in a leaf, where the network is affine, it is the last word."""
 
     ends_search = False
@@ -303,7 +303,7 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
         depth = (bounded.subproblems.signs != 0).sum(1)
         return (depth % PROGRAM_EVERY == 0) & (depth > 0)
 
-    def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
+    def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         bounds, undecided, proofs = list[float](), list[str | None](), list[Proof | None]()
         images = bounded.subproblems.image[index].tolist()
         for image, number, last in zip(images, index.tolist(), leaf.tolist(), strict=True):
@@ -320,14 +320,14 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
             bounds.append(bound)
             undecided.append(why)
             proofs.append(proof)
-        return Solved(torch.tensor(bounds, dtype=torch.float64, device=index.device), undecided, proofs)
+        return SolverResult(torch.tensor(bounds, dtype=torch.float64, device=index.device), undecided, proofs)
 
     def probe(self, one: SignSubproblems) -> Tensor | None:
         """The program's minimiser, which meets the assumed signs."""
         found = self._program(one, self.space.linear(one), 0)
         return None if found.point is None else self._point(int(one.image), found.point)
 
-    def _program(self, some: SignSubproblems, linear: Subproblems, number: int) -> Leaf:
+    def _program(self, some: SignSubproblems, linear: Subproblems, number: int) -> LeafSolution:
         space, image, at = self.space, int(some.image[number]), self._members(some, number)
         region = space.problem.region.take(some.image[number : number + 1]).to(torch.float64)
         assert linear.signs is not None
@@ -336,7 +336,7 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
             linear.lower[number].double(), linear.upper[number].double(), linear.signs[number],
         )  # fmt: skip
 
-    def _bound_of(self, bounded: SignBounds, number: int, found: Leaf) -> float:
+    def _bound_of(self, bounded: SignBounds, number: int, found: LeafSolution) -> float:
         """The program's, in the arithmetic that is asked for."""
         if self.space.network.rounding is None:
             return found.bound
@@ -349,7 +349,7 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
         )  # fmt: skip
         return rounded_bound(space.network, inside, found)
 
-    def _proof(self, bounded: SignBounds, number: int, found: Leaf) -> Proof:
+    def _proof(self, bounded: SignBounds, number: int, found: LeafSolution) -> Proof:
         assert found.weights is not None
         count = int(self._members(bounded.subproblems, number).sum())
         kind = Unsatisfiable if found.infeasible else Multipliers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bounds.operations import Entrywise, Gelu, GeluTanh, Opaque, Operation, Scale, Silu, Sum, UnsupportedNode
 from ..typed import as_floats
-from .onnx_steps import Construction, Step, Value
+from .onnx_steps import Construction, OnnxStep, Value
 
 TOLERANCE = 3e-7
 """Of numbers, which files hold in float32: a few of its roundings."""
@@ -34,18 +34,18 @@ class GatePart(nn.Module):
         return self.function(x)
 
 
-def error_function(step: Step) -> Value:
+def error_function(step: OnnxStep) -> Value:
     return _entrywise(step, "erf", torch.erf)
 
 
-def power(step: Step) -> Value:
+def power(step: OnnxStep) -> Value:
     exponent = step.constant(1)
     if exponent.numel() != 1 or float(exponent) != 3:
         step.refuse(f"exponents {as_floats(exponent)}", "3, inside of GELU by tanh")
     return _entrywise(step, "cube", lambda x: x**3)
 
 
-def gelu(step: Step) -> Value:
+def gelu(step: OnnxStep) -> Value:
     kinds = {b"none": Gelu, b"tanh": GeluTanh}
     form = step.attributes.get("approximate", b"none")
     if form not in kinds:
@@ -53,7 +53,7 @@ def gelu(step: Step) -> Value:
     return step.append(kinds[form], step.value(0), step.shape)
 
 
-def product(step: Step) -> Value | None:
+def product(step: OnnxStep) -> Value | None:
     """A Mul of two computed values, if one of them is a gate of the other."""
     for own, other in ((0, 1), (1, 0)):
         for kind, gain, position in _gates(step.run, step.value(own).position, step.value(other).position):
@@ -62,7 +62,7 @@ def product(step: Step) -> Value | None:
     return None
 
 
-def _entrywise(step: Step, kind: str, function: Callable[[Tensor], Tensor]) -> Value:
+def _entrywise(step: OnnxStep, kind: str, function: Callable[[Tensor], Tensor]) -> Value:
     place = f"{step.run.path}: {step.node.op_type} {step.path!r}"
     why = UnsupportedNode(f"{place}: found it outside of a GELU; accepted: x * (1 + erf(x / sqrt(2))), or by tanh")
     return step.append(Opaque, step.value(0), step.shape, GatePart(kind, function), why)

@@ -27,7 +27,7 @@ from ..bounds.network import NetworkModule
 from ..bounds.operations import Input, Rearrangement, UnsupportedNode
 from ..errors import InputError
 from .onnx_operators import RULES
-from .onnx_steps import Construction, Shape, Step, Value, evaluate, held, session
+from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 
 SUPPORTED = ", ".join(RULES)
 HINT = " (cut it off: the scores before it have the same order)"
@@ -76,7 +76,7 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     run = _construction(model, nodes, name, shape, path)
     for node in looking(nodes):
         for output in (output for output in node.output if run.readers[output]):
-            step = Step(run, node, output)
+            step = OnnxStep(run, node, output)
             if output != node.output[0] and node.op_type != "Split":
                 step.refuse(f"a second output {output!r} that is read", "the first output alone")
             run.values[output] = RULES[node.op_type](step)

@@ -29,29 +29,29 @@ from ..bounds.operations import (
 )  # fmt: skip
 from ..typed import as_ints
 from . import onnx_gates
-from .onnx_steps import Pair, Shape, Step, Value, evaluate, fixed, numbers
+from .onnx_steps import OnnxStep, Pair, Shape, Value, evaluate, fixed, numbers
 
 
-def _reshape(step: Step) -> Value:
+def _reshape(step: OnnxStep) -> Value:
     for number in range(1, len(step.node.input)):
         if step.has(number):
             step.constant(number)  # the shape, or its like: onnxruntime said what it comes to
     return step.reshaped(step.value(0))
 
 
-def _dropout(step: Step) -> Value:
+def _dropout(step: OnnxStep) -> Value:
     if step.has(2) and step.constant(2).any():
         step.refuse("training_mode", "a network in evaluation mode")
     return _reshape(step)
 
 
-def _cast(step: Step) -> Value:
+def _cast(step: OnnxStep) -> Value:
     if step.attributes["to"] != onnx.TensorProto.FLOAT:
         step.refuse(f"to={onnx.TensorProto.DataType.Name(step.attributes['to'])}", "FLOAT")
     return _reshape(step)
 
 
-def _copied(step: Step) -> Value:
+def _copied(step: OnnxStep) -> Value:
     """Operators that move entries: onnxruntime shows where to, by moving the entries' numbers."""
     value, (name, *others) = step.value(0), step.node.input
     if math.prod(value.shape) >= 2**24:
@@ -69,7 +69,7 @@ def _copied(step: Step) -> Value:
     return step.picked(value, torch.tensor(moved).long())
 
 
-def _concat(step: Step) -> Value:
+def _concat(step: OnnxStep) -> Value:
     axis: int = step.attributes["axis"] % len(step.shape)
     count = len(step.node.input)
     computed = [number for number in range(count) if step.computed(number)]
@@ -88,13 +88,13 @@ def _concat(step: Step) -> Value:
     return step.scaled(total, 1.0, shift) if shift.any() else total
 
 
-def _joined(step: Step, values: list[Value], shape: Shape, axis: int) -> Value:
+def _joined(step: OnnxStep, values: list[Value], shape: Shape, axis: int) -> Value:
     """Values of ONNX shapes (1, …), one after the other along a later dimension."""
     step.run.operations.append(Concat(step.path, tuple(value.position for value in values), axis))
     return Value(len(step.run.operations) - 1, shape)
 
 
-def _arithmetic(step: Step) -> Value:
+def _arithmetic(step: OnnxStep) -> Value:
     kind, left, right = step.node.op_type, step.computed(0), step.computed(1)
     if left and right and kind == "Mul" and (activated := onnx_gates.product(step)) is not None:
         return activated
@@ -118,7 +118,7 @@ def _arithmetic(step: Step) -> Value:
             return step.scaled(value, 1 / constant.double(), 0.0)
 
 
-def _matmul(step: Step) -> Value:
+def _matmul(step: OnnxStep) -> Value:
     left = step.computed(0)
     value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
     if matrix.ndim == 1:
@@ -133,7 +133,7 @@ def _matmul(step: Step) -> Value:
     return step.reshaped(step.transposed(step.linear(step.transposed(value), matrix)))
 
 
-def _gemm(step: Step) -> Value:
+def _gemm(step: OnnxStep) -> Value:
     left, attributes = step.computed(0), step.attributes
     value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
     own, other = ("transA", "transB") if left else ("transB", "transA")
@@ -170,7 +170,7 @@ class _Windows:
         return F.pad(x, around, value=value) if any(around) else x
 
 
-def _windows(step: Step, kernel: list[int]) -> tuple[Value, _Windows]:
+def _windows(step: OnnxStep, kernel: list[int]) -> tuple[Value, _Windows]:
     """What a convolution or a pool reads, as (1, C, H, W), and its windows there."""
     value, attributes = step.value(0), step.attributes
     if len(value.shape) not in (3, 4) or value.shape[0] != 1:
@@ -192,7 +192,7 @@ def _windows(step: Step, kernel: list[int]) -> tuple[Value, _Windows]:
     return value, windows
 
 
-def _conv(step: Step) -> Value:
+def _conv(step: OnnxStep) -> Value:
     weight, groups = step.constant(1), step.attributes.get("group", 1)
     value, windows = _windows(step, list(weight.shape[2:]))
     weight = weight.reshape(*weight.shape[:2], *windows.kernel)
@@ -209,7 +209,7 @@ def _conv(step: Step) -> Value:
     return step.reshaped(step.append(Convolution, value, (1, len(weight), *windows.output), layer, *geometry))
 
 
-def _max_pool(step: Step) -> Value:
+def _max_pool(step: OnnxStep) -> Value:
     value, windows = _windows(step, step.attributes["kernel_shape"])
     walk = windows.kernel, windows.stride, 0, windows.dilation
 
@@ -219,7 +219,7 @@ def _max_pool(step: Step) -> Value:
     return step.reshaped(step.append(MaxPool, value, (*value.shape[:2], *windows.output), pool))
 
 
-def _average_pool(step: Step) -> Value:
+def _average_pool(step: OnnxStep) -> Value:
     value, windows = _windows(step, step.attributes["kernel_shape"])
     if windows.dilation != (1, 1):
         step.refuse(f"dilations {windows.dilation}", "1")
@@ -240,7 +240,7 @@ def _average_pool(step: Step) -> Value:
     return step.reshaped(step.append(AveragePool, value, (*value.shape[:2], *windows.output), pool))
 
 
-def _reduced(step: Step) -> Value:
+def _reduced(step: OnnxStep) -> Value:
     """A mean or a sum over some dimensions: they are moved to the end, as one."""
     value, rank = step.value(0), len(step.value(0).shape)
     axes = step.attributes.get("axes", as_ints(step.constant(1)) if step.has(1) else [])
@@ -257,7 +257,7 @@ def _reduced(step: Step) -> Value:
     return step.reshaped(step.append(AveragePool, value, reduced, partial(function, dim=-1, keepdim=True)))
 
 
-def _batch_norm(step: Step) -> Value:
+def _batch_norm(step: OnnxStep) -> Value:
     if step.attributes.get("training_mode") or not step.attributes.get("spatial", 1):
         step.refuse("training_mode, or statistics of every place", "a batch norm in evaluation mode, of channels")
     value, epsilon = step.value(0), step.attributes.get("epsilon", 1e-5)
@@ -275,18 +275,18 @@ def _batch_norm(step: Step) -> Value:
     return step.scaled(step.scaled(value, 1.0, -mean, roundings=3), scale, bias, roundings=8)
 
 
-def _activation(kind: type[Operation]) -> Callable[[Step], Value]:
+def _activation(kind: type[Operation]) -> Callable[[OnnxStep], Value]:
     return lambda step: step.append(kind, step.value(0), step.shape)
 
 
-def _leaky(step: Step) -> Value:
+def _leaky(step: OnnxStep) -> Value:
     slope = step.attributes.get("alpha", 0.01)
     if not 0 <= slope <= 1:
         step.refuse(f"alpha={slope}", "a slope in [0, 1]")
     return step.append(LeakyRelu, step.value(0), step.shape, slope)
 
 
-RULES: dict[str, Callable[[Step], Value]] = {
+RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Add": _arithmetic,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,

@@ -98,12 +98,12 @@ class Construction:
         self.operations.append(Rearrangement(path, (value.position,), lambda x: x.reshape(x.shape[0], *target)))
         return Value(len(self.operations) - 1, shape)
 
-    def alone(self, value: Value) -> bool:
+    def has_one_reader(self, value: Value) -> bool:
         """Whether a node has one reader only, by whatever name."""
         return sum(self.readers[name] for name, known in self.values.items() if known.position == value.position) <= 1
 
 
-class Step:
+class OnnxStep:
     """One output of an operator in the file: what a rule sees."""
 
     def __init__(self, run: Construction, node: onnx.NodeProto, output: str):
@@ -175,14 +175,14 @@ class Step:
         value = self.reshaped(value)
         scale, shift = (self._against(torch.as_tensor(constant, dtype=torch.float64)) for constant in (scale, shift))
         before = self.run.operations[value.position]
-        if isinstance(before, Affine) and before.bias is None and (scale == 1).all() and self.run.alone(value):
+        if isinstance(before, Affine) and before.bias is None and (scale == 1).all() and self.run.has_one_reader(value):
             features = shift.shape[1 if isinstance(before, Convolution) else -1]
             if shift.numel() == features and torch.equal(shift.float().double(), shift):
                 bias = fixed(shift.float().flatten().expand(len(before.weight)))
                 assert isinstance(before.layer, nn.Module)
                 before.layer.register_parameter("bias", bias)
                 return value
-        constants = Constants(scale, shift)
+        constants = ScaleConstants(scale, shift)
         return self.append(Scale, value, self.shape, constants, constants.exact, roundings)
 
     def _against(self, constant: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Step:
         return constant.reshape(full if len(held(self.shape)) < len(full) else (1, *full))
 
 
-class Constants(nn.Module):
+class ScaleConstants(nn.Module):
     """(scale, shift) of a ``Scale`` node, float64: rounded to float32 as buffers, which move with the network."""
 
     scale: Tensor

@@ -71,7 +71,7 @@ class Relaxed(Proof):
 
 
 @dataclass(frozen=True, eq=False)
-class Contradiction(Proof):
+class CrossedBounds(Proof):
     """Linear bounds of a neuron's input, each of them valid under the assumptions, that exclude each other."""
 
     reason: ClassVar[Reason] = "infeasible"

@@ -22,6 +22,7 @@ from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, rows_
 from ..bounds.folding import fold
 from ..bounds.sparse import SparseBall
 from ..bounds.sparse_part import SparsePart
+from .bounds_so_far import BoundsSoFar
 from .engine import (
     Bounded,
     Bounder,
@@ -30,12 +31,11 @@ from .engine import (
     LeafSolver,
     OpenSubproblems,
     Outcome,
-    Solved,
+    SolverResult,
     Splitter,
     Violates,
 )
 from .input_split import INPUTS, split_inputs
-from .known import Known
 from .neuron_split import split_neurons
 from .optimise import finite, with_offsets
 from .problem import Problem
@@ -57,7 +57,7 @@ def sparse_ball(problem: Problem) -> SparseBall | None:
 
 def split_locations(
     problem: Problem,
-    known: Known,
+    known: BoundsSoFar,
     search: Search,
     timeout: float,
     violates: Violates,
@@ -74,7 +74,7 @@ def split_locations(
     ball = sparse_ball(problem)
     assert ball is not None
     bounder = PartBounder(problem, known, ball, batch)
-    leaf = FreeUnits(problem, known, ball, search, recording=record is not None)
+    leaf = FreeUnitsSolver(problem, known, ball, search, recording=record is not None)
     return BranchAndBound(
         problem, known.network, problem.specification.worst(known.rows).unsqueeze(1), _roots(problem, known, ball),
         bounder, UnitSplitter(ball, max(1, bounder.at_a_time // 8)), leaf,
@@ -106,7 +106,7 @@ class SparseSubproblems(OpenSubproblems):
         return replace(self, free=free, possible=possible, budget=budget)
 
 
-def _roots(problem: Problem, known: Known, ball: SparseBall) -> SparseSubproblems:
+def _roots(problem: Problem, known: BoundsSoFar, ball: SparseBall) -> SparseSubproblems:
     images, device = known.region_of(problem).images, known.rows.device
     count, units = len(problem), ball.units(images.shape[1:])
     none = torch.zeros(count, units, dtype=torch.bool, device=device)
@@ -148,7 +148,7 @@ class PartBounder(Bounder[SparseSubproblems, PartBounds]):
         batch: subproblems that are bounded together, at most.
     """
 
-    def __init__(self, problem: Problem, known: Known, ball: SparseBall, batch: int):
+    def __init__(self, problem: Problem, known: BoundsSoFar, ball: SparseBall, batch: int):
         self.problem, self.known, self.ball = problem, known, ball
         self.images = known.region_of(problem).images
         self.forms, self.offsets = known.rows_of(problem.specification)
@@ -215,17 +215,17 @@ class UnitSplitter(Splitter[SparseSubproblems, PartBounds]):
         ]
 
 
-class FreeUnits(LeafSolver[SparseSubproblems, PartBounds]):
+class FreeUnitsSolver(LeafSolver[SparseSubproblems, PartBounds]):
     """Leaves, in which the free units alone may change, are boxes: split at their inputs or at neurons. One that stays
     undecided leaves its image undecided."""
 
     ends_search = True
 
-    def __init__(self, problem: Problem, known: Known, ball: SparseBall, search: Search, recording: bool):
+    def __init__(self, problem: Problem, known: BoundsSoFar, ball: SparseBall, search: Search, recording: bool):
         self.problem, self.known, self.ball, self.search = problem, known, ball, search
         self.recording = recording
 
-    def solve(self, bounded: PartBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
+    def solve(self, bounded: PartBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         problem, leaves = self.problem, bounded.subproblems.take(index)
         image, images = leaves.image, problem.region.images[leaves.image]
         free = SparsePart.of(self.ball, images, leaves.free, leaves.possible, leaves.budget).free
@@ -234,17 +234,17 @@ class FreeUnits(LeafSolver[SparseSubproblems, PartBounds]):
         of = image.tolist()
         timeout = max(0.0, min(progress.time_left(i) / of.count(i) for i in set(of)))
         record = SearchRecord() if self.recording else None
-        known = Known(self.known.network, leaves.rows, {})
+        known = BoundsSoFar(self.known.network, leaves.rows, {})
         found = self._searched(
             boxes, known, timeout, lambda number, point: progress.refute(of[number], point), record
         )  # fmt: skip
         proved = found.proved.tolist()
         undecided = [None if done else why or "leaf" for done, why in zip(proved, found.reasons, strict=True)]
         proofs = [Searched(record, place) if record and done else None for place, done in enumerate(proved)]
-        return Solved(found.lower, undecided, proofs)
+        return SolverResult(found.lower, undecided, proofs)
 
     def _searched(
-        self, boxes: Problem, known: Known, timeout: float, violates: Violates, record: SearchRecord | None
+        self, boxes: Problem, known: BoundsSoFar, timeout: float, violates: Violates, record: SearchRecord | None
     ) -> Outcome:
         wide = int((boxes.region.hull.radius > 0).flatten(1).sum(1).max())
         if wide <= INPUTS or not known.network.piecewise_linear:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..bounds import PerturbationSet, forward
 from ..config import Component
 from ..errors import InputError
-from .known import Known
+from .bounds_so_far import BoundsSoFar
 from .problem import Problem, Specification, Status
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Finding:
     """
 
     statuses: Sequence[Status | None]
-    known: Known
+    known: BoundsSoFar
     lower: Tensor | None = None
     counterexamples: Sequence[Tensor | None] | None = None
     seconds: Tensor | None = None
@@ -79,7 +79,7 @@ class Stage(Component):
     """Whether it needs the network traced; without, it only runs it, and takes any network."""
 
     @abstractmethod
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         """Decide what it can of a batch of problems. ``verified`` may rest on sound bounds alone, ``falsified`` on an
         input that a ``Judge`` has confirmed. A problem whose region it does not take stays open, with a reason."""
 
@@ -149,12 +149,12 @@ def where_true(decided: Tensor, status: Status) -> list[Status | None]:
     return [status if done else None for done in decided.tolist()]
 
 
-def proof(problem: Problem, known: Known) -> Finding:
+def proof(problem: Problem, known: BoundsSoFar) -> Finding:
     """What the rows' lower bounds prove."""
     return Finding(where_true(problem.specification.worst(known.rows) > 0, "verified"), known)
 
 
-def undecided(problem: Problem, known: Known, why: str) -> Finding:
+def undecided(problem: Problem, known: BoundsSoFar, why: str) -> Finding:
     """No decision, for a reason that holds for all of the problems."""
     return Finding([None] * len(problem), known, reasons=[why] * len(problem))
 

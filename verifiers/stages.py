@@ -17,10 +17,10 @@ from ..bounds.folding import fold
 from ..errors import InputError
 from ..noise import Noise
 from ..step import Batch, Step
+from .bounds_so_far import BoundsSoFar
 from .branching import minimiser
 from .engine import Outcome
 from .input_split import INPUTS, few_inputs, split_inputs
-from .known import Known
 from .neuron_split import split_neurons
 from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
 from .problem import Problem, Status
@@ -39,7 +39,7 @@ class CleanStage(Stage):
     name: ClassVar[str] = "clean"
     traces: ClassVar[bool] = False
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         wrong = ~holds(problem.specification, forward(problem.network, problem.region.images).logits)
         return Finding(where_true(wrong, "misclassified"), known, counterexamples=list(problem.region.images))
 
@@ -71,7 +71,7 @@ class AttackStage(Stage):
     def check_ball(self, ball: PerturbationSet, where: str = "certify") -> None:
         self.attack_over(ball).check_ball(ball, f"{where}.attack")
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         labels = problem.specification.labels
         if labels is None:
             raise InputError("specification: found no labels; accepted: a robustness specification for this stage")
@@ -84,11 +84,11 @@ class AttackStage(Stage):
                 "images (the stage falsify searches any region)"
             )
         attack = self.attack_over(ball)
-        network = _Watched(problem) if attack.attack_mode == "eval" else problem.network
+        network = _WrongPointKeeper(problem) if attack.attack_mode == "eval" else problem.network
         try:
             candidates = attack(network, batch, ball, Step.evaluation(ball, noise)).images
         except OutOfTime:
-            if not isinstance(network, _Watched):
+            if not isinstance(network, _WrongPointKeeper):
                 raise
             candidates = network.wrong
         wrong = ~holds(problem.specification, forward(problem.network, candidates).logits)
@@ -97,7 +97,7 @@ class AttackStage(Stage):
         return Finding(where_true(wrong, "falsified"), known, counterexamples=list(candidates))
 
 
-class _Watched(nn.Module):
+class _WrongPointKeeper(nn.Module):
     """A problem's network, which looks at the clock before each run, and keeps of each image the first point that is
     ``wrong``; the image itself where none was."""
 
@@ -122,7 +122,7 @@ class IbpStage(Stage):
 
     name: ClassVar[str] = "ibp"
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         forms, offsets = known.rows_of(problem.specification)
         if known.network.rounding is None:  # with the layers' own fused kernels: 1.6 times as fast
             rows = compute_rows(problem.network, problem.region, forms)
@@ -131,7 +131,7 @@ class IbpStage(Stage):
         return proof(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
 
 
-def _bounded(problem: Problem, known: Known, refine: bool = True) -> Known:
+def _with_bounds(problem: Problem, known: BoundsSoFar, refine: bool = True) -> BoundsSoFar:
     """With bounds of the activations' inputs, by linear bounds or by intervals. They are of use only with a pass that
     takes them: it is left the time that it is expected to take."""
     network, numbers = known.network, problem.specification.rows.shape[:2].numel()
@@ -148,8 +148,8 @@ class CrownStage(Stage):
     name: ClassVar[str] = "crown"
     refine: bool = True
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
-        known = _bounded(problem, known, refine=self.refine)
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
+        known = _with_bounds(problem, known, refine=self.refine)
         region, network = known.region_of(problem), known.network
         forms, offsets = known.rows_of(problem.specification)
         rows = []
@@ -185,9 +185,9 @@ class AlphaStage(Stage):
     def prepared(self, seed: int, judge: Judge) -> Self:
         return replace(self, judge=judge)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         neurons, specification = Neurons.of(known.network), problem.specification
-        known = known if known.bounds else _bounded(problem, known)
+        known = known if known.bounds else _with_bounds(problem, known)
         rows, slopes = [], []
         counterexamples: list[Tensor | None] = [None] * len(problem)
         size = rows_at_a_time(known.network, specification.rows.shape[1], known.rows) // 4 or 1
@@ -213,7 +213,7 @@ class AlphaStage(Stage):
             for number in wrong.nonzero().flatten().tolist():
                 if self.judge(some, number, point[number]):
                     counterexamples[int(part[number])] = point[number]
-        known = Known(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
+        known = BoundsSoFar(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
         proved = proof(problem, known)
         statuses: list[Status | None] = [
             "falsified" if found is not None else status
@@ -240,17 +240,17 @@ class BabStage(TimedStage):
         sparse = problem.region.perturbation(SparseBall)
         return self if sparse is None else LocationStage(self.search, self.timeout, self.judge)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if not known.network.piecewise_linear or not problem.region.is_box:
             return undecided(problem, known, "branch and bound takes ReLU and LeakyReLU networks over boxes")
-        known = known if known.bounds else _bounded(problem, known)
+        known = known if known.bounds else _with_bounds(problem, known)
         careful = known.network.rounding is not None
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)
         found = split_neurons(
             problem, known, exact, self.search, self.timeout,
             lambda number, image: self.judge(problem, number, image),
         )  # fmt: skip
-        return _searched(known, found)
+        return _finding_of_search(known, found)
 
 
 @dataclass(frozen=True)
@@ -265,11 +265,11 @@ class InputSplitStage(TimedStage):
     def from_section(cls, settings: Certify) -> Self:
         return cls(settings.timeout)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if not few_inputs(problem):
             return undecided(problem, known, f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most")
         found = split_inputs(problem, known, self.timeout, lambda number, image: self.judge(problem, number, image))
-        return _searched(known, found)
+        return _finding_of_search(known, found)
 
 
 @dataclass(frozen=True)
@@ -285,17 +285,17 @@ class LocationStage(TimedStage):
     def from_section(cls, settings: Certify) -> Self:
         return cls(settings.search, settings.timeout)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if problem.region.perturbation(SparseBall) is None or known.network.rounding is not None:
             why = "splitting locations takes sparse sets (SparseBall), in nearest arithmetic"
             return undecided(problem, known, why)
         found = split_locations(
             problem, known, self.search, self.timeout, lambda number, image: self.judge(problem, number, image)
         )
-        return _searched(known, found)
+        return _finding_of_search(known, found)
 
 
-def _searched(known: Known, found: Outcome) -> Finding:
+def _finding_of_search(known: BoundsSoFar, found: Outcome) -> Finding:
     statuses: list[Status | None] = []
     for number, reason in enumerate(found.reasons):
         late = reason in ("timeout", "wall clock")

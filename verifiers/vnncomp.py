@@ -36,21 +36,21 @@ RESULTS: dict[Word, str] = {
 }  # fmt: skip
 """What VNN-COMP's result files call each answer: of the question whether an unsafe point exists."""
 
-FALSIFYING = 0.2
+FALSIFYING_SHARE = 0.2
 """Of the time at most goes into descents before the last stage."""
 
-READING = 1e-3
+READING_TOLERANCE = 1e-3
 """Of the outputs' size: by how much our reading of a file may differ from onnxruntime's at one point; 1e-6 is usual."""
 
-POINTS = 3
+RANDOM_POINTS = 3
 """Random corners of a box, and as many random points inside, at which the reading is compared: with the two outermost
 corners and the middle, where a centred input is all zeros."""
 
-TOGETHER = 1 << 24
+MOST_ACTIVATIONS = 1 << 24
 """Numbers of the widest layer, over the boxes of a property that share a batch; 4096 boxes at most."""
 
 
-WITHIN = "within tolerance"
+WITHIN_TOLERANCE = "within tolerance"
 """The reason of what floating point alone decides."""
 
 
@@ -76,7 +76,7 @@ class Answer:
 
     def __str__(self) -> str:
         """One line: the word, and what to know of it."""
-        told = self.reason and (self.reason == WITHIN or self.word == "holds")
+        told = self.reason and (self.reason == WITHIN_TOLERANCE or self.word == "holds")
         return f"{self.word} ({self.reason})" if told else self.word
 
     def result(self) -> str:
@@ -135,18 +135,18 @@ def check_property(network: OnnxNetwork, property: Property, deadline: float, ar
         return Answer("holds", 0.0, "exact", property.remark)
     with until(deadline):
         try:
-            return _checked(network, property, deadline, arithmetic, started)
+            return _check_cases(network, property, deadline, arithmetic, started)
         except OutOfTime:
             return Answer("timeout", now() - started, arithmetic, "timeout")
 
 
-def _checked(
+def _check_cases(
     network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic, started: float
 ) -> Answer:
     look()
     replay = replay_session(network.model)
     look()
-    judge = _Exact(cases=property.cases, replay=replay)
+    judge = _ExactJudge(cases=property.cases, replay=replay)
     verdicts: list[Verdict] = []
     try:
         points = _points(property.cases[0], network.shape)
@@ -154,15 +154,15 @@ def _checked(
         for point in points:
             judge.refute(property.cases[0], point)
         widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
-        most = max(1, min(4096, TOGETHER // widest))
-        for numbers in _alike(property.cases, most):
-            verdicts += _search(network, property, numbers, judge, deadline, arithmetic)
+        most = max(1, min(4096, MOST_ACTIVATIONS // widest))
+        for numbers in _grouped_by_clauses(property.cases, most):
+            verdicts += _verdicts_of(network, property, numbers, judge, deadline, arithmetic)
     except _Refuted as found:
         seconds, precision = now() - started, str(found.outputs.dtype).removeprefix("torch.")
         return Answer("violated", seconds, f"onnxruntime {precision}", None, found.inputs, found.outputs)
     seconds = now() - started
     if judge.disputed:
-        return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN)
+        return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN_TOLERANCE)
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
         return Answer("holds", seconds, verdicts[0].arithmetic, property.remark)
@@ -175,8 +175,8 @@ def _points(case: Case, shape: torch.Size) -> Tensor:
     """(P, *shape) float32 points of a box: its middle, its outermost corners, random ones and random points inside."""
     lower, upper = case.lower32.double(), case.upper32.double()
     noise = torch.Generator().manual_seed(0)
-    corners = torch.randint(2, (POINTS, len(lower)), generator=noise).double()
-    inside = torch.rand(POINTS, len(lower), generator=noise, dtype=torch.float64)
+    corners = torch.randint(2, (RANDOM_POINTS, len(lower)), generator=noise).double()
+    inside = torch.rand(RANDOM_POINTS, len(lower), generator=noise, dtype=torch.float64)
     shares = torch.cat(
         [torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64).expand(3, len(lower)), corners, inside]
     )
@@ -193,10 +193,10 @@ def _check_reading(network: OnnxNetwork, points: Tensor, replay: Replay) -> None
         for point in points:
             ours, theirs = network.module(point[None])[0], replay(point)[0]
             difference = float((ours - theirs).abs().max())
-            if not difference <= READING * max(1.0, float(theirs.abs().max())):
+            if not difference <= READING_TOLERANCE * max(1.0, float(theirs.abs().max())):
                 raise InputError(
                     f"network: found outputs that differ from onnxruntime's by {difference:.3g} at a point of the box; "
-                    f"accepted: {READING:g} of their size, whatever float32 rounds"
+                    f"accepted: {READING_TOLERANCE:g} of their size, whatever float32 rounds"
                 )
 
 
@@ -206,11 +206,11 @@ def present(path: str | Path) -> Path:
     return zipped if zipped.exists() and not plain.exists() else plain
 
 
-def _search(
+def _verdicts_of(
     network: OnnxNetwork,
     property: Property,
     numbers: list[int],
-    judge: _Exact,
+    judge: _ExactJudge,
     deadline: float,
     arithmetic: Arithmetic,
 ) -> list[Verdict]:
@@ -220,7 +220,7 @@ def _search(
     stages: list[Stage] = []
     while numbers and (left := deadline - now()) > 0:
         problem = _problem(network, [property.cases[number] for number in numbers], numbers)
-        stages = [_last(problem, judge, left)] if stages else _stages(problem, judge, left)
+        stages = [_last_stage(problem, judge, left)] if stages else _stages(problem, judge, left)
         verdicts = run_cascade(problem, stages, Limits(left, deadline), arithmetic=arithmetic)
         found |= {verdict.index: verdict for verdict in verdicts}
         numbers = [verdict.index for verdict in verdicts if verdict.status == "timeout"]
@@ -236,7 +236,7 @@ class _Refuted(Portable, Exception):
 
 
 @dataclass(frozen=True)
-class _Exact(Judge):
+class _ExactJudge(Judge):
     """Within the ends as they were read, and unsafe in float64 arithmetic on the outputs of each of onnxruntime's runs.
 
     A box's float32 ends lie outside those that were read, by a rounding: a point there is moved inside, and onnxruntime
@@ -273,7 +273,7 @@ class _Exact(Judge):
             self.disputed.append(point)
 
 
-def _alike(cases: Sequence[Case], most: int) -> Iterator[list[int]]:
+def _grouped_by_clauses(cases: Sequence[Case], most: int) -> Iterator[list[int]]:
     """The cases' numbers, those of the same clauses together, so many at a time."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, case in enumerate(cases):
@@ -298,12 +298,12 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
 def _stages(problem: Problem, judge: Judge, seconds: float) -> list[Stage]:
     stages: list[Stage] = [
         IbpStage(), CrownIbpStage(),
-        FalsifyStage(seconds=FALSIFYING * seconds, judge=judge), CrownStage(),
+        FalsifyStage(seconds=FALSIFYING_SHARE * seconds, judge=judge), CrownStage(),
     ]  # fmt: skip
     if not few_inputs(problem):
         stages += [AlphaStage(judge=judge)]
-    return [*stages, _last(problem, judge, seconds)]
+    return [*stages, _last_stage(problem, judge, seconds)]
 
 
-def _last(problem: Problem, judge: Judge, seconds: float) -> Stage:
+def _last_stage(problem: Problem, judge: Judge, seconds: float) -> Stage:
     return InputSplitStage(seconds, judge) if few_inputs(problem) else BabStage(Search(), seconds, judge)

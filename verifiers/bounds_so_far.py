@@ -14,7 +14,7 @@ from .problem import Problem, Specification
 
 
 @dataclass(frozen=True)
-class Known:
+class BoundsSoFar:
     """Facts about B problems of one network.
 
     Args:
@@ -29,10 +29,10 @@ class Known:
     bounds: dict[int, Bounds]
     alphas: Tensor | None = None
 
-    def subset(self, index: Tensor) -> Known:
+    def subset(self, index: Tensor) -> BoundsSoFar:
         bounds = {place: Bounds(found.lower[index], found.upper[index]) for place, found in self.bounds.items()}
         alphas = None if self.alphas is None else self.alphas[index]
-        return Known(self.network, self.rows[index], bounds, alphas)
+        return BoundsSoFar(self.network, self.rows[index], bounds, alphas)
 
     def region_of(self, problem: Problem) -> Region:
         """The problems' regions in the precision that bounds are computed in."""
@@ -42,10 +42,10 @@ class Known:
         """Rows and offsets in that precision."""
         return specification.rows.to(self.rows.dtype), specification.offsets.to(self.rows.dtype)
 
-    def with_rows(self, rows: Tensor) -> Known:
+    def with_rows(self, rows: Tensor) -> BoundsSoFar:
         """With further lower bounds of the rows: the better ones are kept. One that is not finite proves nothing."""
         return replace(self, rows=torch.maximum(self.rows, finite(rows).to(self.rows.dtype)))
 
-    def with_bounds(self, bounds: dict[int, Bounds]) -> Known:
+    def with_bounds(self, bounds: dict[int, Bounds]) -> BoundsSoFar:
         merged = {place: self.bounds[place].intersect(b) if self.bounds else b for place, b in bounds.items()}
         return replace(self, bounds=merged)

@@ -18,14 +18,14 @@ def rounding(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Seen:
+class SampledOutputs:
     """Points (P, B, *shape) of B boxes, and the model's logits (P, B, K) at them."""
 
     points: Tensor
     logits: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, hull: Interval) -> Seen:
+    def of(cls, model: nn.Module, hull: Interval) -> SampledOutputs:
         """At the centre, both ends, and ``MIXED`` points each at corners and inside."""
         generator = torch.Generator().manual_seed(0)
         share = torch.rand((2 * MIXED, *hull.center.shape), generator=generator, dtype=hull.center.dtype)
@@ -35,7 +35,7 @@ class Seen:
         points = torch.cat([torch.stack([hull.center, hull.lower, hull.upper]), between])
         return cls(points, torch.stack([model(point) for point in points]))
 
-    def further(self, model: nn.Module, hull: Interval, rows: Tensor, found: Tensor) -> Seen:
+    def further(self, model: nn.Module, hull: Interval, rows: Tensor, found: Tensor) -> SampledOutputs:
         """One corner more for each box: against the gradient of the row that is nearest to its bound, at its best."""
         values = self.values(rows)
         batch = torch.arange(len(found), device=found.device)
@@ -47,7 +47,7 @@ class Seen:
             return self
         (slope,) = torch.autograd.grad(value, start)
         corner = torch.where(slope > 0, hull.lower, torch.where(slope < 0, hull.upper, start.detach()))
-        return Seen(torch.cat([self.points, corner[None]]), torch.cat([self.logits, model(corner)[None]]))
+        return SampledOutputs(torch.cat([self.points, corner[None]]), torch.cat([self.logits, model(corner)[None]]))
 
     def values(self, rows: Tensor) -> Tensor:
         """(P, B, R) of the rows (B, R, K)."""
