@@ -1,4 +1,4 @@
-"""What earlier stages have learned about a batch of problems, handed from stage to stage."""
+"""Bounds that earlier stages computed for a batch of problems, handed from stage to stage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .problem import Problem, Specification
 
 @dataclass(frozen=True)
 class BoundsSoFar:
-    """Facts about B problems of one network.
+    """The best bounds so far for B problems on one network.
 
     Args:
-        network: its folded form, in the precision that bounds are computed in.
-        rows: (B, R) the best lower bounds of the specification's rows so far, offsets included.
-        bounds: of every non-linear operation's input, by its position; empty before a stage computed them.
-        alphas: (B, R, N) slopes that a stage found good; None before.
+        network: the folded network, in the precision that bounds are computed in.
+        rows: (B, R) lower bounds of the specification's rows, offsets included.
+        bounds: bounds of the input of every non-linear operation, by its position; empty until a stage computes them.
+        alphas: (B, R, N) slopes of the lower lines, to start from; None until a stage optimises them.
     """
 
     network: Network
@@ -30,7 +30,7 @@ class BoundsSoFar:
     alphas: Tensor | None = None
 
     def subset(self, index: Tensor) -> BoundsSoFar:
-        bounds = {place: Bounds(found.lower[index], found.upper[index]) for place, found in self.bounds.items()}
+        bounds = {place: Bounds(ends.lower[index], ends.upper[index]) for place, ends in self.bounds.items()}
         alphas = None if self.alphas is None else self.alphas[index]
         return BoundsSoFar(self.network, self.rows[index], bounds, alphas)
 
@@ -39,13 +39,15 @@ class BoundsSoFar:
         return problem.region.to(self.rows.dtype)
 
     def rows_of(self, specification: Specification) -> tuple[Tensor, Tensor]:
-        """Rows and offsets in that precision."""
+        """The specification's rows and offsets, in the precision that bounds are computed in."""
         return specification.rows.to(self.rows.dtype), specification.offsets.to(self.rows.dtype)
 
     def with_rows(self, rows: Tensor) -> BoundsSoFar:
-        """With further lower bounds of the rows: the better ones are kept. One that is not finite proves nothing."""
+        """Merge further lower bounds (B, R) of the rows: the larger ones are kept; values that are not finite are
+        ignored."""
         return replace(self, rows=torch.maximum(self.rows, finite(rows).to(self.rows.dtype)))
 
     def with_bounds(self, bounds: dict[int, Bounds]) -> BoundsSoFar:
+        """Intersect with further bounds of the non-linear operations' inputs."""
         merged = {place: self.bounds[place].intersect(b) if self.bounds else b for place, b in bounds.items()}
         return replace(self, bounds=merged)
