@@ -265,13 +265,13 @@ class Abcrown:
                             return last
                     if late := line is None and time.monotonic() >= since + limit:
                         break
-        what = f"no end after {limit:g} s" if late else exit_reason(process.returncode, log)
+        ending = f"no end after {limit:g} s" if late else exit_reason(process.returncode, log)
         if current is None:
-            found = f"that α-β-CROWN does not get to its first property ({what}; see {log})"
+            found = f"that α-β-CROWN does not get to its first property ({ending}; see {log})"
             accepted = "an installation that passes --check-abcrown, a network that it loads"
             raise InputError(f"{self.home}: found {found}; accepted: {accepted}")
         status, seconds = "timeout" if late else "error", time.monotonic() - since
-        yield (last := AbcrownAnswer(first + place, paths[place], status, seconds, None, f"{what}, see {log}", log))
+        yield (last := AbcrownAnswer(first + place, paths[place], status, seconds, None, f"{ending}, see {log}", log))
         return last
 
 

@@ -207,7 +207,7 @@ def _construction(
     except Exception as error:  # onnxruntime's exceptions have no common base class
         message = " ".join(str(error).split())
         raise InputError(
-            f"{path}: found what onnxruntime refuses: {message}; accepted: a model that it runs"
+            f"{path}: found a model that onnxruntime refuses: {message}; accepted: a model that it runs"
         ) from error
     computed = {output for node in nodes for output in node.output}
     shapes = {read: array.shape for read, array in arrays.items() if read in computed}

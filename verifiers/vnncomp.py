@@ -199,7 +199,7 @@ def _check_reading(network: OnnxNetwork, points: Tensor, replay: Replay) -> None
             if not difference <= READING_TOLERANCE * max(1.0, float(theirs.abs().max())):
                 raise InputError(
                     f"network: found outputs that differ from onnxruntime's by {difference:.3g} at a point of the box; "
-                    f"accepted: {READING_TOLERANCE:g} of their size, whatever float32 rounds"
+                    f"accepted: at most {READING_TOLERANCE:g} of their size, as float32 rounding gives"
                 )
 
 
