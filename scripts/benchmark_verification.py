@@ -43,8 +43,8 @@ from certtrain.models import Cnn7, PreActResNet, initialise_for_ibp
 from certtrain.run_folder import write_atomically
 from certtrain.streams import lasting_streams
 from certtrain.verifiers import Certify, Specification, certify
+from certtrain.verifiers.bounds_so_far import BoundsSoFar
 from certtrain.verifiers.cascade import robustness
-from certtrain.verifiers.known import Known
 from certtrain.verifiers.vnncomp import answer
 from certtrain.verifiers.vnnlib import write_property
 from certtrain.workflows.run import load_model
@@ -141,7 +141,7 @@ def _stream(rounds: int) -> dict:
     def ours() -> None:
         for part in parts:
             problem = robustness(model, images[part], labels[part], part, 10, LinfBall(0.01))
-            stage(problem, Known(network, torch.full((len(part), 9), -torch.inf), {}))
+            stage(problem, BoundsSoFar(network, torch.full((len(part), 9), -torch.inf), {}))
 
     def plain() -> None:
         for part in parts:

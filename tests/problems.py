@@ -6,7 +6,7 @@ from torch import nn
 from certtrain.bounds import LinfBall
 from certtrain.bounds.folding import fold
 from certtrain.verifiers import Finding, Problem, Specification, Stage
-from certtrain.verifiers.known import Known
+from certtrain.verifiers.bounds_so_far import BoundsSoFar
 
 
 def linear_model(weight, bias=None, dtype=torch.float32) -> nn.Module:
@@ -45,13 +45,13 @@ def mostly_right(model, images) -> torch.Tensor:
     return labels
 
 
-def unknown(problem: Problem, network=None) -> Known:
+def unknown(problem: Problem, network=None) -> BoundsSoFar:
     """What is known before the first stage. ``network``: the folded one, if it was made already."""
     rows = problem.region.images.new_full(problem.specification.rows.shape[:2], -torch.inf)
-    return Known(network or fold(problem.network, problem.region.images.shape[1:]), rows, {})
+    return BoundsSoFar(network or fold(problem.network, problem.region.images.shape[1:]), rows, {})
 
 
-def alone(stage: Stage, problem: Problem, known: Known | None = None) -> Finding:
+def alone(stage: Stage, problem: Problem, known: BoundsSoFar | None = None) -> Finding:
     """A stage's finding, if it is the first."""
     with torch.no_grad():
         return stage(problem, known or unknown(problem))

@@ -16,7 +16,7 @@ import yaml
 
 from certtrain.errors import InputError
 from certtrain.verifiers import abcrown
-from certtrain.verifiers.abcrown import HOME, PYTHON, Abcrown, Result, configuration, parse
+from certtrain.verifiers.abcrown import HOME, PYTHON, Abcrown, ResultLine, configuration, parse
 
 FAKE = '''
 import csv, json, os, pickle, signal, subprocess, sys, time
@@ -299,8 +299,8 @@ def test_nothing_is_asked(setting):
 def test_parsing_what_the_real_one_prints():
     said = [parse(line) for line in REAL.splitlines()]
     assert [item for item in said if item is not None] == [
-        0, Result("safe-incomplete", True, 1.9293), 1, Result("unknown", False, 25.5733), 2,
-        Result("unsafe-pgd", False, 3.5906),
+        0, ResultLine("safe-incomplete", True, 1.9293), 1, ResultLine("unknown", False, 25.5733), 2,
+        ResultLine("unsafe-pgd", False, 3.5906),
     ]  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def test_parsing_what_the_real_one_prints():
 )
 def test_status_words(line, status):
     result = parse(line)
-    assert isinstance(result, Result) and result.status(60.0) == status
+    assert isinstance(result, ResultLine) and result.status(60.0) == status
 
 
 @pytest.mark.parametrize("line", ["", "Result: safe", "Result:  in 1 seconds", "verified_status unsafe-pgd", "idx: 3"])
@@ -332,11 +332,11 @@ def test_noise_is_no_result(line):
 def test_how_it_ended(tmp_path):
     log = tmp_path / "log"
     log.write_text(REAL)
-    assert abcrown.how_it_ended(1, log) == "AssertionError: failed parsing line: (assert (<="
-    assert abcrown.how_it_ended(0, log) == "ended without a result, exit code 0"
-    assert abcrown.how_it_ended(-9, log) == "ended by SIGKILL"
+    assert abcrown.exit_reason(1, log) == "AssertionError: failed parsing line: (assert (<="
+    assert abcrown.exit_reason(0, log) == "ended without a result, exit code 0"
+    assert abcrown.exit_reason(-9, log) == "ended by SIGKILL"
     log.write_bytes(b"\xff\xfe no traceback")
-    assert abcrown.how_it_ended(2, log) == "ended without a result, exit code 2"
+    assert abcrown.exit_reason(2, log) == "ended without a result, exit code 2"
 
 
 @pytest.mark.parametrize(

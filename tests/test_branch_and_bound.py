@@ -391,14 +391,14 @@ class TestEdges:
 class TestLeaves:
     def calls(self, monkeypatch) -> list[float]:
         """The bounds of the leaves that are solved."""
-        bounds, solve = [], neuron_split.ProgramLeaf.solve
+        bounds, solve = [], neuron_split.LinearProgramSolver.solve
 
         def counted(self, *arguments):
             solved = solve(self, *arguments)
             bounds.extend(solved.bound.tolist())
             return solved
 
-        monkeypatch.setattr(neuron_split.ProgramLeaf, "solve", counted)
+        monkeypatch.setattr(neuron_split.LinearProgramSolver, "solve", counted)
         return bounds
 
     def test_leaves_prove_what_bounds_could_not(self, monkeypatch):

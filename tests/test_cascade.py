@@ -13,7 +13,7 @@ from certtrain.errors import InputError
 from certtrain.noise import Noise
 from certtrain.step import Batch, Step
 from certtrain.verifiers import Certify, Finding, Problem, Stage, Verdict, certify, run_cascade
-from certtrain.verifiers.known import Known
+from certtrain.verifiers.bounds_so_far import BoundsSoFar
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recording(Stage):
     bound: float | None = None
     seen: list[int] = field(default_factory=list)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         self.seen.extend(problem.index.tolist())
         statuses = [self.status if int(i) in self.indices else None for i in problem.index]
         bound = None if self.bound is None else torch.full((len(problem),), self.bound)

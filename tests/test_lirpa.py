@@ -26,7 +26,7 @@ from certtrain.bounds.rounding import REAL
 from certtrain.errors import InputError
 from certtrain.models.base import Normalise
 from certtrain.verifiers import CleanStage, CrownStage, Problem, Specification, run_cascade
-from certtrain.verifiers.known import Known
+from certtrain.verifiers.bounds_so_far import BoundsSoFar
 from certtrain.verifiers.limits import within_memory
 from certtrain.verifiers.lirpa import INSTALL, METHODS, LirpaStage, lirpa_bounds, lirpa_rows, require
 
@@ -394,7 +394,7 @@ class TestAsking:
 
     def test_it_needs_no_folded_network(self, stand_in):
         stand_in.answer = exact
-        known = Known(SimpleNamespace(rounding=None), torch.full((2, 2), -torch.inf), {})
+        known = BoundsSoFar(SimpleNamespace(rounding=None), torch.full((2, 2), -torch.inf), {})
         assert alone(LirpaStage(), linear_problem(), known).statuses == ["verified"] * 2
 
     def test_nothing_is_said(self, stand_in, capfd):
@@ -512,7 +512,7 @@ class TestBounds:
 
     @pytest.mark.parametrize("name", ["convolutions", "max pool", "attention", "tanh"])
     def test_slopes_climb(self, name):
-        """With plain torch 2.15, those of ReLUs do not (see ``_Translated``)."""
+        """With plain torch 2.15, those of ReLUs do not (see ``_TorchSubstitutes``)."""
         model, region = network(name), region_of(epsilon=0.3)
         crown, still, alpha = (
             lirpa_bounds(model, region, method, steps=steps)
@@ -656,7 +656,7 @@ class TestStage:
         specification = Specification(rows, 0.05 - values, torch.tensor([0, 1]))  # holds on the images, by 0.05
         for epsilon, holds in ((1e-3, True), (0.3, False)):
             problem = Problem(model, LinfBall(epsilon).region(images), specification, torch.arange(3))
-            known = Known(SimpleNamespace(rounding=None), torch.full((3, 2), -torch.inf), {})
+            known = BoundsSoFar(SimpleNamespace(rounding=None), torch.full((3, 2), -torch.inf), {})
             assert decided(alone(LirpaStage(), problem, known)) == [holds] * 3
 
     def test_interval_hulls_are_supersets(self):

@@ -12,7 +12,7 @@ from torch import nn
 
 from certtrain.bounds import Box
 from certtrain.errors import InputError
-from certtrain.verifiers.lirpa import METHODS, PATCHES, RIGHT, _Translated, lirpa_rows, require
+from certtrain.verifiers.lirpa import METHODS, PATCHES, RIGHT, _TorchSubstitutes, lirpa_rows, require
 
 VECTOR, IMAGE, CHANNELS, SEQUENCE = (4,), (1, 3, 3), (2, 2, 2), (2, 4)
 KERNEL = torch.tensor([[[[1.0, -2.0], [0.5, -0.3]]]])
@@ -358,7 +358,7 @@ def test_every_operation_of_the_list_is_tried(auto_lirpa):
             model = network(make, shape, mode, sign, torch.float32)
             images = boxes(shape, sign, torch.float32).images
             try:
-                with _Translated():
+                with _TorchSubstitutes():
                     nodes = auto_lirpa.BoundedModule(model, images, bound_opts={"conv_mode": "matrix"}).nodes()
             except Exception:
                 continue

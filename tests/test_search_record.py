@@ -18,17 +18,17 @@ from certtrain.bounds.crown import backward, crown_bounds, relax_all
 from certtrain.bounds.folding import fold
 from certtrain.bounds.sparse_part import SparsePart
 from certtrain.verifiers import Judge, Problem, Search, Specification
+from certtrain.verifiers.bounds_so_far import BoundsSoFar
 from certtrain.verifiers.box_bounds import BoxBounds
 from certtrain.verifiers.engine import Outcome
 from certtrain.verifiers.input_split import split_inputs
-from certtrain.verifiers.known import Known
 from certtrain.verifiers.lp import leaf_program
 from certtrain.verifiers.neuron_split import split_neurons
 from certtrain.verifiers.optimise import Neurons, Subproblems, maximise
 from certtrain.verifiers.problem import rows_of_clauses
 from certtrain.verifiers.search_record import (
     Concretised,
-    Contradiction,
+    CrossedBounds,
     Multipliers,
     RecordedSubproblem,
     Relaxed,
@@ -97,7 +97,7 @@ def planted_twin(seed: int, kind: str) -> Problem:
     )
 
 
-def searched(problem: Problem, search: Search, record: SearchRecord | None, **limits) -> tuple[Outcome, Known]:
+def searched(problem: Problem, search: Search, record: SearchRecord | None, **limits) -> tuple[Outcome, BoundsSoFar]:
     network = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64)
     known = unknown(problem, network)
     known = known.with_bounds(crown_bounds(network, known.region_of(problem)))
@@ -237,7 +237,7 @@ class Again:
         """Of the last on the path; with other slopes and multipliers than the recorded ones where ``draw`` is given."""
         one, (signs, lower, upper) = path[-1], self.subproblem(path)
         proof = one.proof
-        if isinstance(proof, Contradiction):
+        if isinstance(proof, CrossedBounds):
             return math.inf if lower[proof.neuron] > upper[proof.neuron] else -math.inf
         assert isinstance(proof, Relaxed | Multipliers)
         neurons = proof.neurons.numpy()
@@ -250,7 +250,7 @@ class Again:
             if draw is not None:
                 slopes, betas = draw.random(len(slopes)), draw.exponential(size=len(slopes))
             assert (betas >= 0).all() and self.clauses[proof.row] == one.goal
-            return self.plain.relaxed(
+            return self.plain.nonlinear_at(
                 self.rows[proof.row], self.offsets[proof.row], lower, upper, slopes, betas, signs
             )  # fmt: skip
         members, weights, constraints = self.clauses == one.goal, proof.rows.numpy(), proof.constraints.numpy()
@@ -384,7 +384,7 @@ def least_margin(problem: Problem, number: int) -> float:
     return float(exact.values.min())
 
 
-def by_crown(problem: Problem, known: Known, number: int, path: list[RecordedSubproblem]) -> float:
+def by_crown(problem: Problem, known: BoundsSoFar, number: int, path: list[RecordedSubproblem]) -> float:
     network, neurons, at = known.network, Neurons.of(known.network), torch.tensor([number])
     region, bounds = problem.region.take(at), known.subset(at).bounds
     lower, upper = neurons.ends(bounds, known.rows[at])
@@ -398,7 +398,7 @@ def by_crown(problem: Problem, known: Known, number: int, path: list[RecordedSub
             bounds = crown_bounds(network, region, {k: Bounds(lows[k], ups[k]) for k in lows})
             lower, upper = neurons.ends(bounds, known.rows[at])
     proof = path[-1].proof
-    if isinstance(proof, Contradiction):
+    if isinstance(proof, CrossedBounds):
         return math.inf if lower[0, proof.neuron] > upper[0, proof.neuron] else -math.inf
     rows, offsets = known.rows_of(problem.specification)
     upper = torch.maximum(lower, upper)
@@ -512,7 +512,7 @@ def allowed(one: RecordedSubproblem, changed: tuple[int, ...]) -> bool:
     return set(changed) <= free | possible and len(set(changed) & possible) <= one.decision.budget
 
 
-def bound_of_units(problem: Problem, known: Known, leaf: RecordedSubproblem) -> float:
+def bound_of_units(problem: Problem, known: BoundsSoFar, leaf: RecordedSubproblem) -> float:
     free, possible = torch.zeros(1, 9, dtype=torch.bool), torch.ones(1, 9, dtype=torch.bool)
     budget = torch.tensor([int(problem.region.ball.k)])
     if leaf.decision is not None:

@@ -314,7 +314,9 @@ class TestTime:
 
         original = InputSplitStage.__call__
         monkeypatch.setattr(InputSplitStage, "__call__", call)
-        monkeypatch.setattr(vnncomp, "_stages", lambda problem, judge, left: [vnncomp._last(problem, judge, left)])
+        monkeypatch.setattr(
+            vnncomp, "_stages", lambda problem, judge, left: [vnncomp._last_stage(problem, judge, left)]
+        )
         parts = " ".join(f"(and {box((f'{n}.0', f'{n}.5'))} (<= Y_0 -1.0))" for n in range(10))
         assert ask(f"(or {parts})")[0].word == "holds"
         assert [count for count, _ in shares] == [10, 1]
@@ -467,7 +469,7 @@ class TestInstances:
     @pytest.mark.parametrize("half", ["", "beginning", "all but the newline"])
     def test_a_run_that_was_killed_goes_on(self, folder, kept, half, monkeypatch):
         answered = []
-        monkeypatch.setattr(instances, "_answered", lambda reader, folder, instance, *rest: (
+        monkeypatch.setattr(instances, "_answer_instance", lambda reader, folder, instance, *rest: (
             answered.append(instance), (Answer("holds", 1.0, "nearest"), None))[1])  # fmt: skip
         run_instances(folder / "instances.csv", folder / "whole.csv")
         lines = (folder / "whole.csv").read_text().splitlines(keepends=True)
@@ -513,7 +515,7 @@ class TestInstances:
 
     def test_times(self, folder, monkeypatch):
         limits = []
-        monkeypatch.setattr(instances, "_answered", lambda reader, folder, instance, limit, arithmetic: (
+        monkeypatch.setattr(instances, "_answer_instance", lambda reader, folder, instance, limit, arithmetic: (
             limits.append((limit, arithmetic)), (Answer("holds", 1.0, "nearest"), None))[1])  # fmt: skip
         run_instances(folder / "instances.csv", folder / "out.csv", timeout=5.0, arithmetic="real")
         assert limits == [(0.05 if status == "timeout" else 5.0, "real") for _, _, status in ROWS]

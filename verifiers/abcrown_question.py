@@ -1,4 +1,4 @@
-"""Images that α-β-CROWN is asked about, its answers in the form of our own verdicts."""
+"""The ledger's question for α-β-CROWN, whose answers become verdicts in our form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from ..bounds import PerturbationSet
 from ..data import Split
 from ..ledger import Line, Report
-from .abcrown import Abcrown, Answer, configuration
+from .abcrown import Abcrown, AbcrownAnswer, configuration
 from .problem import Specification, Status
 from .records import VerdictQuestion
 from .stage import Replay, holds
@@ -28,13 +28,14 @@ ARITHMETIC = "nearest float32"
 
 @dataclass(frozen=True)
 class AbcrownQuestion(VerdictQuestion):
-    """Is each image of a split safe on the whole ball around it? α-β-CROWN answers, on the exported network.
+    """The question whether each image of a split is safe on the whole ball around it, for α-β-CROWN on the exported
+    network.
 
     Args:
-        network: ONNX; replay: that network in onnxruntime, which every counterexample has to fool.
-        timeout: seconds for an image; device: cpu or cuda, of its process.
-        logs: a folder for what it prints.
-        rests_on: what else the verdicts rest on; ``weights`` is the network's checksum.
+        network: ONNX file; replay: runs of that network in onnxruntime, in which every counterexample must be wrong.
+        timeout: seconds for an image; device: cpu or cuda, for its process.
+        logs: folder for its output.
+        rests_on: further entries of the basis; ``weights`` is the network's checksum.
     """
 
     abcrown: Abcrown
@@ -83,12 +84,12 @@ class AbcrownQuestion(VerdictQuestion):
                     if time.perf_counter() >= deadline:
                         return
 
-    def _record(self, number: int, answer: Answer) -> dict[str, Any]:
+    def _record(self, number: int, answer: AbcrownAnswer) -> dict[str, Any]:
         image, label = self.split.pixels(torch.tensor([number]))[0], int(self.split.labels[number])
         prediction = int(self.replay(image)[0].argmax())
         fooled = self._fools(number, image, answer)
         status: Status = answer.status
-        if status != "verified" and fooled:  # a counterexample that comes late is one as well
+        if status != "verified" and fooled:  # a late counterexample counts too
             status = "falsified" if prediction == label else "misclassified"
         elif status == "falsified":
             status = "unknown"
@@ -101,8 +102,8 @@ class AbcrownQuestion(VerdictQuestion):
             "spent": {VERIFIER: answer.seconds}, "said": answer.said,
         }  # fmt: skip
 
-    def _fools(self, number: int, image: torch.Tensor, answer: Answer) -> bool:
-        """Whether its counterexample, moved into the ball, is one. It tolerates points that are 1e-4 outside."""
+    def _fools(self, number: int, image: torch.Tensor, answer: AbcrownAnswer) -> bool:
+        """Whether its counterexample, projected onto the ball, replays. It tolerates points that are 1e-4 outside."""
         if answer.counterexample is None:
             return False
         point = self.ball.project(image[None], answer.counterexample.reshape(1, *image.shape))[0]

@@ -1,4 +1,4 @@
-"""Bounds of a specification over many small boxes of few inputs, as cheaply as each box allows."""
+"""Bounds of a specification over many small boxes of few inputs, each by the cheapest method that may suffice."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from ..bounds.network import Network
 from .optimise import finite, with_offsets
 
 AFFORDABLE = 30
-"""Backward passes for open neurons are made where these are at most so many for each input that varies: on ACAS Xu
-they are worth it long before, on networks of thousands of neurons and two inputs forward bounds are a hundred times
-cheaper."""
+"""Most unstable neurons, for each input that varies, with which backward passes are made. On ACAS Xu they pay well
+below this; on networks of thousands of neurons and two inputs forward bounds are a hundred times cheaper."""
 
 WEIGHINGS = 20
-"""Steps for the weights of a clause's rows."""
+"""Number of steps that optimise the weights of a clause's rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClauseBounds:
-    """``clauses`` (P, C) lower bounds of each clause's largest row over P boxes; ``forms`` (P, C, *shape) of the inputs
-    that gave them; ``weights`` (P, C, G) of the rows in each, which add up to 1."""
+    """Lower bounds of each clause's largest row over P boxes.
+
+    Args:
+        clauses: (P, C) the bounds.
+        forms: (P, C, *shape) linear forms of the input whose minima they are, constants left out.
+        weights: (P, C, G) weights of the clause's rows in the forms, which add up to 1.
+    """
 
     clauses: Tensor
     forms: Tensor
@@ -34,11 +38,12 @@ class ClauseBounds:
 
 @dataclass(frozen=True)
 class BoxBounds:
-    """Bounds of linear forms ``rows`` (B, R, K), plus ``offsets`` (B, R), of the logits of B problems.
+    """Bounds the clauses of B problems over boxes within their sets.
 
     Args:
-        members: (C, G), the rows of each clause.
-        outer: bounds of every non-linear operation's input over each problem's whole set; may be empty.
+        rows: (B, R, K) linear forms of the logits; offsets: (B, R), added to them.
+        members: (C, G) int64, the row numbers of each clause.
+        outer: bounds of every non-linear operation's input over each problem's whole set, by position; may be empty.
     """
 
     network: Network
@@ -48,27 +53,27 @@ class BoxBounds:
     outer: dict[int, Bounds]
 
     def __call__(self, region: Region, image: Tensor) -> ClauseBounds:
-        """Bounds over P boxes within the sets of the problems ``image`` (P,)."""
-        outer = {place: Bounds(found.lower[image], found.upper[image]) for place, found in self.outer.items()}
-        if self.network.rounding is not None:  # forward lines know nothing of it
+        """Bounds over P boxes ``region`` within the sets of the problems ``image`` (P,)."""
+        outer = {place: Bounds(ends.lower[image], ends.upper[image]) for place, ends in self.outer.items()}
+        if self.network.rounding is not None:  # forward bounds do not cover rounding
             return self._clauses(region, image, crown_bounds(self.network, region, outer))
         bounds = forward_bounds(self.network, region, outer)
-        found = self._clauses(region, image, bounds)
-        again = ~(found.clauses > 0).all(1) & self._affordable(region, bounds)
+        by_forward = self._clauses(region, image, bounds)
+        again = ~(by_forward.clauses > 0).all(1) & self._affordable(region, bounds)
         if not again.any():
-            return found
-        some = {place: Bounds(of.lower[again], of.upper[again]) for place, of in bounds.items()}
+            return by_forward
+        some = {place: Bounds(ends.lower[again], ends.upper[again]) for place, ends in bounds.items()}
         some = crown_bounds(self.network, region.take(again), some)
-        steeper = self._clauses(region.take(again), image[again], some)
-        better = steeper.clauses > found.clauses[again]
-        clauses, forms, weights = found.clauses.clone(), found.forms.clone(), found.weights.clone()
-        clauses[again] = torch.where(better, steeper.clauses, clauses[again])
-        weights[again] = torch.where(better.unsqueeze(-1), steeper.weights, weights[again])
-        forms[again] = steeper.forms
+        by_crown = self._clauses(region.take(again), image[again], some)
+        better = by_crown.clauses > by_forward.clauses[again]
+        clauses, forms, weights = by_forward.clauses.clone(), by_forward.forms.clone(), by_forward.weights.clone()
+        clauses[again] = torch.where(better, by_crown.clauses, clauses[again])
+        weights[again] = torch.where(better.unsqueeze(-1), by_crown.weights, weights[again])
+        forms[again] = by_crown.forms
         return ClauseBounds(clauses, forms, weights)
 
     def _affordable(self, region: Region, bounds: dict[int, Bounds]) -> Tensor:
-        """(P,) whether backward passes for all open neurons, but those of the first layer, may be made."""
+        """(P,) bool, the boxes with few enough unstable neurons behind the first layer for backward passes."""
         wide = (region.hull.radius > 0).flatten(1).sum(1)
         later = sorted(bounds)[1:]
         count = sum(((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1) for place in later)
@@ -82,32 +87,33 @@ class BoxBounds:
         values = finite(with_offsets(self.network, linear.lower(region), self.offsets[image]))
         best, row = values[:, self.members].max(-1)
         forms = linear.forms[:, self.members]  # (P, C, G, *shape)
-        alone = (torch.arange(self.members.shape[1], device=row.device) == row.unsqueeze(-1)).to(best.dtype)
-        found = ClauseBounds(best, _picked(forms, row), alone)
+        own_row = (torch.arange(self.members.shape[1], device=row.device) == row.unsqueeze(-1)).to(best.dtype)
+        single = ClauseBounds(best, _picked(forms, row), own_row)
         if self.members.shape[1] > 1 and linear.slack is None:  # a mean's own rounding is not in the slack
-            return self._weighed(region, linear, forms, self.offsets[image], found)
-        return found
+            return self._weighed(region, linear, forms, self.offsets[image], single)
+        return single
 
     def _weighed(
-        self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, alone: ClauseBounds
+        self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, single: ClauseBounds
     ) -> ClauseBounds:
-        """With the better bound that a weighted mean of a clause's rows may have."""
+        """Replace bounds by single rows with those of a weighted mean of the clause's rows where these are higher."""
         constants = (linear.constants + offsets)[:, self.members]
-        weights, found = best_weights(region, forms, constants)
+        weights, bounds = best_weights(region, forms, constants)
         mean = (weights.reshape(*weights.shape, *[1] * (forms.ndim - 3)) * forms).sum(2)
-        better = found > alone.clauses
+        better = bounds > single.clauses
         return ClauseBounds(
-            torch.where(better, found, alone.clauses),
-            torch.where(better.reshape(*better.shape, *[1] * (mean.ndim - 2)), mean, alone.forms),
-            torch.where(better.unsqueeze(-1), weights, alone.weights),
+            torch.where(better, bounds, single.clauses),
+            torch.where(better.reshape(*better.shape, *[1] * (mean.ndim - 2)), mean, single.forms),
+            torch.where(better.unsqueeze(-1), weights, single.weights),
         )
 
 
 def best_weights(region: Region, forms: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (P, C, G) of rows that lie above lines, forms (P, C, G, *shape) · x + constants (P, C, G), and the bound
-    (P, C) of their mean over boxes. The largest of the rows is above every weighted mean of them.
+    """(weights, bounds): weights (P, C, G) of a clause's rows, and the minimum (P, C) of the weighted mean over boxes.
 
-    Sought by multiplicative steps towards the rows that are largest where the mean is smallest.
+    Row g is bounded below by forms (P, C, G, *shape) · x + constants (P, C, G); the largest row is at least every
+    weighted mean. The weights are found by multiplicative updates towards the rows that are largest where the mean is
+    smallest; every iterate is a valid bound.
     """
     center, radius = (part.flatten(1)[:, None, None] for part in (region.hull.center, region.hull.radius))
     flat, weights = forms.flatten(3), torch.full_like(constants, 1 / constants.shape[-1])
@@ -115,15 +121,15 @@ def best_weights(region: Region, forms: Tensor, constants: Tensor) -> tuple[Tens
     for _ in range(WEIGHINGS):
         mean = (weights.unsqueeze(-1) * flat).sum(2, keepdim=True)
         rows = (flat * (center - radius * mean.sign())).sum(-1) + constants
-        found = finite((weights * rows).sum(-1))
-        better = found > best
-        best, kept = torch.where(better, found, best), torch.where(better.unsqueeze(-1), weights, kept)
+        bounds = finite((weights * rows).sum(-1))
+        better = bounds > best
+        best, kept = torch.where(better, bounds, best), torch.where(better.unsqueeze(-1), weights, kept)
         weights = weights * (rows / rows.abs().amax(-1, keepdim=True).clamp(min=1e-30)).exp()
         weights = weights / weights.sum(-1, keepdim=True)
     return kept, best
 
 
 def _picked(forms: Tensor, row: Tensor) -> Tensor:
-    """(P, C, *shape) of (P, C, G, *shape)."""
+    """(P, C, *shape): entry ``row`` (P, C) of each clause's forms (P, C, G, *shape)."""
     index = row.reshape(*row.shape, 1, *[1] * (forms.ndim - 3)).expand(-1, -1, 1, *forms.shape[3:])
     return forms.gather(2, index).squeeze(2)

@@ -1,7 +1,7 @@
-"""Which neuron to split: scores from a linear bound.
+"""Scores for the choice of the neuron to split, from a linear bound.
 
-The upper line of a ReLU costs a bound |coefficient| · intercept at most (BaBSR's leading term, arXiv 1909.06588); at
-the point where the bound is smallest it costs what the line differs from the function there.
+The upper line of a ReLU lowers a bound by at most |coefficient| · intercept (BaBSR's leading term, arXiv 1909.06588);
+at the bound's minimiser it lowers it by |coefficient| times the line's distance from the function there.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from ..bounds.network import Network
 from .optimise import Neurons, Optimised
 
 
-def minimiser(found: Optimised, region: Region, row: Tensor) -> Tensor:
-    """(D, *shape): where the linear bound of one row of each is smallest over the region's hull."""
+def minimiser(optimised: Optimised, region: Region, row: Tensor) -> Tensor:
+    """(D, *shape) points of the region's hull where the linear bound of row number ``row`` (D,) is smallest."""
     hull = region.hull
-    chosen = found.bound.forms[torch.arange(len(row), device=row.device), row]
+    chosen = optimised.bound.forms[torch.arange(len(row), device=row.device), row]
     return torch.where(chosen > 0, hull.lower, torch.where(chosen < 0, hull.upper, hull.center))
 
 
-def scores(network: Network, found: Optimised, lower: Tensor, upper: Tensor, row: Tensor, point: Tensor) -> Tensor:
-    """(D, N) what each neuron's relaxation costs the bound: at the worst, and at the bound's own minimiser.
+def scores(network: Network, optimised: Optimised, lower: Tensor, upper: Tensor, row: Tensor, point: Tensor) -> Tensor:
+    """(D, N) score of each neuron: by how much its relaxation lowers the bound at most, plus at the bound's minimiser;
+    -inf for stable neurons.
 
     Args:
-        lower, upper: (D, N) bounds of the neurons' inputs; row: (D,) the row of each that is to be improved.
-        point: (D, *shape), its minimiser.
+        lower, upper: (D, N) bounds of the neurons' inputs.
+        row: (D,) the row of each subproblem whose bound is to be improved; point: (D, *shape), its minimiser.
     """
     neurons = Neurons.of(network)
     if not neurons.places:
         return lower
     each = torch.arange(len(row), device=row.device)
-    forms = torch.cat([found.seen[place][each, row].flatten(1) for place in neurons.places], -1)
+    forms = torch.cat([optimised.forms[place][each, row].flatten(1) for place in neurons.places], -1)
     values = network.values(point)
     inputs = torch.cat([values[network.operations[place].inputs[0]].flatten(1) for place in neurons.places], -1)
     outputs = torch.cat([values[place].flatten(1) for place in neurons.places], -1)
@@ -45,7 +46,7 @@ def scores(network: Network, found: Optimised, lower: Tensor, upper: Tensor, row
     intercept = (1 - kinks) * -lower * upper / width
     slope = (upper - kinks * lower) / width
     over = slope * inputs + intercept - outputs  # the upper line above the function, at the minimiser
-    alphas = found.alphas[each, row]
+    alphas = optimised.alphas[each, row]
     under = outputs - torch.where(unstable, alphas, 1.0) * inputs
     here = torch.where(forms < 0, -forms * over, forms * under.clamp(min=0))
     worst = -forms.clamp(max=0) * intercept

@@ -1,4 +1,4 @@
-"""The cascade: cheapest stage first, each batched over the images that are still open."""
+"""The cascade of stages: cheapest first, each batched over the images that are still open."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in, classes_of
 from ..precision import full_float32
 from ..typed import as_floats, as_ints
-from .known import Known
+from .bounds_so_far import BoundsSoFar
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
 from .settings import ROUNDINGS, Arithmetic, Certify
@@ -38,45 +38,45 @@ def run_cascade(
     watch: Callable[[str, int], object] = lambda stage, images: None,
     arithmetic: Arithmetic = "nearest",
 ) -> list[Verdict]:
-    """The verdicts of a batch of problems, in their order.
+    """Run the stages on a batch of problems; return their verdicts in the same order.
 
-    Each stage sees only what the earlier ones left open. A lower bound is the best that any stage found. Where a stage
-    runs out of memory its images go on in two halves; one that is alone and still too large is ``unknown``.
+    Each stage gets the problems that earlier ones left open. Lower bounds are the best of all stages. Where a stage
+    runs out of memory its images continue in two halves; a single image that is still too large is ``unknown``.
 
     Args:
-        limits: of time. A stage has what is left of an image's seconds for each of its images, and looks at the clock
-            within; what it knew by then is kept. A batch takes so many times an image's seconds at most.
-        watch: told each stage that begins, and the number of images that go through it.
-        arithmetic: in which proofs hold. Counterexamples are always those of the network as it runs.
+        limits: time limits. A stage has the rest of an image's seconds for each of its images and checks the clock
+            within; its results so far are kept. A batch takes at most its number of images times an image's seconds.
+        watch: called with each stage's name and the number of its images when it begins.
+        arithmetic: arithmetic in which proofs hold. Counterexamples are always those of the network as it runs.
     Raises:
-        InputError: a network or a perturbation set without bounds in this arithmetic; a network of other outputs than
-            the specification speaks of, or one that computes something else than was traced of it, or no function of
-            one image.
+        InputError: a network or a perturbation set without bounds in this arithmetic; a network whose outputs do not
+            fit the specification, whose trace computes something else, or which mixes the images of a batch.
     """
     images = problem.region.images
     if not any(stage.traces for stage in stages):
         problem = replace(problem, network=_runnable(problem.network))
     wait = partial(torch.cuda.synchronize, images.device) if images.is_cuda else None
-    with until(wait=wait):  # for the pace of the work, which later stages go by
-        run = _Run(problem, (limits or Limits()).of(len(problem)), watch)  # traces the network anew
+    with until(wait=wait):  # measures the pace of the work, by which later stages estimate times
+        run = _BatchProgress(problem, (limits or Limits()).of(len(problem)), watch)  # traces the network anew
         if len(problem):
             network, dtype = _folded(problem, arithmetic)
             rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
             everything = torch.arange(len(problem), device=problem.index.device)
-            run.go(everything, Known(network, rows, {}), _fitting(stages, problem))
+            run.go(everything, BoundsSoFar(network, rows, {}), _stages_for_region(stages, problem))
     precision = str(images.dtype).removeprefix("torch.")
     return run.verdicts(f"nearest {precision}" if arithmetic == "nearest" else arithmetic)
 
 
-def _fitting(stages: Sequence[Stage], problem: Problem) -> Sequence[Stage]:
-    """The stages that do their work over such a region; one whose place another stage holds already stays."""
+def _stages_for_region(stages: Sequence[Stage], problem: Problem) -> Sequence[Stage]:
+    """The stages to run over the problem's region (``Stage.fitting``); a stage stays where its stand-in is listed
+    itself."""
     names = {stage.name for stage in stages}
     fitting = [(stage, stage.fitting(problem)) for stage in stages]
     return [stage if other.name in names else other for stage, other in fitting]
 
 
 def _runnable(network: nn.Module) -> nn.Module:
-    """A network that cannot be traced, as a program that can only be run: no more is asked of it here."""
+    """The network, or, if it cannot be traced, a module of one opaque operation, which can be run but not bounded."""
     try:
         trace(network)
     except UnsupportedNode as why:
@@ -85,21 +85,25 @@ def _runnable(network: nn.Module) -> nn.Module:
 
 
 def _folded(problem: Problem, arithmetic: Arithmetic) -> tuple[Network, torch.dtype]:
-    """The network to be bounded, and the precision to do it in."""
+    """(network, dtype): the folded network, and the precision in which it is bounded."""
     images = problem.region.images
     if arithmetic == "nearest":
-        return _speaking_of(problem, fold(problem.network, images.shape[1:])), images.dtype
+        return _checked_outputs(problem, fold(problem.network, images.shape[1:])), images.dtype
     if not problem.region.is_box or images.dtype != torch.float32:
         found = f"{problem.region.kind} and {images.dtype}"
         raise InputError(f"arithmetic {arithmetic}: found {found}; accepted: a box (LinfBall) and torch.float32")
     network = fold(problem.network, images.shape[1:], dtype=torch.float64, as_written=True)
     network = replace(network, rounding=ROUNDINGS[arithmetic])
     check_rounding(network)
-    return _speaking_of(problem, network), torch.float64
+    return _checked_outputs(problem, network), torch.float64
 
 
-def _speaking_of(problem: Problem, network: Network) -> Network:
-    """The network, if its outputs are those that the specification speaks of."""
+def _checked_outputs(problem: Problem, network: Network) -> Network:
+    """The network, after checking that its outputs fit the specification.
+
+    Raises:
+        InputError: they do not.
+    """
     count, specification = len(problem), problem.specification
     found, wanted = (count, *network.shapes[-1]), (count, specification.rows.shape[2])
     if specification.labels is not None:
@@ -109,8 +113,8 @@ def _speaking_of(problem: Problem, network: Network) -> Network:
     return network
 
 
-class _Run:
-    """A batch on its way through the stages."""
+class _BatchProgress:
+    """State of a batch in the cascade, by number of the image."""
 
     def __init__(self, problem: Problem, limits: Limits, watch: Callable[[str, int], object]):
         self.problem, self.limits, self.watch = problem, limits, watch
@@ -122,10 +126,10 @@ class _Run:
         self.spent: list[dict[str, float]] = [{} for _ in range(count)]
         self.counterexamples: list[Tensor | None] = [None] * count
         self.reasons: list[str | None] = [None] * count
-        self.cut: dict[int, str] = {}  # images that a stage had no time for, and why
+        self.cut: dict[int, str] = {}  # images on which a stage ran out of time, and the reason to give
 
-    def go(self, left: Tensor, known: Known, stages: Sequence[Stage]) -> None:
-        """Send the images ``left``, of which ``known`` speaks, through the stages."""
+    def go(self, left: Tensor, known: BoundsSoFar, stages: Sequence[Stage]) -> None:
+        """Run the stages on the images ``left`` (their numbers), with ``known`` for these images."""
         for place, stage in enumerate(stages):
             numbers = as_ints(left)
             if place and numbers:
@@ -141,25 +145,25 @@ class _Run:
             self.watch(stage.name, len(numbers))
             some, started = self.problem.subset(left), now()
             with until(started + max(0.0, limit) * len(numbers)) as clock:
-                found = within_memory(partial(_answer, stage, some, known))
+                answer = within_memory(partial(_answer, stage, some, known))
             share = (now() - started) / len(numbers)
             for row, number in enumerate(numbers):
-                seconds = share if found is None or found[0].seconds is None else float(found[0].seconds[row])
+                seconds = share if answer is None or answer[0].seconds is None else float(answer[0].seconds[row])
                 self.spent[number][stage.name] = self.spent[number].get(stage.name, 0.0) + seconds
                 self.stage[number] = stage.name
-            if found is None and len(numbers) == 1:
+            if answer is None and len(numbers) == 1:
                 self.reasons[numbers[0]] = "out of memory"
                 return
-            if found is None:
+            if answer is None:
                 for half in torch.arange(len(left), device=left.device).tensor_split(2):
                     self.go(left[half], known.subset(half), stages[place:])
                 return
-            still = torch.tensor(self._note(numbers, *found, late), dtype=torch.int64, device=left.device)
+            still = torch.tensor(self._note(numbers, *answer, late), dtype=torch.int64, device=left.device)
             if clock.late:
                 self.cut |= dict.fromkeys(numbers, late)
-            elif found[0].seconds is not None:  # a search that came to its end: more time would not help
+            elif answer[0].seconds is not None:  # a search that ended by itself: more time would not help
                 self.cut = {number: why for number, why in self.cut.items() if number not in numbers}
-            left, known = left[still], found[0].known.subset(still)
+            left, known = left[still], answer[0].known.subset(still)
 
     def _in_time(self, number: int) -> bool:
         why = self.limits.exceeded(sum(self.spent[number].values()))
@@ -168,7 +172,7 @@ class _Run:
         return why is None
 
     def _note(self, numbers: list[int], finding: Finding, worst: list[float], late: str) -> list[int]:
-        """Write a stage's finding down; which rows stay open."""
+        """Store a stage's finding; return the rows that stay open."""
         open_: list[int] = []
         for row, number in enumerate(numbers):
             self.lower[number] = max(self.lower[number], worst[row])
@@ -207,11 +211,11 @@ class _Run:
         ]
 
 
-def _answer(stage: Stage, problem: Problem, known: Known) -> tuple[Finding, list[float]]:
-    """A stage's finding, and each problem's worst margin at least."""
+def _answer(stage: Stage, problem: Problem, known: BoundsSoFar) -> tuple[Finding, list[float]]:
+    """(finding, lower): a stage's finding, and a lower bound of each problem's worst margin."""
     try:
         finding = _finite(stage(problem, known), problem)
-    except OutOfTime:  # with nothing to keep
+    except OutOfTime:  # without results to keep
         finding = Finding([None] * len(problem), known)
     worst = problem.specification.worst(finding.known.rows)
     worst = worst if finding.lower is None else torch.maximum(worst, finding.lower)
@@ -219,7 +223,7 @@ def _answer(stage: Stage, problem: Problem, known: Known) -> tuple[Finding, list
 
 
 def _finite(finding: Finding, problem: Problem) -> Finding:
-    """Without proofs about numbers that may overflow, in the network or in bounds of it."""
+    """Remove proofs for problems in which numbers of the network or of its bounds may overflow."""
     if "verified" not in finding.statuses:
         return finding
     known = finding.known
@@ -236,17 +240,17 @@ def _finite(finding: Finding, problem: Problem) -> Finding:
 
 
 def _predictions(network: nn.Module, images: Tensor) -> list[int | None]:
-    """The network's choices, its program compared with it; None for an image that alone is too large for memory."""
-    found = within_memory(lambda: as_ints(checked_logits(network, images).argmax(1))) if len(images) else []
-    if found is None and len(images) > 1:
+    """The network's predictions, after its trace was compared with it; None for a single image too large for memory."""
+    choices = within_memory(lambda: as_ints(checked_logits(network, images).argmax(1))) if len(images) else []
+    if choices is None and len(images) > 1:
         return [choice for half in images.tensor_split(2) for choice in _predictions(network, half)]
-    return [None] if found is None else [*found]
+    return [None] if choices is None else [*choices]
 
 
 def robustness(
     network: nn.Module, images: Tensor, labels: Tensor, index: Tensor, classes: int, ball: PerturbationSet
 ) -> Problem:
-    """Does each label win on the whole set around its image?"""
+    """The problem whether each label wins against every other class on the whole set around its image."""
     return Problem(network, ball.region(images), Specification.robust(labels, classes), index)
 
 
@@ -259,26 +263,26 @@ def certify(
     *,
     seed: int = 0,
 ) -> list[Verdict]:
-    """Prove or refute that no perturbation changes the model's choice, for each of a batch of images.
+    """Prove or refute, image by image, that the model predicts the label under every perturbation within epsilon.
 
     Args:
-        model: maps (B, C, H, W) in [0, 1] to logits, its normalisation inside. Judged in evaluation mode.
+        model: maps (B, C, H, W) in [0, 1] to logits (B, K), with its normalisation inside; run in evaluation mode.
         x: (B, C, H, W) in [0, 1], float32 or float64 as the model; y: (B,) whole numbers: a tensor, an array
             or a list.
         epsilon: radius of the l-infinity ball in pixel units of [0, 1], or radii (B,), one for each image; or any
             perturbation set, which may have a size for each image too.
-        settings: stages and attack; the default attacks, then bounds.
-        seed: of the attack.
+        settings: stages, attack and limits; ``Certify()`` by default.
+        seed: seed of the attack.
     Returns:
         one ``Verdict`` an image. ``verified`` holds in the arithmetic that the verdict names.
     Raises:
-        InputError: pixels outside [0, 1], NaN, or of another dtype; labels outside the range;
-            a set that these images do not have: a negative radius, one above 1, other than one or one for each image;
-            a network of one output (see ``certtrain.BinaryScore``), or of anything but logits (B, K).
-        UnsupportedNode: the model holds an operation without a rule.
+        InputError: pixels outside [0, 1], NaN, or of another dtype; labels outside the range; a set that does not fit
+            the images: a radius below 0 or above 1, or a number of radii other than 1 or B; a network of one output
+            (see ``certtrain.BinaryScore``), or of anything but logits (B, K).
+        UnsupportedNode: the model contains an operation without a rule.
     """
     if x.dtype not in (torch.float32, torch.float64):
-        # of fewer digits the rounding error, which ``nearest`` leaves out, is as large as margins are
+        # with fewer digits the rounding error, which ``nearest`` leaves out, is as large as margins are
         raise InputError(f"x: found {x.dtype}; accepted: images, and a model, of torch.float32 or torch.float64")
     check_pixels(x, "x")
     if isinstance(epsilon, Tensor) and not epsilon.ndim and epsilon.is_floating_point():

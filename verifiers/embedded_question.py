@@ -1,4 +1,4 @@
-"""Images that the embedded verifier is asked about: the stages of a ``Certify`` section, batch by batch."""
+"""The ledger's question for the embedded verifier: images go through the stages of a ``Certify`` section in batches."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ VERIFIER = "embedded"
 
 @dataclass(frozen=True)
 class EmbeddedQuestion(VerdictQuestion):
-    """Is each image of a split safe on the whole set around it? The embedded verifier answers.
+    """The question whether each image of a split is safe on the whole set around it, for the embedded verifier.
 
     Args:
         network: in evaluation mode, on the split's device.
-        settings: how to find out.
-        seed: of the attack.
-        rests_on: what else the verdicts rest on: versions, device; ``weights`` is the network's checksum.
-        replay: the exported network, which counterexamples have to fool as well.
+        settings: stages and limits.
+        seed: seed of the attack.
+        rests_on: further entries of the basis: versions, device; ``weights`` is the network's checksum.
+        replay: runs of the exported network, in which counterexamples must be wrong as well.
     """
 
     network: nn.Module

@@ -1,17 +1,18 @@
-"""Branch and bound: one search for every way to bound, to split, and to settle a leaf.
+"""Branch and bound: one search for all kinds of subproblems.
 
-A subproblem is part of one image's set, or of the assumptions that can be made on it, with a lower bound of what is to
-be proved there. Each round takes the worst-bounded open subproblems, images taking turns, splits each into children
-that cover it, and bounds these. Those whose bound is positive are closed; the others stay open, until their image is
-refuted by a replayed counterexample or given up. An image is proved when all its subproblems are closed by a proof.
+A subproblem is a part of one image's set, or the set under assumptions, with a lower bound of the quantity to be proved
+positive there. Each round takes the open subproblems with the lowest bounds, images taking turns, splits each into
+children that cover it, and bounds the children. Those with a positive bound are closed; the others stay open until
+their image is refuted by a replayed counterexample or given up. An image is proved when all its subproblems are closed
+by a proof.
 
-What depends on the kind of subproblem are three parts: a ``Bounder``, a ``Splitter`` and a ``LeafSolver``.
+Three parts depend on the kind of subproblem: a ``Bounder``, a ``Splitter`` and a ``LeafSolver``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
@@ -26,7 +27,7 @@ from .problem import Problem
 from .search_record import Decision, Proof, SearchRecord
 
 Violates = Callable[[int, Tensor], bool]
-"""Whether an input (*shape) of the given image's set is a counterexample, by replay."""
+"""Whether an input (*shape) is a counterexample for the image of the given number, by replay."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class OpenSubproblems:
     """A table of P subproblems. Every field has P rows.
 
     Args:
-        image: (P,) int64, the position of each one's image in the batch.
-        goal: (P,) int64, which of its image's goals it bounds: the clause, or 0 where all are bounded together.
-        bound: (P,) lower bounds.
-        node: (P,) int64, each one's number in the search's record; -1 without one.
+        image: (P,) int64, position in the batch of each subproblem's image.
+        goal: (P,) int64, which of its image's goals it bounds: a clause, or 0 where all clauses are bounded together.
+        bound: (P,) lower bounds of the goals.
+        node: (P,) int64, each subproblem's number in the search's record; -1 without a record.
     """
 
     image: Tensor
@@ -49,7 +50,7 @@ class OpenSubproblems:
         return len(self.image)
 
     def take(self, index: Tensor) -> Self:
-        """Some of them: by numbers, or (P,) bool."""
+        """The subproblems selected by ``index``: numbers, or (P,) bool."""
         return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     def joined(self, other: Self) -> Self:
@@ -61,18 +62,18 @@ S = TypeVar("S", bound=OpenSubproblems)
 
 @dataclass(frozen=True, eq=False)
 class Bounded(ABC, Generic[S]):
-    """Subproblems after they were bounded; subclasses add what their splitter and leaf solver continue from."""
+    """Bounded subproblems; subclasses add results that their splitter and leaf solver continue from."""
 
     subproblems: S
 
     @abstractmethod
     def points(self, index: Tensor) -> Iterable[Tensor]:
         """Candidates for counterexamples in the subproblems ``index``: tensors (len(index), *shape) of points in the
-        images' own sets, each computed when it is asked for."""
+        images' own sets, computed lazily."""
 
     @abstractmethod
     def proof(self, number: int) -> Proof:
-        """What proves the positive bound of subproblem ``number``. Called only for a search that is recorded."""
+        """The proof of the positive bound of subproblem ``number``. Called only for a search that is recorded."""
 
 
 B = TypeVar("B", bound=Bounded[Any])
@@ -84,51 +85,50 @@ class Bounder(ABC, Generic[S, B]):
     @property
     @abstractmethod
     def at_a_time(self) -> int:
-        """Subproblems that are bounded together, >= 1."""
+        """Number of subproblems bounded together, >= 1."""
 
     @abstractmethod
     def bound(self, subproblems: S) -> B:
-        """The subproblems with bounds that are no lower than before, and parameters to continue from. inf where nothing
-        satisfies the assumptions.
+        """Bound subproblems. No bound is lower than before; it is inf where nothing satisfies the assumptions.
 
         Raises:
-            OutOfTime: before all are bounded.
+            OutOfTime: the clock ran out before all were bounded.
         """
 
 
 class Splitter(ABC, Generic[S, B]):
-    """Chooses the decision that each subproblem is split at, and makes its children."""
+    """Chooses the decision by which each subproblem is split, and makes its children."""
 
     @property
     @abstractmethod
     def at_a_time(self) -> int:
-        """Subproblems that are split in one round, >= 1."""
+        """Number of subproblems split in one round, >= 1."""
 
     @abstractmethod
     def options(self, bounded: B) -> Tensor:
-        """(P, U) scores of the decisions, -inf where one is impossible. Without any the subproblem is a leaf."""
+        """(P, U) scores of the possible decisions, -inf for impossible ones. A subproblem without any is a leaf."""
 
     @abstractmethod
     def decide(self, bounded: B, options: Tensor, index: Tensor) -> S:
-        """The subproblems ``index`` with their decision chosen; each has an option."""
+        """The subproblems ``index``, which all have an option, with their decision stored in them."""
 
     @abstractmethod
     def children(self, parents: S) -> S:
-        """Subproblems that together cover the parents. Each inherits its parent's ``bound`` and ``node``."""
+        """Subproblems that together cover the parents. Each keeps its parent's ``bound`` and ``node``."""
 
     @abstractmethod
     def decisions(self, children: S) -> Sequence[Decision]:
-        """What sets each child apart from its parent. Called only for a search that is recorded."""
+        """The decision of each child, for the record. Called only for a search that is recorded."""
 
 
 @dataclass(frozen=True)
-class Solved:
-    """What a leaf solver found for L subproblems.
+class SolverResult:
+    """Results of a leaf solver for L subproblems.
 
     Args:
-        bound: (L,); inf where nothing satisfies the assumptions, -inf where nothing was found.
-        undecided: why a leaf stays without proof; None for one that is proved, refuted or no leaf.
-        proofs: of the positive bounds.
+        bound: (L,) lower bounds; inf where nothing satisfies the assumptions, -inf where no bound was found.
+        undecided: reasons why leaves stay unproved; None for a subproblem that is proved, refuted or no leaf.
+        proofs: proofs of the positive bounds.
     """
 
     bound: Tensor
@@ -137,39 +137,40 @@ class Solved:
 
 
 class LeafSolver(ABC, Generic[S, B]):
-    """Settles subproblems that cannot be split further, and others where that pays."""
+    """Solves leaves, which cannot be split further, and other subproblems where that is worth its time."""
 
     ends_search: bool
-    """Whether a leaf that stays undecided ends the search of its image. Otherwise the search goes on, for others may
+    """Whether an undecided leaf ends the search of its image. Otherwise the search continues: another subproblem may
     hold a counterexample."""
 
     probing: float = 0.0
-    """Share of the search's time that goes into ``probe``."""
+    """Largest share of the search's time spent in ``probe``."""
 
     def wants(self, bounded: B) -> Tensor:
-        """(P,) bool: which subproblems it is asked about beside leaves."""
+        """(P,) bool, the subproblems to solve besides leaves."""
         return torch.zeros_like(bounded.subproblems.image, dtype=torch.bool)
 
     @abstractmethod
-    def solve(self, bounded: B, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
-        """Bound the subproblems ``index`` (L,) as well as possible; candidates that are met go to ``progress.refute``.
+    def solve(self, bounded: B, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
+        """Bound the subproblems ``index`` (L,) as tightly as possible, passing candidates for counterexamples to
+        ``progress.refute``.
 
         Args:
-            leaf: (L,) bool, which of them cannot be split.
+            leaf: (L,) bool, which of them are leaves.
         Raises:
-            OutOfTime: before all are solved.
+            OutOfTime: the clock ran out before all were solved.
         """
 
     def probe(self, one: S) -> Tensor | None:
-        """A candidate (*shape) for a counterexample in an open subproblem that is about to be split."""
+        """A candidate (*shape) for a counterexample in one open subproblem that is about to be split; None without."""
         return None
 
 
 class ImageProgress:
-    """How far the search is with each of B images.
+    """State of the search for each of B images.
 
-    ``counterexamples``; ``reasons`` why an image was given up; ``doubts`` why a leaf of it was not proved; ``seconds``
-    (B,) of its share of the time; ``splits`` of its subproblems.
+    Per image: ``counterexamples``; ``reasons`` why it was given up; ``doubts`` why one of its leaves was not proved;
+    ``seconds`` (B,) float64, its share of the time; ``splits``, the number of its subproblems that were split.
     """
 
     def __init__(self, count: int, timeout: float, violates: Violates):
@@ -184,12 +185,12 @@ class ImageProgress:
         return self.counterexamples[image] is None and self.reasons[image] is None
 
     def unfinished(self, images: Tensor) -> Tensor:
-        """(P,) bool of images (P,): neither refuted nor given up."""
+        """(P,) bool, whether each of ``images`` (P,) is neither refuted nor given up."""
         every = [self.is_unfinished(image) for image in range(len(self.reasons))]
         return torch.tensor(every, dtype=torch.bool, device=images.device)[images]
 
     def refute(self, image: int, point: Tensor) -> bool:
-        """Whether the image has a counterexample: an earlier one, or ``point`` (*shape), which is replayed."""
+        """Replay the candidate ``point`` (*shape) unless the image is refuted; return whether the image is refuted."""
         if self.counterexamples[image] is None and self._violates(image, point):
             self.counterexamples[image] = point
         return self.counterexamples[image] is not None
@@ -199,7 +200,7 @@ class ImageProgress:
 
     @contextmanager
     def charged(self, images: Tensor) -> Generator[None]:
-        """The time of what is done inside, shared equally by subproblems of ``images`` (P,)."""
+        """Charge the time spent inside in equal shares to the images ``images`` (P,) of the subproblems."""
         started = now()
         try:
             yield
@@ -210,14 +211,14 @@ class ImageProgress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A search's answer for B images.
+    """Results of a search for B images.
 
     Args:
-        proved: (B,) bool, whether all goals are.
-        counterexamples: of each image, or None.
+        proved: (B,) bool, whether all goals of the image are proved.
+        counterexamples: one replayed counterexample (*shape) per image, or None.
         lower: (B,) lower bounds of the worst margin.
-        seconds: (B,).
-        reasons: why an image is neither proved nor refuted.
+        seconds: (B,) float64, each image's share of the search's time.
+        reasons: why an image is neither proved nor refuted; None otherwise.
     """
 
     proved: Tensor
@@ -228,16 +229,16 @@ class Outcome:
 
 
 class BranchAndBound(Generic[S, B]):
-    """A search that proves or refutes the goals of a batch of problems.
+    """Branch and bound that proves or refutes the goals of a batch of B problems.
 
     Args:
-        network: the folded one, in which candidates are tried before they are replayed.
+        network: the folded network, on which candidates are evaluated before they are replayed.
         known: (B, G) lower bounds of each image's goals before the search.
-        roots: subproblems that cover every goal which ``known`` leaves open.
-        timeout: seconds of each image's share of the time; as many again on the wall clock for each image at most. The
-            wall clock is looked at within rounds; what a round has begun by then counts as not begun.
-        most: splits of one image at which it is given up.
-        record: is given the tree of subproblems, with what closed each.
+        roots: subproblems that cover every goal without a positive bound in ``known``.
+        timeout: seconds for each image's share of the time. The batch as a whole has as many times ``timeout`` on the
+            wall clock as it has images; the clock is checked within rounds, and an unfinished batch stays open.
+        most: number of splits after which an image is given up; None for no limit.
+        record: receives the tree of subproblems, with the reason and the proof that closed each.
     """
 
     def __init__(
@@ -261,7 +262,7 @@ class BranchAndBound(Generic[S, B]):
         self.progress = ImageProgress(len(problem), timeout, violates)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = roots.take(roots.image[:0])
-        self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), the least bound of what is closed
+        self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
         self._started, self._probed = now(), 0.0
 
     def run(self) -> Outcome:
@@ -275,7 +276,7 @@ class BranchAndBound(Generic[S, B]):
             self._drop_finished()
         reasons = [reason or doubt for reason, doubt in zip(progress.reasons, progress.doubts, strict=True)]
         ends = zip(progress.counterexamples, reasons, strict=True)
-        proved = torch.tensor([found is None and reason is None for found, reason in ends], dtype=torch.bool)
+        proved = torch.tensor([point is None and reason is None for point, reason in ends], dtype=torch.bool)
         lower = torch.maximum(self.known, self._closed).amin(-1)
         return Outcome(proved, progress.counterexamples, lower, progress.seconds, reasons)
 
@@ -285,7 +286,7 @@ class BranchAndBound(Generic[S, B]):
             look()
             chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time)
             if self.leaf.probing and self._probe(self.open.take(chosen)):
-                continue  # an image has gone
+                continue  # an image was refuted: choose again
             left = torch.ones(len(self.open), dtype=torch.bool, device=chosen.device)
             left[chosen] = False
             parents, self.open = self.open.take(chosen), self.open.take(left)
@@ -294,7 +295,7 @@ class BranchAndBound(Generic[S, B]):
             self._examine(self._recorded(self.splitter.children(parents), root=False))
 
     def _recorded(self, subproblems: S, root: bool) -> S:
-        """With their numbers in the record."""
+        """Add subproblems to the record, if there is one, and store their numbers in ``node``."""
         if self.record is None:
             return subproblems
         decisions = [None] * len(subproblems) if root else self.splitter.decisions(subproblems)
@@ -302,9 +303,9 @@ class BranchAndBound(Generic[S, B]):
         return replace(subproblems, node=nodes)
 
     def _probe(self, parents: S) -> bool:
-        """Whether probes of the first of them, for a part of the time, refuted an image. Bounds are left alone, so that
-        they do not depend on time."""
-        found = False
+        """Probe the first of the subproblems, within the solver's share of the time; return whether an image was
+        refuted. Bounds are not changed, so that they do not depend on time."""
+        refuted = False
         for number, image in enumerate(as_ints(parents.image)):
             begun = now()
             if self._probed > self.leaf.probing * (begun - self._started):
@@ -313,13 +314,13 @@ class BranchAndBound(Generic[S, B]):
                 one = torch.tensor([number], device=parents.image.device)
                 with self.progress.charged(parents.image[one]):
                     point = self.leaf.probe(parents.take(one))
-                    found = (point is not None and self.progress.refute(image, point)) or found
+                    refuted = (point is not None and self.progress.refute(image, point)) or refuted
                 self._probed += now() - begun
         self._drop_finished()
-        return found
+        return refuted
 
     def _examine(self, subproblems: S) -> None:
-        """Bound subproblems; close them, or keep them open with their decision."""
+        """Bound subproblems, then close them or keep them open with their decision."""
         every = torch.arange(len(subproblems), device=subproblems.image.device)
         for index in torch.split(every, self.bounder.at_a_time) if len(every) else ():
             batch = subproblems.take(index)
@@ -335,7 +336,8 @@ class BranchAndBound(Generic[S, B]):
             self._drop_finished()
 
     def _examine_batch(self, batch: S) -> None:
-        """Nothing is closed or kept before all the work is done: out of time, the whole batch is still open."""
+        """Bound one batch, and solve its leaves. Nothing is closed or kept before all work is done, so that after
+        ``OutOfTime`` the whole batch is still open."""
         progress, at_first = self.progress, batch
         wanted = progress.unfinished(batch.image)
         finished = at_first.take(~wanted)
@@ -373,7 +375,7 @@ class BranchAndBound(Generic[S, B]):
             self._doubt(as_ints(batch.image[index]), solved.undecided)
 
     def _try(self, bounded: B, open_: Tensor) -> None:
-        """Bounds' own minimisers are good candidates for counterexamples."""
+        """Try the points of the open subproblems' bounds as counterexamples, first on the folded network."""
         index = open_.nonzero().flatten()
         if not len(index):
             return
@@ -391,7 +393,7 @@ class BranchAndBound(Generic[S, B]):
                 (self.progress.reasons if self.leaf.ends_search else self.progress.doubts)[image] = reason
 
     def _give_up(self, images: set[int], reason: str) -> None:
-        """Of images with open subproblems."""
+        """Give up those of ``images`` that have open subproblems and are unfinished."""
         if images:
             still = set(as_ints(self.open.image))
             for image in images & still:
@@ -399,7 +401,7 @@ class BranchAndBound(Generic[S, B]):
                     self.progress.reasons[image] = reason
 
     def _drop_finished(self) -> None:
-        """Without the subproblems of images that are refuted or given up; what is left open of a goal bounds it."""
+        """Close the open subproblems of images that are refuted or given up; their bounds count for the goals."""
         if all(map(self.progress.is_unfinished, range(len(self.problem)))):
             return
         wanted = self.progress.unfinished(self.open.image)
@@ -413,8 +415,11 @@ class BranchAndBound(Generic[S, B]):
         bounded: B | None = None,
         solved: dict[int, Proof | None] | None = None,
     ) -> None:
-        """The one place where subproblems end: by the proof of a positive bound, from the leaf solver or else from the
-        bounder, or with their image, which is refuted or given up."""
+        """Close the subproblems ``which`` (P,) bool, all by default; the only place where subproblems are closed.
+
+        The reason is a positive bound, with its proof from the leaf solver (``solved``, by number) or else from
+        ``bounded``; or an image that is refuted or given up.
+        """
         which = torch.ones_like(subproblems.image, dtype=torch.bool) if which is None else which
         place = subproblems.image[which] * self._closed.shape[1] + subproblems.goal[which]
         self._closed.view(-1).scatter_reduce_(0, place, subproblems.bound[which].to(self._closed), "amin")
@@ -431,9 +436,9 @@ class BranchAndBound(Generic[S, B]):
 
 
 def in_turns(image: Tensor, bound: Tensor, most: int) -> Tensor:
-    """Which of P subproblems come next: the worst-bounded ones of each image, images taking turns."""
+    """The numbers of the next ``most`` of P subproblems: those with the lowest bounds, images taking turns."""
     order = torch.argsort(bound, stable=True)
     order = order[torch.argsort(image[order], stable=True)]
     own = image[order]
-    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(own, own)  # among the image's own
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(own, own)  # within its image
     return order[torch.argsort(rank, stable=True)[:most]]

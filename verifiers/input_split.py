@@ -1,7 +1,7 @@
-"""Branch and bound on the input box: for networks of few inputs, as in control, far fewer pieces than ReLU signs make.
+"""Branch and bound on the input box: for networks of few inputs, as in control, it takes far fewer subproblems than
+splitting neurons.
 
-A subproblem is a box, bounded by CROWN and halved. Where it is cut follows from its linear bound: at the input through
-which that bound varies most over the box.
+A subproblem is a box, bounded by CROWN and halved at the input through which its linear bound varies most.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..bounds import Box
 from ..bounds.crown import rows_at_a_time
 from ..typed import as_floats, as_ints
+from .bounds_so_far import BoundsSoFar
 from .box_bounds import BoxBounds
 from .engine import (
     Bounded,
@@ -24,45 +25,44 @@ from .engine import (
     LeafSolver,
     OpenSubproblems,
     Outcome,
-    Solved,
+    SolverResult,
     Splitter,
     Violates,
 )
-from .known import Known
 from .problem import Problem, rows_of_clauses
 from .search_record import Concretised, Proof, Range, SearchRecord
 
 INPUTS = 20
-"""With more inputs that vary, halves of a box are hardly easier than the box. 14 of them, before 64 ReLUs (the GCAS
-properties of VNN-COMP 2022): 0.4 s by halves, not within 30 s by neurons."""
+"""Most inputs that may vary: with more, half a box is hardly easier than the box. With 14 inputs and 64 ReLUs (the GCAS
+properties of VNN-COMP 2022) halving took 0.4 s, splitting neurons more than 30 s."""
 
 FLOOR = 0.1
-"""Of the steepest input's slope, which every input counts with at least: lines may be flat where relaxations are wide.
-Of ACAS Xu's property 1, networks 2_8 and 3_1 took 889 and 153 boxes with it; without, 30,000 did not suffice."""
+"""Least slope that every input counts with, relative to the steepest input's: lines may be flat where relaxations are
+wide. On ACAS Xu's property 1 networks 2_8 and 3_1 took 889 and 153 boxes with it, and more than 30,000 without."""
 
 BATCH = 512
-"""Boxes that are halved in one round."""
+"""Number of boxes halved in one round."""
 
 
 def few_inputs(problem: Problem) -> bool:
-    """Whether all sets are boxes that vary in ``INPUTS`` inputs at most."""
+    """Whether all sets are boxes in which at most ``INPUTS`` inputs vary."""
     wide = (problem.region.hull.radius > 0).flatten(1).sum(1)
     return problem.region.is_box and bool((wide <= INPUTS).all())
 
 
 def split_inputs(
     problem: Problem,
-    known: Known,
+    known: BoundsSoFar,
     timeout: float,
     violates: Violates,
     batch: int = BATCH,
     record: SearchRecord | None = None,
 ) -> Outcome:
-    """Prove or refute what ``known`` leaves open of problems over boxes.
+    """Prove or refute the problems over boxes that ``known`` leaves open.
 
     Args:
         timeout, violates, record: as in ``BranchAndBound``.
-        batch: boxes that are halved in one round, at most.
+        batch: most boxes halved in one round.
     """
     worst, hull = problem.specification.worst(known.rows), known.region_of(problem).hull
     image = torch.arange(len(problem), device=worst.device)
@@ -70,14 +70,14 @@ def split_inputs(
     roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none)
     bounder = BoxBounder(problem, known, batch)
     return BranchAndBound(
-        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(bounder.boxes), TooSmall(),
+        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(bounder.boxes), UnsplittableBoxes(),
         timeout=timeout, violates=violates, record=record,
     ).run()  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Boxes(OpenSubproblems):
-    """Open boxes from ``lower`` to ``upper`` (P, *shape); ``cut`` (P,) int64 is the input to halve them at."""
+    """Boxes from ``lower`` to ``upper`` (P, *shape); ``cut`` (P,) int64 is the input to halve them at."""
 
     lower: Tensor
     upper: Tensor
@@ -86,8 +86,8 @@ class Boxes(OpenSubproblems):
 
 @dataclass(frozen=True, eq=False)
 class BoxLines(Bounded[Boxes]):
-    """Linear bounds of P boxes: ``clauses`` (P, C), their minima over the boxes; ``forms`` (P, C, *shape); and the
-    weights (P, C, G) of the clauses' rows in them."""
+    """Linear bounds of P boxes; ``clauses`` (P, C), ``forms`` (P, C, *shape) and ``weights`` (P, C, G) are as in
+    ``ClauseBounds``."""
 
     problem: Problem
     clauses: Tensor
@@ -95,7 +95,7 @@ class BoxLines(Bounded[Boxes]):
     weights: Tensor
 
     def points(self, index: Tensor) -> Iterator[Tensor]:
-        """Where the bound of the worst clause is smallest, and the centres."""
+        """The minimisers of the worst clause's linear bound, then the centres of the boxes."""
         some = self.subproblems.take(index)
         region, own = Box(some.lower, some.upper), self.problem.region.take(some.image)
         form = self.forms[index, self.clauses[index].argmin(1)]
@@ -107,12 +107,13 @@ class BoxLines(Bounded[Boxes]):
 
 
 class BoxBounder(Bounder[Boxes, BoxLines]):
-    """
+    """Bounds boxes by ``BoxBounds``.
+
     Args:
-        batch: boxes that are halved in one round, at most.
+        batch: most boxes halved in one round.
     """
 
-    def __init__(self, problem: Problem, known: Known, batch: int):
+    def __init__(self, problem: Problem, known: BoundsSoFar, batch: int):
         rows, offsets = known.rows_of(problem.specification)
         members, _ = rows_of_clauses(problem.specification.clauses)
         self.problem = problem
@@ -125,12 +126,14 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
 
     def bound(self, subproblems: Boxes) -> BoxLines:
         region = Box(subproblems.lower, subproblems.upper)
-        found = self.bounds(region, subproblems.image)
-        bound = torch.maximum(subproblems.bound, found.clauses.amin(1))
-        return BoxLines(replace(subproblems, bound=bound), self.problem, found.clauses, found.forms, found.weights)
+        linear = self.bounds(region, subproblems.image)
+        bound = torch.maximum(subproblems.bound, linear.clauses.amin(1))
+        return BoxLines(replace(subproblems, bound=bound), self.problem, linear.clauses, linear.forms, linear.weights)
 
 
 class BoxSplitter(Splitter[Boxes, BoxLines]):
+    """Halves boxes at the input through which the open clauses' linear bounds vary most."""
+
     def __init__(self, at_a_time: int):
         self._at_a_time = at_a_time
 
@@ -139,14 +142,14 @@ class BoxSplitter(Splitter[Boxes, BoxLines]):
         return self._at_a_time
 
     def options(self, bounded: BoxLines) -> Tensor:
-        """(P, inputs), none where floats lie too dense for a cut."""
+        """(P, inputs) variation of the open clauses' bounds; -inf where no float lies between an input's ends."""
         lower, upper = bounded.subproblems.lower.flatten(1), bounded.subproblems.upper.flatten(1)
         middle = _middle(lower, upper)
         splittable = (lower < middle) & (middle < upper)
         slope = (bounded.forms.flatten(2).abs() * ~(bounded.clauses > 0).unsqueeze(-1)).sum(1)
         slope = torch.maximum(slope, FLOOR * slope.amax(1, keepdim=True))
         variation = slope * (upper - lower)
-        # a bound that does not vary says nothing: then the widest
+        # a bound that does not vary gives no choice: then the widest input
         return torch.where(splittable, variation.nan_to_num(0.0) + 1e-30 * (upper - lower), -torch.inf)
 
     def decide(self, bounded: BoxLines, options: Tensor, index: Tensor) -> Boxes:
@@ -165,14 +168,14 @@ class BoxSplitter(Splitter[Boxes, BoxLines]):
         return [Range(*one) for one in zip(as_ints(children.cut), lower, upper)]
 
 
-class TooSmall(LeafSolver[Boxes, BoxLines]):
-    """A box between neighbouring floats stays undecided."""
+class UnsplittableBoxes(LeafSolver[Boxes, BoxLines]):
+    """Leaves boxes between neighbouring floats undecided, "within tolerance"."""
 
     ends_search = True
 
-    def solve(self, bounded: BoxLines, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
+    def solve(self, bounded: BoxLines, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         none = torch.full((len(index),), -torch.inf, device=index.device)
-        return Solved(none, ["within tolerance"] * len(index), [None] * len(index))
+        return SolverResult(none, ["within tolerance"] * len(index), [None] * len(index))
 
 
 def _middle(lower: Tensor, upper: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A folder of VNN-COMP instances, line by line into a table; stopped at any moment and taken up again."""
+"""Tables of VNN-COMP instances: each answer is appended as a line; a run can be stopped and resumed at any moment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .vnnlib_reader import read_property
 
 
 class Instance(NamedTuple):
-    """A line: names as they stand there, relative to the table's folder; seconds."""
+    """A line of the table: file names as written, relative to the table's folder, and the timeout in seconds."""
 
     network: str
     property: str
@@ -28,12 +28,12 @@ class Instance(NamedTuple):
 
 
 def read_instances(path: str | Path) -> list[Instance]:
-    """The lines ``onnx,vnnlib,seconds`` of a table without a header.
+    """Read the lines ``onnx,vnnlib,seconds`` of a table without a header.
 
     Raises:
-        InputError: it cannot be read, or has another line.
+        InputError: the table cannot be read, or has a line of another form.
     """
-    path, found = Path(path), list[Instance]()
+    path, instances = Path(path), list[Instance]()
     try:
         rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -41,12 +41,13 @@ def read_instances(path: str | Path) -> list[Instance]:
     for number, row in enumerate(rows, start=1):
         try:
             network, property, timeout = (word.strip() for word in row)
-            found.append(Instance(network, property, float(timeout)))
+            instances.append(Instance(network, property, float(timeout)))
         except ValueError:
-            found.append(Instance("", "", 0.0))
-        if not found[-1].network or not found[-1].property or not 0 < found[-1].timeout < float("inf"):
+            instances.append(Instance("", "", 0.0))
+        last = instances[-1]
+        if not last.network or not last.property or not 0 < last.timeout < float("inf"):
             raise InputError(f"{path}, line {number}: found {','.join(row)!r}; accepted: onnx,vnnlib,seconds")
-    return found
+    return instances
 
 
 def run_instances(
@@ -57,45 +58,51 @@ def run_instances(
     arithmetic: Arithmetic = "nearest",
     watch: Callable[[int, int, str], object] = lambda number, count, line: None,
 ) -> None:
-    """Answer a table's instances in order; each answer is a line ``onnx,vnnlib,status,seconds`` the moment it is known.
+    """Answer a table's instances in order; append each answer to ``results`` as ``onnx,vnnlib,status,seconds`` as soon
+    as it is known.
 
-    Status is sat, unsat, timeout, unknown or error; an error's reason goes to ``watch``. Lines that are there are kept.
+    Status is sat, unsat, timeout, unknown or error; an error's reason goes to ``watch``. Instances that ``results``
+    already answers are not run again.
 
     Args:
-        timeout: seconds at most, whatever the table allows.
-        watch: told each instance's number, how many there are, and what is to be said of it.
+        timeout: limit in seconds for each instance, besides the table's own.
+        watch: called with each instance's number, from 1, the number of instances, and a line on its answer.
     Raises:
-        InputError: the table cannot be read, or ``results`` holds something else; it is left as it was.
+        InputError: the table cannot be read, or ``results`` holds other lines; it is then left as it was.
     """
     check(timeout is None or 0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
     try:
         with file.alone():
-            done = _done(file, instances)
-            reader = _Networks(folder)
+            done = _count_answered(file, instances)
+            reader = _NetworkReader(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):
                 limit = instance.timeout if timeout is None else min(timeout, instance.timeout)
-                found, why = _answered(reader, folder, instance, limit, arithmetic)
-                line = f"{_names(instance)}{RESULTS[found.word]},{found.seconds:.3f}"
+                answer, why = _answer_instance(reader, folder, instance, limit, arithmetic)
+                line = f"{_line_start(instance)}{RESULTS[answer.word]},{answer.seconds:.3f}"
                 file.append_text(line + "\n")
                 watch(number, len(instances), f"{line}{'' if why is None else f'  ({why})'}")
     except OSError as error:
         raise InputError(f"{results}: cannot be written ({error.strerror}); accepted: a file of results") from error
 
 
-def _names(instance: Instance) -> str:
-    """What an answer's line begins with."""
+def _line_start(instance: Instance) -> str:
+    """The beginning of an answer's line: the file names, with a comma after each."""
     text = io.StringIO()
     csv.writer(text, lineterminator=",").writerow(instance[:2])
     return text.getvalue()
 
 
-def _done(file: LineFile, instances: list[Instance]) -> int:
-    """How many instances the results are known of. The beginning of one more answer is taken away."""
+def _count_answered(file: LineFile, instances: list[Instance]) -> int:
+    """The number of instances that the file answers. An incomplete last line is removed from it.
+
+    Raises:
+        InputError: a line that is no answer to the instance in its place.
+    """
     *lines, half = file.path.read_text(encoding="utf-8", errors="replace").split("\n")
-    known = [_names(instance) for instance in instances[: len(lines) + 1]]
+    starts = [_line_start(instance) for instance in instances[: len(lines) + 1]]
     for number, line in enumerate([*lines, half]):
-        names = known[number] if number < len(known) else None
+        names = starts[number] if number < len(starts) else None
         status, comma, _ = line[len(names or "") :].partition(",")
         good = names is not None and line.startswith(names) and status in RESULTS.values() and comma
         if number == len(lines):
@@ -108,8 +115,8 @@ def _done(file: LineFile, instances: list[Instance]) -> int:
     return len(lines)
 
 
-class _Networks:
-    """Reads networks; lines on the same one often follow each other."""
+class _NetworkReader:
+    """Reads networks and keeps the last one: consecutive lines often name the same."""
 
     def __init__(self, folder: Path):
         self.folder, self.name = folder, ""
@@ -122,21 +129,21 @@ class _Networks:
         return self.network
 
 
-def _answered(
-    networks: _Networks, folder: Path, instance: Instance, timeout: float, arithmetic: Arithmetic
+def _answer_instance(
+    networks: _NetworkReader, folder: Path, instance: Instance, timeout: float, arithmetic: Arithmetic
 ) -> tuple[Answer, str | None]:
-    """An answer, and what to say of it."""
+    """(answer, reason): the answer on one instance, and a reason to report; exceptions become answers."""
     started = now()
     try:
         with until(started + timeout):
             network = networks(instance.network)
             path = present(folder / instance.property)
             property = read_property(path, network.shape.numel(), network.outputs)
-            found = check_property(network, property, started + timeout, arithmetic)
-        return replace(found, seconds=now() - started), found.reason
+            answer = check_property(network, property, started + timeout, arithmetic)
+        return replace(answer, seconds=now() - started), answer.reason
     except OutOfTime:
         return Answer("timeout", now() - started, arithmetic, "timeout"), "timeout"
-    except Exception as error:  # one line's trouble must not take the others' answers away
+    except Exception as error:  # one instance's failure must not stop the others
         why = "out of memory" if out_of_memory(error) else " ".join(f"{error}".split())
-        found = Answer("unknown" if out_of_memory(error) else "error", now() - started, arithmetic)
-        return found, why if isinstance(error, InputError) else f"{type(error).__name__}: {why}"
+        answer = Answer("unknown" if out_of_memory(error) else "error", now() - started, arithmetic)
+        return answer, why if isinstance(error, InputError) else f"{type(error).__name__}: {why}"

@@ -1,4 +1,4 @@
-"""What a batch may cost: seconds, and memory."""
+"""Limits of time and memory for a batch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..bounds.clock import now
 T = TypeVar("T")
 
 TOTAL_TIMEOUT = "total timeout"
-"""The reason of an image that was left because the whole sweep's time was up: it has had less than its own limit."""
+"""Reason of an image left undecided because the sweep's total time was up, before its own limit."""
 
-_SAID = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When to give up.
+    """Time limits of a sweep, of a batch and of an image.
 
     Args:
-        seconds: of an image: its share of the time of the batches that it is in, over all stages.
-        deadline: on the clock of ``time.perf_counter``, of the whole sweep.
-        end: on the same clock, of this batch: as many times ``seconds`` as it has images, from its beginning on.
+        seconds: limit of one image, over all stages; an image is charged its share of each batch's time.
+        deadline: end of the whole sweep, by ``time.perf_counter``.
+        end: end of this batch, by the same clock: ``seconds`` times its number of images after its start.
     """
 
     seconds: float = math.inf
@@ -34,24 +34,25 @@ class Limits:
     end: float = math.inf
 
     def of(self, images: int) -> Limits:
-        """Of a batch that begins now."""
+        """The limits of a batch of so many images that begins now."""
         return replace(self, end=now() + images * self.seconds) if images else self
 
     def exceeded(self, spent: float) -> str | None:
-        """Why an image that has had so many seconds gets no further stage, else None."""
+        """Reason why an image that has used ``spent`` seconds gets no further stage; None if it does."""
         if now() >= self.deadline:
             return TOTAL_TIMEOUT
         return "timeout" if spent >= self.seconds or now() >= self.end else None
 
     def share(self, spent: float, images: int) -> tuple[float, str]:
-        """Seconds that each of some images may still have, and the reason if they are not enough."""
+        """(seconds, reason): seconds left for each of ``images`` images that used ``spent`` each; the reason to give if
+        they are not enough."""
         own = min(self.seconds - spent, (self.end - now()) / images)
         together = (self.deadline - now()) / images
         return (own, "timeout") if own <= together else (max(0.0, together), TOTAL_TIMEOUT)
 
 
 def within_memory(action: Callable[[], T]) -> T | None:
-    """What ``action`` returns; None where it ran out of memory, on whichever device and however torch says so."""
+    """Run ``action`` and return its result, or None where it ran out of memory on any device."""
     try:
         return action()
     except (RuntimeError, MemoryError) as error:
@@ -63,5 +64,6 @@ def within_memory(action: Callable[[], T]) -> T | None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or any(words in str(error) for words in _SAID)
+    """Whether an error says that memory ran out, by its class or by the message of torch or the system."""
+    own_class = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return own_class or any(words in str(error) for words in _MESSAGES)

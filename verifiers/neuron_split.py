@@ -2,7 +2,7 @@
 images in one batch.
 
 A subproblem is one clause of one image's specification under assumed signs; it is split at one neuron. A leaf, where
-every sign is known, goes to an LP.
+every sign is known, is solved by a linear program.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..bounds import Bounds
 from ..bounds.crown import crown_bounds, rows_at_a_time
 from ..bounds.network import Network
 from ..typed import as_bools, as_ints
+from .bounds_so_far import BoundsSoFar
 from .branching import minimiser, scores
 from .engine import (
     Bounded,
@@ -27,62 +28,65 @@ from .engine import (
     LeafSolver,
     OpenSubproblems,
     Outcome,
-    Solved,
+    SolverResult,
     Splitter,
     Violates,
 )
-from .known import Known
-from .lp import Leaf, rounded_bound, solve_leaf
+from .lp import LeafSolution, rounded_bound, solve_leaf
 from .optimise import BestParameters, Neurons, Optimised, Subproblems, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
 from .search import Search
-from .search_record import Contradiction, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
+from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
 
 TOLERANCE = 1e-6
-"""Of the logits' scale: a leaf whose exact minimum is closer to 0 is left undecided."""
+"""Relative to the logits' largest absolute value: a leaf whose exact minimum is closer to 0 is left undecided."""
 
 EMPTY = 1e-5
-"""A neuron whose bounds cross by more, relative to 1 + |bound|, contradicts the assumed signs; less may be rounding."""
+"""Relative to 1 + |bound|: where a neuron's bounds cross by more, the assumed signs are infeasible; less may be
+rounding."""
 
 PROGRAM_EVERY = 8
-"""Splits after which a subproblem goes to a linear program, whose multipliers are the best ones: many subproblems that
-no point satisfies are found there (18 open neurons over 3 inputs: 2 s, not minutes). With 6, hidden counterexamples of
-networks of 30 neurons took four times as long."""
+"""Number of splits after which a subproblem goes to a linear program, whose multipliers are optimal: it finds many
+infeasible subproblems (18 open neurons over 3 inputs: 2 s, not minutes). With 6, hidden counterexamples of networks of
+30 neurons took four times as long."""
 
 PROBING = 0.25
-"""Of the time goes into linear programs of open subproblems. Without them networks of 30 neurons with a counterexample
-that is hidden from gradients take minutes."""
+"""Share of the time spent in linear programs of open subproblems. Without them networks of 30 neurons with a
+counterexample that gradients do not find take minutes."""
 
 
 def split_neurons(
     problem: Problem,
-    known: Known,
+    known: BoundsSoFar,
     exact: Network,
     search: Search,
     timeout: float,
     violates: Violates,
     record: SearchRecord | None = None,
 ) -> Outcome:
-    """Prove or refute the clauses that ``known`` leaves open.
+    """Prove or refute the clauses without a positive bound in ``known``.
 
     Args:
-        exact: the network in float64, for the leaves.
+        exact: the network in float64, for the leaves' linear programs.
         timeout, violates, record: as in ``BranchAndBound``.
     """
     space = SignSpace(problem, known)
     bounder = SignBounder(space, search, recording=record is not None)
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
-        ProgramLeaf(space, exact), timeout=timeout, violates=violates, most=search.most, record=record,
+        LinearProgramSolver(space, exact), timeout=timeout, violates=violates, most=search.most, record=record,
     ).run()  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SignSubproblems(OpenSubproblems):
-    """Subproblems in columns: U of them stand for the neurons that an image's own bounds leave open.
+    """Subproblems that store only the neurons which are unstable under their image's bounds, in U columns.
 
-    ``branch`` (P,) int64 is the column to split at next; ``signs`` (P, U) int8; ``lower`` and ``upper`` (P, U) bound
-    the neurons' inputs; slopes ``alphas`` and multipliers ``betas`` (P, R, U).
+    Args:
+        branch: (P,) int64, the column to split at next.
+        signs: (P, U) int8, the assumed signs: 1, -1, or 0 for none.
+        lower, upper: (P, U) bounds of the neurons' inputs.
+        alphas, betas: (P, R, U) slopes and multipliers.
     """
 
     branch: Tensor
@@ -94,9 +98,9 @@ class SignSubproblems(OpenSubproblems):
 
 
 class SignSpace:
-    """What the subproblems of a batch of problems refer to: columns of open neurons, and rows of clauses."""
+    """Data shared by all subproblems of a batch of problems: columns of unstable neurons, and rows of clauses."""
 
-    def __init__(self, problem: Problem, known: Known):
+    def __init__(self, problem: Problem, known: BoundsSoFar):
         self.problem, self.network = problem, known.network
         self.region = known.region_of(problem)
         self.rows, self.offsets = known.rows_of(problem.specification)
@@ -107,7 +111,7 @@ class SignSpace:
         self.worst = known.rows[:, self.clauses].amax(-1)  # (B, clauses)
 
     def roots(self, slopes: Tensor | None) -> SignSubproblems:
-        """The open clauses, with no sign assumed; ``slopes`` (B, R, N) to start from."""
+        """The open clauses without assumed signs; ``slopes`` (B, R, N) to start from, CROWN's if None."""
         image, clause = (~(self.worst > 0)).nonzero(as_tuple=True)
         slopes = starting_slopes(self.lower, self.upper, self.rows.shape[1]) if slopes is None else slopes
         alphas = self.gathered(slopes[image[:, None], self.clauses[clause]], image)
@@ -120,7 +124,7 @@ class SignSpace:
         )  # fmt: skip
 
     def dense(self, some: SignSubproblems) -> tuple[Tensor, Tensor, Tensor]:
-        """(signs, lower, upper), each (D, N)."""
+        """(signs, lower, upper) in all neurons, each (D, N)."""
         signs = self.spread(some.signs.unsqueeze(1), some, 0)[:, 0]
         lower, upper = (
             scattered(whole[some.image], self.columns[some.image], part)
@@ -129,21 +133,22 @@ class SignSpace:
         return signs, lower, upper
 
     def linear(self, some: SignSubproblems) -> Subproblems:
+        """The subproblems in all neurons, as ``maximise`` takes them."""
         signs, lower, upper = self.dense(some)
         at = (some.image[:, None], self.clauses[some.goal])
         return Subproblems(self.region.take(some.image), self.rows[at], self.offsets[at], lower, upper, signs)
 
     def parameters(self, some: SignSubproblems) -> tuple[Tensor, Tensor]:
-        """(alphas, betas), each (D, R, N)."""
+        """(alphas, betas) in all neurons, each (D, R, N)."""
         return self.spread(some.alphas, some, 0.5), self.spread(some.betas, some, 0.0)
 
     def spread(self, values: Tensor, some: SignSubproblems, fill: float) -> Tensor:
-        """(D, R, U) of columns → (D, R, N) of neurons."""
+        """Spread columns (D, R, U) over all neurons (D, R, N), with ``fill`` elsewhere."""
         out = values.new_full((*values.shape[:2], self.lower.shape[1]), fill)
         return scattered(out, self.columns[some.image].unsqueeze(1).expand_as(values), values)
 
     def gathered(self, values: Tensor, image: Tensor) -> Tensor:
-        """(D, R, N) of neurons → (D, R, U) of columns."""
+        """Gather the columns (D, R, U) from all neurons (D, R, N)."""
         columns = self.columns[image].unsqueeze(1).expand(-1, values.shape[1], -1)
         return torch.cat([values, values[..., :1]], -1).gather(2, columns)
 
@@ -154,17 +159,17 @@ class SignBounds(Bounded[SignSubproblems]):
 
     Args:
         linear: the subproblems in all neurons.
-        ends: (D, U) each, lower and upper bounds of the neurons' inputs as they were found, which may cross.
-        empty: (D,) bool, where they do.
-        row: (D,) the best of the clause's rows; point: (D, *shape), where its bound is smallest.
-        best: the parameters of the best bounds, where the search is recorded.
+        ends: (D, U) each, lower and upper bounds of the neurons' inputs as computed, which may cross.
+        empty: (D,) bool, where they cross, so that nothing satisfies the signs.
+        row: (D,) the row of the clause with the highest bound; point: (D, *shape), where that bound is smallest.
+        best: the parameters of the best bounds, for a search that is recorded.
     """
 
     space: SignSpace
     linear: Subproblems
     ends: tuple[Tensor, Tensor]
     empty: Tensor
-    found: Optimised
+    optimised: Optimised
     row: Tensor
     point: Tensor
     best: BestParameters | None
@@ -177,7 +182,7 @@ class SignBounds(Bounded[SignSubproblems]):
         if bool(self.empty[number]):
             lower, upper = (end[number, : len(neurons)] for end in self.ends)
             worst = int(((lower - upper) / (1 + lower.abs())).argmax())
-            return Contradiction(int(neurons[worst]), float(lower[worst]), float(upper[worst]))
+            return CrossedBounds(int(neurons[worst]), float(lower[worst]), float(upper[worst]))
         assert self.best is not None and self.best.alphas is not None and self.best.betas is not None
         row = int(self.row[number])
         member = int(self.space.clauses[int(self.subproblems.goal[number]), row])
@@ -185,12 +190,12 @@ class SignBounds(Bounded[SignSubproblems]):
         return Relaxed(member, neurons, *self.inputs(number), slopes, multipliers)
 
     def neurons(self, number: int) -> Tensor:
-        """The neurons that the columns of a subproblem stand for."""
+        """The places of the neurons in the columns of one subproblem."""
         columns = self.space.columns[int(self.subproblems.image[number])]
         return columns[columns < self.linear.lower.shape[1]]
 
     def inputs(self, number: int) -> tuple[Tensor, Tensor]:
-        """Bounds of the inputs of its neurons."""
+        """(lower, upper) bounds of the inputs of one subproblem's ``neurons``."""
         neurons = self.neurons(number)
         return self.linear.lower[number, neurons], self.linear.upper[number, neurons]
 
@@ -207,31 +212,31 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         some, ends, empty = self._tightened(subproblems)
         linear = self.space.linear(some)
         best = BestParameters() if self.recording else None
-        found = maximise(
+        optimised = maximise(
             self.space.network, linear, *self.space.parameters(some), steps=self.search.steps, rate=self.search.rate,
             done=lambda best: (best.amax(1) > 0) | empty, kept=best,
         )  # fmt: skip
-        assert found.betas is not None
-        bound = torch.where(empty, torch.inf, torch.maximum(some.bound, found.best.amax(1)))
-        alphas, betas = (self.space.gathered(values, some.image) for values in (found.alphas, found.betas))
-        row = found.best.argmax(1)
+        assert optimised.betas is not None
+        bound = torch.where(empty, torch.inf, torch.maximum(some.bound, optimised.best.amax(1)))
+        alphas, betas = (self.space.gathered(values, some.image) for values in (optimised.alphas, optimised.betas))
+        row = optimised.best.argmax(1)
         some = replace(some, bound=bound, alphas=alphas, betas=betas)
         return SignBounds(
-            some, self.space, linear, ends, empty, found, row, minimiser(found, linear.region, row), best
+            some, self.space, linear, ends, empty, optimised, row, minimiser(optimised, linear.region, row), best
         )  # fmt: skip
 
     def _tightened(self, some: SignSubproblems) -> tuple[SignSubproblems, tuple[Tensor, Tensor], Tensor]:
-        """With its neurons bounded anew under its signs; the ends as they were found; and which subproblems (D,)
-        nothing satisfies."""
+        """(subproblems, ends, empty): the subproblems with their neurons' bounds recomputed under their signs; these
+        bounds as computed, which may cross; (D,) bool, where they do."""
         space, some = self.space, _clamped(some)
         lower, upper = some.lower, some.upper
         if self.search.tighten and bool((some.signs != 0).any()):
             _, low, up = space.dense(some)
             lowers, uppers = space.neurons.apart(low), space.neurons.apart(up)
             given = {place: Bounds(lowers[place], uppers[place]) for place in lowers}
-            found = crown_bounds(space.network, space.region.take(some.image), given)
-            low = space.neurons.together({place: bounds.lower for place, bounds in found.items()})
-            up = space.neurons.together({place: bounds.upper for place, bounds in found.items()})
+            tighter = crown_bounds(space.network, space.region.take(some.image), given)
+            low = space.neurons.together({place: bounds.lower for place, bounds in tighter.items()})
+            up = space.neurons.together({place: bounds.upper for place, bounds in tighter.items()})
             lower, upper = (space.gathered(end.unsqueeze(1), some.image)[:, 0] for end in (low, up))
         real = space.columns[some.image] < space.lower.shape[1]
         empty = (real & (lower - upper > EMPTY * (1 + lower.abs()))).any(1)
@@ -248,14 +253,14 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     def options(self, bounded: SignBounds) -> Tensor:
         linear = bounded.linear
-        cost = scores(self.space.network, bounded.found, linear.lower, linear.upper, bounded.row, bounded.point)
+        cost = scores(self.space.network, bounded.optimised, linear.lower, linear.upper, bounded.row, bounded.point)
         cost = torch.cat([cost, torch.full_like(cost[:, :1], -torch.inf)], 1)
         return cost.gather(1, self.space.columns[bounded.subproblems.image])
 
     def decide(self, bounded: SignBounds, options: Tensor, index: Tensor) -> SignSubproblems:
-        """Of the best-scored few the one whose halves gain most, as a product, bounded with the parameters at hand
-        (after filtered smart branching, arXiv 2002.10410; the worse half's bound alone is nearly the parent's for all
-        of them, and chose neurons at random)."""
+        """Choose, among the ``search.candidates`` best scores, the neuron with the largest product of its halves' gains
+        at the current parameters (after filtered smart branching, arXiv 2002.10410). The worse half's bound by itself
+        is nearly the parent's for all of them, and chose neurons at random."""
         some, cost = bounded.subproblems.take(index), options[index]
         count = min(self.search.candidates, cost.shape[1])
         best, columns = cost.topk(count, dim=1)
@@ -266,7 +271,7 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
             halves = [self._bounds_of(half) for half in self._halves(replace(some, branch=columns[:, place]))]
             first, second = (
                 (half.clamp(max=0) - some.bound).clamp(min=0) for half in halves
-            )  # a closed half is enough
+            )  # a bound above 0 gains no more than 0
             floor = 1e-3 * some.bound.abs()
             gains.append(torch.where(best[:, place] > -torch.inf, (first + floor) * (second + floor), -torch.inf))
         chosen = torch.stack(gains, 1).argmax(1, keepdim=True)
@@ -286,13 +291,13 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
         return [replace(parents, signs=parents.signs.scatter(1, at, sign)) for sign in (1, -1)]
 
     def _bounds_of(self, some: SignSubproblems) -> Tensor:
-        """(D,) bounds with the slopes and multipliers that the subproblems have."""
+        """(D,) bounds at the subproblems' own slopes and multipliers, without optimisation."""
         some, space = _clamped(some), self.space
         return maximise(space.network, space.linear(some), *space.parameters(some), steps=0).best.amax(1)
 
 
-class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
-    """A linear program: in a leaf, where the network is affine, it is the last word."""
+class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
+    """Solves the linear program of a subproblem; it is exact in a leaf, where the network is affine."""
 
     ends_search = False
     probing = PROBING
@@ -304,31 +309,31 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
         depth = (bounded.subproblems.signs != 0).sum(1)
         return (depth % PROGRAM_EVERY == 0) & (depth > 0)
 
-    def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
+    def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         bounds, undecided, proofs = list[float](), list[str | None](), list[Proof | None]()
         images = as_ints(bounded.subproblems.image[index])
         for image, number, last in zip(images, as_ints(index), as_bools(leaf), strict=True):
             bound, why, proof = -math.inf, None, None
             if progress.is_unfinished(image):
-                found = self._program(bounded.subproblems, bounded.linear, number)
-                if found.point is not None:
-                    progress.refute(image, self._point(image, found.point))
-                bound = self._bound_of(bounded, number, found)
+                solution = self._program(bounded.subproblems, bounded.linear, number)
+                if solution.point is not None:
+                    progress.refute(image, self._point(image, solution.point))
+                bound = self._bound_of(bounded, number, solution)
                 if bound > 0:
-                    proof = self._proof(bounded, number, found)
+                    proof = self._proof(bounded, number, solution)
                 elif last and progress.is_unfinished(image):
                     why = self._doubt(image, bound)
             bounds.append(bound)
             undecided.append(why)
             proofs.append(proof)
-        return Solved(torch.tensor(bounds, dtype=torch.float64, device=index.device), undecided, proofs)
+        return SolverResult(torch.tensor(bounds, dtype=torch.float64, device=index.device), undecided, proofs)
 
     def probe(self, one: SignSubproblems) -> Tensor | None:
-        """The program's minimiser, which meets the assumed signs."""
-        found = self._program(one, self.space.linear(one), 0)
-        return None if found.point is None else self._point(int(one.image), found.point)
+        """The linear program's minimiser, which satisfies the assumed signs."""
+        point = self._program(one, self.space.linear(one), 0).point
+        return None if point is None else self._point(int(one.image), point)
 
-    def _program(self, some: SignSubproblems, linear: Subproblems, number: int) -> Leaf:
+    def _program(self, some: SignSubproblems, linear: Subproblems, number: int) -> LeafSolution:
         space, image, at = self.space, int(some.image[number]), self._members(some, number)
         region = space.problem.region.take(some.image[number : number + 1]).to(torch.float64)
         assert linear.signs is not None
@@ -337,10 +342,10 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
             linear.lower[number].double(), linear.upper[number].double(), linear.signs[number],
         )  # fmt: skip
 
-    def _bound_of(self, bounded: SignBounds, number: int, found: Leaf) -> float:
-        """The program's, in the arithmetic that is asked for."""
+    def _bound_of(self, bounded: SignBounds, number: int, solution: LeafSolution) -> float:
+        """The solution's bound in the arithmetic of the search."""
         if self.space.network.rounding is None:
-            return found.bound
+            return solution.bound
         space, linear, some = self.space, bounded.linear, bounded.subproblems
         image, at, one = int(some.image[number]), self._members(some, number), slice(number, number + 1)
         assert linear.signs is not None
@@ -348,17 +353,17 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
             space.region.take(some.image[one]), space.rows[image, at][None], space.offsets[image, at][None],
             linear.lower[one], linear.upper[one], linear.signs[one],
         )  # fmt: skip
-        return rounded_bound(space.network, inside, found)
+        return rounded_bound(space.network, inside, solution)
 
-    def _proof(self, bounded: SignBounds, number: int, found: Leaf) -> Proof:
-        assert found.weights is not None
+    def _proof(self, bounded: SignBounds, number: int, solution: LeafSolution) -> Proof:
+        assert solution.weights is not None
         count = int(self._members(bounded.subproblems, number).sum())
-        kind = Unsatisfiable if found.infeasible else Multipliers
+        kind = Unsatisfiable if solution.infeasible else Multipliers
         neurons = bounded.neurons(number)
-        return kind(found.weights[:count], found.weights[count:], neurons, *bounded.inputs(number))
+        return kind(solution.weights[:count], solution.weights[count:], neurons, *bounded.inputs(number))
 
     def _members(self, some: SignSubproblems, number: int) -> Tensor:
-        """(R,) bool, the rows of a subproblem's clause."""
+        """(R,) bool, which of the specification's rows belong to a subproblem's clause."""
         return self.space.problem.specification.clauses == int(some.goal[number])
 
     def _point(self, image: int, point: Tensor) -> Tensor:
@@ -371,20 +376,20 @@ class ProgramLeaf(LeafSolver[SignSubproblems, SignBounds]):
 
 
 def _clamped(some: SignSubproblems) -> SignSubproblems:
-    """With bounds that agree with the assumed signs."""
+    """The subproblems with bounds clamped to the assumed signs."""
     lower = torch.where(some.signs > 0, some.lower.clamp(min=0), some.lower)
     upper = torch.where(some.signs < 0, some.upper.clamp(max=0), some.upper)
     return replace(some, lower=lower, upper=upper)
 
 
 def columns_of(open_: Tensor) -> Tensor:
-    """(B, U) the neurons that are open for each image, filled up with N."""
+    """(B, U) places of each image's unstable neurons, given (B, N) bool; shorter rows are filled up with N."""
     most = max(1, int(open_.sum(1).max()) if open_.numel() else 1)
     order = torch.argsort(open_.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
     return torch.where(open_.gather(1, order), order, open_.shape[1])
 
 
 def scattered(whole: Tensor, columns: Tensor, part: Tensor) -> Tensor:
-    """``whole`` (…, N) with ``part`` written at ``columns``; a column N is nowhere."""
-    room = torch.cat([whole, whole[..., :1]], -1)
-    return room.scatter(-1, columns, part)[..., :-1]
+    """A copy of ``whole`` (…, N) with ``part`` written at ``columns``; columns N are ignored."""
+    padded = torch.cat([whole, whole[..., :1]], -1)
+    return padded.scatter(-1, columns, part)[..., :-1]

@@ -1,7 +1,7 @@
 """GELU and SiLU as exporters write them: products of a value and a gate that is computed from it.
 
-ONNX has Gelu from opset 20 on, and no SiLU. What is recognised is x sigmoid(x), x (1 + erf(x / sqrt(2))) / 2, and
-x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, with the numbers in any place.
+ONNX has Gelu from opset 20 on, and no SiLU. Recognised forms: x sigmoid(x), x (1 + erf(x / sqrt(2))) / 2, and
+x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, with the constant factors in any place.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from ..bounds.operations import Entrywise, Gelu, GeluTanh, Opaque, Operation, Scale, Silu, Sum, UnsupportedNode
 from ..typed import as_floats
-from .onnx_steps import Construction, Step, Value
+from .onnx_steps import Construction, OnnxStep, Value
 
 TOLERANCE = 3e-7
-"""Of numbers, which files hold in float32: a few of its roundings."""
+"""Relative difference at which two constants count as equal: a few roundings of float32, in which files hold them."""
 
 
 KINDS = {kind.kind: kind for kind in (Gelu, GeluTanh, Silu)}
 
 
 class GatePart(nn.Module):
-    """A function that gates are made of, and that has no bounds by itself."""
+    """A function that is a part of gates and has no bound rule of its own."""
 
     def __init__(self, kind: str, function: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -34,18 +34,18 @@ class GatePart(nn.Module):
         return self.function(x)
 
 
-def error_function(step: Step) -> Value:
+def error_function(step: OnnxStep) -> Value:
     return _entrywise(step, "erf", torch.erf)
 
 
-def power(step: Step) -> Value:
+def power(step: OnnxStep) -> Value:
     exponent = step.constant(1)
     if exponent.numel() != 1 or float(exponent) != 3:
         step.refuse(f"exponents {as_floats(exponent)}", "3, inside of GELU by tanh")
     return _entrywise(step, "cube", lambda x: x**3)
 
 
-def gelu(step: Step) -> Value:
+def gelu(step: OnnxStep) -> Value:
     kinds = {b"none": Gelu, b"tanh": GeluTanh}
     form = step.attributes.get("approximate", b"none")
     if form not in kinds:
@@ -53,8 +53,8 @@ def gelu(step: Step) -> Value:
     return step.append(kinds[form], step.value(0), step.shape)
 
 
-def product(step: Step) -> Value | None:
-    """A Mul of two computed values, if one of them is a gate of the other."""
+def product(step: OnnxStep) -> Value | None:
+    """The activation that a Mul of two computed values is, if one is a gate of the other; else None."""
     for own, other in ((0, 1), (1, 0)):
         for kind, gain, position in _gates(step.run, step.value(own).position, step.value(other).position):
             done = step.append(KINDS[kind], Value(position, step.shape), step.shape)
@@ -62,14 +62,14 @@ def product(step: Step) -> Value | None:
     return None
 
 
-def _entrywise(step: Step, kind: str, function: Callable[[Tensor], Tensor]) -> Value:
+def _entrywise(step: OnnxStep, kind: str, function: Callable[[Tensor], Tensor]) -> Value:
     place = f"{step.run.path}: {step.node.op_type} {step.path!r}"
     why = UnsupportedNode(f"{place}: found it outside of a GELU; accepted: x * (1 + erf(x / sqrt(2))), or by tanh")
     return step.append(Opaque, step.value(0), step.shape, GatePart(kind, function), why)
 
 
 def _gates(run: Construction, own: int, gate: int) -> Iterator[tuple[str, float, int]]:
-    """(kind, gain, position) such that the product is gain times that activation of what is at ``position``."""
+    """Yield (kind, gain, position): the product is gain times that activation of the value at ``position``."""
     factors = {position: factor for factor, shift, position in _chain(run, own) if shift == 0}
     for factor, shift, position in _chain(run, gate):
         node = run.operations[position]
@@ -89,15 +89,15 @@ def _gates(run: Construction, own: int, gate: int) -> Iterator[tuple[str, float,
 
 
 def _cubic(run: Construction, position: int) -> int | None:
-    """Where x is, if sqrt(2 / pi) (x + 0.044715 x^3) is at ``position``."""
+    """The position of x if sqrt(2 / pi) (x + 0.044715 x^3) is at ``position``; else None."""
     for factor, shift, place in _chain(run, position):
         node = run.operations[place]
         if not (isinstance(node, Sum) and node.sign == 1 and shift == 0 and _near(factor, math.sqrt(2 / math.pi))):
             continue
         for read, other in (node.inputs, node.inputs[::-1]):
             for cube, more, at in _chain(run, other):
-                found = run.operations[at]
-                if _function(found) == "cube" and found.inputs == (read,) and more == 0 and _near(cube, 0.044715):
+                power = run.operations[at]
+                if _function(power) == "cube" and power.inputs == (read,) and more == 0 and _near(cube, 0.044715):
                     return read
     return None
 
@@ -109,8 +109,8 @@ def _function(operation: Operation) -> str | None:
 
 
 def _chain(run: Construction, position: int) -> Iterator[tuple[float, float, int]]:
-    """(factor, shift, place) such that factor * (what is at ``place``) + shift is at ``position``, for every place on
-    the way back through maps by numbers."""
+    """Yield (factor, shift, place): the value at ``position`` is factor * (value at ``place``) + shift; for every place
+    on the way back through products and sums with single numbers."""
     factor, shift = 1.0, 0.0
     yield factor, shift, position
     while isinstance(node := run.operations[position], Scale):
@@ -122,5 +122,5 @@ def _chain(run: Construction, position: int) -> Iterator[tuple[float, float, int
         yield factor, shift, position
 
 
-def _near(found: float, wanted: float) -> bool:
-    return abs(found - wanted) <= TOLERANCE * abs(wanted)
+def _near(value: float, wanted: float) -> bool:
+    return abs(value - wanted) <= TOLERANCE * abs(wanted)

@@ -1,7 +1,7 @@
-"""ONNX files read as programs, so that networks of any origin are verified like models that are traced.
+"""Reads ONNX files as networks, which are then verified like traced models.
 
-Everything is worked out for one input. What does not depend on the input, such as the shapes that exporters compute,
-is computed by onnxruntime; so are the shapes of the rest. The rules are in ``onnx_operators.py``.
+All shapes are those for one input. Values that do not depend on the input, such as shapes that exporters compute, are
+computed by onnxruntime, and so are the shapes of all others. The rules are in ``onnx_operators.py``.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from ..bounds.network import NetworkModule
 from ..bounds.operations import Input, Rearrangement, UnsupportedNode
 from ..errors import InputError
 from .onnx_operators import RULES
-from .onnx_steps import Construction, Shape, Step, Value, evaluate, held, session
+from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 
 SUPPORTED = ", ".join(RULES)
 HINT = " (cut it off: the scores before it have the same order)"
-# each with an outcome that differs from call to call, or with operators inside that read names from outside
+# their results differ from call to call, or they contain operators that read names from outside
 NOT_CONSTANT = {"Bernoulli", "Dropout", "If", "Loop", "Multinomial", "RandomNormal", "RandomNormalLike",
                 "RandomUniform", "RandomUniformLike", "Scan", "SequenceMap"}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class OnnxNetwork:
-    """A network that was read from an ONNX file.
+    """A network read from an ONNX file.
 
     Args:
-        module: (B, *shape) float32 → (B, outputs); a program, so bounds and verifiers take it as any model.
-        shape: of one input, without the batch dimension. A file's first dimension is that if it is dynamic, or 1 and
-            not the only one; a file without such a dimension has its whole shape here.
-        outputs: how many numbers the network gives, flattened.
-        model: the file's content, weights included, without operators that the output does not depend on.
+        module: (B, *shape) float32 → (B, outputs), for bounds and verifiers like any model.
+        shape: shape of one input without the batch dimension. A file's first dimension is the batch if it is dynamic,
+            or 1 and not the only one; otherwise ``shape`` is the file's whole shape.
+        outputs: number of outputs, flattened.
+        model: the file's content, weights included, without operators on which the output does not depend.
     """
 
     module: NetworkModule
@@ -55,10 +55,10 @@ class OnnxNetwork:
 
 
 def read_onnx(path: str | Path) -> OnnxNetwork:
-    """The network in an ONNX file, plain or gzipped, with its weights inside or in files of the same folder.
+    """Read the network in an ONNX file, plain or gzipped, with its weights inside or in files of the same folder.
 
     Raises:
-        UnsupportedNode: an operator without a rule, or used in a way that has none; it is named.
+        UnsupportedNode: an operator without a rule, or used in a way without one; names it.
         InputError: no such file, or no valid model; several inputs or outputs; an input that is not float32, or has
             a dynamic dimension other than the first; an output that does not depend on the input.
     """
@@ -76,7 +76,7 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     run = _construction(model, nodes, name, shape, path)
     for node in looking(nodes):
         for output in (output for output in node.output if run.readers[output]):
-            step = Step(run, node, output)
+            step = OnnxStep(run, node, output)
             if output != node.output[0] and node.op_type != "Split":
                 step.refuse(f"a second output {output!r} that is read", "the first output alone")
             run.values[output] = RULES[node.op_type](step)
@@ -93,11 +93,11 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
 
 
 def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
-    """Logits (R, K) of one input (*shape), float32, as onnxruntime computes them on the CPU: the file's own operators,
-    unfused, in the shape that it declares; and with its default optimisations, as VNN-COMP's scorer runs it.
+    """A function that replays counterexamples: one input (*shape) → float32 logits (R, K) by onnxruntime on the CPU.
 
-    This is what counterexamples are replayed with. The two differ: convolutions of several channels are summed in
-    another order, by 1e-6 of their size. Where onnxruntime refuses the second run there is the first alone, (1, K).
+    The first run evaluates the file's own operators, unfused, in the shape that the file declares; the second has the
+    default optimisations, as in VNN-COMP's scorer. They differ by 1e-6 of the logits' size, because convolutions of
+    several channels are summed in another order. Where onnxruntime refuses the second run, R is 1.
     """
     plain = session(model)
     name, shape = _input(model, Path())
@@ -106,7 +106,7 @@ def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
         optimised = session(model, optimised=True)
         optimised.run(None, {name: np.zeros(shape, np.float32)})
         runs.append(optimised)
-    except Exception:  # onnxruntime's have no class in common
+    except Exception:  # onnxruntime's exceptions have no common base class
         pass
 
     def replay(image: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """An ONNX file's content, plain or gzipped, its weights loaded, looked over by ONNX's own checker.
+    """Load an ONNX file, plain or gzipped, with its weights, and check it with ONNX's own checker.
 
     Raises:
         InputError: no such file, or no valid model.
@@ -135,8 +135,8 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 
 
 def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
-    """The input's name, and its shape with a batch of one."""
-    weights = {weight.name for weight in model.graph.initializer}  # old versions list them as inputs too
+    """(name, shape): the input's name, and its shape with a batch of one."""
+    weights = {weight.name for weight in model.graph.initializer}  # old files list weights as inputs too
     inputs = [given for given in model.graph.input if given.name not in weights]
     if len(inputs) != 1:
         names = ", ".join(given.name for given in inputs)
@@ -155,57 +155,63 @@ def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
 
 
 def _live(nodes: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
-    """Those that an output depends on."""
+    """The nodes on which an output depends, in order."""
     needed, live = {output}, list[onnx.NodeProto]()
     for node in reversed(nodes):
         if needed & set(node.output):
-            needed |= set(node.input) - {""}  # which stands for what is left out
+            needed |= set(node.input) - {""}  # "" stands for an input that is left out
             live.append(node)
     return live[::-1]
 
 
 def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodeProto]:
-    """The operators that the output depends on by value, all of them supported; others are sure to give constants."""
-    found, known = list[onnx.NodeProto](), {name}
+    """The operators, all of them supported, through which the output depends on the input's values. All others give
+    constants.
+
+    Raises:
+        UnsupportedNode: one of them has no rule, or a constant is made in a way that onnxruntime cannot repeat.
+    """
+    computed, known = list[onnx.NodeProto](), {name}
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx"):
             raise UnsupportedNode(
                 f"{_place(node, path)}: found domain {node.domain!r}; accepted: operators of ONNX: {SUPPORTED}"
             )
         if node.op_type not in ("Shape", "Size") and known & set(node.input):
-            found.append(node)
+            computed.append(node)
             known |= set(node.output) - {""}
             continue
         if node.op_type in NOT_CONSTANT:
             accepted = "constants that are made without branches, loops or random numbers"
             raise UnsupportedNode(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
-    found = _live(found, model.graph.output[0].name)
-    for node in (node for node in found if node.op_type not in RULES):
-        hint = HINT if node.op_type in ("Softmax", "LogSoftmax") and node is found[-1] else ""
+    computed = _live(computed, model.graph.output[0].name)
+    for node in (node for node in computed if node.op_type not in RULES):
+        hint = HINT if node.op_type in ("Softmax", "LogSoftmax") and node is computed[-1] else ""
         raise UnsupportedNode(
             f"{_place(node, path)}: found an operator without a bound rule{hint}; accepted: {SUPPORTED}"
         )
-    return found
+    return computed
 
 
 def _construction(
     model: onnx.ModelProto, nodes: list[onnx.NodeProto], name: str, shape: Shape, path: Path
 ) -> Construction:
-    """The program before its first operator, with all that onnxruntime says of one input of zeros."""
+    """The construction before its first operator, with the shapes and constants that onnxruntime gives at an input of
+    zeros."""
     output = model.graph.output[0].name
     readers = Counter([output, *(read for node in nodes for read in node.input)])
     weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
-    asked = sorted(readers.keys() - weights.keys() - {name, ""})
+    names = sorted(readers.keys() - weights.keys() - {name, ""})
     try:
-        found = dict(zip(asked, evaluate(model, np.zeros(shape, np.float32), asked)))
-    except Exception as error:  # onnxruntime's have no class in common
+        arrays = dict(zip(names, evaluate(model, np.zeros(shape, np.float32), names)))
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         message = " ".join(str(error).split())
         raise InputError(
-            f"{path}: found what onnxruntime refuses: {message}; accepted: a model that it runs"
+            f"{path}: found a model that onnxruntime refuses: {message}; accepted: a model that it runs"
         ) from error
     computed = {output for node in nodes for output in node.output}
-    shapes = {known: array.shape for known, array in found.items() if known in computed}
-    constants = weights | {known: array for known, array in found.items() if known not in computed}
+    shapes = {read: array.shape for read, array in arrays.items() if read in computed}
+    constants = weights | {read: array for read, array in arrays.items() if read not in computed}
     return Construction(str(path), model, shapes, constants, readers, [Input(name, ())], {name: Value(0, shape)})
 
 

@@ -29,30 +29,30 @@ from ..bounds.operations import (
 )  # fmt: skip
 from ..typed import as_ints
 from . import onnx_gates
-from .onnx_steps import Pair, Shape, Step, Value, evaluate, fixed, numbers
+from .onnx_steps import OnnxStep, Pair, Shape, Value, evaluate, fixed, numbers
 
 
-def _reshape(step: Step) -> Value:
+def _reshape(step: OnnxStep) -> Value:
     for number in range(1, len(step.node.input)):
         if step.has(number):
-            step.constant(number)  # the shape, or its like: onnxruntime said what it comes to
+            step.constant(number)  # a shape or axes: the resulting shape is known from onnxruntime
     return step.reshaped(step.value(0))
 
 
-def _dropout(step: Step) -> Value:
+def _dropout(step: OnnxStep) -> Value:
     if step.has(2) and step.constant(2).any():
         step.refuse("training_mode", "a network in evaluation mode")
     return _reshape(step)
 
 
-def _cast(step: Step) -> Value:
+def _cast(step: OnnxStep) -> Value:
     if step.attributes["to"] != onnx.TensorProto.FLOAT:
         step.refuse(f"to={onnx.TensorProto.DataType.Name(step.attributes['to'])}", "FLOAT")
     return _reshape(step)
 
 
-def _copied(step: Step) -> Value:
-    """Operators that move entries: onnxruntime shows where to, by moving the entries' numbers."""
+def _copied(step: OnnxStep) -> Value:
+    """A rule for operators that move entries: onnxruntime runs them on the entries' numbers."""
     value, (name, *others) = step.value(0), step.node.input
     if math.prod(value.shape) >= 2**24:
         step.refuse(f"{math.prod(value.shape)} entries", f"fewer than {2**24}, which float32 can number")
@@ -69,32 +69,32 @@ def _copied(step: Step) -> Value:
     return step.picked(value, torch.tensor(moved).long())
 
 
-def _concat(step: Step) -> Value:
+def _concat(step: OnnxStep) -> Value:
     axis: int = step.attributes["axis"] % len(step.shape)
     count = len(step.node.input)
     computed = [number for number in range(count) if step.computed(number)]
-    if len(computed) == count and step.shape[0] == 1 and axis > 0:  # as nodes hold it
+    if len(computed) == count and step.shape[0] == 1 and axis > 0:  # along a dimension that operations hold
         return _joined(step, [step.value(number) for number in computed], step.shape, axis)
-    # the computed parts as rows, then their entries where they belong; 0 where constants do
+    # join the computed parts as flat rows, then move their entries to their places, with 0 at those of constants
     rows = [step.reshaped(step.value(number), (1, math.prod(step.value(number).shape))) for number in computed]
-    start, seen, places, shift = 0, 0, torch.zeros(step.shape, dtype=torch.long), torch.zeros(step.shape)
+    start, total, places, shift = 0, 0, torch.zeros(step.shape, dtype=torch.long), torch.zeros(step.shape)
     for number in range(count):
-        known = number in computed
-        part = numbers(step.value(number).shape) + seen if known else step.constant(number)
+        is_computed = number in computed
+        part = numbers(step.value(number).shape) + total if is_computed else step.constant(number)
         width = part.shape[axis]
-        (places if known else shift).narrow(axis, start, width).copy_(part)
-        start, seen = start + width, seen + part.numel() * known
-    total = step.picked(_joined(step, rows, (1, seen), 1), places)
-    return step.scaled(total, 1.0, shift) if shift.any() else total
+        (places if is_computed else shift).narrow(axis, start, width).copy_(part)
+        start, total = start + width, total + part.numel() * is_computed
+    joined = step.picked(_joined(step, rows, (1, total), 1), places)
+    return step.scaled(joined, 1.0, shift) if shift.any() else joined
 
 
-def _joined(step: Step, values: list[Value], shape: Shape, axis: int) -> Value:
-    """Values of ONNX shapes (1, …), one after the other along a later dimension."""
+def _joined(step: OnnxStep, values: list[Value], shape: Shape, axis: int) -> Value:
+    """Concatenate values of ONNX shapes (1, …) along dimension ``axis`` > 0."""
     step.run.operations.append(Concat(step.path, tuple(value.position for value in values), axis))
     return Value(len(step.run.operations) - 1, shape)
 
 
-def _arithmetic(step: Step) -> Value:
+def _arithmetic(step: OnnxStep) -> Value:
     kind, left, right = step.node.op_type, step.computed(0), step.computed(1)
     if left and right and kind == "Mul" and (activated := onnx_gates.product(step)) is not None:
         return activated
@@ -118,7 +118,7 @@ def _arithmetic(step: Step) -> Value:
             return step.scaled(value, 1 / constant.double(), 0.0)
 
 
-def _matmul(step: Step) -> Value:
+def _matmul(step: OnnxStep) -> Value:
     left = step.computed(0)
     value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
     if matrix.ndim == 1:
@@ -133,7 +133,7 @@ def _matmul(step: Step) -> Value:
     return step.reshaped(step.transposed(step.linear(step.transposed(value), matrix)))
 
 
-def _gemm(step: Step) -> Value:
+def _gemm(step: OnnxStep) -> Value:
     left, attributes = step.computed(0), step.attributes
     value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
     own, other = ("transA", "transB") if left else ("transB", "transA")
@@ -143,13 +143,13 @@ def _gemm(step: Step) -> Value:
     value = step.linear(value, matrix.T) if left else step.transposed(step.linear(value, matrix))
     alpha = attributes.get("alpha", 1.0)
     shift = attributes.get("beta", 1.0) * step.constant(2).double() if step.has(2) else 0.0  # two float32's product
-    # alpha's product, beta's and the sum's
+    # roundings of the product with alpha, the product with beta and the sum
     return step.scaled(value, alpha, shift, roundings=3) if step.has(2) or alpha != 1 else value
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """How windows walk over an image that is padded ``begin`` and ``end``; (rows, columns) each."""
+    """Windows over an image padded by ``begin`` and ``end``; all fields are (rows, columns)."""
 
     image: Pair
     output: Pair
@@ -161,7 +161,7 @@ class _Windows:
 
     @property
     def missing(self) -> list[int]:
-        """What windows reach beyond the image at its ends: the output's size says how far they walk."""
+        """[rows, columns] of padding that the output's size requires at the far ends."""
         sizes = zip(self.image, self.output, self.kernel, self.stride, self.dilation, self.begin)
         return [max((o - 1) * s + d * (k - 1) + 1 - b - i, 0) for i, o, k, s, d, b in sizes]
 
@@ -170,8 +170,8 @@ class _Windows:
         return F.pad(x, around, value=value) if any(around) else x
 
 
-def _windows(step: Step, kernel: list[int]) -> tuple[Value, _Windows]:
-    """What a convolution or a pool reads, as (1, C, H, W), and its windows there."""
+def _windows(step: OnnxStep, kernel: list[int]) -> tuple[Value, _Windows]:
+    """(value, windows): the input of a convolution or a pool as (1, C, H, W), and its windows."""
     value, attributes = step.value(0), step.attributes
     if len(value.shape) not in (3, 4) or value.shape[0] != 1:
         step.refuse(f"an input of shape {value.shape}", "(1, channels, height, width) or (1, channels, length)")
@@ -192,7 +192,7 @@ def _windows(step: Step, kernel: list[int]) -> tuple[Value, _Windows]:
     return value, windows
 
 
-def _conv(step: Step) -> Value:
+def _conv(step: OnnxStep) -> Value:
     weight, groups = step.constant(1), step.attributes.get("group", 1)
     value, windows = _windows(step, list(weight.shape[2:]))
     weight = weight.reshape(*weight.shape[:2], *windows.kernel)
@@ -209,7 +209,7 @@ def _conv(step: Step) -> Value:
     return step.reshaped(step.append(Convolution, value, (1, len(weight), *windows.output), layer, *geometry))
 
 
-def _max_pool(step: Step) -> Value:
+def _max_pool(step: OnnxStep) -> Value:
     value, windows = _windows(step, step.attributes["kernel_shape"])
     walk = windows.kernel, windows.stride, 0, windows.dilation
 
@@ -219,7 +219,7 @@ def _max_pool(step: Step) -> Value:
     return step.reshaped(step.append(MaxPool, value, (*value.shape[:2], *windows.output), pool))
 
 
-def _average_pool(step: Step) -> Value:
+def _average_pool(step: OnnxStep) -> Value:
     value, windows = _windows(step, step.attributes["kernel_shape"])
     if windows.dilation != (1, 1):
         step.refuse(f"dilations {windows.dilation}", "1")
@@ -240,8 +240,8 @@ def _average_pool(step: Step) -> Value:
     return step.reshaped(step.append(AveragePool, value, (*value.shape[:2], *windows.output), pool))
 
 
-def _reduced(step: Step) -> Value:
-    """A mean or a sum over some dimensions: they are moved to the end, as one."""
+def _reduced(step: OnnxStep) -> Value:
+    """A rule for means and sums over some dimensions, which are moved to the end and joined."""
     value, rank = step.value(0), len(step.value(0).shape)
     axes = step.attributes.get("axes", as_ints(step.constant(1)) if step.has(1) else [])
     if step.node.op_type == "GlobalAveragePool":
@@ -257,7 +257,7 @@ def _reduced(step: Step) -> Value:
     return step.reshaped(step.append(AveragePool, value, reduced, partial(function, dim=-1, keepdim=True)))
 
 
-def _batch_norm(step: Step) -> Value:
+def _batch_norm(step: OnnxStep) -> Value:
     if step.attributes.get("training_mode") or not step.attributes.get("spatial", 1):
         step.refuse("training_mode, or statistics of every place", "a batch norm in evaluation mode, of channels")
     value, epsilon = step.value(0), step.attributes.get("epsilon", 1e-5)
@@ -269,24 +269,24 @@ def _batch_norm(step: Step) -> Value:
         norm = (nn.BatchNorm1d if rank == 2 else nn.BatchNorm2d)(len(weight), epsilon)
         norm.weight, norm.bias, norm.running_mean, norm.running_var = fixed(weight), fixed(bias), mean, variance
         return step.append(BatchNorm, value, step.shape, norm)
-    # channels that are not the last affine layer's outputs; roundings as of a norm that stays apart
+    # channels that are not the last affine layer's outputs; roundings of a norm that is not folded into a layer
     scale = weight.double() / (variance.double() + epsilon).sqrt()
     mean, scale, bias = (vector.reshape(-1, *[1] * (rank - 2)) for vector in (mean, scale, bias))
     return step.scaled(step.scaled(value, 1.0, -mean, roundings=3), scale, bias, roundings=8)
 
 
-def _activation(kind: type[Operation]) -> Callable[[Step], Value]:
+def _activation(kind: type[Operation]) -> Callable[[OnnxStep], Value]:
     return lambda step: step.append(kind, step.value(0), step.shape)
 
 
-def _leaky(step: Step) -> Value:
+def _leaky(step: OnnxStep) -> Value:
     slope = step.attributes.get("alpha", 0.01)
     if not 0 <= slope <= 1:
         step.refuse(f"alpha={slope}", "a slope in [0, 1]")
     return step.append(LeakyRelu, step.value(0), step.shape, slope)
 
 
-RULES: dict[str, Callable[[Step], Value]] = {
+RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Add": _arithmetic,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,

@@ -1,7 +1,7 @@
-"""What the rules of ONNX operators build with: values by name, and the nodes that they append to a program.
+"""Building blocks for the rules of ONNX operators: values by name, and the operations that rules append to a network.
 
-Every value is worked out for one input, so its ONNX shape is known. A value of ONNX shape (1, *rest) is held as
-(B, *rest), any other as (B, *shape): whatever dimensions a file adds, moves or leaves out, row b belongs to input b.
+The ONNX shape of every value is known, for one input. A value of ONNX shape (1, *rest) is held as (B, *rest), any other
+as (B, *shape): whatever dimensions a file adds, moves or leaves out, row b belongs to input b.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Value:
-    """What the node at ``position`` computes, and its ONNX shape for one input."""
+    """The result of the operation at ``position``, with its ONNX shape for one input."""
 
     position: int
     shape: Shape
 
 
 def held(shape: Shape) -> Shape:
-    """The shape of one sample, as nodes hold it."""
+    """The shape of one sample, as operations hold it, for an ONNX shape."""
     return shape[1:] if len(shape) > 1 and shape[0] == 1 else shape or (1,)
 
 
 def session(model: onnx.ModelProto, *, optimised: bool = False) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on one thread of the CPU, which evaluates operator by operator, or as it does by default.
+    """An onnxruntime session on one CPU thread, which evaluates operator by operator or with default optimisations.
 
-    As it does by default, threads change nothing: convolutions of 1 to 64 channels and Gemms of up to 8192 numbers gave
-    the same bits on 1, 2, 4 and all (onnxruntime 1.31). Operator by operator they change convolutions from 16 channels.
+    With the optimisations the number of threads changes nothing: convolutions of 1 to 64 channels and Gemms of up to
+    8192 numbers gave the same bits on 1, 2, 4 and all threads (onnxruntime 1.31). Operator by operator it changes
+    convolutions of 16 channels or more.
     """
     options = onnxruntime.SessionOptions()
     if not optimised:  # onnxruntime 1.31's optimiser gets a Transpose before a MatMul with a vector wrong
@@ -63,23 +64,26 @@ def session(model: onnx.ModelProto, *, optimised: bool = False) -> onnxruntime.I
 
 
 def evaluate(model: onnx.ModelProto, image: np.ndarray, names: list[str]) -> list[np.ndarray]:
-    """What operators called ``names`` give, at one input."""
+    """The values called ``names`` in the file, at one input."""
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     known = {output.name for output in model.graph.output}
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
     listed = {weight.name for weight in model.graph.initializer}
     (name,) = (given.name for given in model.graph.input if given.name not in listed)
-    return [np.asarray(found) for found in session(shown).run(names, {name: image})] if names else []
+    return [np.asarray(value) for value in session(shown).run(names, {name: image})] if names else []
 
 
 @dataclass
 class Construction:
-    """A program that grows, and what is known of the names in the file.
+    """A network under construction, and data on the names in the file.
 
     Args:
-        shapes: of computed values. constants: what does not depend on the network's input.
-        readers: by how many inputs of operators, or outputs of the network, a name is read.
+        path: the file, for errors. model: its content.
+        shapes: ONNX shapes of the values that depend on the network's input.
+        constants: values that do not.
+        readers: number of operator inputs and network outputs that read a name.
+        operations: the operations so far. values: computed values so far, by name.
     """
 
     path: str
@@ -91,20 +95,20 @@ class Construction:
     values: dict[str, Value] = field(default_factory=dict[str, Value])
 
     def reshaped(self, value: Value, shape: Shape, path: str) -> Value:
-        """The same entries in the same order."""
+        """The value in another ONNX shape, with the same entries in the same order."""
         target = held(shape)
         if held(value.shape) == target:
             return Value(value.position, shape)
         self.operations.append(Rearrangement(path, (value.position,), lambda x: x.reshape(x.shape[0], *target)))
         return Value(len(self.operations) - 1, shape)
 
-    def alone(self, value: Value) -> bool:
-        """Whether a node has one reader only, by whatever name."""
+    def has_one_reader(self, value: Value) -> bool:
+        """Whether an operation's result is read at most once, under all of its names."""
         return sum(self.readers[name] for name, known in self.values.items() if known.position == value.position) <= 1
 
 
-class Step:
-    """One output of an operator in the file: what a rule sees."""
+class OnnxStep:
+    """One output of an operator in the file, as a rule's argument: its inputs, attributes and shape."""
 
     def __init__(self, run: Construction, node: onnx.NodeProto, output: str):
         self.run, self.node, self.output = run, node, output
@@ -143,7 +147,7 @@ class Step:
         return self.run.reshaped(value, self.shape if shape is None else shape, self.path)
 
     def picked(self, value: Value, index: Tensor) -> Value:
-        """Entries of ``value`` by their numbers in ``index``, from 1 on; 0 stands for a zero."""
+        """Entries of ``value`` by their numbers in ``index``, counted from 1; 0 gives a zero."""
         shape, size, flat = tuple(index.shape), math.prod(value.shape), index.flatten()
         if torch.equal(flat, torch.arange(1, size + 1)):
             return self.reshaped(value, shape)
@@ -159,40 +163,45 @@ class Step:
         return self.append(Selection, value, shape, pick)
 
     def transposed(self, value: Value) -> Value:
-        """The last two dimensions swapped."""
+        """The value with its last two dimensions swapped."""
         return self.picked(value, numbers(value.shape).mT)
 
     def linear(self, value: Value, weight: Tensor) -> Value:
-        """``weight`` (H, D) times the last dimension."""
+        """The product of ``weight`` (H, D) with the last dimension of ``value``."""
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = fixed(weight)
         return self.append(Dense, value, (*value.shape[:-1], len(weight)), layer)
 
     def scaled(self, value: Value, scale: Tensor | float, shift: Tensor | float, *, roundings: int = 2) -> Value:
-        """scale * value + shift; a float32 shift along the outputs of a layer without bias becomes its bias."""
+        """scale * value + shift. A shift along the outputs of a layer without bias becomes its bias if it is exact in
+        float32.
+
+        Args:
+            roundings: most float32 roundings of one output, relative to |scale value| + |shift|.
+        """
         if math.prod(self.shape) != math.prod(value.shape):
             self.refuse(f"a constant that widens shape {value.shape} to {self.shape}", "one that keeps the shape")
         value = self.reshaped(value)
         scale, shift = (self._against(torch.as_tensor(constant, dtype=torch.float64)) for constant in (scale, shift))
         before = self.run.operations[value.position]
-        if isinstance(before, Affine) and before.bias is None and (scale == 1).all() and self.run.alone(value):
+        if isinstance(before, Affine) and before.bias is None and (scale == 1).all() and self.run.has_one_reader(value):
             features = shift.shape[1 if isinstance(before, Convolution) else -1]
             if shift.numel() == features and torch.equal(shift.float().double(), shift):
                 bias = fixed(shift.float().flatten().expand(len(before.weight)))
                 assert isinstance(before.layer, nn.Module)
                 before.layer.register_parameter("bias", bias)
                 return value
-        constants = Constants(scale, shift)
+        constants = ScaleConstants(scale, shift)
         return self.append(Scale, value, self.shape, constants, constants.exact, roundings)
 
     def _against(self, constant: Tensor) -> Tensor:
-        """A constant that broadcasts against ``self.shape``, as one that does against (1, *held)."""
+        """Reshape a constant that broadcasts against ``self.shape`` to one that does against (1, *held)."""
         full = (*[1] * (len(self.shape) - constant.ndim), *constant.shape)
         return constant.reshape(full if len(held(self.shape)) < len(full) else (1, *full))
 
 
-class Constants(nn.Module):
-    """(scale, shift) of a ``Scale`` node, float64: rounded to float32 as buffers, which move with the network."""
+class ScaleConstants(nn.Module):
+    """Constants of a ``Scale`` operation: float32 buffers, which move with the network, and exact float64 values."""
 
     scale: Tensor
     shift: Tensor
@@ -215,5 +224,5 @@ def fixed(weight: Tensor) -> nn.Parameter:
 
 
 def numbers(shape: Shape) -> Tensor:
-    """The numbers of a value's entries, from 1 on."""
+    """The numbers of a value's entries, counted from 1, in the value's shape."""
     return torch.arange(1, math.prod(shape) + 1).reshape(shape)

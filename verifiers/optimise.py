@@ -1,5 +1,5 @@
-"""Linear bounds made as tight as their free parameters allow: alpha-CROWN (arXiv 2011.13824) and, with constraints on
-the signs of activations' inputs, beta-CROWN (arXiv 2103.06624)."""
+"""Linear bounds with optimised parameters: alpha-CROWN (arXiv 2011.13824) and, with constraints on the signs of
+activations' inputs, beta-CROWN (arXiv 2103.06624)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from ..bounds.rounding import OWN
 
 @dataclass(frozen=True)
 class Neurons:
-    """The inputs of all non-linear operations as one flat row, N numbers for each image."""
+    """The inputs of all non-linear operations as one flat row of N entries for each image.
+
+    Args:
+        places: positions of the operations in the network; shapes: shapes of their inputs.
+    """
 
     places: tuple[int, ...]
     shapes: tuple[torch.Size, ...]
@@ -33,7 +37,7 @@ class Neurons:
         return [math.prod(shape) for shape in self.shapes]
 
     def apart(self, flat: Tensor) -> dict[int, Tensor]:
-        """(…, N) → (…, *shape) for each operation."""
+        """Split a flat tensor (…, N) into one (…, *shape) for each operation."""
         parts = torch.split(flat, self.sizes, -1)
         return {
             place: part.reshape(*flat.shape[:-1], *shape)
@@ -41,10 +45,11 @@ class Neurons:
         }
 
     def together(self, parts: Mapping[int, Tensor], leading: int = 1) -> Tensor:
+        """Join the operations' tensors, with ``leading`` dimensions in front, into one (…, N)."""
         return torch.cat([parts[place].flatten(leading) for place in self.places], -1)
 
     def ends(self, bounds: Mapping[int, Bounds], like: Tensor) -> tuple[Tensor, Tensor]:
-        """(lower, upper), each (B, N), of B images, as many as rows in ``like``."""
+        """(lower, upper), each (B, N), from bounds by position; ``like`` (B, …) gives B, dtype and device."""
         none = like.new_zeros(len(like), 0)
         lower, upper = (
             torch.cat([none, *(getattr(bounds[place], end).flatten(1) for place in self.places)], -1)
@@ -55,13 +60,13 @@ class Neurons:
 
 @dataclass(frozen=True)
 class Subproblems:
-    """D linear bounds to be made: R forms of the logits of each, over a region and under constraints.
+    """D subproblems: R linear forms of the logits of each, to be bounded over a region and under assumed signs.
 
     Args:
-        region: around D images.
+        region: a region around D images.
         forms: (D, R, K); offsets: (D, R).
-        lower, upper: (D, N) bounds of the neurons' inputs, in agreement with ``signs``.
-        signs: (D, N) int8, what is assumed of each neuron's input: 1 for >= 0, -1 for <= 0, 0 for nothing.
+        lower, upper: (D, N) bounds of the neurons' inputs, which agree with ``signs``.
+        signs: (D, N) int8, assumed sign of each neuron's input: 1 for >= 0, -1 for <= 0, 0 for none.
     """
 
     region: Region
@@ -74,24 +79,31 @@ class Subproblems:
 
 @dataclass(frozen=True)
 class Optimised:
-    """The best bounds found (D, R), and the last parameters: slopes and multipliers (D, R, N)."""
+    """Results of ``maximise``.
+
+    Args:
+        best: (D, R) best lower bounds of all iterates, offsets included.
+        alphas, betas: (D, R, N) slopes and multipliers of the last iterate.
+        bound: the linear bound of the last evaluated iterate.
+        forms: by position, the linear forms (D, R, *shape) that reach each non-linear operation's output in it.
+    """
 
     best: Tensor
     alphas: Tensor
     betas: Tensor | None
     bound: LinearBound
-    seen: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    forms: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
 
 class BestParameters:
-    """Keeps the slopes and multipliers (D, R, N) of an ascent's best bounds; its last ones may be worse."""
+    """Slopes and multipliers (D, R, N) of an ascent's best bounds; the last iterate's may be worse."""
 
     def __init__(self) -> None:
         self.alphas: Tensor | None = None
         self.betas: Tensor | None = None
 
     def update(self, improved: Tensor, alphas: Tensor, betas: Tensor | None) -> None:
-        """Take over those of the forms whose bounds ``improved`` (D, R)."""
+        """Keep the parameters of the forms whose bounds ``improved`` (D, R) bool."""
         improved = improved.unsqueeze(2)
         alphas, betas = alphas.detach(), None if betas is None else betas.detach()
         self.alphas = alphas.clone() if self.alphas is None else torch.where(improved, alphas, self.alphas)
@@ -100,18 +112,18 @@ class BestParameters:
 
 
 def finite(lower: Tensor) -> Tensor:
-    """A bound that overflowed, or NaN, proves nothing."""
+    """Lower bounds with -inf in place of every value that is not finite: it proves nothing."""
     return lower.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
 def with_offsets(network: Network, lower: Tensor, offsets: Tensor) -> Tensor:
-    """Lower bounds with constants added, rounded down where the network has a ``rounding``."""
-    found = lower + offsets
-    return found if network.rounding is None else found - 4 * OWN * (lower.abs() + offsets.abs()) * (offsets != 0)
+    """Lower bounds plus constants, rounded down where the network has a ``rounding``."""
+    total = lower + offsets
+    return total if network.rounding is None else total - 4 * OWN * (lower.abs() + offsets.abs()) * (offsets != 0)
 
 
 def starting_slopes(lower: Tensor, upper: Tensor, rows: int) -> Tensor:
-    """(D, rows, N): CROWN's choice, the line with the smaller area."""
+    """(D, rows, N) CROWN's slopes of the lower lines, 0 or 1: of the line that encloses the smaller area."""
     return (upper > -lower).to(lower.dtype).unsqueeze(1).repeat(1, rows, 1)
 
 
@@ -127,16 +139,18 @@ def maximise(
     done: Callable[[Tensor], Tensor] = lambda best: best.new_zeros(len(best), dtype=torch.bool),
     kept: BestParameters | None = None,
 ) -> Optimised:
-    """Lower bounds of all forms by gradient ascent on slopes and multipliers; every iterate is a valid bound. Out of
-    time, the iterates so far have to do.
+    """Lower bounds of all forms by gradient ascent on slopes and multipliers. Every iterate is a valid bound; if time
+    runs out, the best so far is returned.
 
     Args:
-        alphas: (D, R, N) to start from; betas: likewise, needed with ``sub.signs``.
-        steps: of Adam; 0 bounds with the parameters as they are.
-        done: which of the subproblems (D,) need no better bounds, given the best (D, R) so far.
-        kept: is given the parameters of the best bounds.
+        alphas: (D, R, N) slopes to start from; betas: (D, R, N) multipliers to start from where ``sub`` has signs, zero
+            if None.
+        steps: steps of Adam; 0 evaluates the bounds at the given parameters.
+        rate, decay: learning rate, and its factor after each step.
+        done: maps the best bounds (D, R) so far to (D,) bool, the subproblems that need no better ones.
+        kept: receives the parameters of the best bounds.
     Raises:
-        OutOfTime: before the first of them.
+        OutOfTime: the clock ran out before the first iterate.
     """
     neurons = Neurons.of(network)
     bounds = {
@@ -144,9 +158,9 @@ def maximise(
         for (place, low), up in zip(neurons.apart(sub.lower).items(), neurons.apart(sub.upper).values(), strict=True)
     }
     alphas = alphas.detach().clone().requires_grad_(steps > 0)
-    free, against = [alphas], None
+    free, negated_signs = [alphas], None
     if sub.signs is not None:
-        against = -sub.signs.unsqueeze(1).to(sub.lower.dtype)
+        negated_signs = -sub.signs.unsqueeze(1).to(sub.lower.dtype)
         betas = torch.zeros_like(alphas) if betas is None else betas.detach().clone()
         free.append(betas.requires_grad_(steps > 0))
     ascent = torch.optim.Adam(free, lr=rate)
@@ -155,21 +169,21 @@ def maximise(
     finished = torch.zeros(len(best), dtype=torch.bool, device=best.device)
     slack = slack_of(network, sub.region, bounds)
     bound: LinearBound | None = None
-    seen: dict[int, Tensor] = {}
+    forms: dict[int, Tensor] = {}
     for step in range(steps + 1):
-        last, started, met = step == steps, now(), dict[int, Tensor]()
+        last, started, reaching = step == steps, now(), dict[int, Tensor]()
         try:
             with torch.set_grad_enabled(not last):
                 lines = relax_all(network, bounds, neurons.apart(alphas))
-                pushed = None if betas is None or against is None else neurons.apart(against * betas)
-                found = backward(network, len(network.operations) - 1, sub.forms, lines, pushed, met, slack)
-                lower = with_offsets(network, found.lower(sub.region), sub.offsets)
+                pushed = None if betas is None or negated_signs is None else neurons.apart(negated_signs * betas)
+                linear = backward(network, len(network.operations) - 1, sub.forms, lines, pushed, reaching, slack)
+                lower = with_offsets(network, linear.lower(sub.region), sub.offsets)
         except OutOfTime:
             if bound is None:
                 raise
             break
-        bound, seen = found, met
-        # a finished subproblem's bounds rest: they are not to depend on what else is in the batch
+        bound, forms = linear, reaching
+        # a finished subproblem's bounds stay as they are, so that they do not depend on the rest of the batch
         better = torch.maximum(best, finite(lower.detach()))
         better = torch.where(finished.unsqueeze(1), best, better)
         if kept is not None:
@@ -179,11 +193,11 @@ def maximise(
         if last or bool(finished.all()) or not lower.requires_grad:  # no slope to choose
             break
         try:
-            look(seconds=2 * (now() - started))  # the way back takes twice as long as the way there
+            look(seconds=2 * (now() - started))  # the gradient takes twice as long as the bound
         except OutOfTime:
             break
         gradients = torch.autograd.grad(lower, free, torch.full_like(lower, -1.0), allow_unused=True)
-        for parameters, gradient in zip(free, gradients, strict=True):  # and not of the network's own weights
+        for parameters, gradient in zip(free, gradients, strict=True):  # none for the network's weights
             parameters.grad = gradient
         before = torch.empty(0) if betas is None else betas.detach().clone()
         ascent.step()  # pyright: ignore[reportUnknownMemberType]  # torch's closure is a bare Callable
@@ -191,10 +205,10 @@ def maximise(
         with torch.no_grad():
             alphas.clamp_(0, 1)
             if betas is not None and neurons.places:
-                # Adam's steps have the size of its rate, multipliers that of the forms that they push against
+                # Adam's steps have the size of its rate; multipliers are in units of the forms at their neuron
                 size = torch.cat(
                     [
-                        seen[place].abs().flatten(2).amax(2, keepdim=True).expand(-1, -1, n)
+                        forms[place].abs().flatten(2).amax(2, keepdim=True).expand(-1, -1, n)
                         for place, n in zip(neurons.places, neurons.sizes, strict=True)
                     ],
                     -1,
@@ -204,5 +218,5 @@ def maximise(
     detached = LinearBound(bound.forms.detach(), bound.constants.detach())
     return Optimised(
         best, alphas.detach(), None if betas is None else betas.detach(), detached,
-        {place: forms.detach() for place, forms in seen.items()},
+        {place: reached.detach() for place, reached in forms.items()},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is asked of a verifier, and what it answers."""
+"""Verification problems and verdicts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Specification:
     Args:
         rows: (B, R, K); offsets: (B, R).
         clauses: (R,) int64, the clause of each row, numbered from 0.
-        labels: (B,) the class that is protected, where the specification says that it wins.
+        labels: (B,) the class that must win, for robustness specifications; None for others.
     Raises:
-        InputError: no rows, of which every statement would hold; shapes that do not fit.
+        InputError: no rows (such a specification would hold for every network); shapes that do not fit.
     """
 
     rows: Tensor
@@ -46,7 +46,8 @@ class Specification:
 
     @classmethod
     def robust(cls, labels: Tensor, classes: int) -> Specification:
-        """Class ``labels`` wins against every other: K - 1 clauses of one row e_y - e_j, j != y increasing.
+        """The specification that class ``labels`` wins against every other: K - 1 clauses of one row e_y - e_j, j != y
+        increasing.
 
         Raises:
             InputError: fewer than two classes; labels that are none of them.
@@ -66,9 +67,8 @@ class Specification:
         return (self.rows.to(logits.dtype) @ logits.unsqueeze(-1)).squeeze(-1) + self.offsets
 
     def worst(self, values: Tensor) -> Tensor:
-        """(B,) > 0 where the specification holds, given row values, or proved where they are lower bounds.
-
-        The minimum over clauses of the maximum within each: a clause is refuted by any one of its rows.
+        """(B,) the minimum over clauses of the largest row in each. Where > 0 the specification holds, if ``values``
+        (B, R) are row values, and is proved, if they are lower bounds.
         """
         best = values.new_full((len(values), int(self.clauses.max()) + 1), -torch.inf)
         return best.scatter_reduce(1, self.clauses.expand(len(values), -1), values, "amax").amin(1)
@@ -79,7 +79,7 @@ class Specification:
 
 
 def rows_of_clauses(clauses: Tensor) -> tuple[Tensor, int]:
-    """(C, R): the rows of each of C clauses, short ones filled up with their first row again; and C."""
+    """(members, C): members (C, G) int64 are the row numbers of each clause; short clauses repeat their first row."""
     count = int(clauses.max()) + 1 if len(clauses) else 0
     members = [(clauses == clause).nonzero().flatten() for clause in range(count)]
     most = max((len(m) for m in members), default=1)
@@ -89,13 +89,13 @@ def rows_of_clauses(clauses: Tensor) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True)
 class Problem:
-    """Does the specification hold on the whole region around each image? A batch of such questions.
+    """A batch of B verification problems: does the specification hold on the whole region around each image?
 
     Args:
         network: in evaluation mode, float32 or float64; maps (B, *shape) to (B, K) logits.
         region: a perturbation set around B images.
         specification: B specifications.
-        index: (B,) int64, each image's number; it keys the attacks' random numbers.
+        index: (B,) int64, each image's number in the data set, which keys the attacks' random numbers.
     """
 
     network: nn.Module
@@ -115,18 +115,18 @@ class Verdict:
     """The answer for one image.
 
     Args:
-        index, label, prediction: the image's number, its class, and the network's choice on it (None where even that
+        index, label, prediction: the image's number, its class, and the network's prediction (None where even that
             ran out of memory).
         status: ``verified``: proved on the whole region; ``falsified``: a counterexample was replayed;
             ``misclassified``: wrong (or tied) on the image itself; ``timeout``: its time was up; ``unknown``: no
-            stage decided.
-        stage: the stage that decided, or the last that tried.
-        lower_bound: of the worst margin over the region, the best found; None where none was computed.
-        seconds: the image's share of the time of the batches that it was in.
-        arithmetic: in which the verdict holds.
-        reason: why it is undecided, where there is something to say.
+            stage decided; ``error``: the verifier failed on it.
+        stage: the stage that decided, or else the last that ran.
+        lower_bound: best lower bound of the worst margin over the region; None where none was computed.
+        seconds: the image's share of the time of its batches.
+        arithmetic: arithmetic in which the verdict holds.
+        reason: why the image is undecided, where a reason is known.
         counterexample: an image of the region on which the specification fails.
-        spent: the seconds, stage by stage: those that it went through.
+        spent: seconds by stage, for the stages that the image went through.
     """
 
     index: int
@@ -142,7 +142,7 @@ class Verdict:
     spent: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def record(self) -> dict[str, Any]:
-        """The verdict's line in ``verdicts.jsonl``."""
+        """The verdict as a line of ``verdicts.jsonl``, without the counterexample."""
         values = {key: value for key, value in vars(self).items() if key != "counterexample"}
         spent = {stage: round(seconds, 6) for stage, seconds in self.spent.items()}
         return {**values, "seconds": round(self.seconds, 6), "spent": spent}

@@ -1,4 +1,4 @@
-"""Verdicts as they stand in a file, one a line: reading, counting, comparing."""
+"""Verdicts as lines of a file: validity, counts and comparison."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .settings import Certify
 
 
 class VerdictQuestion(Question):
-    """Is each image of a split safe on the whole set around it? Its lines are verdicts.
+    """The question whether each image of a split is safe on the whole set around it; the lines are verdicts.
 
     A decided image stays decided, whichever settings decided it; only verdicts on other weights are refused. An
     undecided image is asked about again where the settings now offer more.
@@ -51,7 +51,7 @@ class VerdictQuestion(Question):
 
     @abstractmethod
     def offers_more(self, record: Line, before: Line) -> bool:
-        """Whether an undecided image may hope for more than it has had on the basis ``before``."""
+        """Whether the settings offer an undecided image more than the basis ``before`` did."""
 
     def merge(self, line: Line, before: Line | None) -> Line:
         """The new verdict, with the better lower bound of the two."""
@@ -70,26 +70,26 @@ def undecided(record: Line) -> bool:
 
 
 def worth_another_try(record: Line, settings: Certify, before: Line) -> bool:
-    """Whether ``settings`` offer an undecided image something that it has not had.
+    """Whether ``settings`` may decide an image that was left undecided: more time, more stages, or more memory.
 
     Args:
         before: the ``certify`` section that left it undecided.
     """
     try:
         had: Certify = structure(Certify, before)
-    except InputError:  # of another version
+    except InputError:  # settings of another version
         return True
     return (
-        record.get("reason") == "out of memory"  # of whichever machine it was
+        record.get("reason") == "out of memory"  # depends on the machine
         or (record["status"] == "timeout" and settings.timeout > had.timeout)
         or settings.has_more_stages(had)
     )
 
 
 def summarise(records: Sequence[Line]) -> dict[str, float]:
-    """Shares of all images: clean >= attacked >= certified >= IBP-certified, image by image.
+    """Shares of all images in [0, 1]: clean >= attacked >= certified >= IBP-certified accuracy, image by image.
 
-    ``attacked_accuracy``: right, and no stage found a counterexample.
+    ``attacked_accuracy`` counts images that are classified correctly and have no counterexample.
     """
 
     def share(holds: Callable[[Line], bool]) -> float:
@@ -104,9 +104,9 @@ def summarise(records: Sequence[Line]) -> dict[str, float]:
 
 
 def by_stage(records: Sequence[Line]) -> dict[str, dict[str, Any]]:
-    """Of each stage, in their order: the images that it looked at, its decisions by status, its seconds."""
+    """For each stage, in order: the number of its images, its decisions by status, and its seconds."""
     stages: dict[str, dict[str, Any]] = {}
-    for record in sorted(records, key=lambda r: -len(r["spent"])):  # those that went furthest name the order
+    for record in sorted(records, key=lambda r: -len(r["spent"])):  # images that passed most stages give their order
         for stage, seconds in record["spent"].items():
             row = stages.setdefault(stage, {"images": 0, "seconds": 0.0})
             row["images"] += 1
@@ -118,21 +118,21 @@ def by_stage(records: Sequence[Line]) -> dict[str, dict[str, Any]]:
 
 
 def decided(records: Sequence[Line]) -> dict[str, dict[str, int]]:
-    """How many images each stage decided, by status."""
+    """Number of images that each stage decided, by status; stages without any are left out."""
     counts = {
         stage: {status: row[status] for status in get_args(Status) if status in row}
         for stage, row in by_stage(records).items()
     }
-    return {stage: found for stage, found in counts.items() if found}
+    return {stage: statuses for stage, statuses in counts.items() if statuses}
 
 
 def reasons(records: Sequence[Line]) -> dict[str, int]:
-    """How many images are undecided, and why; the most frequent reason first."""
+    """Number of undecided images by reason, the most frequent reason first."""
     return dict(Counter(r.get("reason") or f"left open by {r['stage']}" for r in records if undecided(r)).most_common())
 
 
 def so_far(records: Sequence[Line]) -> str:
-    """One line on a sweep that is under way."""
+    """One line of progress for a running sweep."""
     count = Counter("undecided" if undecided(record) else record["status"] for record in records)
     low, high = certified(records)
     words = (f"{status} {count[status]}" for status in ("verified", "falsified", "misclassified", "undecided"))
@@ -140,7 +140,7 @@ def so_far(records: Sequence[Line]) -> str:
 
 
 def certified(records: Sequence[Line]) -> tuple[float, float]:
-    """What certified accuracy is at least, and at most: undecided images may still turn out verified."""
+    """(lowest, highest) certified accuracy in [0, 1]: undecided images may still turn out verified."""
     low = sum(record["status"] == "verified" for record in records)
     count = max(1, len(records))
     return low / count, (low + sum(map(undecided, records))) / count

@@ -1,4 +1,4 @@
-"""The recipe's settings of branch and bound."""
+"""Recipe settings of branch and bound."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..errors import check
 
 @dataclass(frozen=True)
 class Search:
-    """How to search.
+    """Settings of branch and bound on neurons.
 
     Args:
-        batch: subproblems that are split in one round, over all images.
-        steps, rate: of the ascent on slopes and multipliers that bounds a subproblem.
-        candidates: neurons that are looked ahead for each split.
-        tighten: whether a split bounds all later neurons anew.
-        most: splits of one image at which it is given up; None for no limit.
+        batch: subproblems split in one round, over all images.
+        steps, rate: steps and learning rate of the ascent on slopes and multipliers that bounds a subproblem.
+        candidates: neurons whose halves are bounded before each split, to choose the best.
+        tighten: whether each split recomputes the bounds of all later neurons.
+        most: number of splits after which an image is given up; None for no limit.
     """
 
     batch: int = 256

@@ -1,4 +1,4 @@
-"""The tree of a search, kept for whoever wants to check or write down a proof: decisions, and what closed each leaf."""
+"""Record of a branch-and-bound search, for checking or writing proofs: the decisions, and the proof of each leaf."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor
 from ..typed import as_ints
 
 Reason = Literal["bounded", "infeasible", "leaf", "counterexample", "given up"]
-"""Why a subproblem is closed: its linear bound is positive; nothing satisfies its assumptions; a leaf solver proved it;
-its image is refuted; or its image, or a leaf itself, stays undecided."""
+"""Why a subproblem was closed, in this order: its linear bound is positive; nothing satisfies its assumptions; a leaf
+solver proved it; its image was refuted; its image was given up, or the leaf itself stayed undecided."""
 
 
 class Decision:
-    """What sets a child apart from its parent."""
+    """The assumption that a child adds to its parent's."""
 
 
 @dataclass(frozen=True)
 class Sign(Decision):
-    """The input of a neuron (its place among the N of ``Neurons``) is assumed >= 0 (1) or <= 0 (-1)."""
+    """A neuron's input is assumed >= 0 (``sign`` 1) or <= 0 (-1); ``neuron`` is its place among the N of
+    ``Neurons``."""
 
     neuron: int
     sign: int
@@ -30,7 +31,7 @@ class Sign(Decision):
 
 @dataclass(frozen=True)
 class Range(Decision):
-    """One number of the input (by its place in the flattened image) is in [lower, upper]."""
+    """One entry of the input, by its place in the flattened image, is in [lower, upper]."""
 
     input: int
     lower: float
@@ -39,7 +40,7 @@ class Range(Decision):
 
 @dataclass(frozen=True)
 class UnitsLeft(Decision):
-    """The units ``free`` of an image may change, and at most ``budget`` of those ``possible``."""
+    """All units in ``free`` may change, and at most ``budget`` of those in ``possible``."""
 
     free: tuple[int, ...]
     possible: tuple[int, ...]
@@ -47,21 +48,22 @@ class UnitsLeft(Decision):
 
 
 class Proof:
-    """What a positive bound can be computed from again."""
+    """Data from which a positive bound can be recomputed."""
 
     reason: ClassVar[Reason] = "bounded"
 
 
 @dataclass(frozen=True, eq=False)
 class Relaxed(Proof):
-    """A linear bound by weak duality: the specification's row carried backward through lines.
+    """A linear bound by weak duality: one row of the specification carried backward through relaxations.
 
     Args:
-        row: of the specification.
-        neurons: (U,) int64, the places of the neurons that the image's own bounds leave open.
-        lower, upper: (U,) bounds of their inputs in the subproblem, from which the upper lines follow.
-        slopes: (U,) of the lower lines; of no effect where a bound is 0 or beyond.
-        multipliers: (U,) >= 0 of the constraints -sign · input <= 0; of no effect where no sign is assumed.
+        row: number of the specification's row.
+        neurons: (U,) int64, places of the neurons that are unstable under the image's own bounds.
+        lower, upper: (U,) bounds of their inputs in the subproblem, which determine the upper lines.
+        slopes: (U,) slopes of the lower lines; without effect where the bounds do not cross 0.
+        multipliers: (U,) >= 0, multipliers of the constraints -sign · input <= 0; without effect where no sign is
+            assumed.
     """
 
     row: int
@@ -73,8 +75,9 @@ class Relaxed(Proof):
 
 
 @dataclass(frozen=True, eq=False)
-class Contradiction(Proof):
-    """Linear bounds of a neuron's input, each of them valid under the assumptions, that exclude each other."""
+class CrossedBounds(Proof):
+    """Bounds ``lower`` > ``upper`` of one neuron's input, both valid under the assumptions, so that these are
+    infeasible."""
 
     reason: ClassVar[Reason] = "infeasible"
     neuron: int
@@ -84,13 +87,13 @@ class Contradiction(Proof):
 
 @dataclass(frozen=True, eq=False)
 class Multipliers(Proof):
-    """A Lagrangian of the leaf's linear program (``lp.leaf_program``): every row is carried backward by itself.
+    """A Lagrangian of the leaf's linear program (``lp.leaf_program``), whose rows are carried backward separately.
 
     Args:
         rows: (G,) weights of the clause's rows; all 0 where no point meets the constraints.
-        constraints: (M,) multipliers >= 0 of the constraints -sign · input <= 0 of the neurons with an assumed sign, by
-            their places.
-        neurons, lower, upper: (U,) as in ``Relaxed``; lower lines are CROWN's own.
+        constraints: (M,) >= 0, multipliers of the constraints -sign · input <= 0, in the order of the places of the
+            neurons with an assumed sign.
+        neurons, lower, upper: (U,) as in ``Relaxed``; the lower lines are CROWN's.
     """
 
     reason: ClassVar[Reason] = "leaf"
@@ -103,17 +106,17 @@ class Multipliers(Proof):
 
 @dataclass(frozen=True, eq=False)
 class Unsatisfiable(Multipliers):
-    """A Lagrangian of the constraints alone that is positive."""
+    """A positive Lagrangian of the constraints alone, which proves them infeasible."""
 
     reason: ClassVar[Reason] = "infeasible"
 
 
 @dataclass(frozen=True, eq=False)
 class Concretised(Proof):
-    """Linear bounds by CROWN's or by forward lines, with no parameters, at their minimum over the subproblem's set.
+    """Linear bounds by CROWN or forward lines, without parameters, minimised over the subproblem's set.
 
     Args:
-        rows: (C, G) weights of each clause's rows, those of one clause add up to 1.
+        rows: (C, G) weights of each clause's rows, which add up to 1 for each clause.
     """
 
     rows: Tensor
@@ -121,7 +124,7 @@ class Concretised(Proof):
 
 @dataclass(frozen=True, eq=False)
 class Searched(Proof):
-    """Another search, in which the leaf is image number ``image``."""
+    """A leaf proved by another search, in whose ``record`` it is image number ``image``."""
 
     reason: ClassVar[Reason] = "leaf"
     record: SearchRecord
@@ -133,12 +136,13 @@ class RecordedSubproblem:
     """One subproblem of a recorded search.
 
     Args:
-        number: its own; parent: its parent's, None for a root.
+        number: its number in the record; parent: its parent's number, None for a root.
         image, goal: as in ``OpenSubproblems``.
-        decision: None for a root.
-        reason: why it was closed; None while it is open and once it is split.
-        bound: at which it was closed.
-        proof: for a bound that is positive.
+        decision: the assumption added to the parent's; None for a root.
+        reason: why it was closed; None while it is open and after it was split.
+        bound: its lower bound when it was closed.
+        proof: the proof of a positive bound; None otherwise.
+        children: numbers of its children.
     """
 
     number: int
@@ -159,11 +163,11 @@ class SearchRecord:
         self.subproblems: list[RecordedSubproblem] = []
 
     def add(self, parent: Tensor, image: Tensor, goal: Tensor, decisions: Sequence[Decision | None]) -> Tensor:
-        """(P,) int64, the numbers of P new subproblems; ``parent`` (P,) is -1 for a root."""
+        """Add P subproblems and return their numbers (P,) int64; ``parent`` (P,) is -1 for a root."""
         first = len(self.subproblems)
         columns = zip(as_ints(parent), as_ints(image), as_ints(goal), decisions, strict=True)
-        for number, (above, of, aim, decision) in enumerate(columns, start=first):
-            self.subproblems.append(RecordedSubproblem(number, None if above < 0 else above, of, aim, decision))
+        for number, (above, own, aim, decision) in enumerate(columns, start=first):
+            self.subproblems.append(RecordedSubproblem(number, None if above < 0 else above, own, aim, decision))
             if above >= 0:
                 self.subproblems[above].children.append(number)
         return torch.arange(first, len(self.subproblems), device=image.device)
@@ -177,12 +181,12 @@ class SearchRecord:
         return [one for one in self.subproblems if one.parent is None and one.image == image]
 
     def leaves(self, image: int) -> list[RecordedSubproblem]:
-        """The subproblems of an image that were closed."""
+        """The subproblems of an image without children."""
         return [one for one in self.subproblems if not one.children and one.image == image]
 
     def path(self, one: RecordedSubproblem) -> list[RecordedSubproblem]:
-        """From the root to a subproblem, both included."""
-        found = [one]
-        while (parent := found[-1].parent) is not None:
-            found.append(self.subproblems[parent])
-        return found[::-1]
+        """The subproblems from the root to ``one``, both included."""
+        upward = [one]
+        while (parent := upward[-1].parent) is not None:
+            upward.append(self.subproblems[parent])
+        return upward[::-1]

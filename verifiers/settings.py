@@ -1,4 +1,4 @@
-"""The recipe's ``certify`` section, and the stages that it stands for."""
+"""The recipe's ``certify`` section and the stages that it builds."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from .stage import Judge, Replay, Stage
 
 Arithmetic = Literal["nearest", "real", "float32"]
 FIRST = "clean"
-"""The stage that every cascade begins with."""
+"""Name of the stage with which every cascade begins."""
 ROUNDINGS: dict[Arithmetic, Rounding] = {"real": REAL, "float32": FLOAT32}
 
 
 @dataclass(frozen=True)
 class Certify:
-    """The recipe's ``certify`` section: what is proved of the test split, and how.
+    """The recipe's ``certify`` section: how the test split is certified.
 
     Args:
-        enabled: whether a run ends with it; a network that is not to be certified need not be traceable.
-        stages: after the clean prediction, in this order: by default the cheapest first (an attack on every image takes
-            40 times as long as IBP, and cannot refute what IBP proves). Each is a name (``Stage.named()``), or a
-            section with a ``type`` and the stage's own fields. ``location`` is for sparse sets, where it also stands in
-            for ``bab``.
-            With ``lirpa`` and ``attack`` alone, networks are taken that cannot be traced.
-        attack: of the attack stage; null for the set's default: PGD-40 with 5 restarts, of a sparse set sPGD-300.
-        images: the first so many test images; null for all.
-        batch_size: images that share a batch.
-        timeout: seconds for an image, over all stages: its share of the time of the batches that it is in. Stages look
-            at the clock between their layers and chunks, and keep what they know by then; so many images take so many
-            times as long at most.
-        alpha_steps: of the ascent on slopes.
-        lirpa: whose bounds the stage of that name takes from auto_LiRPA, which has to be installed.
-        search: how branch and bound goes about it.
-        arithmetic: in which ``verified`` holds. ``nearest``: as bounds come out, rounded to nearest; ``real``: in exact
-            arithmetic; ``float32``: for every order in which the folded network can be evaluated in float32.
+        enabled: whether a run ends with certification; without it the network need not be traceable.
+        stages: stages after the clean prediction, in this order; by default the cheapest first (an attack on every
+            image takes 40 times as long as IBP, and cannot refute what IBP proves). Each is a name (``Stage.named()``)
+            or a section with a ``type`` and the stage's own fields. ``location`` is for sparse sets, where it also
+            replaces ``bab``. If all of them are ``lirpa`` or ``attack`` the network need not be traceable.
+        attack: attack of the attack stage; null for the set's default: PGD-40 with 5 restarts, or sPGD-300 for a sparse
+            set.
+        images: number of test images, the first ones; null for all.
+        batch_size: images in one batch.
+        timeout: seconds for an image, over all stages, as its share of the time of its batches. Stages check the clock
+            between layers and chunks and keep their results so far; n images take at most n times as long.
+        alpha_steps: steps of the ascent on slopes in the stage ``alpha``, and in ``lirpa`` with that method.
+        lirpa: method of the stage ``lirpa``, which needs auto_LiRPA to be installed.
+        search: settings of branch and bound.
+        arithmetic: arithmetic in which ``verified`` holds. ``nearest``: of bounds computed with rounding to nearest,
+            whose errors are not covered; ``real``: exact arithmetic; ``float32``: every order in which the folded
+            network can be evaluated in float32.
     """
 
     enabled: bool = True
@@ -70,7 +70,7 @@ class Certify:
     def check_ball(self, ball: PerturbationSet) -> None:
         """
         Raises:
-            InputError: a stage does not know such a set, or the arithmetic has no bounds over it.
+            InputError: a stage does not take this set, or the arithmetic has no bounds over it.
         """
         if self.arithmetic != "nearest" and not ball.is_box:
             found = f"{self.arithmetic} for a {ball.kind}"
@@ -80,7 +80,7 @@ class Certify:
             self._stage(stage).check_ball(ball, where)
 
     def over(self, ball: PerturbationSet) -> Certify:
-        """The section with the set's default attack named."""
+        """The section with the set's default attack filled in where it names none."""
         return replace(self, attack=self.attack or default_attack(ball, "falsify"))
 
     def build(self, seed: int, replay: Replay | None = None) -> list[Stage]:
@@ -89,7 +89,7 @@ class Certify:
         return [self._stage(stage).prepared(seed, judge) for stage in (FIRST, *self.stages)]
 
     def has_more_stages(self, had: Certify) -> bool:
-        """Whether it has a stage that ``had`` has not, or has with other fields; timeouts are not looked at."""
+        """Whether it has a stage that ``had`` lacks or has with other fields; timeouts are ignored."""
         known = [stage.within(0.0)[0] for stage in had.build(0)]
         return any(stage.within(0.0)[0] not in known for stage in self.build(0))
 

@@ -1,12 +1,11 @@
 """Branch and bound on which units of an image change: complete for sparse sets of few units, whatever the network.
 
-A subproblem is a ``SparsePart``: units that are free, others of which so many at most may change. Linear bounds
-concretised over it are exact for the set's convex hull (as arXiv 2511.10576 has it for a whole l0 ball). Where they
-prove too little the units that could do harm come first, one at a time: "this one changes, those before it do not", and
-one subproblem more in which none of them does. A leaf, where nothing is left to choose, is a box: halved
-where few inputs vary in it, otherwise split at neurons. Other complete verifiers of few pixels cover the choices by
-larger sets of pixels, each of them a box: Calzone (Shapira, Avneri, Drachsler-Cohen, OOPSLA 2023) and CoVerD (arXiv
-2405.10924).
+A subproblem is a ``SparsePart``: all its free units may change, and at most so many of its possible units. Linear
+bounds are minimised exactly over its convex hull (as in arXiv 2511.10576 for a whole l0 ball). A subproblem that is not
+proved is split at the units with the largest possible effect, in turn: unit i changes and those before it do not; one
+more child has none of them changing. A leaf, in which no choice is left, is a box: halved where few inputs vary,
+otherwise split at neurons. Other complete verifiers for few pixels cover the choices by larger sets of pixels, each of
+them a box: Calzone (Shapira, Avneri, Drachsler-Cohen, OOPSLA 2023) and CoVerD (arXiv 2405.10924).
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, rows_
 from ..bounds.folding import fold
 from ..bounds.sparse import SparseBall
 from ..bounds.sparse_part import SparsePart
-from ..typed import as_bools, as_ints
+from ..typed import as_ints
+from .bounds_so_far import BoundsSoFar
 from .engine import (
     Bounded,
     Bounder,
@@ -31,12 +31,11 @@ from .engine import (
     LeafSolver,
     OpenSubproblems,
     Outcome,
-    Solved,
+    SolverResult,
     Splitter,
     Violates,
 )
 from .input_split import INPUTS, split_inputs
-from .known import Known
 from .neuron_split import split_neurons
 from .optimise import finite, with_offsets
 from .problem import Problem
@@ -44,38 +43,38 @@ from .search import Search
 from .search_record import Concretised, Proof, Searched, SearchRecord, UnitsLeft
 
 BATCH = 512
-"""Subproblems that are bounded in one round."""
+"""Number of subproblems bounded together."""
 
 MOST = 64
-"""Units that one subproblem is split at; the others wait for the tighter bounds of what is left."""
+"""Most units at which one subproblem is split; the others wait for the tighter bounds of the last child."""
 
 
 def sparse_ball(problem: Problem) -> SparseBall | None:
-    """The set around each image, if it is a sparse one."""
+    """The set around each image if it is a ``SparseBall``, else None."""
     region = problem.region
     return region.perturbation(SparseBall)
 
 
 def split_locations(
     problem: Problem,
-    known: Known,
+    known: BoundsSoFar,
     search: Search,
     timeout: float,
     violates: Violates,
     batch: int = BATCH,
     record: SearchRecord | None = None,
 ) -> Outcome:
-    """Prove or refute what ``known`` leaves open of problems over sparse sets.
+    """Prove or refute the problems over sparse sets that ``known`` leaves open.
 
     Args:
-        search: how leaves of many inputs go through branch and bound on neurons.
+        search: settings of branch and bound on neurons, for leaves in which many inputs vary.
         timeout, violates, record: as in ``BranchAndBound``.
-        batch: subproblems that are bounded in one round, at most.
+        batch: most subproblems bounded together.
     """
     ball = sparse_ball(problem)
     assert ball is not None
     bounder = PartBounder(problem, known, ball, batch)
-    leaf = FreeUnits(problem, known, ball, search, recording=record is not None)
+    leaf = FreeUnitsSolver(problem, known, ball, search, recording=record is not None)
     return BranchAndBound(
         problem, known.network, problem.specification.worst(known.rows).unsqueeze(1), _roots(problem, known, ball),
         bounder, UnitSplitter(ball, max(1, bounder.at_a_time // 8)), leaf,
@@ -85,10 +84,12 @@ def split_locations(
 
 @dataclass(frozen=True)
 class SparseSubproblems(OpenSubproblems):
-    """Subproblems in which some units are free, and few of others may change.
+    """Subproblems in which some units are free, and a limited number of others may change.
 
-    ``free``, ``possible`` (P, N) bool, by units; ``budget`` (P,); ``rows`` (P, R) lower bounds; ``rank`` (P, N) which
-    units to split at first, and at how many, ``first`` (P,).
+    Args:
+        free, possible: (P, N) bool, units that may all change, and units of which at most ``budget`` (P,) may.
+        rows: (P, R) lower bounds of the specification's rows.
+        rank: (P, N) order in which units are split at; first: (P,) number of units to split at next.
     """
 
     free: Tensor
@@ -99,7 +100,7 @@ class SparseSubproblems(OpenSubproblems):
     first: Tensor
 
     def settled(self) -> SparseSubproblems:
-        """With units that may all change free, and none possible without a budget."""
+        """Simplify: possible units that may all change become free, and without a budget no unit stays possible."""
         every = (self.budget >= self.possible.sum(1)).unsqueeze(1)
         free = self.free | (self.possible & every)
         possible = self.possible & ~every & (self.budget > 0).unsqueeze(1)
@@ -107,7 +108,7 @@ class SparseSubproblems(OpenSubproblems):
         return replace(self, free=free, possible=possible, budget=budget)
 
 
-def _roots(problem: Problem, known: Known, ball: SparseBall) -> SparseSubproblems:
+def _roots(problem: Problem, known: BoundsSoFar, ball: SparseBall) -> SparseSubproblems:
     images, device = known.region_of(problem).images, known.rows.device
     count, units = len(problem), ball.units(images.shape[1:])
     none = torch.zeros(count, units, dtype=torch.bool, device=device)
@@ -123,7 +124,7 @@ def _roots(problem: Problem, known: Known, ball: SparseBall) -> SparseSubproblem
 
 @dataclass(frozen=True, eq=False)
 class PartBounds(Bounded[SparseSubproblems]):
-    """Linear bounds of the specification's rows over parts of sparse sets; ``offsets`` (P, R)."""
+    """Linear bounds of the specification's rows over P parts of sparse sets; ``offsets`` (P, R) are the rows' own."""
 
     problem: Problem
     region: SparsePart
@@ -131,7 +132,7 @@ class PartBounds(Bounded[SparseSubproblems]):
     offsets: Tensor
 
     def points(self, index: Tensor) -> Iterator[Tensor]:
-        """Where the linear bound of the worst row is smallest."""
+        """The minimisers of the lowest row's linear bound."""
         row = self.subproblems.rows[index].argmin(1)
         point = self.region.take(index).minimiser(self.linear.forms[index, row])
         yield point.to(self.problem.region.images.dtype)
@@ -144,12 +145,13 @@ class PartBounds(Bounded[SparseSubproblems]):
 
 
 class PartBounder(Bounder[SparseSubproblems, PartBounds]):
-    """
+    """Bounds parts of sparse sets by CROWN.
+
     Args:
-        batch: subproblems that are bounded together, at most.
+        batch: most subproblems bounded together.
     """
 
-    def __init__(self, problem: Problem, known: Known, ball: SparseBall, batch: int):
+    def __init__(self, problem: Problem, known: BoundsSoFar, ball: SparseBall, batch: int):
         self.problem, self.known, self.ball = problem, known, ball
         self.images = known.region_of(problem).images
         self.forms, self.offsets = known.rows_of(problem.specification)
@@ -165,13 +167,15 @@ class PartBounder(Bounder[SparseSubproblems, PartBounds]):
         given = {place: Bounds(b.lower[image], b.upper[image]) for place, b in self.known.bounds.items()}
         lines = relax_all(network, crown_bounds(network, region, given or None))
         linear = backward(network, len(network.operations) - 1, self.forms[image], lines)
-        found = with_offsets(network, linear.lower(region), self.offsets[image])
-        rows = torch.maximum(some.rows, finite(found))
+        lower = with_offsets(network, linear.lower(region), self.offsets[image])
+        rows = torch.maximum(some.rows, finite(lower))
         some = replace(some, rows=rows, bound=self.problem.specification.worst(rows))
         return PartBounds(some, self.problem, region, linear, self.offsets[image])
 
 
 class UnitSplitter(Splitter[SparseSubproblems, PartBounds]):
+    """Splits at the units with the largest possible effect on the open rows' linear bounds."""
+
     def __init__(self, ball: SparseBall, at_a_time: int):
         self.ball, self._at_a_time = ball, at_a_time
 
@@ -180,8 +184,8 @@ class UnitSplitter(Splitter[SparseSubproblems, PartBounds]):
         return self._at_a_time
 
     def options(self, bounded: PartBounds) -> Tensor:
-        """(P, N), by what each unit can do to the linear bounds of the rows that are open: at a share 1 / budget of
-        what is left of one without any possible unit it is a danger."""
+        """(P, N) effect of each possible unit: the largest share, over the open rows, that it can take from the row's
+        linear bound without any possible unit. From a share 1 / budget on, ``decide`` splits at the unit."""
         some = bounded.subproblems
         values, gains = self.ball.effects(bounded.linear.forms, bounded.region.images)
         safe = values + bounded.linear.constants + bounded.offsets
@@ -198,7 +202,8 @@ class UnitSplitter(Splitter[SparseSubproblems, PartBounds]):
         return replace(some, rank=rank, first=first)
 
     def children(self, parents: SparseSubproblems) -> SparseSubproblems:
-        """For each of the ``first`` units that it changes and those before it do not; and that none of them does."""
+        """One child for each of the ``first`` units, in which it changes and those before it do not; and one in which
+        none of them changes."""
         count = parents.first + 1
         index = torch.arange(len(parents), device=count.device).repeat_interleave(count)
         number = torch.arange(len(index), device=count.device) - (count.cumsum(0) - count)[index]
@@ -216,36 +221,36 @@ class UnitSplitter(Splitter[SparseSubproblems, PartBounds]):
         ]
 
 
-class FreeUnits(LeafSolver[SparseSubproblems, PartBounds]):
-    """Leaves, in which the free units alone may change, are boxes: split at their inputs or at neurons. One that stays
-    undecided leaves its image undecided."""
+class FreeUnitsSolver(LeafSolver[SparseSubproblems, PartBounds]):
+    """Solves leaves, in which only the free units may change, as boxes: by splitting inputs or neurons. An undecided
+    leaf leaves its image undecided."""
 
     ends_search = True
 
-    def __init__(self, problem: Problem, known: Known, ball: SparseBall, search: Search, recording: bool):
+    def __init__(self, problem: Problem, known: BoundsSoFar, ball: SparseBall, search: Search, recording: bool):
         self.problem, self.known, self.ball, self.search = problem, known, ball, search
         self.recording = recording
 
-    def solve(self, bounded: PartBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> Solved:
+    def solve(self, bounded: PartBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         problem, leaves = self.problem, bounded.subproblems.take(index)
         image, images = leaves.image, problem.region.images[leaves.image]
         free = SparsePart.of(self.ball, images, leaves.free, leaves.possible, leaves.budget).free
         box = Box(torch.where(free, 0, images), torch.where(free, 1, images))
         boxes = Problem(problem.network, box, problem.specification.subset(image), problem.index[image])
-        of = as_ints(image)
-        timeout = max(0.0, min(progress.time_left(i) / of.count(i) for i in set(of)))
+        numbers = as_ints(image)
+        timeout = max(0.0, min(progress.time_left(i) / numbers.count(i) for i in set(numbers)))
         record = SearchRecord() if self.recording else None
-        known = Known(self.known.network, leaves.rows, {})
-        found = self._searched(
-            boxes, known, timeout, lambda number, point: progress.refute(of[number], point), record
+        known = BoundsSoFar(self.known.network, leaves.rows, {})
+        outcome = self._searched(
+            boxes, known, timeout, lambda number, point: progress.refute(numbers[number], point), record
         )  # fmt: skip
-        proved = as_bools(found.proved)
-        undecided = [None if done else why or "leaf" for done, why in zip(proved, found.reasons, strict=True)]
+        proved = as_ints(outcome.proved)
+        undecided = [None if done else why or "leaf" for done, why in zip(proved, outcome.reasons, strict=True)]
         proofs = [Searched(record, place) if record and done else None for place, done in enumerate(proved)]
-        return Solved(found.lower, undecided, proofs)
+        return SolverResult(outcome.lower, undecided, proofs)
 
     def _searched(
-        self, boxes: Problem, known: Known, timeout: float, violates: Violates, record: SearchRecord | None
+        self, boxes: Problem, known: BoundsSoFar, timeout: float, violates: Violates, record: SearchRecord | None
     ) -> Outcome:
         wide = int((boxes.region.hull.radius > 0).flatten(1).sum(1).max())
         if wide <= INPUTS or not known.network.piecewise_linear:

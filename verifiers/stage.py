@@ -1,4 +1,4 @@
-"""What every stage of the cascade is: a configured object, found by its name, that says itself what it needs."""
+"""The base class of the cascade's stages: configured objects, registered by name, which state their own needs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from ..bounds import PerturbationSet, forward
 from ..config import Component
 from ..errors import InputError
 from ..typed import as_bools
-from .known import Known
+from .bounds_so_far import BoundsSoFar
 from .problem import Problem, Specification, Status
 
 if TYPE_CHECKING:
     from .settings import Certify
 
 Replay = Callable[[Tensor], Tensor]
-"""Logits (R, K) of one image in each of R runs, in all of which a counterexample has to stand."""
+"""Maps an image (*shape) to its logits (R, K) in R runs of the network; a counterexample must be wrong in all."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a stage found for a batch of B problems.
+    """Results of a stage for a batch of B problems.
 
     Args:
-        statuses: of each problem, None where it stays open.
-        known: what the next stage may build on, with this stage's lower bounds.
-        lower: (B,) of the worst margin, where the stage bounds more than rows.
-        counterexamples: of the problems that it decided by one.
-        seconds: each problem's, where the stage knows better than equal shares.
-        reasons: why a problem stays open, where there is something to say.
+        statuses: one for each problem; None where it stays open.
+        known: bounds for the next stage, including this stage's.
+        lower: (B,) lower bounds of the worst margin, where these are tighter than those of the rows in ``known``.
+        counterexamples: one for each problem that a counterexample decided.
+        seconds: (B,) time spent on each problem; None for equal shares.
+        reasons: why problems stay open, where a reason is known.
     """
 
     statuses: Sequence[Status | None]
-    known: Known
+    known: BoundsSoFar
     lower: Tensor | None = None
     counterexamples: Sequence[Tensor | None] | None = None
     seconds: Tensor | None = None
@@ -47,10 +47,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judge:
-    """Whether an input is a counterexample: in the set, and wrong when it is run alone. A tie is wrong.
+    """Decides whether an input is a counterexample: it lies in the region, and the network is wrong on it in a batch of
+    one. A tie is wrong.
 
     Args:
-        replay: other runs of the network, such as onnxruntime's; all of them have to be wrong.
+        replay: further runs of the network, such as onnxruntime's, which must all be wrong too.
     """
 
     replay: Replay | None = None
@@ -67,66 +68,68 @@ class Judge:
 
 @dataclass(frozen=True)
 class Stage(Component):
-    """Looks at the problems that earlier stages left open. Its fields are its section in a recipe:
-    ``certify: {stages: [ibp, my_stage]}`` takes their defaults, ``{type: MyStage, depth: 3}`` sets them.
+    """A stage of the cascade, which tries to decide the problems that earlier stages left open.
 
-    It looks at the clock (``bounds.clock``) between the pieces of its work. Out of time it returns what it knows by
-    then, or raises ``OutOfTime``. Where memory runs out it is called again, with half of the problems.
+    Its fields are its section in a recipe: ``certify: {stages: [ibp, my_stage]}`` takes their defaults, ``{type:
+    MyStage, depth: 3}`` sets them. It checks the clock (``bounds.clock``) between pieces of its work; out of time it
+    returns its results so far or raises ``OutOfTime``. Where memory runs out it is called again with half of the
+    problems.
     """
 
     name: ClassVar[str] = ""
-    """Its name in recipes and verdicts; no two stages share one, and one without is in no recipe."""
+    """Name in recipes and verdicts, unique; a stage without a name cannot be named in a recipe."""
     traces: ClassVar[bool] = True
-    """Whether it needs the network traced; without, it only runs it, and takes any network."""
+    """Whether it needs a traced network; a stage that does not only runs the network, and takes any."""
 
     @abstractmethod
-    def __call__(self, problem: Problem, known: Known) -> Finding:
-        """Decide what it can of a batch of problems. ``verified`` may rest on sound bounds alone, ``falsified`` on an
-        input that a ``Judge`` has confirmed. A problem whose region it does not take stays open, with a reason."""
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
+        """Decide as many as possible of a batch of problems. ``verified`` needs sound bounds, ``falsified`` an input
+        that a ``Judge`` has confirmed. A problem over a region that the stage does not take stays open, with a
+        reason."""
 
     @classmethod
     def named(cls) -> dict[str, type[Stage]]:
-        """All stages, by their names.
+        """All stages with a name, by name.
 
         Raises:
-            InputError: two of them share one.
+            InputError: two stages share a name.
         """
-        found: dict[str, type[Stage]] = {}
+        stages: dict[str, type[Stage]] = {}
         for stage in cls.members().values():
-            if stage.name and found.setdefault(stage.name, stage) is not stage:
-                both = f"{found[stage.name].__name__} and {stage.__name__}"
+            if stage.name and stages.setdefault(stage.name, stage) is not stage:
+                both = f"{stages[stage.name].__name__} and {stage.__name__}"
                 raise InputError(f"certify.stages: found {both}, both named {stage.name}; accepted: a name for each")
-        return found
+        return stages
 
     @classmethod
     def from_section(cls, settings: Certify) -> Self:
-        """The stage that a recipe means by the name alone."""
+        """The stage for its bare name in a recipe, with fields from the recipe's ``certify`` section."""
         return cls()
 
     def prepared(self, seed: int, judge: Judge) -> Self:
-        """This stage with what a run gives it: the seed of its random numbers, and who confirms counterexamples."""
+        """This stage with a run's values: the seed of its random numbers, and the judge of its counterexamples."""
         return self
 
     def check_ball(self, ball: PerturbationSet, where: str = "certify") -> None:
-        """Refuse, before anything is done, a perturbation set that would be an error; ``where`` is its section.
+        """Check a perturbation set before a run; ``where`` is the section named in the error.
 
         Raises:
-            InputError: says what would be accepted.
+            InputError: the stage fails on such a set.
         """
 
     def fitting(self, problem: Problem) -> Stage:
-        """The stage that does its work over such a region: itself, as a rule."""
+        """The stage to run over the problem's region in place of this one; itself by default."""
         return self
 
     def within(self, seconds: float) -> tuple[Self, bool]:
-        """This stage with so many seconds for an image at most, and whether its own timeout comes first."""
+        """(stage, own): this stage limited to ``seconds`` for an image, and whether its own timeout comes first."""
         return self, False
 
     def versions(self) -> Mapping[str, str]:
-        """The packages outside certtrain that its verdicts rest on.
+        """Versions of the packages outside certtrain that its verdicts rest on, by name.
 
         Raises:
-            InputError: one of them is missing.
+            InputError: a package is missing.
         """
         return {}
 
@@ -147,19 +150,20 @@ class TimedStage(Stage):
 
 
 def where_true(decided: Tensor, status: Status) -> list[Status | None]:
+    """``status`` where ``decided`` (B,) is true, else None."""
     return [status if done else None for done in as_bools(decided)]
 
 
-def proof(problem: Problem, known: Known) -> Finding:
-    """What the rows' lower bounds prove."""
+def proof(problem: Problem, known: BoundsSoFar) -> Finding:
+    """The finding that follows from the rows' lower bounds: ``verified`` where they prove the specification."""
     return Finding(where_true(problem.specification.worst(known.rows) > 0, "verified"), known)
 
 
-def undecided(problem: Problem, known: Known, why: str) -> Finding:
-    """No decision, for a reason that holds for all of the problems."""
+def undecided(problem: Problem, known: BoundsSoFar, why: str) -> Finding:
+    """A finding that leaves all problems open, for the reason ``why``."""
     return Finding([None] * len(problem), known, reasons=[why] * len(problem))
 
 
 def holds(specification: Specification, logits: Tensor) -> Tensor:
-    """(B,), written so that NaN does not hold."""
+    """(B,) bool, whether the specification holds at logits (B, K); NaN does not hold."""
     return specification.worst(specification.values(logits)) > 0

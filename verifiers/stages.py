@@ -1,4 +1,4 @@
-"""The stages of the cascade: each looks at the problems that the earlier ones left open."""
+"""The stages of the cascade."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..errors import InputError
 from ..noise import Noise
 from ..step import Batch, Step
 from ..typed import as_ints
+from .bounds_so_far import BoundsSoFar
 from .branching import minimiser
 from .engine import Outcome
 from .input_split import INPUTS, few_inputs, split_inputs
-from .known import Known
 from .neuron_split import split_neurons
 from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
 from .problem import Problem, Status
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CleanStage(Stage):
-    """The image itself must be right; a tie is wrong."""
+    """Marks images that are misclassified without perturbation; a tie is wrong."""
 
     name: ClassVar[str] = "clean"
     traces: ClassVar[bool] = False
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         wrong = ~holds(problem.specification, forward(problem.network, problem.region.images).logits)
         return Finding(where_true(wrong, "misclassified"), known, counterexamples=list(problem.region.images))
 
 
 @dataclass(frozen=True)
 class AttackStage(Stage):
-    """Falsifies by attack. A candidate counts only when it is replayed, one image at a time.
+    """Falsifies by an attack; each candidate is replayed in a batch of one.
 
     Args:
-        attack: None for the set's default.
+        attack: None for the set's default attack.
     """
 
     name: ClassVar[str] = "attack"
@@ -72,10 +72,10 @@ class AttackStage(Stage):
     def check_ball(self, ball: PerturbationSet, where: str = "certify") -> None:
         self.attack_over(ball).check_ball(ball, f"{where}.attack")
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         labels = problem.specification.labels
         if labels is None:
-            raise InputError("specification: found no labels; accepted: a robustness specification for this stage")
+            raise InputError("specification: found no labels; accepted for the stage attack: one with labels")
         noise = Noise(self.seed, problem.index)
         batch = Batch(problem.region.images, labels, problem.index)
         ball = problem.region.perturbation(PerturbationSet)
@@ -85,11 +85,11 @@ class AttackStage(Stage):
                 "images (the stage falsify searches any region)"
             )
         attack = self.attack_over(ball)
-        network = _Watched(problem) if attack.attack_mode == "eval" else problem.network
+        network = _WrongPointKeeper(problem) if attack.attack_mode == "eval" else problem.network
         try:
             candidates = attack(network, batch, ball, Step.evaluation(ball, noise)).images
         except OutOfTime:
-            if not isinstance(network, _Watched):
+            if not isinstance(network, _WrongPointKeeper):
                 raise
             candidates = network.wrong
         wrong = ~holds(problem.specification, forward(problem.network, candidates).logits)
@@ -98,43 +98,43 @@ class AttackStage(Stage):
         return Finding(where_true(wrong, "falsified"), known, counterexamples=list(candidates))
 
 
-class _Watched(nn.Module):
-    """A problem's network, which looks at the clock before each run, and keeps of each image the first point that is
-    ``wrong``; the image itself where none was."""
+class _WrongPointKeeper(nn.Module):
+    """A problem's network that checks the clock before each run and keeps, as ``wrong``, each image's first point on
+    which it was wrong; the image itself where there was none."""
 
     def __init__(self, problem: Problem):
         super().__init__()
         self.network, self.specification = problem.network, problem.specification
-        self.wrong, self.found = problem.region.images, torch.zeros_like(problem.index, dtype=torch.bool)
+        self.wrong, self.kept = problem.region.images, torch.zeros_like(problem.index, dtype=torch.bool)
 
     def forward(self, x: Tensor) -> Tensor:
         look()
         logits = self.network(x)
         if x.shape == self.wrong.shape:  # the whole batch
-            new = ~(self.found | holds(self.specification, logits.detach()))
+            new = ~(self.kept | holds(self.specification, logits.detach()))
             self.wrong = torch.where(new.reshape(-1, *[1] * (x.ndim - 1)), x.detach(), self.wrong)
-            self.found = self.found | new
+            self.kept = self.kept | new
         return logits
 
 
 @dataclass(frozen=True)
 class IbpStage(Stage):
-    """Verifies by interval bounds, the specification merged into the last layer."""
+    """Verifies by interval bounds, with the specification merged into the last layer."""
 
     name: ClassVar[str] = "ibp"
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         forms, offsets = known.rows_of(problem.specification)
-        if known.network.rounding is None:  # with the layers' own fused kernels: 1.6 times as fast
+        if known.network.rounding is None:  # the layers' fused kernels are 1.6 times as fast
             rows = compute_rows(problem.network, problem.region, forms)
         else:
             rows = interval_forms(known.network, known.region_of(problem), forms)
         return proof(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
 
 
-def _bounded(problem: Problem, known: Known, refine: bool = True) -> Known:
-    """With bounds of the activations' inputs, by linear bounds or by intervals. They are of use only with a pass that
-    takes them: it is left the time that it is expected to take."""
+def _with_bounds(problem: Problem, known: BoundsSoFar, refine: bool = True) -> BoundsSoFar:
+    """Add bounds of the activations' inputs, by linear bounds (``refine``) or intervals. The expected time of the pass
+    that uses them is kept back from the clock."""
     network, numbers = known.network, problem.specification.rows.shape[:2].numel()
     work = work_of(network, len(network.operations) - 1, lambda number: numbers * network.shapes[number].numel())
     with until(keep=expected(work)):
@@ -143,14 +143,17 @@ def _bounded(problem: Problem, known: Known, refine: bool = True) -> Known:
 
 @dataclass(frozen=True)
 class CrownStage(Stage):
-    """Verifies by linear bounds: their activations' inputs bounded by intervals (CROWN-IBP), or by linear bounds in
-    turn (CROWN)."""
+    """Verifies by CROWN.
+
+    Args:
+        refine: whether the activations' inputs are bounded by linear bounds too (CROWN), or by intervals (CROWN-IBP).
+    """
 
     name: ClassVar[str] = "crown"
     refine: bool = True
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
-        known = _bounded(problem, known, refine=self.refine)
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
+        known = _with_bounds(problem, known, refine=self.refine)
         region, network = known.region_of(problem), known.network
         forms, offsets = known.rows_of(problem.specification)
         rows: list[Tensor] = []
@@ -164,7 +167,7 @@ class CrownStage(Stage):
 
 @dataclass(frozen=True)
 class CrownIbpStage(CrownStage):
-    """CROWN-IBP: linear bounds, their activations' inputs bounded by intervals."""
+    """Verifies by CROWN-IBP: linear bounds, with the activations' inputs bounded by intervals."""
 
     name: ClassVar[str] = "crown_ibp"
     refine: bool = False
@@ -172,7 +175,12 @@ class CrownIbpStage(CrownStage):
 
 @dataclass(frozen=True)
 class AlphaStage(Stage):
-    """Verifies by linear bounds with optimised slopes, each row of the specification with its own."""
+    """Verifies by linear bounds with optimised slopes (alpha-CROWN), separate ones for each row of the specification;
+    falsifies by the bounds' minimisers.
+
+    Args:
+        steps, rate: steps and learning rate of the ascent on slopes.
+    """
 
     name: ClassVar[str] = "alpha"
     steps: int = 20
@@ -186,46 +194,52 @@ class AlphaStage(Stage):
     def prepared(self, seed: int, judge: Judge) -> Self:
         return replace(self, judge=judge)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         neurons, specification = Neurons.of(known.network), problem.specification
-        known = known if known.bounds else _bounded(problem, known)
+        known = known if known.bounds else _with_bounds(problem, known)
         rows, slopes = list[Tensor](), list[Tensor]()
         counterexamples: list[Tensor | None] = [None] * len(problem)
         size = rows_at_a_time(known.network, specification.rows.shape[1], known.rows) // 4 or 1
         for part in torch.split(torch.arange(len(problem), device=problem.index.device), size):
-            some, facts = problem.subset(part), known.subset(part)
-            lower, upper = neurons.ends(facts.bounds, facts.rows)
-            region = facts.region_of(some)
-            sub = Subproblems(region, *facts.rows_of(some.specification), lower, upper)
+            some, own = problem.subset(part), known.subset(part)
+            lower, upper = neurons.ends(own.bounds, own.rows)
+            region = own.region_of(some)
+            sub = Subproblems(region, *own.rows_of(some.specification), lower, upper)
             worst = some.specification.worst
             slopes.append(starting_slopes(lower, upper, sub.forms.shape[1]))
             try:
-                found = maximise(
+                optimised = maximise(
                     known.network, sub, slopes[-1], steps=self.steps, rate=self.rate,
                     done=lambda best, worst=worst: worst(best) > 0,
                 )  # fmt: skip
             except OutOfTime:
                 rows.append(torch.full_like(sub.offsets, -torch.inf))
                 continue
-            rows.append(found.best)
-            slopes[-1] = found.alphas
-            point = some.region.nearest(minimiser(found, region, found.best.argmin(1)))
-            wrong = ~holds(some.specification, known.network(point.to(known.rows.dtype))) & ~(worst(found.best) > 0)
+            rows.append(optimised.best)
+            slopes[-1] = optimised.alphas
+            point = some.region.nearest(minimiser(optimised, region, optimised.best.argmin(1)))
+            fails = ~holds(some.specification, known.network(point.to(known.rows.dtype)))
+            wrong = fails & ~(worst(optimised.best) > 0)
             for number in as_ints(wrong.nonzero()):
                 if self.judge(some, number, point[number]):
                     counterexamples[int(part[number])] = point[number]
-        known = Known(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
+        known = BoundsSoFar(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
         proved = proof(problem, known)
         statuses: list[Status | None] = [
-            "falsified" if found is not None else status
-            for found, status in zip(counterexamples, proved.statuses, strict=True)
+            "falsified" if point is not None else status
+            for point, status in zip(counterexamples, proved.statuses, strict=True)
         ]
         return Finding(statuses, known, counterexamples=counterexamples)
 
 
 @dataclass(frozen=True)
 class BabStage(TimedStage):
-    """Verifies or falsifies by branch and bound: complete for networks of ReLUs and LeakyReLUs, up to its tolerance."""
+    """Verifies or falsifies by branch and bound on neurons: complete, up to its tolerance, for networks of ReLUs and
+    LeakyReLUs over boxes.
+
+    Args:
+        timeout: seconds for an image.
+    """
 
     name: ClassVar[str] = "bab"
     search: Search = field(default_factory=Search)
@@ -237,26 +251,30 @@ class BabStage(TimedStage):
         return cls(settings.search, settings.timeout)
 
     def fitting(self, problem: Problem) -> Stage:
-        """Over a sparse set branch and bound goes over locations."""
+        """Over a sparse set the ``LocationStage`` with the same fields."""
         sparse = problem.region.perturbation(SparseBall)
         return self if sparse is None else LocationStage(self.search, self.timeout, self.judge)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if not known.network.piecewise_linear or not problem.region.is_box:
             return undecided(problem, known, "branch and bound takes ReLU and LeakyReLU networks over boxes")
-        known = known if known.bounds else _bounded(problem, known)
+        known = known if known.bounds else _with_bounds(problem, known)
         careful = known.network.rounding is not None
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)
-        found = split_neurons(
+        outcome = split_neurons(
             problem, known, exact, self.search, self.timeout,
             lambda number, image: self.judge(problem, number, image),
         )  # fmt: skip
-        return _searched(known, found)
+        return _finding_of_search(known, outcome)
 
 
 @dataclass(frozen=True)
 class InputSplitStage(TimedStage):
-    """Verifies or falsifies by halving the input box: for few inputs, whatever the activations."""
+    """Verifies or falsifies by halving the input box, for networks of few inputs and any activations.
+
+    Args:
+        timeout: seconds for an image.
+    """
 
     name: ClassVar[str] = "input_split"
     timeout: float = 60.0
@@ -266,16 +284,21 @@ class InputSplitStage(TimedStage):
     def from_section(cls, settings: Certify) -> Self:
         return cls(settings.timeout)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if not few_inputs(problem):
             return undecided(problem, known, f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most")
-        found = split_inputs(problem, known, self.timeout, lambda number, image: self.judge(problem, number, image))
-        return _searched(known, found)
+        outcome = split_inputs(problem, known, self.timeout, lambda number, image: self.judge(problem, number, image))
+        return _finding_of_search(known, outcome)
 
 
 @dataclass(frozen=True)
 class LocationStage(TimedStage):
-    """Verifies or falsifies over a sparse set by branch and bound on which units change."""
+    """Verifies or falsifies over a sparse set by branch and bound on the units that change.
+
+    Args:
+        search: settings of branch and bound on neurons, for its leaves.
+        timeout: seconds for an image.
+    """
 
     name: ClassVar[str] = "location"
     search: Search = field(default_factory=Search)
@@ -286,21 +309,21 @@ class LocationStage(TimedStage):
     def from_section(cls, settings: Certify) -> Self:
         return cls(settings.search, settings.timeout)
 
-    def __call__(self, problem: Problem, known: Known) -> Finding:
+    def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if problem.region.perturbation(SparseBall) is None or known.network.rounding is not None:
             why = "splitting locations takes sparse sets (SparseBall), in nearest arithmetic"
             return undecided(problem, known, why)
-        found = split_locations(
+        outcome = split_locations(
             problem, known, self.search, self.timeout, lambda number, image: self.judge(problem, number, image)
         )
-        return _searched(known, found)
+        return _finding_of_search(known, outcome)
 
 
-def _searched(known: Known, found: Outcome) -> Finding:
+def _finding_of_search(known: BoundsSoFar, outcome: Outcome) -> Finding:
     statuses: list[Status | None] = []
-    for number, reason in enumerate(found.reasons):
+    for number, reason in enumerate(outcome.reasons):
         late = reason in ("timeout", "wall clock")
-        refuted = found.counterexamples[number] is not None
-        proved = bool(found.proved[number])
+        refuted = outcome.counterexamples[number] is not None
+        proved = bool(outcome.proved[number])
         statuses.append("falsified" if refuted else "verified" if proved else "timeout" if late else None)
-    return Finding(statuses, known, found.lower, found.counterexamples, found.seconds, found.reasons)
+    return Finding(statuses, known, outcome.lower, outcome.counterexamples, outcome.seconds, outcome.reasons)

@@ -1,4 +1,4 @@
-"""VNN-COMP's front door: an ONNX network and a VNN-LIB property in, one word out."""
+"""Answers VNN-COMP instances: an ONNX network and a VNN-LIB property in, one word out."""
 
 from __future__ import annotations
 
@@ -34,37 +34,38 @@ Word = Literal["holds", "violated", "timeout", "unknown", "error"]
 RESULTS: dict[Word, str] = {
     "holds": "unsat", "violated": "sat", "timeout": "timeout", "unknown": "unknown", "error": "error",
 }  # fmt: skip
-"""What VNN-COMP's result files call each answer: of the question whether an unsafe point exists."""
+"""Words of VNN-COMP's result files, which answer whether an unsafe point exists."""
 
-FALSIFYING = 0.2
-"""Of the time at most goes into descents before the last stage."""
+FALSIFYING_SHARE = 0.2
+"""Largest share of the time for gradient descents before the last stage."""
 
-READING = 1e-3
-"""Of the outputs' size: by how much our reading of a file may differ from onnxruntime's at one point; 1e-6 is usual."""
+READING_TOLERANCE = 1e-3
+"""Largest difference between our network's outputs and onnxruntime's at a point, relative to max(1, largest output);
+1e-6 is usual."""
 
-POINTS = 3
-"""Random corners of a box, and as many random points inside, at which the reading is compared: with the two outermost
-corners and the middle, where a centred input is all zeros."""
+RANDOM_POINTS = 3
+"""Number of random corners of a box, and of random points inside, at which our network is compared with onnxruntime;
+besides the lower and the upper corner and the middle, where a centred input is all zeros."""
 
-TOGETHER = 1 << 24
-"""Numbers of the widest layer, over the boxes of a property that share a batch; 4096 boxes at most."""
+MOST_ACTIVATIONS = 1 << 24
+"""Most entries of the widest layer's output, over all boxes of one batch; a batch has at most 4096 boxes."""
 
 
-WITHIN = "within tolerance"
-"""The reason of what floating point alone decides."""
+WITHIN_TOLERANCE = "within tolerance"
+"""Reason of a property left undecided because its answer depends on floating-point rounding."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of a property.
+    """The answer on a property.
 
     Args:
         word: ``holds``: proved for every point; ``violated``: a counterexample was replayed by onnxruntime.
-        seconds: from reading the files on.
-        arithmetic: in which ``holds`` is proved.
-        reason: why it is undecided, or holds for want of inputs, where there is something to say.
-        inputs: (N,) the counterexample in decimals, which lie within the property's; outputs: (K,) what onnxruntime
-            makes, by its defaults, of what float32 makes of them.
+        seconds: time since the start, reading included.
+        arithmetic: arithmetic in which ``holds`` is proved.
+        reason: why the property is undecided, or that it holds because no input satisfies it; None where not known.
+        inputs: (N,) the counterexample as decimals, which lie within the property's box.
+        outputs: (K,) onnxruntime's outputs, with its default optimisations, at the decimals rounded to float32.
     """
 
     word: Word
@@ -75,9 +76,9 @@ class Answer:
     outputs: Tensor | None = None
 
     def __str__(self) -> str:
-        """One line: the word, and what to know of it."""
-        told = self.reason and (self.reason == WITHIN or self.word == "holds")
-        return f"{self.word} ({self.reason})" if told else self.word
+        """One line: the word, and the reason where it qualifies the word."""
+        qualified = self.reason and (self.reason == WITHIN_TOLERANCE or self.word == "holds")
+        return f"{self.word} ({self.reason})" if qualified else self.word
 
     def result(self) -> str:
         """The content of VNN-COMP's result file."""
@@ -97,15 +98,16 @@ def answer(
     arithmetic: Arithmetic = "nearest",
     results: str | Path | None = None,
 ) -> Answer:
-    """Whether a property holds of a network; both are files, plain or gzipped (``.gz`` may be left out of the name).
+    """Decide whether a property holds of a network. Both are files, plain or gzipped (``.gz`` may be left out).
 
     Args:
-        timeout: seconds, from reading the files on. Reading, and every stage, look at the clock within.
-        arithmetic: in which a proof is to hold: ``nearest`` of the network with its batch norms folded in float32, the
-            others of each operator of the file as it stands there.
-        results: a file for VNN-COMP's form of the answer.
+        timeout: seconds, including the reading of the files.
+        arithmetic: arithmetic of proofs: ``nearest``, for the network with its batch norms folded in float32; the
+            others, for each operator as the file has it.
+        results: file for the answer in VNN-COMP's form.
     Raises:
-        InputError: a file that cannot be read, or does not fit the other; an operator without a rule.
+        InputError: a file that cannot be read, or does not fit the other; an operator without a rule; ``results`` that
+            cannot be written.
     """
     check(0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
     if results is not None and (not Path(results).parent.is_dir() or Path(results).is_dir()):
@@ -115,38 +117,38 @@ def answer(
         try:
             read = read_onnx(present(network))
             case = read_property(present(property), read.shape.numel(), read.outputs)
-            found = check_property(read, case, started + timeout, arithmetic)
+            decided = check_property(read, case, started + timeout, arithmetic)
         except OutOfTime:
-            found = Answer("timeout", timeout, arithmetic, "timeout")
-    found = replace(found, seconds=now() - started)
+            decided = Answer("timeout", timeout, arithmetic, "timeout")
+    decided = replace(decided, seconds=now() - started)
     if results is not None:
         try:
-            write_atomically(Path(results), lambda temporary: temporary.write_text(found.result()))
+            write_atomically(Path(results), lambda temporary: temporary.write_text(decided.result()))
         except OSError as error:
             why = f"cannot be written ({error.strerror})"
             raise InputError(f"{results}: {why}; accepted: a file of results") from error
-    return found
+    return decided
 
 
 def check_property(network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic) -> Answer:
-    """As ``answer``, of what was read. ``deadline`` is on the clock of ``time.perf_counter``."""
+    """As ``answer``, for a network and a property already read. ``deadline`` is by ``time.perf_counter``."""
     started = now()
     if not property.cases:
         return Answer("holds", 0.0, "exact", property.remark)
     with until(deadline):
         try:
-            return _checked(network, property, deadline, arithmetic, started)
+            return _check_cases(network, property, deadline, arithmetic, started)
         except OutOfTime:
             return Answer("timeout", now() - started, arithmetic, "timeout")
 
 
-def _checked(
+def _check_cases(
     network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic, started: float
 ) -> Answer:
     look()
     replay = replay_session(network.model)
     look()
-    judge = _Exact(cases=property.cases, replay=replay)
+    judge = _ExactJudge(cases=property.cases, replay=replay)
     verdicts: list[Verdict] = []
     try:
         points = _points(property.cases[0], network.shape)
@@ -154,15 +156,15 @@ def _checked(
         for point in points:
             judge.refute(property.cases[0], point)
         widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
-        most = max(1, min(4096, TOGETHER // widest))
-        for numbers in _alike(property.cases, most):
-            verdicts += _search(network, property, numbers, judge, deadline, arithmetic)
-    except _Refuted as found:
-        seconds, precision = now() - started, str(found.outputs.dtype).removeprefix("torch.")
-        return Answer("violated", seconds, f"onnxruntime {precision}", None, found.inputs, found.outputs)
+        most = max(1, min(4096, MOST_ACTIVATIONS // widest))
+        for numbers in _grouped_by_clauses(property.cases, most):
+            verdicts += _verdicts_of(network, property, numbers, judge, deadline, arithmetic)
+    except _Refuted as end:
+        seconds, precision = now() - started, str(end.outputs.dtype).removeprefix("torch.")
+        return Answer("violated", seconds, f"onnxruntime {precision}", None, end.inputs, end.outputs)
     seconds = now() - started
     if judge.disputed:
-        return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN)
+        return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN_TOLERANCE)
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
         return Answer("holds", seconds, verdicts[0].arithmetic, property.remark)
@@ -172,11 +174,11 @@ def _checked(
 
 
 def _points(case: Case, shape: torch.Size) -> Tensor:
-    """(P, *shape) float32 points of a box: its middle, its outermost corners, random ones and random points inside."""
+    """(P, *shape) float32 points of a box: middle, lower and upper corner, random corners, random points inside."""
     lower, upper = case.lower32.double(), case.upper32.double()
     noise = torch.Generator().manual_seed(0)
-    corners = torch.randint(2, (POINTS, len(lower)), generator=noise).double()
-    inside = torch.rand(POINTS, len(lower), generator=noise, dtype=torch.float64)
+    corners = torch.randint(2, (RANDOM_POINTS, len(lower)), generator=noise).double()
+    inside = torch.rand(RANDOM_POINTS, len(lower), generator=noise, dtype=torch.float64)
     shares = torch.cat(
         [torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64).expand(3, len(lower)), corners, inside]
     )
@@ -185,50 +187,52 @@ def _points(case: Case, shape: torch.Size) -> Tensor:
 
 
 def _check_reading(network: OnnxNetwork, points: Tensor, replay: Replay) -> None:
-    """
+    """Compare our network's outputs with onnxruntime's at points (P, *shape).
+
     Raises:
-        InputError: what we read is not the network that onnxruntime runs, by some point's outputs.
+        InputError: they differ by more than ``READING_TOLERANCE``.
     """
     with torch.no_grad():
         for point in points:
             ours, theirs = network.module(point[None])[0], replay(point)[0]
             difference = float((ours - theirs).abs().max())
-            if not difference <= READING * max(1.0, float(theirs.abs().max())):
+            if not difference <= READING_TOLERANCE * max(1.0, float(theirs.abs().max())):
                 raise InputError(
                     f"network: found outputs that differ from onnxruntime's by {difference:.3g} at a point of the box; "
-                    f"accepted: {READING:g} of their size, whatever float32 rounds"
+                    f"accepted: at most {READING_TOLERANCE:g} of their size, as float32 rounding gives"
                 )
 
 
 def present(path: str | Path) -> Path:
-    """The file, or its gzipped form where only that is there."""
+    """The path itself, or with ``.gz`` appended where only that file exists."""
     plain, zipped = Path(path), Path(f"{path}.gz")
     return zipped if zipped.exists() and not plain.exists() else plain
 
 
-def _search(
+def _verdicts_of(
     network: OnnxNetwork,
     property: Property,
     numbers: list[int],
-    judge: _Exact,
+    judge: _ExactJudge,
     deadline: float,
     arithmetic: Arithmetic,
 ) -> list[Verdict]:
-    """Verdicts of some cases. Each gets its share of the time; what is left then goes to those that are still open."""
+    """Verdicts of the cases ``numbers``. Each case gets an equal share of the time; the rest then goes to those that
+    timed out, with the last stage alone."""
     late = [Verdict(number, None, None, "timeout", "", None, 0.0, arithmetic, "timeout") for number in numbers]
-    found = {verdict.index: verdict for verdict in late}
+    latest = {verdict.index: verdict for verdict in late}
     stages: list[Stage] = []
     while numbers and (left := deadline - now()) > 0:
         problem = _problem(network, [property.cases[number] for number in numbers], numbers)
-        stages = [_last(problem, judge, left)] if stages else _stages(problem, judge, left)
+        stages = [_last_stage(problem, judge, left)] if stages else _stages(problem, judge, left)
         verdicts = run_cascade(problem, stages, Limits(left, deadline), arithmetic=arithmetic)
-        found |= {verdict.index: verdict for verdict in verdicts}
+        latest |= {verdict.index: verdict for verdict in verdicts}
         numbers = [verdict.index for verdict in verdicts if verdict.status == "timeout"]
-    return list(found.values())
+    return list(latest.values())
 
 
 class _Refuted(Portable, Exception):
-    """One counterexample is enough: it ends the search of all cases."""
+    """A replayed counterexample, which ends the search of all cases."""
 
     def __init__(self, inputs: Sequence[str], outputs: Tensor):
         super().__init__("a counterexample")
@@ -236,14 +240,15 @@ class _Refuted(Portable, Exception):
 
 
 @dataclass(frozen=True)
-class _Exact(Judge):
-    """Within the ends as they were read, and unsafe in float64 arithmetic on the outputs of each of onnxruntime's runs.
+class _ExactJudge(Judge):
+    """Judges points exactly: within the box as it was read, and unsafe in float64 arithmetic on the outputs of each of
+    onnxruntime's runs. A counterexample ends the search by ``_Refuted``.
 
-    A box's float32 ends lie outside those that were read, by a rounding: a point there is moved inside, and onnxruntime
-    is given what float32 makes of its decimals, as every reader of the counterexample would.
+    A box's float32 ends are rounded outward, so a point at them is first moved into the box; onnxruntime is given its
+    decimals rounded to float32, as every reader of the counterexample would do.
 
     Args:
-        disputed: points that are unsafe in some of the runs only.
+        disputed: the first point that is unsafe in some of the runs only.
     """
 
     cases: Sequence[Case] = ()
@@ -254,9 +259,10 @@ class _Exact(Judge):
         return False
 
     def refute(self, case: Case, image: Tensor) -> None:
-        """
+        """Replay a point (*shape).
+
         Raises:
-            _Refuted: by this point.
+            _Refuted: the point is a counterexample.
         """
         assert self.replay is not None
         decimals = case.written(image.double().flatten().cpu().clamp(case.lower, case.upper))
@@ -273,8 +279,8 @@ class _Exact(Judge):
             self.disputed.append(point)
 
 
-def _alike(cases: Sequence[Case], most: int) -> Iterator[list[int]]:
-    """The cases' numbers, those of the same clauses together, so many at a time."""
+def _grouped_by_clauses(cases: Sequence[Case], most: int) -> Iterator[list[int]]:
+    """Yield the cases' numbers, at most ``most`` at a time, all with the same clauses."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, case in enumerate(cases):
         groups.setdefault(tuple(as_ints(case.clauses)), []).append(number)
@@ -288,7 +294,7 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
         raise InputError("property: found an end that is infinite in float32; accepted: ends of float32's range")
     shape = (len(cases), *network.shape)
     rows, offsets = torch.stack([case.rows for case in cases]), torch.stack([case.offsets for case in cases])
-    size = torch.exp2(rows.abs().amax(-1).frexp().exponent.double())  # exactly scaled, so that float32 loses no row
+    size = torch.exp2(rows.abs().amax(-1).frexp().exponent.double())  # a power of 2, so exact: float32 loses no row
     specification = Specification(rows / size.unsqueeze(-1), offsets / size, cases[0].clauses)
     return Problem(
         network.module, Box(lower.reshape(shape), upper.reshape(shape)), specification, torch.tensor(numbers)
@@ -296,14 +302,15 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
 
 
 def _stages(problem: Problem, judge: Judge, seconds: float) -> list[Stage]:
+    """The stages for a problem, cheapest first; ``seconds`` are left for the property."""
     stages: list[Stage] = [
         IbpStage(), CrownIbpStage(),
-        FalsifyStage(seconds=FALSIFYING * seconds, judge=judge), CrownStage(),
+        FalsifyStage(seconds=FALSIFYING_SHARE * seconds, judge=judge), CrownStage(),
     ]  # fmt: skip
     if not few_inputs(problem):
         stages += [AlphaStage(judge=judge)]
-    return [*stages, _last(problem, judge, seconds)]
+    return [*stages, _last_stage(problem, judge, seconds)]
 
 
-def _last(problem: Problem, judge: Judge, seconds: float) -> Stage:
+def _last_stage(problem: Problem, judge: Judge, seconds: float) -> Stage:
     return InputSplitStage(seconds, judge) if few_inputs(problem) else BabStage(Search(), seconds, judge)

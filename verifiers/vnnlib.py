@@ -1,7 +1,7 @@
-"""VNN-LIB 1.0, the format of VNN-COMP (https://www.vnnlib.org): properties, and how they are written.
+"""Properties in VNN-LIB 1.0, the format of VNN-COMP (https://www.vnnlib.org), and their writer.
 
-Asserts over inputs X_i and outputs Y_j state the *unsafe* set. Decimals are read exactly; what floats cannot hold is
-rounded outward for boxes, to nearest for output rows.
+Asserts over inputs X_i and outputs Y_j state the *unsafe* set. Decimals are read exactly; conversion to floats rounds
+outward for boxes, to nearest for output rows.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..errors import InputError
 from ..run_folder import write_atomically
 from ..typed import as_floats
 
-DIGITS = 1000  # of one decimal, and its largest exponent: exact fractions take as many
+DIGITS = 1000  # limit for one decimal and for its exponent: exact fractions take as many digits
 
 
 @dataclass(frozen=True)
 class Case:
-    """A box of inputs, and what is unsafe on it: in some clause every row holds <row, outputs> + offset <= 0.
+    """A box of inputs and its unsafe set: the points where in some clause every row has <row, outputs> + offset <= 0.
 
     Args:
-        lower, upper: (N,) float64, ends of the box: never inside the ends that were read.
-        ends: (lower, upper) of each input as they were read, exactly.
+        lower, upper: (N,) float64, ends of the box, rounded outward.
+        ends: (lower, upper) of each input, exactly as read.
         rows: (R, K) float64; offsets: (R,) float64.
         clauses: (R,) int64, the clause of each row, numbered from 0; there is at least one, and none is empty.
     """
@@ -42,32 +42,33 @@ class Case:
 
     @property
     def lower32(self) -> Tensor:
-        """(N,) float32, the largest not above ``lower``; -inf where there is none."""
+        """(N,) ``lower`` rounded down to float32; -inf where no float32 is that low."""
         return _outward32(self.lower, -math.inf)
 
     @property
     def upper32(self) -> Tensor:
-        """(N,) float32, the smallest not below ``upper``; inf where there is none."""
+        """(N,) ``upper`` rounded up to float32; inf where no float32 is that high."""
         return _outward32(self.upper, math.inf)
 
     def written(self, point: Tensor) -> list[str] | None:
-        """Decimals of the box as it was read, next to a point's (N,) float64 numbers; None where an input has none.
+        """Decimals within the box as read, nearest to a point (N,) float64; None if an input has none.
 
-        They are the numbers' own shortest decimals where those lie within the ends, else the end that they overstep,
-        with as many digits as it takes.
+        Each is the entry's shortest decimal where that lies within the ends, else the end that it oversteps, with as
+        many digits as needed.
         """
-        found = [_decimal_within(value, *ends) for value, ends in zip(as_floats(point + 0.0), self.ends, strict=True)]
-        known = [text for text in found if text is not None]
-        return known if len(known) == len(found) else None
+        texts = [_decimal_within(value, *ends) for value, ends in zip(as_floats(point + 0.0), self.ends, strict=True)]
+        written = [text for text in texts if text is not None]
+        return written if len(written) == len(texts) else None
 
 
 @dataclass(frozen=True)
 class Property:
-    """Violated iff some case is: iff a point of its box has outputs that are unsafe there. Ties are unsafe.
+    """A property, which is violated if and only if, for some case, a point of the box has unsafe outputs. Ties are
+    unsafe.
 
     Args:
-        cases: none where no point is unsafe, whatever the network.
-        remark: on disjuncts that no input satisfies, which are no cases.
+        cases: the cases; empty where no point is unsafe, whatever the network.
+        remark: a note on disjuncts that no input satisfies, which are left out; None without any.
     """
 
     cases: tuple[Case, ...]
@@ -75,18 +76,20 @@ class Property:
 
 
 def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, classes: int) -> None:
-    """Write that class ``label`` wins against every other on a box: unsafe is Y_j >= Y_label for some other j.
+    """Write the property that class ``label`` wins against every other on a box: Y_j >= Y_label is unsafe, j != label.
 
-    Nine digits are written: decimals that are never inside the given ends, nor are the float32 they round to: an end
-    itself where it is a float32, else the next outside. Ends are floats of one shape, flattened in order (C, H, W).
+    Ends are written with nine digits. Neither the decimals nor the float32 that they round to lie inside the given
+    ends: each rounds to the end itself where that is a float32, else to the next one outside.
 
+    Args:
+        lower, upper: ends of the box, floats of one shape, flattened in order (C, H, W).
     Raises:
         InputError: ends that are not finite in float32, of different shapes, or crossed; a label that is no class.
     """
     if lower.shape != upper.shape or not lower.numel() or not (lower.is_floating_point() and upper.is_floating_point()):
         found = f"{lower.dtype} {(*lower.shape,)} and {upper.dtype} {(*upper.shape,)}"
         raise InputError(f"box: found {found}; accepted: two tensors of floats of one shape, not empty")
-    if classes < 2 or label not in range(classes):  # nor is a fraction
+    if classes < 2 or label not in range(classes):  # a fraction is not in the range either
         raise InputError(f"label: found {label} of {classes} classes; accepted: 0 to classes - 1, of 2 classes or more")
     low, high = lower.detach().double().flatten().cpu(), upper.detach().double().flatten().cpu()
     ends32 = torch.stack([_outward32(low, -math.inf), _outward32(high, math.inf)])
@@ -113,6 +116,7 @@ def _outward32(ends: Tensor, direction: float) -> Tensor:
 
 
 def _decimal_within(value: float, lower: Fraction, upper: Fraction) -> str | None:
+    """A decimal in [lower, upper] at or next to ``value``; None if it would need too many digits."""
     text = repr(value)
     near = Fraction(text)
     if lower <= near <= upper:
@@ -120,7 +124,7 @@ def _decimal_within(value: float, lower: Fraction, upper: Fraction) -> str | Non
     end, rounding = (lower, ROUND_CEILING) if near < lower else (upper, ROUND_FLOOR)
     for digits in (16, 17, 20, 50, 4 * DIGITS):  # the last holds whatever decimal was read
         context = Context(prec=digits, rounding=rounding)
-        found = context.divide(Decimal(end.numerator), Decimal(end.denominator))
-        if lower <= Fraction(found) <= upper:
-            return str(found).replace("E", "e")
+        decimal = context.divide(Decimal(end.numerator), Decimal(end.denominator))
+        if lower <= Fraction(decimal) <= upper:
+            return str(decimal).replace("E", "e")
     return None

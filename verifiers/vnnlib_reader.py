@@ -1,4 +1,4 @@
-"""VNN-LIB 1.0 as text → cases: expressions, conjunctions of bounds and rows, boxes with what is unsafe on them."""
+"""Reader of VNN-LIB 1.0: text → expressions → conjunctions of bounds and rows → cases."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ from ..bounds.clock import looking
 from ..errors import InputError
 from .vnnlib import DIGITS, Case, Property
 
-DEPTH = 200  # of nested parentheses: formulas are walked recursively, two frames a level
+DEPTH = 200  # most nested parentheses: formulas are walked recursively, two frames a level
 DISJUNCTS = 1_000_000
-SIZE = 20_000_000  # literals of a normal form, and numbers of the tensors made of it
+SIZE = 20_000_000  # most literals of a normal form, and most entries of the tensors made from it
 # an end of line, a comment, a string, a quoted symbol, a parenthesis, a word
 TOKEN = re.compile(r'\n|;[^\n]*|"[^"]*"|\|[^|]*\||[()]|[^\s()";|]+|["|]')
-# SMT-LIB's, with which files of properties are solvers' scripts as well: they state nothing
-SAYS_NOTHING = {"check-sat", "echo", "get-info", "get-model", "get-value", "set-info", "set-logic", "set-option"}
+# SMT-LIB commands to solvers, which state nothing about the property
+IGNORED_COMMANDS = {"check-sat", "echo", "get-info", "get-model", "get-value", "set-info", "set-logic", "set-option"}
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
 VARIABLE = re.compile(r"([XY])_(0|[1-9][0-9]{0,8})")
 
 
 def read_property(path: str | Path, inputs: int, outputs: int) -> Property:
-    """The property in a VNN-LIB 1.0 file, plain or gzipped, of a network with so many inputs and outputs.
+    """Read the property in a VNN-LIB 1.0 file, plain or gzipped, for a network with so many inputs and outputs.
 
-    Read are ``(declare-const X_i Real)`` or ``(declare-fun X_i () Real)``, ``Y_j`` alike, and ``(assert F)``, F of
-    ``and``, ``or``, ``not``, ``true``, ``false`` and comparisons of linear terms (decimals, variables, ``+``, ``-``,
-    ``(* NUMBER TERM)``). ``<`` and ``>`` count as ``<=`` and ``>=``: ``(not (<= a b))`` is ``(>= a b)``. What SMT-LIB
-    says to solvers (``set-logic``, ``check-sat``, …) is passed over; ``exit`` ends the file. Disjuncts with the same
-    box are one case's clauses; one without outputs gets a row of zeros, which always holds; one whose box is empty is
-    left out, with a remark.
+    Accepted are ``(declare-const X_i Real)`` or ``(declare-fun X_i () Real)``, likewise ``Y_j``, and ``(assert F)``,
+    with F built from ``and``, ``or``, ``not``, ``true``, ``false`` and comparisons of linear terms (decimals,
+    variables, ``+``, ``-``, ``(* NUMBER TERM)``). ``<`` and ``>`` count as ``<=`` and ``>=``: ``(not (<= a b))`` is
+    ``(>= a b)``. SMT-LIB commands to solvers (``set-logic``, ``check-sat``, …) are ignored; ``exit`` ends the file.
+    Disjuncts with the same box become the clauses of one case. A disjunct without outputs gets a row of zeros, which
+    always holds; one with an empty box is left out, with a remark.
 
     Raises:
-        InputError: another syntax; names or numbers that do not fit; products; an X that is compared with a variable,
-            or lacks an end in some disjunct; too many disjuncts.
+        InputError: another syntax; names or numbers that do not fit; products of variables; an X that is compared with
+            a variable, or has no lower or upper end in some disjunct; too many disjuncts.
     """
     return _Reader(Path(path), inputs, outputs).read()
 
 
 def _outward64(value: Fraction, direction: float) -> float:
+    """``value`` as float64, rounded in the direction of ±inf."""
     near = float(value)  # to nearest
     return math.nextafter(near, direction) if (near > value if direction < 0 else near < value) else near
 
@@ -87,7 +88,7 @@ class _Reader:
         factors, head = list[list[_Conjunction]](), _Token("", 1)
         for expression in looking(self._expressions()):
             head, arguments = self._command(expression)
-            if head.text in SAYS_NOTHING:
+            if head.text in IGNORED_COMMANDS:
                 continue
             if head.text == "exit":
                 break
@@ -158,7 +159,7 @@ class _Reader:
             least, most = terms if (head.text in ("<=", "<")) == holds else reversed(terms)
             return [(self._literal(head, _add(least, most, -1)),)]
         if head.text == "=" and len(arguments) == 2:
-            if not holds:  # closed, that would be every point
+            if not holds:  # a closed form of "not equal" would be every point
                 self.refuse(head, "not of <=, >=, <, >, and, or, not, true, false")
             difference = _add(self._term(arguments[0]), self._term(arguments[1]), -1)
             return [(self._literal(head, difference), self._literal(head, _add({}, difference, -1)))]
@@ -171,13 +172,14 @@ class _Reader:
         return [shared + literals for literals in rest]
 
     def _product(self, head: _Token, factors: list[list[_Conjunction]]) -> tuple[_Conjunction, list[_Conjunction]]:
-        """The conjunction of normal forms: what all disjuncts share, which may be too long to copy, and the rest."""
-        found: list[_Conjunction] = [()] if all(factors) else []
+        """(shared, disjuncts): the conjunction of normal forms, as the literals that all disjuncts share, which may be
+        too many to copy, and the disjuncts without them."""
+        disjuncts: list[_Conjunction] = [()] if all(factors) else []
         for factor in (factor for factor in factors if len(factor) > 1):
-            literals = len(found) * sum(map(len, factor)) + len(factor) * sum(map(len, found))
-            self._limit(head, len(found) * len(factor), literals)
-            found = [left + right for left in found for right in factor]
-        return tuple(literal for factor in factors if len(factor) == 1 for literal in factor[0]), found
+            literals = len(disjuncts) * sum(map(len, factor)) + len(factor) * sum(map(len, disjuncts))
+            self._limit(head, len(disjuncts) * len(factor), literals)
+            disjuncts = [left + right for left in disjuncts for right in factor]
+        return tuple(literal for factor in factors if len(factor) == 1 for literal in factor[0]), disjuncts
 
     def _limit(self, head: _Token, disjuncts: int, size: int) -> None:
         if disjuncts > DISJUNCTS or size > SIZE:
@@ -221,7 +223,7 @@ class _Reader:
             self.refuse(head, "coefficients and ends of float64's range")
 
     def _property(self, last: _Token, shared: _Conjunction, alternatives: list[_Conjunction]) -> Property:
-        """Disjuncts whose boxes differ from the shared one in the same way become one case."""
+        """The property; disjuncts whose boxes differ from the shared one in the same way become one case."""
         box = _tightest(shared, {})
         rows = [literal for literal in shared if not isinstance(literal, _Bound)]
         groups: dict[frozenset[tuple[tuple[int, bool], Fraction]], tuple[_Box, list[list[_Row]]]] = {}
@@ -246,7 +248,7 @@ class _Reader:
             self.refuse(_Token(name, self.declared[name]), "an X that has a lower and an upper end in every disjunct")
 
     def _crossed(self, box: _Box) -> str | None:
-        """Why no input lies in a box, where none does."""
+        """Why no input lies in a box; None where one does."""
         for i in range(self.counts["X"]):
             lower, upper = box[i, False], box[i, True]
             if lower.value > upper.value:
@@ -269,16 +271,16 @@ class _Reader:
 def _tokens(text: str) -> Iterator[_Token]:
     line = 1
     for match in TOKEN.finditer(text):
-        found = match[0]
-        if found == "\n":
+        word = match[0]
+        if word == "\n":
             line += 1
-        elif found[0] != ";":
-            yield _Token(found, line)
-            line += found.count("\n")
+        elif word[0] != ";":
+            yield _Token(word, line)
+            line += word.count("\n")
 
 
 def _tightest(literals: _Conjunction, known: _Box) -> _Box:
-    """The ends that are tighter than those known."""
+    """The tightest ends among the literals, where these are tighter than those in ``known``."""
     box: _Box = {}
     for bound in (literal for literal in literals if isinstance(literal, _Bound)):
         place = (bound.variable, bound.upper)

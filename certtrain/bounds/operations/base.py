@@ -134,7 +134,7 @@ class Folding(Protocol):
         """A constant in the model's dtype, and then in that of the folded network."""
         ...
 
-    def finite(self, found: Tensor, path: str) -> Tensor:
+    def finite(self, weight: Tensor, path: str) -> Tensor:
         """The tensor itself.
 
         Raises:
