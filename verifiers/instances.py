@@ -70,7 +70,7 @@ def run_instances(
     check(timeout is None or 0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
     try:
-        with file.alone():
+        with file.exclusive():
             done = _done(file, instances)
             reader = _Networks(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from ..streams import lasting_streams
+from ..streams import tolerant_streams
 from . import compare, diagnose, evaluate, export, import_checkpoint, train, verify
 from .words import Parser
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (train, verify, evaluate, diagnose, export, import_checkpoint, compare):
         command.add(commands)
-    with lasting_streams() as out:
+    with tolerant_streams() as out:
         try:
             code = _guarded(parser, words)
         finally:  # also where argparse has shown its help, and leaves

@@ -56,7 +56,7 @@ def in_processes(
             for process in running:
                 process.terminate()
                 process.wait()
-    stop.raise_if_asked()
+    stop.raise_if_requested()
     if refused:
         raise InputError(refused)
 

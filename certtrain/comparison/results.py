@@ -54,7 +54,7 @@ def result_of(trial: Trial) -> TrialResult | None:
     if not RunFolder(trial.path).run.exists() or not (final := RunFolder(trial.path).final()):
         return None
     folder, description = RunFolder.open(trial.path)
-    wanted = {"first_image": 0, "images": asked_images(trial, description)}
+    wanted = {"first_image": 0, "images": images_to_evaluate(trial, description)}
     rows = [
         row
         for row in read_rows(folder.evaluation)
@@ -106,11 +106,11 @@ def unanswered(trial: Trial) -> Iterator[tuple[str, str, float]]:
     folder, description = RunFolder.open(trial.path)
     config = trial.config
     yield from unanswered_by(
-        folder, config.evaluate, config.perturbation, config.seed, asked_images(trial, description)
+        folder, config.evaluate, config.perturbation, config.seed, images_to_evaluate(trial, description)
     )
 
 
-def asked_images(trial: Trial, description: Mapping[str, Any]) -> int:
+def images_to_evaluate(trial: Trial, description: Mapping[str, Any]) -> int:
     """How many of the first test images the study asks for."""
     count, asked = description["dataset"].get("test", 0), trial.config.evaluate.images
     return count if asked is None else min(asked, count)

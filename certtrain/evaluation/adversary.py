@@ -16,7 +16,7 @@ from ..step import Batch, Step
 
 
 @dataclass(frozen=True)
-class Lost:
+class Outcome:
     """What became of an image.
 
     Args:
@@ -25,7 +25,7 @@ class Lost:
         details: what its line says more, of ``DETAILS``.
     """
 
-    to: str | None = None
+    lost_to: str | None = None
     unconfirmed: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class Adversary(ABC):
         return ""
 
     @abstractmethod
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         """One for each sample of a batch, all rightly classified.
 
         Args:
@@ -82,8 +82,8 @@ class Clean(Adversary):
     def name(self) -> str:
         return "clean"
 
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
-        return [Lost()] * len(batch)
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
+        return [Outcome()] * len(batch)
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class Intervals(Adversary):
         return ""
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         checked_logits(model, batch.images)
         margins, _ = compute_margins(model, ball.region(batch.images), batch.labels)
-        return [Lost(None if proved else "bounds") for proved in (margins > 0).all(1).tolist()]
+        return [Outcome(None if proved else "bounds") for proved in (margins > 0).all(1).tolist()]
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,9 @@ class RestartedPgd(Adversary):
         here = "spgd-u-STEPS, sparse-autoattack" if SparseBall.matches(ball) else "default, the set's own attack"
         return f"found a {ball.kind}; accepted: the ball of a norm, or here {here}"
 
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         attack = Ascent(steps=self.steps, step_size=self.step_size, start="uniform")
-        lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
+        lost, left = [Outcome()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
         for restart in range(1, self.restarts + 1):
             if not len(left):
                 break
@@ -156,7 +156,7 @@ class RestartedPgd(Adversary):
             points = attack(model, part, ball, replace(step, noise=noise)).images
             right = is_right(model, points, part.labels)
             for row in left[~right].tolist():
-                lost[row] = Lost(f"restart {restart}")
+                lost[row] = Outcome(f"restart {restart}")
             left = left[right]
         return lost
 

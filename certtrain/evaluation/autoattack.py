@@ -15,7 +15,7 @@ from ..bounds import PerturbationSet, SparseBall
 from ..labels import classes_of
 from ..noise import key_of
 from ..step import Batch, Step
-from .adversary import Adversary, Lost, is_right, rows_of
+from .adversary import Adversary, Outcome, is_right, rows_of
 
 NORMS = ("Linf", "L2")
 _log = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ class AutoAttack(Adversary):
                 return SquareAttack(model, p_init=0.8, n_queries=self.queries, resc_schedule=False, **shared)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
-        lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
+        lost, left = [Outcome()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
         if float(ball.epsilon) == 0:  # the ball is the image, which is right; the package would divide by 0
             return lost
         classes = classes_of(model(batch.images[:1]))
@@ -117,9 +117,9 @@ class AutoAttack(Adversary):
                 found = attack.perturb(part.images.clone(), part.labels.clone()).detach()
                 claimed, broken = replay(model, part, ball, found)
                 for row in left[broken].tolist():
-                    lost[row] = Lost(name, lost[row].unconfirmed)
+                    lost[row] = Outcome(name, lost[row].unconfirmed)
                 for row in left[claimed & ~broken].tolist():
-                    lost[row] = Lost(None, (*lost[row].unconfirmed, name))
+                    lost[row] = Outcome(None, (*lost[row].unconfirmed, name))
                 left = left[~broken]
         return lost
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..attacks import default_attack
 from ..bounds import PerturbationSet
 from ..step import Batch, Step
-from .adversary import Adversary, Lost
+from .adversary import Adversary, Outcome
 from .sparse import Searching
 
 
@@ -28,7 +28,7 @@ class DefaultAttack(Adversary):
     def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
         return self._over(ball).refuses(model, images, ball)
 
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         return self._over(ball)(model, batch, ball, step)
 
     def _over(self, ball: PerturbationSet) -> Searching:

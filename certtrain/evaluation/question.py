@@ -20,7 +20,7 @@ from ..data import Split
 from ..ledger import Ledger, Line, Question, Report, in_fixed_batches, mistyped
 from ..noise import Noise, key_of
 from ..step import Batch, Step
-from .adversary import DETAILS, Adversary, Lost, rows_of
+from .adversary import DETAILS, Adversary, Outcome, rows_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AdversaryQuestion(Question):
     def identity(self) -> dict[str, Any]:
         """The basis without versions: answers on another one are none to this question."""
         content = {"attack": self.adversary.name, "perturbation": unstructure(self.ball),
-                   **asked_of(self.adversary, self.seed, self.batch_size), **self.rests_on}  # fmt: skip
+                   **attack_settings(self.adversary, self.seed, self.batch_size), **self.rests_on}  # fmt: skip
         return json.loads(json.dumps(content))
 
     @property
@@ -90,16 +90,16 @@ class AdversaryQuestion(Question):
                 predictions = [self.clean[number]["prediction"] for number in images]
                 right = [self.clean[number]["robust"] for number in images]
             rows = [row for row, holds in enumerate(right) if holds]
-            lost = dict.fromkeys(range(len(images)), Lost("clean"))
+            lost = dict.fromkeys(range(len(images)), Outcome("clean"))
             if rows:
                 part = rows_of(batch, torch.tensor(rows, device=index.device))
                 step = Step.evaluation(self.ball, Noise(key_of(self.seed, "evaluate"), part.index))
                 lost |= dict(zip(rows, self.adversary(self.model, part, self.ball, step), strict=True))
         seconds, name = round((time.perf_counter() - started) / len(images), 6), self.name
         yield [
-            {"index": number, "label": label, "prediction": prediction, "robust": lost[row].to is None,
-             "lost_to": lost[row].to, "unconfirmed": list(lost[row].unconfirmed), "seconds": seconds, "settings": name,
-             **lost[row].details}
+            {"index": number, "label": label, "prediction": prediction, "robust": lost[row].lost_to is None,
+             "lost_to": lost[row].lost_to, "unconfirmed": list(lost[row].unconfirmed), "seconds": seconds,
+             "settings": name, **lost[row].details}
             for row, (number, label, prediction) in enumerate(zip(images, batch.labels.tolist(), predictions))
         ]  # fmt: skip
 
@@ -112,7 +112,7 @@ class AdversaryQuestion(Question):
         return f"{self.title}: {self.figures(lines)} of {len(lines)} images"
 
 
-def asked_of(adversary: Adversary, seed: int, batch_size: int) -> dict[str, Any]:
+def attack_settings(adversary: Adversary, seed: int, batch_size: int) -> dict[str, Any]:
     """What a row of the table says of how its attack was run."""
     return {"seed": seed, **adversary.basis(batch_size)}
 

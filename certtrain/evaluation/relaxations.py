@@ -16,7 +16,7 @@ from ..step import Batch, Step
 from ..verifiers.cascade import run_cascade
 from ..verifiers.problem import Problem, Specification
 from ..verifiers.settings import Certify
-from .adversary import Adversary, Lost
+from .adversary import Adversary, Outcome
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Relaxations(Adversary):
         return ""
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         if not len(batch):
             return []
         specification = Specification.robust(batch.labels, classes_of(model(batch.images[:1])))
         problem = Problem(model, ball.region(batch.images), specification, batch.index)
         verdicts = run_cascade(problem, Certify(stages=("ibp", "crown_ibp", "crown")).build(seed=0))
-        return [Lost(None if verdict.status == "verified" else "bounds") for verdict in verdicts]
+        return [Outcome(None if verdict.status == "verified" else "bounds") for verdict in verdicts]

@@ -15,7 +15,7 @@ from ..bounds import PerturbationSet, SparseBall
 from ..config import unstructure
 from ..errors import InputError
 from ..step import Batch, Step
-from .adversary import Adversary, Lost, is_right, rows_of
+from .adversary import Adversary, Outcome, is_right, rows_of
 
 SPARSE = (
     "spgd-u-STEPS, spgd-p-STEPS, sparse-rs-QUERIES, sparse-rs-large-QUERIES, corner-search, saif-STEPS, "
@@ -67,8 +67,8 @@ class Searching(Adversary):
         black_box = "sparse-rs-QUERIES or corner-search, which take none"
         return "" if differentiable else f"found logits without gradients in the images; accepted: {black_box}"
 
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
-        lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
+        lost, left = [Outcome()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
         queries: dict[int, int] = {}
         for label, attack in self.stages:
             if not len(left):
@@ -82,9 +82,9 @@ class Searching(Adversary):
                     queries[row] = queries.get(row, 0) + count
             for place in broken.nonzero().flatten().tolist():
                 row = int(left[place])
-                lost[row] = Lost(label, lost[row].unconfirmed, details_of(around, part, found, place))
+                lost[row] = Outcome(label, lost[row].unconfirmed, details_of(around, part, found, place))
             for row in left[claimed & ~broken].tolist():
-                lost[row] = Lost(None, (*lost[row].unconfirmed, label))
+                lost[row] = Outcome(None, (*lost[row].unconfirmed, label))
             left = left[~broken]
         return [
             replace(found, details={"queries": queries[row], **found.details}) if row in queries else found

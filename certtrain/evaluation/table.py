@@ -19,10 +19,10 @@ from ..bounds import PerturbationSet, sized
 from ..data import Split
 from ..errors import InputError, Portable
 from ..ledger import Ledger, Line
-from ..locking import alone, lock_of
+from ..locking import exclusive, lock_of
 from ..run_folder import RunFolder, sha256, write_json
 from .adversary import Adversary, Clean, Intervals
-from .question import AdversaryQuestion, after_each, asked_of, versions_behind
+from .question import AdversaryQuestion, after_each, attack_settings, versions_behind
 from .settings import CHECKPOINTS, Evaluate
 
 PLACE = ("checkpoint", "attack", "epsilon")
@@ -92,7 +92,7 @@ class Evaluation:
                         continue
                     where = f"{checkpoint.name}, {adversary.name}, {sized(self.kind, epsilon)}"
                     refuse_contradictions(certified, lines, where)
-        with alone(lock_of(self.folder.evaluation), str(self.folder.evaluation), wait=True):
+        with exclusive(lock_of(self.folder.evaluation), str(self.folder.evaluation), wait=True):
             before = self._before()  # now, for another process may have written meanwhile
             known = {_place(row) for row in (*rows, *skipped)}
             rows, skipped = (
@@ -114,7 +114,7 @@ class Evaluation:
         ledger = Ledger(self.folder.evaluated(checkpoint.name, adversary.name, epsilon))
         lines = ledger.ask(question, images, quiet=quiet)
         behind = {
-            "settings": asked_of(adversary, self.seed, self.settings.batch_size),
+            "settings": attack_settings(adversary, self.seed, self.settings.batch_size),
             "versions": versions_behind(ledger, lines),
         }
         return row_of(checkpoint, adversary, epsilon, lines) | behind, lines
@@ -204,7 +204,7 @@ def unanswered(
             asked += [(adversary.name, epsilon, adversary) for adversary in settings.adversaries()]
         for attack, epsilon, adversary in asked:
             wanted = {
-                "settings": asked_of(adversary, seed, settings.batch_size), "weights_sha256": weights,
+                "settings": attack_settings(adversary, seed, settings.batch_size), "weights_sha256": weights,
                 "first_image": 0, "images": images,
             }  # fmt: skip
             row = rows.get((checkpoint, attack, epsilon), {})

@@ -97,7 +97,7 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What a check came to.
 
     Args:
@@ -130,7 +130,7 @@ class LastCheck:
 
     def check(
         self, settings: Guard, model: nn.Module, dataset: Dataset, ball: PerturbationSet, seed: int, epoch: int
-    ) -> Checked:
+    ) -> CheckResult:
         """Measure the weights after so many epochs and act; a rollback puts the earlier ones into the model."""
         now = settings.measure(model, dataset, ball, seed)
         figures: dict[str, float | int] = {"guard_accuracy": now}
@@ -143,14 +143,14 @@ class LastCheck:
         elif not self.halted and (before is None or settings.since == "previous" or now >= before):
             self._remember(settings, model, now, epoch)
         if before is None or not fell:
-            return Checked(figures)
+            return CheckResult(figures)
         outcome = {"warn": "training goes on", "stop": "training ends here",
                    "rollback": f"training ends with the weights of epoch {since}"}[settings.action]  # fmt: skip
         alarm = (
             f"catastrophic overfitting: after epoch {epoch} accuracy under attack is {100 * now:.1f} %, after epoch "
             f"{since} it was {100 * before:.1f} %; {outcome}"
         )
-        return Checked({**figures, "guard_fell_from": before}, alarm, self.halted)
+        return CheckResult({**figures, "guard_fell_from": before}, alarm, self.halted)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.accuracy, self.epoch, self.halted = state["accuracy"], state["epoch"], state["halted"]

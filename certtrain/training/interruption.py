@@ -49,6 +49,6 @@ class StopRequest:
         if self.at_once:
             raise Interrupted(number)
 
-    def raise_if_asked(self) -> None:
+    def raise_if_requested(self) -> None:
         if self.signal is not None:
             raise Interrupted(self.signal)

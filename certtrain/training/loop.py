@@ -19,7 +19,7 @@ from ..losses import Loss
 from ..noise import Noise, key_of
 from ..progress import Progress, describe
 from ..run_folder import RunFolder
-from ..step import ALONE, Batch, Exchange, State, Step
+from ..step import SINGLE_PROCESS, Batch, Exchange, State, Step
 from . import checkpoint
 from .averages import WeightAverage, recompute_statistics
 from .evaluation import check_program
@@ -61,7 +61,7 @@ def fit(
     seed: int,
     folder: RunFolder,
     stop: StopRequest,
-    exchange: Exchange = ALONE,
+    exchange: Exchange = SINGLE_PROCESS,
     quiet: bool = False,
 ) -> Best:
     """Train ``model`` (on its device, where ``dataset`` lives too) from the start or from ``folder``'s checkpoint.

@@ -14,7 +14,7 @@ from ..components import load_plugins
 from ..config import flatten, unstructure
 from ..errors import InputError
 from ..ledger import add_once
-from ..locking import alone, lock_of
+from ..locking import exclusive, lock_of
 from ..progress import console
 from ..run_folder import JsonLines, RunFolder
 from ..training import TrainingStopped
@@ -135,7 +135,7 @@ def finish(trial: Trial, quiet: bool) -> None:
         InputError: something of it cannot be used, or another process is at it. TrainingStopped, Interrupted: as train.
     """
     trial.path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(lock_of(trial.path), str(trial.path)):
+    with exclusive(lock_of(trial.path), str(trial.path)):
         if (trial.path / "run.json").exists():
             check_recipe(trial)
             if stage_of(trial) == "interrupted":

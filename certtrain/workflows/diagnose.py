@@ -15,7 +15,7 @@ from ..diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread
 from ..diagnostics.figures import FIGURES, draw_epochs, save
 from ..environment import device_name, reproducible, versions
 from ..errors import check
-from ..locking import alone, lock_of
+from ..locking import exclusive, lock_of
 from ..noise import Noise, key_of
 from ..progress import Progress
 from ..run_folder import RunFolder, sha256, write_json
@@ -87,7 +87,7 @@ def diagnose(
     check_balls("what", chosen, ball)
     where = config.resolved_device()
     file = folder.path / "diagnostics.json"
-    with alone(lock_of(file), str(file)):
+    with exclusive(lock_of(file), str(file)):
         with reproducible(config.threads, where), StopRequest(at_once=True):
             dataset = run.dataset()
             ball.check_shape(dataset.shape)

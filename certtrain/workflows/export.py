@@ -45,7 +45,7 @@ def export(
     ball = run.config.perturbation if epsilon is None else run.config.perturbation.with_epsilon(float(epsilon))
     settings = run.config.export if timeout is None else replace(run.config.export, timeout=timeout)
     dataset = run.dataset()
-    with run.folder.alone():
+    with run.folder.exclusive():
         return export_run(run, dataset, ball, images, settings, quiet)
 
 

@@ -65,7 +65,7 @@ def train(
             console.print(f"run folder: {run.folder.path}")
             for remark in remarks(recipe):
                 console.print(remark, markup=False)
-        with run.folder.alone():
+        with run.folder.exclusive():
             _go_on(run, dataset, model, device, quiet)
     return run.folder
 
@@ -95,7 +95,7 @@ def resume(
     where = device or run.description["device"].partition(":")[0]
     run = run.with_config(device=where, threads=run.description["threads"])
     found = run.config.resolved_device()
-    with run.folder.alone(), reproducible(run.config.threads, found):
+    with run.folder.exclusive(), reproducible(run.config.threads, found):
         dataset, model = _prepare(run.config)
         check_data(dataset, run.description)
         _go_on(run, dataset, model, found, quiet)
@@ -189,7 +189,7 @@ def _train(run: Run, dataset: Dataset, model: nn.Module, quiet: bool) -> None:
         save_weights(folder.model, model.state_dict())
         if best.weights:
             save_weights(folder.best, best.weights)
-        stop.raise_if_asked()
+        stop.raise_if_requested()
 
 
 def _certify(run: Run, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def verify_with_abcrown(
     where = run.with_config(device=device or config.device).config.resolved_device()
     network = run.exported_network()
     if network is None:
-        with folder.alone():
+        with folder.exclusive():
             export_run(run, dataset, config.perturbation, None, config.export, quiet)
         network = folder.onnx
     weights = folder.weights_sha256()
