@@ -197,7 +197,7 @@ def none_or(section: Any) -> Any:
 
 
 def with_null_defaults(value: Any) -> Any:
-    """A copy of the dataclass ``value`` in which each field made by ``none_or`` that holds its unchanged section is None,
+    """A copy of the dataclass ``value`` with None in each field made by ``none_or`` that still holds its section,
     at every level."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value

@@ -12,7 +12,7 @@ from .base import Attack
 
 
 def default_attack(ball: PerturbationSet, purpose: Purpose) -> Attack[Any]:
-    """What ``attack: null`` stands for over this set: its ``default_attacks``, as a recipe's section would be read.
+    """The attack that ``attack: null`` means for this set: its ``default_attacks``, read like a section of a recipe.
 
     Raises:
         InputError: the set's class names an attack that is none, or fields that it does not have.

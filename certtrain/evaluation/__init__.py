@@ -1,4 +1,4 @@
-"""How many test images stay right: clean, attacked, and certified by bounds, in one table."""
+"""Accuracies on the test images, clean, under attack, and certified by bounds, in one table."""
 
 from .adversary import Adversary, Clean, Intervals, Outcome, RestartedPgd
 from .autoattack import AutoAttack

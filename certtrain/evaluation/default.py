@@ -1,4 +1,4 @@
-"""The attack that a perturbation set names for itself."""
+"""The default attack of a perturbation set as an adversary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sparse import Searching
 
 @dataclass(frozen=True)
 class DefaultAttack(Adversary):
-    """The set's default attack of the verifier (``default_attacks["falsify"]``), whichever set it is."""
+    """The attack that the verifier uses by default for the set (``default_attacks["falsify"]``), for every set."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""What linear relaxations prove: certified accuracy beside that of intervals."""
+"""Linear relaxations: certified accuracy beyond that of intervals."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .adversary import Adversary, Outcome
 
 @dataclass(frozen=True)
 class Relaxations(Adversary):
-    """What neither intervals nor linear bounds prove is lost: CROWN-IBP (arXiv 1906.06316) where intervals leave an
-    image open, then CROWN (arXiv 1811.00866); in nearest arithmetic.
+    """Interval bounds, then CROWN-IBP (arXiv 1906.06316), then CROWN (arXiv 1811.00866), in nearest arithmetic; images
+    that none of them proves are lost.
 
-    Over a ``SparseBall`` intervals know nothing behind a convolution whose window k units can fill, while linear
-    bounds are carried back to the image, of which k units are free.
+    Over a ``SparseBall`` intervals are vacuous after a convolution whose window has at most k units, while linear
+    bounds are propagated back to the image, of which only k units may change.
     """
 
     certifies: ClassVar[bool] = True
