@@ -389,7 +389,7 @@ class TestAll:
         with pytest.raises(
             InputError, match=r"^training\.diagnose\.what: found cosine for a SparseBall; accepted: qub, "
         ):
-            Diagnose(what=("qub", "cosine")).asked(SPARSE)
+            Diagnose(what=("qub", "cosine")).names_for(SPARSE)
         with pytest.raises(InputError, match=r"^training\.diagnose\.what: found overlap for a LinfBall; accepted: "):
             Diagnose(what=("overlap",))(small().float(), split_of(4), LinfBall(0.1), 0)
 
