@@ -1,4 +1,4 @@
-"""Families of configured objects, and their members by the names that recipes and ``run.json`` call them by."""
+"""Families of configured objects, and the names of their members in recipes and ``run.json``."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ class Component(abc.ABC):
 
     @classmethod
     def members(cls) -> dict[str, type[Self]]:
-        """The concrete classes of this family by ``type``, sorted, users' own last; abstract ones are left out."""
-        found: dict[str, type[Self]] = {}
+        """The concrete classes of this family by their ``type``, sorted by name, users' classes last."""
+        members: dict[str, type[Self]] = {}
         for kind in cls._lineage():
             if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind):
                 name = plugins.type_name(kind)
-                if name not in found or not plugins.is_current(found[name]) or plugins.is_current(kind):
-                    found[name] = kind
-        return dict(sorted(found.items(), key=lambda item: (plugins.is_outside(item[1]), item[0])))
+                if name not in members or not plugins.is_current(members[name]) or plugins.is_current(kind):
+                    members[name] = kind
+        return dict(sorted(members.items(), key=lambda item: (plugins.is_outside(item[1]), item[0])))
 
     @classmethod
     def member(cls, name: object, where: str = "") -> type[Self]:
-        """The concrete class of this family that recipes call ``name``; of users' own classes one that is imported, or
-        belongs to an installed plug-in, which is imported now.
+        """The concrete class of this family that has ``name`` in recipes.
 
+        A user's class is found where its module is imported already or belongs to an installed plug-in, which is then
+        imported.
+
+        Args:
+            where: path of the section, for messages.
         Raises:
-            InputError: there is none, or a user's class that cannot be one; ``where`` is the section's path.
+            InputError: there is no such class, or a user's class of that name cannot be used.
         """
         members, field = cls.members(), f"{where}.type" if where else "type"
         if isinstance(name, str):
@@ -66,7 +70,7 @@ def load_plugins(words: Iterable[str | Path]) -> None:
     """Import the modules or files that the user named, so that recipes can name their classes.
 
     Raises:
-        InputError: one that cannot be imported, or that defines a class with the name of one of certtrain's.
+        InputError: a module cannot be imported, or defines a class that has the name of one of certtrain's.
     """
     plugins.refuse_during_import()
     if isinstance(words, str):
@@ -82,30 +86,30 @@ def load_plugins(words: Iterable[str | Path]) -> None:
 
 
 def own_classes(value: object) -> dict[str, type]:
-    """The users' classes that a configured object is made of, by ``type``."""
-    found: dict[str, type] = {}
+    """The users' classes inside a configured object, by their ``type``."""
+    classes: dict[str, type] = {}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, Component) and plugins.is_outside(type(value)):
-            found[plugins.type_name(type(value))] = type(value)
+            classes[plugins.type_name(type(value))] = type(value)
         for field in fields_of(type(value)):
-            found |= own_classes(getattr(value, field.name))
+            classes |= own_classes(getattr(value, field.name))
     elif isinstance(value, (tuple, list)):
         for item in value:
-            found |= own_classes(item)
-    return found
+            classes |= own_classes(item)
+    return classes
 
 
 def sources_of(value: object) -> dict[str, dict[str, str | None]]:
-    """What ``run.json`` says under ``plugins``: of each user's class its file and the sha256 of its text."""
+    """The section ``plugins`` of ``run.json``: file and sha256 of the text of each user's class."""
     return {name: plugins.source_of(kind) for name, kind in own_classes(value).items()}
 
 
 def check_sources(description: Mapping[str, Any], *parts: object) -> None:
-    """Compare users' classes with what ``run.json`` says of them.
+    """Compare the users' classes in ``parts`` with those recorded in ``run.json``.
 
     Raises:
-        InputError: a class in ``parts`` does not read as when the run was started: the weights and verdicts that are
-            there are of the class as it was.
+        InputError: the text of a class has changed since the run was started; weights and verdicts in the folder belong
+            to the earlier text.
     """
     for part in parts:
         for name, found in sources_of(part).items():
@@ -118,7 +122,7 @@ def check_sources(description: Mapping[str, Any], *parts: object) -> None:
 
 
 def with_file(error: str, description: Mapping[str, Any]) -> str:
-    """The message on a class that is not loaded, with the file that ``run.json`` says it was in."""
+    """Complete the message about a class that is not loaded with the file recorded in ``run.json``."""
     recorded = description.get("plugins")
     for name in recorded if isinstance(recorded, dict) else ():
         if f"found {name!r}" in error and (file := _recorded_source(description, name).get("file")):
@@ -127,7 +131,7 @@ def with_file(error: str, description: Mapping[str, Any]) -> str:
 
 
 def _recorded_source(description: Mapping[str, Any], name: str) -> dict[str, str]:
-    """Without what certtrain would not have written: a run folder may come from anybody."""
+    """The recorded file and sha256 of a class. Other entries are dropped: the folder may come from anybody."""
     recorded = description.get("plugins")
     source = recorded.get(name) if isinstance(recorded, dict) else None
     items = source.items() if isinstance(source, dict) else ()
@@ -135,10 +139,10 @@ def _recorded_source(description: Mapping[str, Any], name: str) -> dict[str, str
 
 
 def remarks(value: object) -> list[str]:
-    """What is worth saying of users' classes that other processes will not find again."""
-    found = ((name, plugins.why_lost(kind)) for name, kind in own_classes(value).items())
+    """Warnings about users' classes that other processes cannot find again."""
+    reasons = ((name, plugins.why_lost(kind)) for name, kind in own_classes(value).items())
     lost = "resume, verify and load_model find it only where it is defined anew"
-    return [f"{name} {why}: {lost}" for name, why in found if why]
+    return [f"{name} {why}: {lost}" for name, why in reasons if why]
 
 
 def fields_of(kind: type) -> list[dataclasses.Field]:
@@ -153,7 +157,7 @@ def _checked(kind: type, members: Mapping[str, type], field: str) -> type:
 
 
 def _refuse_clash(kind: type, members: Mapping[str, type], where: str) -> None:
-    """Tables, figures and messages call a class by its bare name: a user's must not read as certtrain's."""
+    """Refuse a user's class with the name of one of certtrain's: tables and messages show bare names."""
     if plugins.is_outside(kind) and kind.__name__ in members:
         ours = members[kind.__name__]
         raise InputError(
@@ -163,7 +167,7 @@ def _refuse_clash(kind: type, members: Mapping[str, type], where: str) -> None:
 
 
 def _why_no_member(family: type, name: str, found: object, members: Mapping[str, type]) -> str:
-    """Of a name in the form ``module:Class``."""
+    """The reason why a name in the form ``module:Class`` is refused, and what is accepted."""
     module = name.partition(":")[0]
     if isinstance(found, type) and issubclass(found, family):
         lacks = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses ⇄ plain mappings ⇄ YAML and command-line words: one path, one set of checks.
+"""Conversion between frozen dataclasses, plain mappings, YAML and command-line words, with one set of checks.
 
 A *component* is a family of configured objects (losses, attacks, data sources, …). In YAML it is a
 mapping with a ``type``; the remaining keys are the fields of that frozen dataclass::
@@ -34,7 +34,7 @@ def parse_number(value: object) -> float:
     """A finite float from a number or from text such as ``0.1``, ``5e-4`` or the exact fraction ``2/255``.
 
     Raises:
-        ValueError: for anything else, a zero denominator, NaN and infinities included.
+        ValueError: anything else, including a zero denominator, NaN and infinities.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("not a number")
@@ -115,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Of a mapping in which a key stands twice YAML's own would take the last."""
+    """A safe loader that refuses a mapping with the same key twice, of which YAML's own takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -127,7 +127,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def override(mapping: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """``mapping`` with ``{"loss.alpha": "0.02", …}`` written in; each value is read as YAML.
+    """A copy of ``mapping`` changed by ``{"loss.alpha": "0.02", …}``; each value is read as YAML.
 
     A new ``type`` for a component drops the fields of the old type, because they may not exist in the new one.
     """
@@ -152,7 +152,7 @@ def override(mapping: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[s
 
 
 def flatten(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """``{"loss": {"alpha": 1}}`` → ``{"loss.alpha": 1}``: the paths that the command line accepts."""
+    """The fields by the paths that the command line accepts: ``{"loss": {"alpha": 1}}`` → ``{"loss.alpha": 1}``."""
     rows: dict[str, Any] = {}
     for key, value in mapping.items():
         path = f"{where}.{key}" if where else key
@@ -161,7 +161,7 @@ def flatten(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def section_of(config: Any, path: str) -> str:
-    """What an empty field could hold, such as ``a mapping of start, every``; empty where that is no section."""
+    """The sections that an empty field accepts, such as ``a mapping of start, every``; empty if it takes none."""
     *sections, name = path.split(".")
     for section in sections:
         config = getattr(config, section)
@@ -192,13 +192,13 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def none_or(section: Any) -> Any:
-    """A field that is None by default; a section for it without a ``type`` changes the fields of ``section``."""
+    """A dataclass field with default None; a section without a ``type`` changes the fields of ``section``."""
     return dataclasses.field(default=None, metadata={"section": section})
 
 
 def with_null_defaults(value: Any) -> Any:
-    """The dataclass ``value`` with None in every field made by ``none_or`` that holds its unchanged section, and so on
-    in its own sections."""
+    """A copy of the dataclass ``value`` with None in each field made by ``none_or`` that still holds its section,
+    at every level."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     changes = {}
@@ -211,12 +211,12 @@ def with_null_defaults(value: Any) -> Any:
 
 
 def _changed(field: dataclasses.Field) -> Any:
-    """What a section without a ``type`` changes."""
+    """The default that a section without a ``type`` changes."""
     return field.metadata.get("section", _default(field))
 
 
 def _over_default(value: object, default: Any) -> object:
-    """A section without a ``type`` updates the field's default object; with one it stands on its own."""
+    """Apply a section without a ``type`` to the field's default; one with a ``type`` stands on its own."""
     if isinstance(value, Mapping) and "type" not in value and dataclasses.is_dataclass(default):
         return _update(unstructure(default), value)
     return value
@@ -231,7 +231,7 @@ def _update(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _value(kind: Any, value: object, where: str) -> Any:
-    """``value`` as ``kind``; dataclasses recurse here (their errors carry the path), the rest is cattrs'."""
+    """Convert ``value`` to ``kind``: dataclasses here, so that errors carry the path, other types with cattrs."""
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if value is None and type(None) in options:
         return None
@@ -254,7 +254,7 @@ def _value(kind: Any, value: object, where: str) -> Any:
 
 
 def _item_of(kind: Any) -> Any:
-    """What a list may hold, where that may be a section; else None."""
+    """The item type of a list type if items may be sections, else None."""
     if typing.get_origin(kind) is not tuple:
         return None
     item = typing.get_args(kind)[0]
@@ -279,7 +279,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _described(kinds: Iterable[Any]) -> str:
-    """Those of them that YAML can say: in Python a field may hold more, such as tensors."""
+    """The accepted kinds that YAML can express; in Python a field may also accept others, such as tensors."""
     return " or ".join(words for kind in kinds if (words := _describe(kind)))
 
 

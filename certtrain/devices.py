@@ -1,8 +1,8 @@
-"""Which looks at tensors are free."""
+"""Cost of reading tensor values."""
 
 from torch import Tensor
 
 
-def waits(values: Tensor) -> bool:
-    """Whether a look at their values has to wait for their device, as on a GPU: no step of a training may do so."""
+def reading_waits(values: Tensor) -> bool:
+    """Whether reading the values waits for their device, as on a GPU. Training steps must not wait."""
     return values.device.type != "cpu"

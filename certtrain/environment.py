@@ -1,4 +1,4 @@
-"""The machine and the settings that a run is computed with: versions, device, threads, deterministic float32."""
+"""Machine and settings of a run: versions, device, threads, deterministic float32."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def reproducible(threads: int, device: torch.device) -> Iterator[None]:
-    """Compute with so many threads, float32 that means float32, and on the CPU the same bits in every run.
+    """Compute with ``threads`` CPU threads, full float32 precision, and on the CPU the same bits in every run.
 
-    Without torch's deterministic algorithms two runs of one seed differ there: with several threads the gradient
-    of an indexed tensor is summed in whatever order the threads arrive (seen with 2 threads). On CUDA they would
-    cost speed and still promise nothing across devices. The caller's settings and generator come back.
+    Without torch's deterministic algorithms two CPU runs of one seed differ: several threads sum the gradient of an
+    indexed tensor in the order in which they arrive (seen with 2 threads). On CUDA they cost speed and guarantee
+    nothing across devices. The caller's settings and generator are restored.
     """
     before = torch.get_num_threads()
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

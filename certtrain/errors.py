@@ -1,4 +1,4 @@
-"""The errors that a user's input or a user's machine can cause: one line, no traceback, exit code 2."""
+"""Errors caused by a user's input or machine: one line, no traceback, exit code 2."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 
 
 class Portable(BaseException):
-    """Survives pickle and copy, with its message and its attributes, whatever its constructor takes.
+    """Exception that survives pickle and copy with its message and attributes, whatever its constructor takes.
 
-    Python's own exceptions are made anew from ``args``, their message: a constructor of another form then fails in the
-    process that waits for the error, and ``multiprocessing.Pool`` waits for ever. Each of our exceptions is one.
+    Python rebuilds exceptions from ``args``, their message. A constructor with other parameters then fails in the
+    process that waits for the error, and ``multiprocessing.Pool`` waits for ever. All exceptions of certtrain extend
+    this class.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self.args, {name: _portable(value) for name, value in self.__dict__.items()})
+        return _rebuilt, (type(self), self.args, {name: _portable(value) for name, value in self.__dict__.items()})
 
 
-def _again(kind: type[Portable], args: tuple[Any, ...], attributes: dict[str, Any]) -> Portable:
+def _rebuilt(kind: type[Portable], args: tuple[Any, ...], attributes: dict[str, Any]) -> Portable:
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(attributes)
@@ -28,7 +29,7 @@ def _again(kind: type[Portable], args: tuple[Any, ...], attributes: dict[str, An
 
 
 def _portable(value: Any) -> Any:
-    """What was found may be anything: what cannot be pickled travels as it is printed."""
+    """The value itself, or its printed form if it cannot be pickled."""
     try:
         pickle.dumps(value)
     except Exception:  # each class raises its own
@@ -37,7 +38,7 @@ def _portable(value: Any) -> Any:
 
 
 class InputError(Portable, ValueError):
-    """Something that the user gave cannot be used.
+    """Input that cannot be used.
 
     The message is one line that says what was found, where, and what would be accepted. The command
     line prints it and exits with code 2; in Python it is an ordinary ``ValueError``.
@@ -62,8 +63,8 @@ def check(condition: object, field: str, found: object, accepted: str) -> None:
 
 
 class Unwritable(OSError, InputError):
-    """A file cannot be written: no room, no permission, a file system that is read-only. An ``OSError`` with its
-    ``errno``, ``strerror`` and ``filename``."""
+    """A file cannot be written: no space, no permission, or a read-only file system. An ``OSError`` with ``errno``,
+    ``strerror`` and ``filename``."""
 
     def __str__(self) -> str:
         return f"{self.filename}: cannot be written ({self.strerror}); accepted: a writable place with room for it"
@@ -71,12 +72,12 @@ class Unwritable(OSError, InputError):
 
 @contextmanager
 def writing(path: Path, *also: Path) -> Iterator[None]:
-    """Say of which file an ``OSError`` is: most of those that a write raises do not name it.
+    """Name the file in each ``OSError`` of a write: most do not.
 
     Args:
-        also: files that become ``path``, and are not known by their own names.
+        also: temporary files that become ``path``; errors about them name ``path``.
     Raises:
-        Unwritable: instead of an ``OSError`` that names no file, or one of these. Others pass.
+        Unwritable: instead of an ``OSError`` that names no file, ``path`` or one of ``also``. Others pass.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a class is: whole numbers 0 to K - 1 as labels, two logits or more to choose between."""
+"""Checks of labels and logits: labels are whole numbers 0 to K - 1, logits have K >= 2 columns."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from .errors import InputError
 
 ACCEPTED = "whole numbers, one for each image"
 LARGEST = 2**53
-"""Up to here float64 holds every whole number."""
+"""Largest number up to which float64 holds every whole number."""
 
 
 def as_labels(
     labels: Any, count: int | None = None, *, device: torch.device | None = None, where: str = "labels"
 ) -> Tensor:
-    """Labels as they come in, as (B,) int64: tensors, arrays and lists of whole numbers, whatever their dtype.
+    """Convert labels to (B,) int64: tensors, arrays and lists of whole numbers of any dtype.
 
-    Tensors of whole-number dtypes are converted without a look at their values, so that a training step waits for no
-    device; whether they are classes is for ``check_labels`` to say, where data come in.
+    Tensors with integer dtypes are converted without reading their values, so that a training step does not wait for
+    the device. The range of the labels is checked by ``check_labels`` where data enter.
 
     Args:
-        count: B, where it is known. device: of the result; None leaves a tensor where it is.
-        where: what they are called, for messages.
+        count: B, if it is known.
+        device: device of the result; None leaves a tensor on its own.
+        where: name of the labels in messages.
     Raises:
-        InputError: other dtypes (booleans are no numbers), fractions, NaN; another shape than (B,).
+        InputError: boolean or other dtypes, fractions, NaN, or another shape than (B,).
     """
     found = labels if isinstance(labels, Tensor) else _tensor(labels, where)
     if found.is_nested or found.layout != torch.strided:
@@ -71,9 +72,10 @@ def _tensor(labels: Any, where: str) -> Tensor:
 
 
 def check_labels(labels: Tensor, classes: int, where: str = "labels") -> None:
-    """
+    """Check that labels are classes, 0 to ``classes`` - 1. Waits for the labels' device.
+
     Raises:
-        InputError: a label that is no class. Waits for the labels' device.
+        InputError: a label is outside that range.
     """
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
@@ -82,10 +84,10 @@ def check_labels(labels: Tensor, classes: int, where: str = "labels") -> None:
 
 
 def classes_of(logits: Any, where: str = "model") -> int:
-    """K of a network's logits (B, K): how many classes it chooses between. A look at the shape alone.
+    """The number of classes K of logits (B, K). Reads the shape only.
 
     Raises:
-        InputError: no tensor; or see ``classes_in``.
+        InputError: the output is not a tensor, or as ``classes_in``.
     """
     if not isinstance(logits, Tensor):
         raise InputError(f"{where}: found an output that is a {type(logits).__name__}; accepted: one tensor of logits")
@@ -93,12 +95,12 @@ def classes_of(logits: Any, where: str = "model") -> int:
 
 
 def classes_in(shape: Sequence[int], where: str = "model") -> int:
-    """K of logits of ``shape``.
+    """The number of classes K of logits with this shape.
 
-    One output has no other to win against: every statement about its margins would hold, and say nothing.
+    A single output has no competitor, so that every statement about its margins would hold and mean nothing.
 
     Raises:
-        InputError: anything but (B, K) with K >= 2.
+        InputError: any shape but (B, K) with K >= 2.
     """
     if len(shape) == 2 and shape[1] >= 2:
         return shape[1]
@@ -109,11 +111,11 @@ def classes_in(shape: Sequence[int], where: str = "model") -> int:
 
 
 def check_logits(logits: Any, labels: Tensor) -> None:
-    """Logits to be judged by labels. Labels on a device other than the CPU are not looked at.
+    """Check that logits and labels fit each other. Labels whose reading waits for a device are not read.
 
     Raises:
-        InputError: see ``classes_of`` and ``check_labels``.
+        InputError: as ``classes_of`` and ``check_labels``.
     """
     classes = classes_of(logits)
-    if not devices.waits(labels):
+    if not devices.reading_waits(labels):
         check_labels(labels, classes)

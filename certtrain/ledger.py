@@ -1,7 +1,7 @@
-"""The ledger of a question about many images: answers, one line each, durable, stopped at any moment and resumed.
+"""Durable answers to one question about many images, one line each, resumable at any moment.
 
-A ``Question`` says who answers, what the answers rest on and what a valid line is; a ``Ledger`` is the file. Whatever
-ends a process, the lines that were whole stay, and the same call asks about the images that are missing.
+A ``Question`` defines how images are answered, what the answers depend on and which lines are valid; a ``Ledger`` is
+the file. However a process ends, complete lines stay, and the same call answers the images that are missing.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from .progress import Progress, console
 from .run_folder import JsonLines
 
 Line = Mapping[str, Any]
-"""An answer: a JSON object with ``index`` and ``label`` of its image, ``settings``, the name of what it rests on, and
-the fields of its question."""
+"""An answer: a JSON object with ``index`` and ``label`` of its image, ``settings``, the name of its basis, and the
+fields of its question."""
 
 Report = Callable[[str], object]
-"""Told what is being done."""
+"""Callback that receives a description of the current activity."""
 
 FIELDS: Mapping[str, type] = {"index": int, "label": int, "settings": str}
-"""What every line holds."""
+"""Fields of every line, with their types."""
 
-SAID_EVERY = 30.0
-"""Seconds between two lines of progress where the output is a file."""
+LINE_INTERVAL = 30.0
+"""Seconds between two progress lines if the output is a file."""
 
 
 class Question(ABC):
-    """What is asked about each image of a split, what its answers rest on, and who finds them."""
+    """A question about each image of a split, the basis of its answers, and how they are found."""
 
     title: str
-    """What the progress display calls it."""
+    """Name in the progress display."""
 
     @property
     @abstractmethod
@@ -48,68 +48,69 @@ class Question(ABC):
     @property
     @abstractmethod
     def basis(self) -> Mapping[str, Any]:
-        """What the answers are a function of, as JSON: checksums of weights and data, settings, seed, versions."""
+        """Everything the answers depend on, as JSON: checksums of weights and data, settings, seed, versions."""
 
     @property
     def name(self) -> str:
-        """Eight hexadecimal digits of the basis' checksum: the value of ``settings`` in each line."""
+        """Name of the basis, eight hexadecimal digits of its checksum: the value of ``settings`` in each line."""
         return hashlib.sha256(json.dumps(self.basis, sort_keys=True).encode()).hexdigest()[:8]
 
     @abstractmethod
     def refuses_basis(self, basis: Line) -> str:
-        """Why answers that rest on ``basis`` are none to this question (``found …; accepted: …``); else empty."""
+        """The reason why answers with this basis do not answer this question (``found …; accepted: …``), or ``""``."""
 
     @abstractmethod
     def refuses_line(self, line: Line) -> str:
-        """What is wrong with the fields of this question in a line (``found …; accepted: …``); else empty."""
+        """The fault in this question's fields of a line (``found …; accepted: …``), or ``""``."""
 
     def may_improve(self, line: Line, basis: Line) -> bool:
-        """Whether to ask again about an image that has the answer ``line``, which rests on ``basis``."""
+        """Whether an image that has the answer ``line`` with this ``basis`` should be asked again."""
         return False
 
     def merge(self, line: Line, before: Line | None) -> Line:
-        """The line to write: the new answer, with what is worth keeping of an earlier one."""
+        """The line to write: the new answer, merged with the earlier one ``before`` if there is one."""
         return line
 
     @abstractmethod
     def batches(self, fresh: Sequence[int], again: Sequence[int]) -> Iterable[Sequence[int]]:
-        """The images without an answer and those to be asked about again, in the batches that ``answer`` takes."""
+        """Batches for ``answer`` of the images without an answer (``fresh``) and of those to ask ``again``."""
 
     @abstractmethod
     def answer(
         self, images: Sequence[int], deadline: float = math.inf, report: Report = lambda text: None
     ) -> Iterator[Sequence[Line]]:
-        """Answer one batch: lines in any order, some at a time, each lot as soon as it is known.
+        """Answer one batch. Yields lists of lines in any order, each as soon as it is known.
 
         Args:
-            deadline: on the clock of ``time.perf_counter``. Images that it keeps from being answered have no line.
+            deadline: value of ``time.perf_counter`` after which images are left without a line.
+            report: receives descriptions of the current activity.
         """
 
     @abstractmethod
     def figures(self, lines: Sequence[Line]) -> str:
-        """What progress says of the answers so far."""
+        """Figures of the answers so far, for the progress display."""
 
     @abstractmethod
     def conclusion(self, lines: Sequence[Line]) -> str:
-        """What is said of all answers at the end."""
+        """Summary of all answers, printed at the end."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A file of answers, and where it stands what they rest on.
+    """A file of answers, and the file that holds their bases.
 
     Args:
-        file: of lines; the last of several on one image counts.
-        shared: a file of bases, by name, that other ledgers use as well: a line whose basis the question refuses is
-            an error. None: the bases are lines of ``file`` itself, with ``"kind": "settings"``; then the file is about
-            one question, and begun anew where the question refuses one of them.
+        file: the answers; of several lines about one image the last counts.
+        shared: a file of bases that other ledgers use as well; a line whose basis the question refuses is an error.
+            None: the bases are lines of ``file`` itself, with ``"kind": "settings"``; the file then answers a single
+            question and is started again if the question refuses one of its bases.
     """
 
     file: JsonLines
     shared: JsonLines | None = None
 
     def bases(self) -> dict[str, Line]:
-        """What lines rest on, by name.
+        """The bases by name.
 
         Raises:
             InputError: a line of the file that holds them is not JSON.
@@ -121,7 +122,7 @@ class Ledger:
         """The answers, by the number of their image.
 
         Raises:
-            InputError: a line that is no answer to this question.
+            InputError: a line does not answer this question.
         """
         known: dict[int, Line] = {}
         bases, labels = self.bases(), question.labels
@@ -148,20 +149,20 @@ class Ledger:
     def ask(
         self, question: Question, images: Iterable[int], *, total_timeout: float | None = None, quiet: bool = False
     ) -> list[Line]:
-        """Answer the question for some images; lines are made durable the moment they are known.
+        """Answer the question for some images; each line is made durable as soon as it is known.
 
-        An image that has a line is asked about again only where the question hopes for a better answer. At the end
-        the file has one line an image, in order.
+        An image that has a line is asked again only if the question may find a better answer. At the end the file has
+        one line per image, in order.
 
         Args:
-            images: their numbers.
-            total_timeout: seconds after which to stop; the next call goes on with what has no line by then.
+            images: numbers of the images.
+            total_timeout: seconds after which to stop; the next call continues with the images that have no line.
         Returns:
-            the lines of those of ``images`` that are known now, in order.
+            the known lines about ``images``, in order.
         Raises:
-            InputError: an image that the split does not have, a file that holds something else, another process that
-                writes it; files are as they were.
-            Unwritable: no room for a line; the file holds those before it.
+            InputError: an image is outside the split, the file holds something else, or another process writes it;
+                files are unchanged.
+            Unwritable: no room for a line; the file holds the lines before it.
         """
         check(total_timeout is None or 0 < total_timeout < math.inf, "total_timeout", total_timeout, "seconds > 0")
         images, count = sorted(set(images)), len(question.labels)
@@ -170,7 +171,7 @@ class Ledger:
         started = time.perf_counter()
         deadline = started + (total_timeout or math.inf)
         self.file.path.parent.mkdir(exist_ok=True)
-        with self.file.alone():
+        with self.file.exclusive():
             known, again = self._open(question, images, quiet)
             fresh = [number for number in images if number not in known]
             left = len(fresh) + len(again)
@@ -178,7 +179,7 @@ class Ledger:
             if left:
                 self._describe(question)
             with Progress(question.title, len(images), done=len(images) - left, quiet=quiet) as progress:
-                said = started
+                last_line = started
                 for batch in question.batches(fresh, again):
                     for answers in question.answer(batch, deadline, progress.now):
                         lines = [question.merge(line, known.get(line["index"])) for line in answers]
@@ -187,24 +188,24 @@ class Ledger:
                         left -= len(lines)
                         figures = question.figures(_among(known, images))
                         progress.advance(len(lines), figures)
-                        if time.perf_counter() - said > SAID_EVERY:
-                            said = time.perf_counter()
+                        if time.perf_counter() - last_line > LINE_INTERVAL:
+                            last_line = time.perf_counter()
                             done = f"{progress.done}/{len(images)}"
                             progress.line(f"{question.title}: {done}  {figures}  {progress.pace()}")
                     if time.perf_counter() >= deadline:
                         break
-                found = _among(known, images)
-                progress.line(question.conclusion(found))
+                answered = _among(known, images)
+                progress.line(question.conclusion(answered))
             self._tidy()
         if left and total_timeout is not None and not quiet:
             console.print(f"stopped after {total_timeout:g} s with {left} images to go; the same call goes on")
-        return found
+        return answered
 
     def _is_basis(self, line: Any) -> bool:
         return self.shared is None and isinstance(line, dict) and line.get("kind") == "settings"
 
     def _open(self, question: Question, images: Sequence[int], quiet: bool) -> tuple[dict[int, Line], list[int]]:
-        """The answers that are there, and which of ``images`` to ask about again."""
+        """The known answers, and those of ``images`` to ask again."""
         bases = self.bases()
         if self.shared is None and any(map(question.refuses_basis, bases.values())):
             if not quiet:
@@ -215,7 +216,7 @@ class Ledger:
         return known, again
 
     def _describe(self, question: Question) -> None:
-        """Write down what the lines to come rest on, before the first of them is written."""
+        """Record the basis of the lines to come, before the first of them."""
         basis = {"settings": question.name, **question.basis}
         if self.shared is not None:
             add_once(self.shared, basis, "settings")
@@ -223,7 +224,7 @@ class Ledger:
             self.file.append({"kind": "settings", **basis})
 
     def _tidy(self) -> None:
-        """Bases first, then one line an image, in order."""
+        """Rewrite the file: bases first, then one line per image, in order."""
         lines = list(self.file)
         bases = [line for line in lines if self._is_basis(line)]
         last = {line["index"]: line for line in lines if not self._is_basis(line)}
@@ -237,16 +238,16 @@ def _among(known: Mapping[int, Line], images: Iterable[int]) -> list[Line]:
 
 
 def add_once(file: JsonLines, record: Line, field: str) -> None:
-    """Append a record unless a line of the file holds the same ``field``; wait for other processes that write there."""
+    """Append a record unless a line has the same value of ``field``. Waits for other processes that write the file."""
     file.path.parent.mkdir(exist_ok=True)
-    with file.alone(wait=True):
+    with file.exclusive(wait=True):
         file.drop_half_line()
         if record[field] not in [line.get(field) for line in file]:
             file.append(record)
 
 
 def mistyped(line: Any, fields: Mapping[str, type]) -> str:
-    """The first field of a line that is missing or of another type (``found …; accepted: …``); else empty."""
+    """The first field of a line that is missing or has another type (``found …; accepted: …``), or ``""``."""
     for field, kind in fields.items():
         value = line.get(field) if isinstance(line, dict) else None
         if type(value) is not kind:
@@ -255,23 +256,23 @@ def mistyped(line: Any, fields: Mapping[str, type]) -> str:
 
 
 def in_fixed_batches(images: Iterable[int], size: int) -> list[list[int]]:
-    """Batches by the images' numbers, 0 to size - 1 in the first: a stopped call forms the same ones again."""
+    """Batches by image number, 0 to size - 1 in the first, so that a resumed call forms the same batches."""
     return [list(batch) for _, batch in groupby(images, key=lambda number: number // size)]
 
 
-def images_of(asked: str | range | None, count: int) -> range:
-    """``start:stop`` of a split of ``count`` images; either end may be left out.
+def images_of(selection: str | range | None, count: int) -> range:
+    """The images ``start:stop`` of a split of ``count``; either end may be omitted.
 
     Raises:
-        InputError: not of that form, empty, or outside the split.
+        InputError: another form, an empty range, or one outside the split.
     """
-    if isinstance(asked, range):
-        start, stop, step = asked.start, asked.stop, asked.step
+    if isinstance(selection, range):
+        start, stop, step = selection.start, selection.stop, selection.step
     else:
-        first, colon, last = (":" if asked is None else asked).partition(":")
+        first, colon, last = (":" if selection is None else selection).partition(":")
         words = [word.strip() for word in (first, last)]
         step = 1 if colon and all(word == "" or (word.isascii() and word.isdigit()) for word in words) else 0
         start, stop = (int(word) if step and word else default for word, default in zip(words, (0, count), strict=True))
     if step != 1 or not 0 <= start < stop <= count:
-        raise InputError(f"images: found {asked!r}; accepted: start:stop with 0 <= start < stop <= {count}")
+        raise InputError(f"images: found {selection!r}; accepted: start:stop with 0 <= start < stop <= {count}")
     return range(start, stop)

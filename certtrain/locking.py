@@ -1,4 +1,4 @@
-"""One process at a time. The operating system keeps the locks: whatever becomes of a process, its own end with it."""
+"""Locks between processes. The operating system holds them, so that they end with their process."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from filelock import FileLock, Timeout
 from .errors import InputError, writing
 
 UNKNOWN = (ENOLCK, ENOSYS, EOPNOTSUPP)
-"""What file systems answer that know no locks."""
+"""Error numbers of file systems without locks."""
 
 
 def lock_of(path: Path) -> Path:
-    """The lock file of a file or folder: its hidden neighbour."""
+    """The lock file of a file or folder, a hidden file beside it."""
     return path.with_name(f".{path.name}.lock")
 
 
 @contextmanager
-def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
-    """Keep other processes, and other threads, from entering with the same lock file meanwhile.
+def exclusive(lock: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock that excludes other processes and threads with the same lock file.
 
-    Yields whether it was possible: some network file systems know no locks, and work goes on there without. A child
-    of this process does not hold the lock, and a process that was killed holds it no more.
+    Yields whether the lock is held: on network file systems without locks the work continues without one. Child
+    processes do not inherit the lock, and a killed process no longer holds it.
 
     Args:
-        lock: a file for this purpose alone, in a folder that is there; it is gone afterwards.
-        what: that is being written, for the message.
-        wait: until the other one is done, instead of refusing; where the lock file cannot be made, go on without, for
-            then what is to be written there says why it cannot be.
+        lock: path of the lock file, used for nothing else, in an existing folder; removed afterwards.
+        what: name of the object that is written, for the message.
+        wait: wait for the other process instead of refusing. If the lock file cannot be created, continue without a
+            lock: the write itself then fails with the reason.
     Raises:
-        InputError: another one is inside; says which, and where.
-        Unwritable: the lock file cannot be made.
+        InputError: another process holds the lock; names process and host.
+        Unwritable: the lock file cannot be created.
     """
-    # no soft lock where there are none of the system's: that of a killed process on another machine would stay
+    # no soft lock as a fallback: that of a killed process on another machine would stay
     own = FileLock(lock, timeout=-1 if wait else 0, fallback_to_soft=False, on_acquired=_sign)
     with writing(lock):
         try:
-            os.stat(lock.parent)  # the library would make the folder
+            os.stat(lock.parent)  # the library would create the folder
             own.acquire()
         except Timeout as error:
-            said = f"{what}: found {_holder(lock)} that writes it"
-            raise InputError(f"{said}; accepted: one at a time, when that one is done or has been stopped") from error
+            found = f"{what}: found {_holder(lock)} that writes it"
+            raise InputError(f"{found}; accepted: one at a time, when that one is done or has been stopped") from error
         except OSError as error:
             if not (wait or error.errno in UNKNOWN):
                 raise OSError(error.errno, error.strerror) from error
@@ -57,20 +57,20 @@ def alone(lock: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
     finally:
         if own is not None:
             with suppress(OSError):
-                lock.unlink()  # before it is let go: who waits for this file sees that it is gone, and makes another
+                lock.unlink()  # before the release: a waiting process sees that it is gone and creates another
             own.release()
 
 
 def _sign(handle: int) -> None:
-    """Write into a lock file who holds it."""
-    with suppress(OSError):  # a full disk is no reason: the lock holds without
+    """Write process and host into a lock file."""
+    with suppress(OSError):  # the lock holds without its text, for example on a full disk
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
 
 def _holder(lock: Path) -> str:
     try:
-        found = json.loads(lock.read_bytes())
-        return f"another process ({found['process']} on {found['host']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just come or gone
+        holder = json.loads(lock.read_bytes())
+        return f"another process ({holder['process']} on {holder['host']})"
+    except (OSError, ValueError, KeyError, TypeError):  # the file was just created or removed
         return "another process"

@@ -1,8 +1,8 @@
-"""Keyed randomness: a number is a function of its key, never of how many numbers were drawn before.
+"""Keyed random numbers: each is a function of its key, independent of the numbers drawn before.
 
 Data order, augmentation and evaluation attacks are keyed by (seed, epoch, sample index), training noise
-by (seed, step, position in the global batch). So results survive interruptions bit for bit, and depend
-on batch size or number of processes only through float rounding.
+by (seed, step, position in the global batch). Results are therefore the same bits after an interruption,
+and depend on the batch size or number of processes only through float rounding.
 
 The generator is splitmix64's finaliser (Steele, Lea and Flood 2014) used as a counter-based hash; int64
 tensors wrap around on every device, so CPU and GPU draw the same bits.
@@ -21,7 +21,7 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def key_of(*parts: int | str) -> int:
-    """A signed 64-bit key from any mixture of words and numbers, stable across machines and versions."""
+    """A signed 64-bit key of words and numbers, stable across machines and versions."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -38,12 +38,12 @@ def _mix(bits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Noise:
-    """Random numbers for a batch, one independent stream for each of its samples.
+    """Random numbers for a batch, with an independent stream for each sample.
 
     Args:
         key: ``key_of(seed, …)``.
-        positions: (B,) int64, what the streams are keyed by: the sample's index in the data set, or its
-            position in the global batch.
+        positions: (B,) int64, the keys of the streams: the sample's index in the data set, or its position
+            in the global batch.
     """
 
     key: int
@@ -58,7 +58,7 @@ class Noise:
 
     def uniform(self, shape: tuple[int, ...], stream: str = "", dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) numbers uniform in [0, 1): multiples of 2^-24 in float32, 2^-53 in float64."""
-        digits = 1 - round(math.log2(torch.finfo(dtype).eps))  # what the dtype holds exactly below 1
+        digits = 1 - round(math.log2(torch.finfo(dtype).eps))  # bits that the dtype holds exactly below 1
         return _shift(self._bits(shape, stream), 64 - digits).to(dtype) * 2.0**-digits
 
     def normal(self, shape: tuple[int, ...], stream: str = "", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -67,7 +67,7 @@ class Noise:
         return (torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * torch.pi * second)).to(dtype)
 
     def integers(self, high: int, shape: tuple[int, ...] = (), stream: str = "") -> Tensor:
-        """(B, *shape) int64 numbers uniform in {0, …, high - 1} (``high`` below 2^20: bias under 2^-30)."""
+        """(B, *shape) int64 numbers uniform in {0, …, high - 1} (bias below 2^-30 if ``high`` is below 2^20)."""
         return (self.uniform(shape, stream, torch.float64) * high).long()
 
 

@@ -1,8 +1,8 @@
-"""Modules of users: how their classes are named, and which of them may be imported.
+"""Users' modules: the names of their classes, and the rules for importing them.
 
-A class of certtrain goes by its bare name, any other one by ``module:Class``. A module is imported only where the user
-named it: as ``--plugin``, in ``plugins=[...]``, or by installing a distribution with an entry point of ``GROUP``. The
-names in a run folder are looked up among the classes that are there, and import nothing else.
+certtrain's classes are called by their bare name, all others by ``module:Class``. A module is imported only if the user
+named it with ``--plugin``, in ``plugins=[...]``, or by installing a distribution with an entry point in ``GROUP``.
+Names in a run folder are looked up among these classes and never cause another import.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 from .errors import InputError
 
 GROUP = "certtrain.plugins"
-"""The entry points that name modules with plug-ins."""
+"""Group of the entry points that name modules with plug-ins."""
 
 ACCEPTED = "a module such as my_package.my_loss, or a file such as path/to/my_loss.py"
 
 _added: list[str] = []
-"""Folders that this module put on ``sys.path``."""
+"""Folders that this module added to ``sys.path``."""
 _digests: dict[str, str] = {}
-"""Of the files that this module imported, by the module's name."""
+"""sha256 of the files that this module imported, by module name."""
 _importing: list[str] = []
-"""Plug-ins whose import has not ended yet, outermost first."""
+"""Plug-ins whose import is in progress, outermost first."""
 
 
 def is_outside(kind: type) -> bool:
@@ -38,17 +38,17 @@ def is_outside(kind: type) -> bool:
 
 
 def type_name(kind: type) -> str:
-    """The name that recipes and ``run.json`` call a class by: ``CcIbp``, or ``my_package.my_loss:MyLoss``."""
+    """The name of a class in recipes and ``run.json``: ``CcIbp``, or ``my_package.my_loss:MyLoss``."""
     return f"{_home(kind)}:{kind.__qualname__}" if is_outside(kind) else kind.__name__
 
 
 def is_current(kind: type) -> bool:
-    """Whether a class is what its name stands for now: a notebook's cell that runs again leaves older ones behind."""
+    """Whether the name of a class still refers to it: a notebook cell that runs again leaves older classes behind."""
     return named_object(kind.__module__, kind.__qualname__) is kind
 
 
 def named_object(module: str, name: str) -> object:
-    """What ``name`` stands for in a module that is imported already; None where nothing does. Runs no code."""
+    """The object called ``name`` in a module that is imported already, or None. Runs no code."""
     found: object = sys.modules.get(module)
     for part in name.split("."):
         if not (inspect.ismodule(found) or inspect.isclass(found)):
@@ -58,13 +58,13 @@ def named_object(module: str, name: str) -> object:
 
 
 def is_loaded(module: str) -> bool:
-    """Whether a module, or the script that runs, goes by this name."""
+    """Whether an imported module, or the running script, has this name."""
     return module in sys.modules or module == _script("__main__")
 
 
 def source_of(kind: type) -> dict[str, str | None]:
-    """The ``file`` of a user's class, and the ``sha256`` of its text and that of its bases outside certtrain; None
-    where there is no file, as in an interactive session. What its methods call elsewhere is not part of it."""
+    """The ``file`` of a user's class, and the ``sha256`` of its source text and that of its bases outside certtrain.
+    Both are None without a file, as in an interactive session. Code called by its methods is not included."""
     try:
         file = inspect.getsourcefile(kind)
         texts = [inspect.getsource(base) for base in kind.__mro__ if base is kind or _is_users(base)]
@@ -75,7 +75,7 @@ def source_of(kind: type) -> dict[str, str | None]:
 
 
 def why_lost(kind: type) -> str:
-    """Why ``--plugin`` cannot bring a user's class into another process; empty where it can."""
+    """The reason why ``--plugin`` cannot load a user's class in another process, or ``""``."""
     if "<locals>" in kind.__qualname__:
         return "is defined inside a function"
     home = _home(kind)
@@ -89,11 +89,11 @@ def why_lost(kind: type) -> str:
 def import_plugin(word: str) -> None:
     """Import the module, or the file, that the user named.
 
-    A dotted name is looked up as Python does, and then in the current folder; a file is imported under its own name,
-    inside a package under its dotted one. The folder that it was found from stays at the end of ``sys.path``.
+    A dotted name is looked up as Python does, then in the current folder. A file is imported under its own name, or
+    under its dotted name inside a package. The folder that contains it stays at the end of ``sys.path``.
 
     Raises:
-        InputError: nothing of that name, a name that something else has, or an import that fails.
+        InputError: no such module or file, a name that another module has, or an import that fails.
     """
     importlib.invalidate_caches()
     if word.endswith(".py") or os.sep in word:
@@ -103,10 +103,10 @@ def import_plugin(word: str) -> None:
 
 
 def import_installed(module: str) -> None:
-    """Import the installed plug-ins that ``module`` belongs to: it is an entry point's module, or lies in it.
+    """Import the installed plug-in that contains ``module``: the module of an entry point, or a package around it.
 
     Raises:
-        InputError: an import that fails.
+        InputError: the import fails.
     """
     for name in _installed():
         if name not in sys.modules and (module == name or module.startswith(f"{name}.")):
@@ -114,17 +114,17 @@ def import_installed(module: str) -> None:
 
 
 def refuse_during_import() -> None:
-    """A plug-in is a module to be imported: a script that trains on import would train anew with each use.
+    """Refuse calls of certtrain while a plug-in is imported: a script that trains on import would train at each use.
 
     Raises:
-        InputError: an import of a plug-in is under way.
+        InputError: the import of a plug-in is in progress.
     """
     if _importing:
         raise InputError('its import uses certtrain; accepted: what it runs stands below if __name__ == "__main__":')
 
 
 def _installed() -> list[str]:
-    """The modules of entry points. What lies in the current folder, which may be a run's, is not installed."""
+    """The modules named by entry points, except in the current folder, which may be a run's."""
     here = {os.path.realpath(path) for path in ("", *_added)}
     path = [entry for entry in sys.path if os.path.realpath(entry) not in here]
     points = (point for found in metadata.distributions(path=path) for point in found.entry_points)
@@ -136,12 +136,12 @@ def _is_users(kind: type) -> bool:
 
 
 def _home(kind: type) -> str:
-    """The module that a class can be imported from: for a script its file's name instead of ``__main__``."""
+    """The module from which a class can be imported: for a script its file name instead of ``__main__``."""
     return _script(kind.__module__) if kind.__module__ in ("__main__", "__mp_main__") else kind.__module__
 
 
 def _script(module: str) -> str:
-    """The name that the script which runs as ``module`` can be imported by; ``__main__`` where it has none."""
+    """The import name of the script that runs as ``module``; ``__main__`` if it has none."""
     main = sys.modules.get(module)
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     if spec is not None:  # python -m package.module
@@ -153,7 +153,7 @@ def _script(module: str) -> str:
 
 
 def _place(file: str) -> tuple[str, str]:
-    """The folder that a file is imported from, and its dotted name there: above the packages that it lies in."""
+    """The folder from which a file is imported, above all packages that contain it, and its dotted name there."""
     folder, stem = os.path.split(os.path.abspath(file))
     parts = [] if stem == "__init__.py" else [stem.removesuffix(".py")]
     while os.path.exists(os.path.join(folder, "__init__.py")):
@@ -174,7 +174,7 @@ def _import_module(word: str) -> None:
 
 
 def _exists(word: str) -> bool:
-    """Whether the outermost package can be found; looking further would import it."""
+    """Whether the outermost package can be found. Looking for the inner modules would import it."""
     top = word.partition(".")[0]
     return top in sys.modules or importlib.util.find_spec(top) is not None
 
@@ -242,9 +242,9 @@ def _import(module: str, word: str) -> None:
 
 
 def _where(error: BaseException) -> str:
-    """Such as `` (my_loss.py, line 3: NameError: name 'x' is not defined)``."""
-    said = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """The place and text of an error, such as `` (my_loss.py, line 3: NameError: name 'x' is not defined)``."""
+    message = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     own = [frame for frame in frames if frame.filename not in (__file__, importlib.__file__)]
     return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno}: {text})" if own else f" ({text})"

@@ -1,4 +1,4 @@
-"""float32 means float32."""
+"""Full float32 precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """TF32 off: on recent GPUs convolutions default to it, with three decimal digits. Autocast around the call off."""
+    """Switch off TF32, the default of convolutions on recent GPUs with three decimal digits, and autocast."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

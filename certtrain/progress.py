@@ -1,4 +1,4 @@
-"""Long work shows a bar on a terminal, and one line for each epoch or stage where the output is a file."""
+"""Progress of long work: a bar on a terminal, one line per epoch or stage if the output is a file."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from .streams import Lasting
+from .streams import TolerantStream
 
 
 class _Console(Console):
-    """Writes to what ``sys.stdout`` is now; where nothing can be written there, work goes on in silence."""
+    """Console that writes to the current ``sys.stdout``; if that fails, work continues without output."""
 
-    _lasting: Lasting | None = None
+    _tolerant: TolerantStream | None = None
 
     @property
     def file(self) -> IO[str]:
         stream: Any = super().file
-        if isinstance(stream, Lasting):  # the command line's
+        if isinstance(stream, TolerantStream):  # installed by the command line
             return stream  # type: ignore[return-value]
-        if self._lasting is None or self._lasting.stream is not stream:
-            self._lasting = Lasting(stream)
-        return self._lasting  # type: ignore[return-value]
+        if self._tolerant is None or self._tolerant.stream is not stream:
+            self._tolerant = TolerantStream(stream)
+        return self._tolerant  # type: ignore[return-value]
 
     @file.setter
     def file(self, new_file: IO[str]) -> None:
@@ -44,10 +44,7 @@ class _Bar(RichProgress):
 
 
 class Progress:
-    """A bar over ``total`` units, with a line of figures below it; silent when ``quiet``.
-
-    ``line`` says something that stays.
-    """
+    """A bar over ``total`` units, with a line of figures below it; prints nothing if ``quiet``."""
 
     def __init__(self, label: str, total: int, done: int = 0, quiet: bool = False):
         self.label, self.total, self.done, self.quiet = label, total, done, quiet
@@ -78,34 +75,34 @@ class Progress:
                 self._rich.update(self._task, figures=text)
 
     def now(self, text: str) -> None:
-        """Said in the place of the label: what is being done."""
+        """Show the current activity in place of the label."""
         if self._rich:
             self._rich.update(self._task, description=text)
 
     def pace(self) -> str:
-        """Units per second since the start, and the time left at that pace."""
+        """Units per second since the start, and the remaining time at that rate."""
         rate = (self.done - self._before) / max(1e-9, time.perf_counter() - self._started)
         return f"{rate:.3g}/s, {duration((self.total - self.done) / rate)} left" if rate else ""
 
     def line(self, text: str) -> None:
-        """Said in files only: a terminal has the bar."""
+        """Print a line if the output is a file; a terminal has the bar."""
         if not self.quiet and not self._rich:
             console.print(text)
 
     def alarm(self, text: str) -> None:
-        """Said wherever the output goes, above the bar."""
+        """Print a warning to file or terminal, above the bar."""
         if not self.quiet:
             console.print(f"WARNING: {text}")
 
 
 def duration(seconds: float) -> str:
-    """``3723`` → ``1:02:03``."""
+    """Seconds as hours, minutes and seconds: ``3723`` → ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def describe(figures: Mapping[str, float]) -> str:
-    """``{"loss": 0.5, "clean_accuracy": 0.98}`` → ``loss 0.500  clean 98.0 %``."""
+    """Figures as text: ``{"loss": 0.5, "clean_accuracy": 0.98}`` → ``loss 0.5  clean 98.0 %``."""
     words = []
     for name, value in figures.items():
         short = name.removesuffix("_accuracy").replace("_", " ")

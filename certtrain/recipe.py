@@ -1,4 +1,4 @@
-"""The whole recipe: one frozen dataclass, which is the YAML file, section by section."""
+"""The recipe: one frozen dataclass with the sections of the YAML file."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Config:
     """A recipe. The default trains on scikit-learn's digits in about a minute.
 
     Args:
-        name: of the run's folder.
-        seed: keys every random number of the run.
-        device: ``auto`` takes CUDA where there is one.
-        threads: CPU threads of torch; 0 leaves torch's choice. Recorded, and used again on resume.
+        name: name of the run's folder.
+        seed: key of all random numbers of the run.
+        device: ``auto`` takes CUDA if it is available.
+        threads: CPU threads of torch; 0 for torch's default. Recorded, and used again on resume.
         data, model, perturbation, loss, training, certify, evaluate, export: the sections.
     """
 
@@ -51,9 +51,10 @@ class Config:
         check(0 <= self.threads <= 1024, "threads", self.threads, "0 to 1024")
 
     def resolved_device(self) -> torch.device:
-        """
+        """The device to compute on.
+
         Raises:
-            InputError: CUDA was asked for and is not there.
+            InputError: CUDA is requested and not available.
         """
         available = torch.cuda.is_available()
         if self.device == "cuda" and not available:
@@ -62,10 +63,10 @@ class Config:
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, str] | None = None) -> Config:
-    """A recipe from a YAML file (None: the embedded default) with ``{"loss.alpha": "0.02"}`` written in.
+    """A recipe from a YAML file (None: the embedded default) with overrides such as ``{"loss.alpha": "0.02"}``.
 
     Raises:
-        InputError: names the file, the field, what was found and what is accepted.
+        InputError: names the file, the field, the value found and the accepted ones.
     """
     mapping = read_yaml(path) if path else {}
     try:

@@ -1,4 +1,4 @@
-"""One run's folder. Every file appears whole or not at all; lines are added, and rewritten all at once or never."""
+"""A run's folder. Files are written whole or not at all; lines are appended whole, and rewritten all at once."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, Unwritable, writing
-from .locking import alone, lock_of
+from .locking import exclusive, lock_of
 
 
 def temporary_of(path: Path) -> Path:
-    """The neighbour of ``path`` that this process fills before it becomes ``path``."""
+    """The temporary file beside ``path`` that this process writes before it becomes ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove neighbours of ``path`` named by ``temporary_of`` that killed processes left; only for who is ``alone``."""
+    """Remove the temporary files of ``path`` that killed processes left. The caller holds its ``exclusive`` lock."""
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
     for neighbour in path.parent.iterdir():
         if name.fullmatch(neighbour.name):
@@ -32,12 +32,12 @@ def clear_leftovers(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary neighbour of ``path``, make it durable, then put it in place at once.
+    """Let ``write`` fill a temporary file beside ``path``, make it durable, and rename it to ``path``.
 
-    The mode is that of the file that is replaced, else what the umask leaves, whatever ``write`` makes of it.
+    The mode is that of the replaced file, or of a new file under the umask, whatever mode ``write`` sets.
 
     Raises:
-        Unwritable: names ``path``, which is as it was; the temporary file is gone.
+        Unwritable: names ``path``, which is unchanged; the temporary file is removed.
     """
     temporary = temporary_of(path)
     try:
@@ -55,24 +55,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON and a newline, whole or not at all."""
+    """Write indented JSON and a newline, whole or not at all."""
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """The sha256 of a file's content, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class LineFile:
-    """A file to which whole lines are added. A half-written last line is not a line."""
+    """A file to which whole lines are appended. An incomplete last line does not count."""
 
     path: Path
 
     def append_text(self, lines: str) -> None:
-        """Add lines, and make them durable: all of them, or none where there is no room.
+        """Append lines and make them durable: all of them, or none if there is no room.
 
         Raises:
             Unwritable: names the file.
@@ -89,21 +89,21 @@ class LineFile:
             raise
 
     @contextmanager
-    def alone(self, *, wait: bool = False) -> Iterator[None]:
-        """Keep other processes from writing here meanwhile (where the file system knows locks). The file is there then.
+    def exclusive(self, *, wait: bool = False) -> Iterator[None]:
+        """Exclude other processes from writing this file (if the file system has locks), and create it if needed.
 
         Args:
-            wait: until none is writing.
+            wait: wait until no other process writes.
         Raises:
-            InputError: one is writing.
-            Unwritable: nothing can be added, which is better known now than when there is something.
+            InputError: another process writes.
+            Unwritable: the file cannot be appended to; raised here, before there is anything to append.
         """
-        with alone(lock_of(self.path), str(self.path), wait=wait):
+        with exclusive(lock_of(self.path), str(self.path), wait=wait):
             self.append_text("")
             yield
 
     def drop_half_line(self) -> None:
-        """Without what stands behind the last newline."""
+        """Remove an incomplete last line, all text after the last newline."""
         if self.path.exists():
             whole = self.path.read_bytes()
             end = whole.rfind(b"\n") + 1
@@ -117,7 +117,7 @@ class LineFile:
         """Keep the first ``size`` bytes.
 
         Raises:
-            InputError: there are fewer.
+            InputError: the file is shorter.
         """
         if self.size() < size:
             raise InputError(f"{self.path}: found {self.size()} bytes; accepted: the file as written, at least {size}")
@@ -128,7 +128,7 @@ class LineFile:
 
 @dataclass(frozen=True)
 class JsonLines(LineFile):
-    """A file of one JSON object a line."""
+    """A file with one JSON object per line."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
@@ -144,7 +144,7 @@ class JsonLines(LineFile):
         self.append_text("".join(map(_line, records)))
 
     def rewrite(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """These lines instead of those that are there, all at once."""
+        """Replace all lines at once."""
         text = "".join(map(_line, records))
         write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -154,7 +154,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
+    """The value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -165,26 +165,26 @@ def _finite(value: Any) -> Any:
 DESCRIPTION: dict[str, type] = {
     "config": dict, "device": str, "threads": int, "dataset.sha256": str, "dataset.shape": list, "dataset.classes": int,
 }  # fmt: skip
-"""What every ``run.json`` holds, among other things."""
+"""Required entries of ``run.json``, with their types."""
 
 LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names the files of a run: docs/runs.md says what each one holds."""
+    """The files of a run; docs/runs.md describes each one."""
 
     path: Path
 
-    def alone(self) -> AbstractContextManager[bool]:
-        """Keep other processes from training or exporting this run meanwhile.
+    def exclusive(self) -> AbstractContextManager[bool]:
+        """Exclude other processes from training or exporting this run.
 
-        Verdicts, evaluations and diagnostics lock the files that they write: questions can be asked side by side.
+        Verdicts, evaluations and diagnostics lock only the files that they write, so that they can run side by side.
 
         Raises:
-            InputError: one is at it.
+            InputError: another process trains or exports the run.
         """
-        return alone(self.path / LOCK, str(self.path))
+        return exclusive(self.path / LOCK, str(self.path))
 
     @property
     def run(self) -> Path:
@@ -196,15 +196,15 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The weights that did best on the validation split, where the recipe keeps them."""
+        """The weights with the best validation score, if the recipe keeps them."""
         return self.path / "best.safetensors"
 
     def weights_of(self, checkpoint: str) -> Path:
-        """Of the ``last`` or the ``best`` checkpoint."""
+        """The weight file of the ``last`` or the ``best`` checkpoint."""
         return self.best if checkpoint == "best" else self.model
 
     def weights_sha256(self) -> str:
-        """Which network it is: what verdicts and exports rest on."""
+        """The checksum of the last weights, part of the basis of verdicts and exports."""
         return sha256(self.model)
 
     @property
@@ -221,12 +221,12 @@ class RunFolder:
 
     @property
     def specs(self) -> Path:
-        """The folder of properties, one for each exported test image."""
+        """Folder of the properties, one for each exported test image."""
         return self.path / "specs"
 
     @property
     def instances(self) -> Path:
-        """VNN-COMP's list: network, property, seconds."""
+        """VNN-COMP's list of instances: network, property, seconds."""
         return self.path / "instances.csv"
 
     @property
@@ -241,16 +241,16 @@ class RunFolder:
 
     @property
     def verdicts(self) -> JsonLines:
-        """The answers to the run's own question."""
+        """The verdicts for the recipe's own perturbation set and arithmetic."""
         return JsonLines(self.path / "verdicts.jsonl")
 
     def other_verdicts(self, verifier: str, epsilon: float, arithmetic: str) -> JsonLines:
-        """The answers to another question."""
+        """The verdicts of another verifier, or for another radius or arithmetic."""
         return JsonLines(self.path / "verdicts" / f"{verifier}-{epsilon!r}-{arithmetic}.jsonl")
 
     @property
     def settings(self) -> JsonLines:
-        """What verdicts rest on, by the name in their field ``settings``."""
+        """The bases of verdicts, by the name in their field ``settings``."""
         return JsonLines(self.path / "verdicts" / "settings.jsonl")
 
     @property
@@ -259,12 +259,12 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     def evaluated(self, checkpoint: str, attack: str, epsilon: float) -> JsonLines:
-        """What became of each image: what a row of that table counts."""
+        """The outcome for each image behind one row of that table."""
         return JsonLines(self.path / "evaluation" / f"{checkpoint}-{attack}-{epsilon!r}.jsonl")
 
     @classmethod
     def create(cls, path: Path, description: Mapping[str, Any]) -> RunFolder:
-        """A new run; ``run.json`` is its first file.
+        """Begin a run in a new or empty folder; ``run.json`` is its first file.
 
         Raises:
             InputError: the folder already holds something.
@@ -275,7 +275,7 @@ class RunFolder:
             folder._refuse_contents()
         except OSError as error:
             raise InputError(f"{path}: cannot be made a folder ({error.strerror}); accepted: --out DIR") from error
-        with folder.alone():
+        with folder.exclusive():
             folder._refuse_contents()  # another process may have begun a run meanwhile
             write_json(folder.run, description)
         return folder
@@ -287,7 +287,7 @@ class RunFolder:
             raise InputError(f"{self.path}: found {what}; accepted: --out with a new or empty folder{hint}")
 
     def describe(self, section: str, content: Mapping[str, Any]) -> None:
-        """Say more in ``run.json``: a section, new or anew."""
+        """Add or replace a section of ``run.json``."""
         write_json(self.run, {**self.open(self.path)[1], section: content})
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What passes between rooms during one step: the batch, the step's circumstances, declared state, other processes."""
+"""Values of one training step: the batch, the settings of the step, declared state, the exchange between processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .noise import Noise, key_of
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The crop and flip that were drawn for each sample of a batch.
+    """Crop and flip drawn for each sample of a batch.
 
     Args:
         top, left: (B,) int64 offset of the crop in the padded image.
-        flip: (B,) bool, mirrored left to right.
-        pad: pixels that were padded on each side.
+        flip: (B,) bool, true for images mirrored left to right.
+        pad: padding on each side, in pixels.
     """
 
     top: Tensor
@@ -31,7 +31,7 @@ class Augmentation:
     pad: int = 0
 
     def rows_and_columns(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """(B, H) and (B, W): for each pixel of the augmented image its row and its column in the padded one."""
+        """(B, H) and (B, W): row and column in the padded image of each pixel of the augmented one."""
         device = self.top.device
         columns = torch.arange(width, device=device).expand(len(self.left), -1)
         columns = self.left[:, None] + torch.where(self.flip[:, None], width - 1 - columns, columns)
@@ -44,12 +44,12 @@ class Batch:
 
     Args:
         images: (B, C, H, W) in [0, 1], after augmentation.
-        labels: (B,) int64; other whole numbers, lists and arrays are converted, whatever else is given is an
-            ``InputError``. Whether they are classes shows where logits are.
-        index: (B,) int64, each sample's number in its split.
-        augmentation: what was drawn, or None where images are as stored.
-        targets: (B, K) soft labels, rows that sum to 1, which cross-entropies take instead of ``labels`` where a loss
-            has set them; else None.
+        labels: (B,) int64; other whole numbers, lists and arrays are converted, anything else is an ``InputError``.
+            Their range is checked against the logits.
+        index: (B,) int64, number of each sample in its split.
+        augmentation: crop and flip drawn, or None for images as stored.
+        targets: (B, K) soft labels set by a loss, rows that sum to 1, which cross-entropies use instead of ``labels``;
+            else None.
     """
 
     images: Tensor
@@ -74,15 +74,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """State that a loss or an attack keeps across batches. It is allocated, checkpointed and resumed for it.
+    """State that a loss or attack keeps across batches; the training loop allocates, checkpoints and resumes it.
 
     Args:
-        key: what a row belongs to: a ``sample`` of the training split (as many rows as samples), a
+        key: owner of a row: a ``sample`` of the training split (as many rows as samples), a
             ``position`` in the batch (as many rows as the batch size) or the ``run`` (one row).
-        shape: of one row.
-        dtype, fill: of every entry at the start.
-        padded: whether a row is an image in the frame of the padded image that crops are taken of: its last two
-            sides are then longer by what the training pads.
+        shape: shape of one row.
+        dtype, fill: type and initial value of all entries.
+        padded: whether a row covers the padded image from which crops are taken; its last two dimensions are then
+            longer by the padding on both sides.
     """
 
     key: Literal["sample", "position", "run"]
@@ -101,7 +101,7 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class State:
-    """The tensors that were declared, by name. ``rows`` says which rows belong to the batch at hand."""
+    """The declared tensors by name, read and written by the rows of a batch."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     specs: Mapping[str, StateSpec] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class State:
                 return torch.zeros(1, dtype=torch.int64, device=batch.index.device)
 
     def read(self, name: str, batch: Batch) -> Tensor:
-        """(B, *shape), or (1, *shape) for the run's."""
+        """The rows of the batch, (B, *shape), or (1, *shape) for state of the run."""
         return self.tensors[name][self.rows(name, batch)]
 
     def write(self, name: str, batch: Batch, value: Tensor) -> None:
@@ -125,7 +125,7 @@ class State:
 
 
 class Exchange(ABC):
-    """How the processes that share the steps of a training make one gradient and one set of figures of theirs.
+    """Sums of gradients and figures over the processes that share each step of a training.
 
     Every process makes the same calls in the same order.
     """
@@ -136,19 +136,20 @@ class Exchange(ABC):
 
     @abstractmethod
     def gradient(self, parameters: Sequence[nn.Parameter], figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Leave in ``.grad`` the sum over all processes. Called once for every gradient that is taken, when this
-        process' backward passes are done and before anything is made of it: before it is clipped, weights are moved
-        along it, or the optimiser steps. Does not look at a value: no step waits for its device here.
+        """Replace ``.grad`` by its sum over all processes.
+
+        Called once for every gradient, after this process' backward passes and before the gradient is clipped or used.
+        Reads no values, so that the step does not wait for its device.
 
         Args:
-            figures: 0-d; each this process' share of a mean over the global batch.
+            figures: 0-d tensors, each this process' share of a mean over the global batch.
         Returns:
             ``figures``, summed over all processes.
         """
 
 
-class Alone(Exchange):
-    """One process has the whole batch: everything stays as it is."""
+class SingleProcess(Exchange):
+    """Exchange of a training in one process, which has the whole batch: nothing changes."""
 
     def samples(self, count: int) -> int:
         return count
@@ -157,23 +158,23 @@ class Alone(Exchange):
         return dict(figures)
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
 @dataclass(frozen=True)
 class Step:
-    """The circumstances of one step.
+    """The settings of one step.
 
     Args:
         ball: this step's perturbation set.
-        epsilon, epsilon_max: its radius now and at the end of the ramp, 0-d tensors in pixel units.
-        ramp: share of the epsilon ramp that is done, in [0, 1]; progress: share of all training steps.
-        epoch, epochs: the one at hand, from 0 on, and how many there are.
-        reached: epsilon over epsilon_max, known without asking the device.
-        clean: whether epsilon is still 0, known without asking the device.
+        epsilon, epsilon_max: radius now and at the end of the ramp, 0-d tensors in pixel units.
+        ramp: share of the epsilon ramp that is done, in [0, 1]; progress: share of all training steps that is done.
+        epoch, epochs: current epoch, from 0 on, and number of epochs.
+        reached: epsilon / epsilon_max, known without reading from the device.
+        clean: whether epsilon is 0, known without reading from the device.
         noise: keyed random numbers for the batch's samples.
-        state: what the loss and its attack declared.
-        exchange: what this process shares with others that train the same model.
+        state: the state declared by the loss and its attack.
+        exchange: exchange with the other processes that train the same model.
     """
 
     ball: PerturbationSet
@@ -187,19 +188,19 @@ class Step:
     clean: bool = False
     epoch: int = 0
     epochs: int = 1
-    exchange: Exchange = ALONE
+    exchange: Exchange = SINGLE_PROCESS
 
     def part(self, rows: slice) -> Step:
-        """The step of some of the batch's samples: their noise, and their state."""
+        """The step restricted to some samples of the batch: their noise and state."""
         noise = replace(self.noise, positions=self.noise.positions[rows])
         return replace(self, noise=noise, state=replace(self.state, offset=self.state.offset + (rows.start or 0)))
 
     def again(self, name: int | str) -> Step:
-        """The same step with other random numbers."""
+        """The same step with other random numbers, keyed by ``name``."""
         return replace(self, noise=replace(self.noise, key=key_of(self.noise.key, name)))
 
     @classmethod
     def evaluation(cls, ball: PerturbationSet, noise: Noise) -> Step:
-        """The step of an evaluation: full radius, training over."""
+        """The step of an evaluation: full radius, training done."""
         epsilon = torch.as_tensor(ball.epsilon, device=noise.positions.device)
         return cls(ball, epsilon, epsilon, 1.0, noise)

@@ -1,6 +1,7 @@
-"""What is said on standard output and standard error never ends the work that says it.
+"""Output streams whose failures do not end the work.
 
-A letter that the terminal's encoding lacks is replaced; a reader that left, as ``head`` does, is talked to no more.
+Characters missing in the terminal's encoding are replaced; output to a reader that has left, such as ``head``, is
+dropped.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from errno import EIO
 from typing import IO, Any
 
 
-class Lasting:
-    """A text stream that replaces or drops what it cannot write; all else is the stream's own.
+class TolerantStream:
+    """Wrapper of a text stream that replaces or drops text that it cannot write; other attributes are the stream's.
 
     Args:
-        own: whether nobody else writes there, so that nobody else need hear of the error.
+        own: whether no one else writes to the stream, so that its descriptor can be redirected after an error.
     """
 
     def __init__(self, stream: IO[str], own: bool = False):
         self.stream, self.own = stream, own
         self.terminal = not stream.closed and stream.isatty()
         self.lost: OSError | ValueError | None = None
-        """What first kept it from writing; a stream that was closed raises ``ValueError``."""
+        """The first error of a write; a closed stream raises ``ValueError``."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -34,7 +35,7 @@ class Lasting:
             try:
                 try:
                     self.stream.write(text)
-                except UnicodeEncodeError:  # its own ``encoding`` is charmap for many, which is none of them
+                except UnicodeEncodeError:  # error.encoding is 'charmap' for many encodings: no name
                     encoding = getattr(self.stream, "encoding", None) or "ascii"
                     self.stream.write(text.encode(encoding, "replace").decode(encoding))
             except (OSError, ValueError) as error:
@@ -54,35 +55,35 @@ class Lasting:
 
     @property
     def reader_left(self) -> bool:
-        """Whether nobody is there to miss what was lost: a pipe's reader, or a terminal, is gone."""
+        """Whether the reader of a pipe, or the terminal, is gone, so that nobody misses the lost text."""
         return isinstance(self.lost, BrokenPipeError) or (
             self.terminal and isinstance(self.lost, OSError) and self.lost.errno == EIO
         )
 
     @property
     def missed(self) -> str | None:
-        """Why something is lost that somebody may want to read; None where nothing is."""
+        """The reason why text is lost that a reader may miss; None if there is no such text."""
         return None if self.reader_left or not isinstance(self.lost, OSError) else self.lost.strerror
 
     def _lose(self, error: OSError | ValueError) -> None:
         self.lost = error
         if self.own or self.reader_left:
-            # the stream keeps what it could not write, and would raise again at the interpreter's end
+            # the stream buffers the text that it could not write, and would raise again when the interpreter ends
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
                 self.stream.flush()
 
 
 @contextmanager
-def lasting_streams() -> Iterator[Lasting]:
-    """``sys.stdout`` and ``sys.stderr`` as ``Lasting`` ones meanwhile; streams that are closed lead nowhere.
+def tolerant_streams() -> Iterator[TolerantStream]:
+    """Replace ``sys.stdout`` and ``sys.stderr`` by ``TolerantStream``s; output to closed streams is dropped.
 
-    Yields the former. It is flushed at the end.
+    Yields the first. Both are flushed at the end.
     """
     _fill_standard_handles()
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        out, err = (Lasting(nowhere if stream is None else stream, own=True) for stream in before)
+        out, err = (TolerantStream(nowhere if stream is None else stream, own=True) for stream in before)
         sys.stdout, sys.stderr = out, err
         try:
             yield out
@@ -93,7 +94,7 @@ def lasting_streams() -> Iterator[Lasting]:
 
 
 def _fill_standard_handles() -> None:
-    """The numbers 0 to 2, where they are closed: a file must not get one, because libraries write warnings there."""
+    """Open closed descriptors 0 to 2: libraries write warnings there, so that no file may get these numbers."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(handle, True)
     os.close(handle)

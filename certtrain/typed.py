@@ -1,4 +1,4 @@
-"""What torch leaves without types, with the types that it has: for the folders that are checked strictly."""
+"""Typed wrappers of untyped functions of torch, for the folders that are checked strictly."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 def as_ints(values: Tensor) -> list[int]:
-    """The entries of a tensor of integers, flattened. Waits for the device."""
+    """The flattened entries of a tensor of integers. Waits for the device."""
     return cast(Any, values.flatten()).tolist()
 
 
 def as_floats(values: Tensor) -> list[float]:
-    """The entries of a tensor of floats, flattened. Waits for the device."""
+    """The flattened entries of a tensor of floats. Waits for the device."""
     return cast(Any, values.flatten()).tolist()
 
 
 def as_bools(values: Tensor) -> list[bool]:
-    """The entries of a tensor of truth values, flattened. Waits for the device."""
+    """The flattened entries of a tensor of booleans. Waits for the device."""
     return cast(Any, values.flatten()).tolist()
 
 
@@ -30,7 +30,7 @@ def norm(values: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
 
 
 def unique(values: Tensor, dim: int | None = None) -> Tensor:
-    """The different entries, or slices along ``dim``, in increasing order. Waits for the device."""
+    """The distinct entries, or slices along ``dim``, in increasing order. Waits for the device."""
     return cast(Any, torch).unique(values, dim=dim)
 
 
@@ -56,26 +56,26 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
 
 def children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The table of a module's own children: what is written to it is registered."""
+    """The mutable table of a module's direct children: entries written to it are registered."""
     return cast(Any, module)._modules
 
 
 def reversed_padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
-    """What a convolution pads with on either side, last dimension first, as ``F.pad`` takes it."""
+    """The padding of a convolution on either side, last dimension first, as ``F.pad`` takes it."""
     return list(cast(Any, module)._reversed_padding_repeated_twice)
 
 
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """What is called after a module's forward."""
+    """The hooks called after a module's forward."""
     return list(cast(Any, module)._forward_hooks.values())
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """What is called before a module's forward."""
+    """The hooks called before a module's forward."""
     return list(cast(Any, module)._forward_pre_hooks.values())
 
 
 def has_global_forward_hooks() -> bool:
-    """Whether something is called around every module's forward."""
+    """Whether hooks are registered around every module's forward."""
     every = cast(Any, torch.nn.modules.module)
     return bool(every._global_forward_hooks or every._global_forward_pre_hooks)

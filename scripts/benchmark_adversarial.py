@@ -38,7 +38,7 @@ from certtrain.models import PreActResNet
 from certtrain.noise import Noise
 from certtrain.run_folder import write_atomically
 from certtrain.step import Batch, State, Step
-from certtrain.streams import lasting_streams
+from certtrain.streams import tolerant_streams
 from certtrain.training import Descend, Sgd
 
 METHODS: dict[str, Loss] = {
@@ -112,5 +112,5 @@ def stepper(loss: Loss, options: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    with lasting_streams():
+    with tolerant_streams():
         main()

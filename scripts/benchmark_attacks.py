@@ -39,7 +39,7 @@ from certtrain.models import PreActResNet
 from certtrain.noise import Noise
 from certtrain.run_folder import write_atomically
 from certtrain.step import Batch, Step
-from certtrain.streams import lasting_streams
+from certtrain.streams import tolerant_streams
 
 SHAPES = [(256, 32, 20), (128, 32, 120), (48, 224, 1200)]
 """Number of images, side and k: evaluation and training on CIFAR-10, training on ImageNet-100."""
@@ -224,5 +224,5 @@ def gradient_runs(options: argparse.Namespace) -> dict[str, Callable[[], object]
 
 
 if __name__ == "__main__":
-    with lasting_streams():
+    with tolerant_streams():
         main()

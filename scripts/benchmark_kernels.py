@@ -181,7 +181,7 @@ if __name__ == "__main__":
     if "--serve" in sys.argv:  # with the certtrain of another commit, which may not have the streams
         main()
     else:
-        from certtrain.streams import lasting_streams
+        from certtrain.streams import tolerant_streams
 
-        with lasting_streams():
+        with tolerant_streams():
             main()

@@ -41,7 +41,7 @@ from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.models import Cnn7, PreActResNet, initialise_for_ibp
 from certtrain.run_folder import write_atomically
-from certtrain.streams import lasting_streams
+from certtrain.streams import tolerant_streams
 from certtrain.verifiers import Certify, Specification, certify
 from certtrain.verifiers.bounds_so_far import BoundsSoFar
 from certtrain.verifiers.cascade import robustness
@@ -244,5 +244,5 @@ CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
 }
 
 if __name__ == "__main__":
-    with lasting_streams():
+    with tolerant_streams():
         main()

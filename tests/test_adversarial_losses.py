@@ -554,7 +554,7 @@ def test_no_step_waits_for_the_device(method, ball, monkeypatch):
         pytest.skip("its network is read from a file; its formula is TRADES' own")
     if ball is L2Ball and method in (FastBat, FgsmGa):
         pytest.skip("knows l_inf balls alone, or needs a weight")
-    monkeypatch.setattr(devices, "waits", lambda values: True)
+    monkeypatch.setattr(devices, "reading_waits", lambda values: True)
     with FakeTensorMode():
         model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
         batch = Batch(torch.rand(12, 1, 8, 8), torch.arange(12) % 5, torch.arange(12))

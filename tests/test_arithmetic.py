@@ -11,7 +11,7 @@ from planted import planted_pairs, random_network
 from problems import problem_of, tied
 from torch import nn
 
-from certtrain.bounds import L2Ball, LinfBall, UnsupportedNode
+from certtrain.bounds import L2Ball, LinfBall, UnsupportedOperation
 from certtrain.bounds.folding import fold
 from certtrain.bounds.rounding import FLOAT32, REAL
 from certtrain.errors import InputError
@@ -132,7 +132,7 @@ def test_bounds_are_lower_but_hardly(arithmetic):
 class TestRefused:
     def test_activations_without_a_bound_of_their_rounding(self, arithmetic):
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
-        with pytest.raises(UnsupportedNode, match="found tanh; accepted in this arithmetic: relu, leaky_relu"):
+        with pytest.raises(UnsupportedOperation, match="found tanh; accepted in this arithmetic: relu, leaky_relu"):
             certify(model, torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), 0.1, Certify(arithmetic=arithmetic))
 
     def test_other_sets_than_boxes(self, arithmetic):

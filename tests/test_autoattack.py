@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from certtrain.attacks import in_mode
 from certtrain.bounds import L2Ball, LinfBall
-from certtrain.evaluation import AutoAttack, Lost
+from certtrain.evaluation import AutoAttack, Outcome
 from certtrain.evaluation.adversary import lead
 from certtrain.evaluation.autoattack import replay
 from certtrain.noise import Noise
@@ -29,7 +29,7 @@ def step_of(batch: Batch, ball, seed: int = 0) -> Step:
     return Step.evaluation(ball, Noise(seed, batch.index))
 
 
-def attacked(attack: AutoAttack, model: nn.Module, batch: Batch, ball) -> list[Lost]:
+def attacked(attack: AutoAttack, model: nn.Module, batch: Batch, ball) -> list[Outcome]:
     with in_mode(model, training=False):
         return attack(model, batch, ball, step_of(batch, ball))
 
@@ -75,7 +75,7 @@ def test_linear_networks_are_broken_exactly_where_they_can_be(classes, kind):
     assert len(safe) == 3 and len(weak) == 5
     chosen = torch.cat([safe, weak])
     found = attacked(QUICK, model, batch_of(images[chosen], labels[chosen]), ball)
-    assert [lost.to is None for lost in found] == [True] * 3 + [False] * 5
+    assert [lost.lost_to is None for lost in found] == [True] * 3 + [False] * 5
     assert not any(lost.unconfirmed for lost in found)
 
 
@@ -128,7 +128,7 @@ def test_the_flags_are_those_of_the_packages_own_loop(monkeypatch):
         setattr(theirs, part, build(QUICK, name, model, ball, 10, torch.device("cpu"), seed))
     points, _ = theirs.run_standard_evaluation(images, labels, batch_size=8)
     broken = model(points).argmax(1) != labels
-    assert [lost.to is not None for lost in found] == broken.tolist()
+    assert [lost.lost_to is not None for lost in found] == broken.tolist()
     assert 0 < broken.sum() < 8
 
 
@@ -200,7 +200,7 @@ class Misleading(nn.Module):
 
 def test_square_finds_what_gradients_hide():
     batch, ball = batch_of(torch.full((2, *SHAPE), 0.51), torch.zeros(2, dtype=torch.int64)), LinfBall(0.1)
-    assert attacked(AutoAttack(steps=5, queries=500), Misleading(), batch, ball) == [Lost("square")] * 2
+    assert attacked(AutoAttack(steps=5, queries=500), Misleading(), batch, ball) == [Outcome("square")] * 2
 
 
 def test_the_package_says_nothing_of_gradients_that_vanish(caplog, capsys):
@@ -209,7 +209,7 @@ def test_the_package_says_nothing_of_gradients_that_vanish(caplog, capsys):
     model[1].bias.data = torch.arange(4.0)
     batch = batch_of(images, torch.full((2,), 3))
     with caplog.at_level(logging.DEBUG):
-        assert attacked(QUICK, model, batch, LinfBall(0.1)) == [Lost()] * 2
+        assert attacked(QUICK, model, batch, LinfBall(0.1)) == [Outcome()] * 2
     assert not caplog.records and capsys.readouterr() == ("", "")
 
 
@@ -223,7 +223,7 @@ class Liar:
         return self.points[: len(images)].clone()
 
 
-def lied_to(monkeypatch, ball, model, images, claims) -> list[Lost]:
+def lied_to(monkeypatch, ball, model, images, claims) -> list[Outcome]:
     """AutoAttack whose first attack returns ``claims`` and whose others return the images."""
     build = {"apgd-ce": Liar(claims)}
 
@@ -251,7 +251,7 @@ def test_a_success_that_does_not_hold_is_reported_and_does_not_count(kind, claim
     }[claim]  # fmt: skip
     with torch.no_grad():
         assert not (lead(model(points), label) > 0).any()
-    assert lied_to(monkeypatch, ball, model, images, points) == [Lost(None, ("apgd-ce",))]
+    assert lied_to(monkeypatch, ball, model, images, points) == [Outcome(None, ("apgd-ce",))]
 
 
 def test_what_counts_is_the_point_of_the_ball():
@@ -302,7 +302,7 @@ def test_a_lie_does_not_keep_later_attacks_away(monkeypatch):
 
     monkeypatch.setattr(AutoAttack, "build", pretend)
     found = attacked(QUICK, model, batch_of(images[weak], labels[weak]), ball)
-    assert all(lost.to in ("apgd-t", "fab-t", "square") and lost.unconfirmed == ("apgd-ce",) for lost in found)
+    assert all(lost.lost_to in ("apgd-t", "fab-t", "square") and lost.unconfirmed == ("apgd-ce",) for lost in found)
 
 
 def test_small_images_are_refused_in_l2():
@@ -313,4 +313,4 @@ def test_small_images_are_refused_in_l2():
 
 def test_at_epsilon_0_right_images_stay_right():
     model, images = Linear(4), torch.rand(3, *SHAPE)
-    assert attacked(AutoAttack(), model, batch_of(images, model(images).argmax(1)), LinfBall(0.0)) == [Lost()] * 3
+    assert attacked(AutoAttack(), model, batch_of(images, model(images).argmax(1)), LinfBall(0.0)) == [Outcome()] * 3

@@ -27,7 +27,7 @@ from certtrain.comparison.results import TrialResult, unanswered
 from certtrain.comparison.study import changed, slug_of
 from certtrain.config import unstructure
 from certtrain.errors import InputError
-from certtrain.locking import alone
+from certtrain.locking import exclusive
 from certtrain.run_folder import JsonLines, RunFolder, sha256
 from certtrain.training import Interrupted, TrainingStopped
 from certtrain.workflows.compare import compare
@@ -386,7 +386,7 @@ def test_one_process_at_a_run(tmp_path):
     path = written(tmp_path, rows=ROWS[:1], seeds=[0])
     (tmp_path / "out").mkdir()
     with (
-        alone(tmp_path / "out" / ".fgsm-rs-seed0.lock", "it"),
+        exclusive(tmp_path / "out" / ".fgsm-rs-seed0.lock", "it"),
         pytest.raises(InputError, match="another process"),
     ):
         compare(path, out=tmp_path / "out", quiet=True)
@@ -433,7 +433,7 @@ def test_what_a_process_is_refused_is_told(tmp_path):
     path, out = written(tmp_path, rows=ROWS[:1], seeds=[0]), tmp_path / "out"
     out.mkdir()
     with (
-        alone(out / ".fgsm-rs-seed0.lock", "it"),
+        exclusive(out / ".fgsm-rs-seed0.lock", "it"),
         pytest.raises(InputError, match=rf"^FGSM-RS, seed 0: \S*: found another process \({os.getpid()} on "),
     ):
         compare(path, out=out, jobs=2, quiet=True)

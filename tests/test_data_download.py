@@ -11,7 +11,7 @@ import pytest
 
 from certtrain.data.download import fetch, unpack
 from certtrain.errors import InputError
-from certtrain.locking import alone
+from certtrain.locking import exclusive
 from certtrain.run_folder import clear_leftovers, temporary_of
 
 CONTENT = os.urandom(3_000_000)
@@ -171,10 +171,10 @@ class TestAlone:
         order = []
 
         def second():
-            with alone(tmp_path / ".lock", "it", wait=True) as locked:
+            with exclusive(tmp_path / ".lock", "it", wait=True) as locked:
                 order.append(("second", locked))
 
-        with alone(tmp_path / ".lock", "it", wait=True) as locked:
+        with exclusive(tmp_path / ".lock", "it", wait=True) as locked:
             thread = threading.Thread(target=second)
             thread.start()
             thread.join(0.2)
@@ -183,16 +183,16 @@ class TestAlone:
         assert order == [("first", True), ("second", True)] and not list(tmp_path.iterdir())
 
     def test_an_error_lets_the_next_one_in(self, tmp_path):
-        with pytest.raises(KeyError), alone(tmp_path / ".lock", "it", wait=True):
+        with pytest.raises(KeyError), exclusive(tmp_path / ".lock", "it", wait=True):
             raise KeyError
-        with alone(tmp_path / ".lock", "it", wait=True) as locked:
+        with exclusive(tmp_path / ".lock", "it", wait=True) as locked:
             assert locked
 
     def test_where_none_can_be_made(self, tmp_path):
         """What is to be written there then says why it cannot be."""
         (tmp_path / "file").write_text("")
         for name in ("none", "file"):
-            with alone(tmp_path / name / ".lock", "it", wait=True) as locked:
+            with exclusive(tmp_path / name / ".lock", "it", wait=True) as locked:
                 assert not locked
 
     def test_leftovers_of_that_file_alone_are_cleared(self, tmp_path):

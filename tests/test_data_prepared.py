@@ -35,7 +35,7 @@ from certtrain.data import (
 )
 from certtrain.data.mapped import MappedImages
 from certtrain.errors import InputError
-from certtrain.locking import alone, lock_of
+from certtrain.locking import exclusive, lock_of
 
 WNIDS = ["n03", "n01", "n02"]  # as in the published list, unsorted
 PER_CLASS = 5
@@ -473,7 +473,7 @@ class TestPreparedFile:
             found.append(TinyImageNet(root=tiny).load().checksum)
 
         threads = [threading.Thread(target=start) for _ in range(3)]
-        with alone(lock_of(TinyImageNet(root=tiny).prepared), "it"):
+        with exclusive(lock_of(TinyImageNet(root=tiny).prepared), "it"):
             for thread in threads:
                 thread.start()
             time.sleep(0.3)

@@ -25,7 +25,7 @@ from certtrain.evaluation import (
     Evaluate,
     Evaluation,
     Intervals,
-    Lost,
+    Outcome,
     RestartedPgd,
     unanswered,
 )
@@ -63,7 +63,7 @@ def batch_of(images: Tensor, labels: Tensor, first: int = 0) -> Batch:
 def lost_to(adversary: Adversary, model: nn.Module, batch: Batch, ball, seed: int = 0) -> list[str | None]:
     step = Step.evaluation(ball, Noise(seed, batch.index))
     with in_mode(model, training=False):
-        return [lost.to for lost in adversary(model, batch, ball, step)]
+        return [lost.lost_to for lost in adversary(model, batch, ball, step)]
 
 
 # what is right
@@ -178,11 +178,11 @@ class Spy(Adversary):
     def name(self) -> str:
         return "spy"
 
-    def __call__(self, model, batch, ball, step) -> list[Lost]:
+    def __call__(self, model, batch, ball, step) -> list[Outcome]:
         if len(self.seen) >= self.patience:
             raise KeyboardInterrupt
         self.seen.extend(batch.index.tolist())
-        return [Lost("oddity" if number % 2 else None) for number in batch.index.tolist()]
+        return [Outcome("oddity" if number % 2 else None) for number in batch.index.tolist()]
 
 
 def question(adversary: Adversary, weights: str = "a", size: int = 4, clean=None, seed: int = 0) -> AdversaryQuestion:
@@ -279,7 +279,7 @@ def test_a_file_that_was_tampered_with_is_refused(spoil, tmp_path):
 
 def test_two_processes_do_not_write_one_file(tmp_path):
     file = JsonLines(tmp_path / "spy.jsonl")
-    with file.alone(), pytest.raises(InputError, match="one at a time"):
+    with file.exclusive(), pytest.raises(InputError, match="one at a time"):
         Ledger(file).ask(question(Spy()), range(8), quiet=True)
 
 
@@ -514,7 +514,7 @@ def test_a_network_without_bounds_has_no_ibp_row_and_the_table_says_why(run):
 
 
 def test_a_certificate_that_an_attack_refutes_is_never_silent(run, monkeypatch):
-    monkeypatch.setattr(Intervals, "__call__", lambda self, model, batch, ball, step: [Lost()] * len(batch))
+    monkeypatch.setattr(Intervals, "__call__", lambda self, model, batch, ball, step: [Outcome()] * len(batch))
     with pytest.raises(RuntimeError, match=r"last, pgd-5, epsilon 0.3: IBP certifies the test images \[\d+[\d, ]*\]"):
         certtrain.evaluate("run", attacks=["pgd-5"], epsilons=[0.3], images=20, quiet=True)
     assert not run.evaluation.exists()

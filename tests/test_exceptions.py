@@ -56,7 +56,7 @@ WAYS = {
 def test_the_walk_finds_them():
     names = {kind.__name__ for kind in own_exceptions()}
     assert {"InputError", "FieldError", "Interrupted", "TrainingStopped", "NonFinite", "Contradiction"} <= names
-    assert {"UnsupportedNode", "_Refuted", "Unwritable"} <= names
+    assert {"UnsupportedOperation", "_Refuted", "Unwritable"} <= names
 
 
 @pytest.mark.parametrize("way", WAYS)

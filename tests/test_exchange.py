@@ -18,7 +18,7 @@ from certtrain.losses import CcIbp, FreeAt, Loss, NFgsm, PgdAt, Trades
 from certtrain.models import SmallCnn
 from certtrain.noise import Noise
 from certtrain.run_folder import RunFolder
-from certtrain.step import ALONE, Batch, Exchange, State, Step
+from certtrain.step import SINGLE_PROCESS, Batch, Exchange, State, Step
 from certtrain.training import Awp, Descend, Lap, Linear, StopRequest, Training, UpdateRule, fit
 
 BALL = LinfBall(epsilon=0.1)
@@ -131,7 +131,7 @@ def test_no_gradient_goes_around_the_exchange(case):
 @every_case
 @pytest.mark.parametrize("parts", [1, 2])
 def test_unequal_shares_of_a_batch_make_the_whole_batch_step(case, parts):
-    whole, figures = steps(case, slice(0, 14), ALONE)
+    whole, figures = steps(case, slice(0, 14), SINGLE_PROCESS)
     table, results = Table(2), {}
 
     def work(rank: int, rows: slice) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from certtrain.bounds import UnsupportedNode, trace
+from certtrain.bounds import UnsupportedOperation, trace
 from certtrain.bounds.folding import fold
 from certtrain.bounds.operations import Convolution, Dense, Scale
 from certtrain.data import Digits
@@ -209,7 +209,7 @@ class TestNetwork:
     def test_it_is_the_network_that_is_certified(self, exported):
         """The folded weights, bit for bit; a normalisation is two 1×1 convolutions, and nothing else is left of it."""
         if exported.name in UNTRACED:
-            with pytest.raises(UnsupportedNode):
+            with pytest.raises(UnsupportedOperation):
                 trace(exported.model)
             return
         expected: list[Tensor] = []
@@ -252,7 +252,7 @@ class TestNetwork:
 
     def test_our_reader_gets_it_back(self, exported):
         if exported.name in UNTRACED:
-            with pytest.raises(UnsupportedNode):
+            with pytest.raises(UnsupportedOperation):
                 read_onnx(exported.file.path)
             return
         network = read_onnx(exported.file.path)

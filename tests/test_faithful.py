@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import certtrain
-from certtrain.bounds import Interval, UnsupportedNode, checked_logits, compute_bounds, trace
+from certtrain.bounds import Interval, UnsupportedOperation, checked_logits, compute_bounds, trace
 from certtrain.errors import InputError
 from certtrain.verifiers.settings import Certify
 
@@ -113,7 +113,7 @@ def test_hooks_of_all_modules_are_refused(register):
     trace(model)
     handle = getattr(nn.modules.module, register)(lambda module, inputs, *output: None)
     try:
-        with pytest.raises(UnsupportedNode, match="hooks"):
+        with pytest.raises(UnsupportedOperation, match="hooks"):
             trace(model)
     finally:
         handle.remove()
@@ -198,7 +198,7 @@ def test_a_forward_on_the_instance_is_refused():
     model = Net()
     trace(model)
     model.forward = types.MethodType(lambda self, x: -Net.forward(self, x), model)
-    with pytest.raises(UnsupportedNode, match="forward of its own"):
+    with pytest.raises(UnsupportedOperation, match="forward of its own"):
         compute_bounds(model, Interval.point(images()))
 
 

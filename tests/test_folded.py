@@ -12,7 +12,7 @@ from networks import Apply, Elementwise, Joined, Residual, networks, randomise_n
 from torch import Tensor, nn
 from walking import walk
 
-from certtrain.bounds import Interval, Network, UnsupportedNode, forward
+from certtrain.bounds import Interval, Network, UnsupportedOperation, forward
 from certtrain.bounds.folding import fold
 from certtrain.bounds.operations import Input, Nonlinear, Relu
 
@@ -149,7 +149,7 @@ class TestIsTheModel:
 
     def test_a_pool_window_that_sees_nothing_is_refused(self):
         model = nn.Sequential(nn.MaxPool2d(2, 1, 1, dilation=3))
-        with pytest.raises(UnsupportedNode, match=r"0.*window.*accepted"):
+        with pytest.raises(UnsupportedOperation, match=r"0.*window.*accepted"):
             fold(model, torch.Size((1, 2, 2)))
 
     def test_with_a_batchs_statistics(self):
@@ -214,7 +214,7 @@ class TestWeights:
         parameters = list(model.parameters())
         with torch.no_grad():
             parameters[-1 if bias else 0].flatten()[-1] = value
-        with pytest.raises(UnsupportedNode, match=rf"^'?({path}).*not finite.*accepted"):
+        with pytest.raises(UnsupportedOperation, match=rf"^'?({path}).*not finite.*accepted"):
             fold(model, torch.Size(SHAPE))
 
     @pytest.mark.parametrize("case", ["norm after linear", "same", "replicate", "constants", "sum"])

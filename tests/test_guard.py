@@ -19,7 +19,7 @@ from certtrain.noise import Noise, key_of
 from certtrain.run_folder import RunFolder
 from certtrain.step import Step
 from certtrain.training import checkpoint
-from certtrain.training.guard import Checked, Guard, LastCheck
+from certtrain.training.guard import CheckResult, Guard, LastCheck
 
 BALL = LinfBall(0.1)
 
@@ -106,7 +106,7 @@ class Scripted(Guard):
         return model.at.item()  # the weight says it
 
 
-def run(guard: Guard, accuracies: list[float]) -> tuple[list[Checked], LastCheck, Threshold]:
+def run(guard: Guard, accuracies: list[float]) -> tuple[list[CheckResult], LastCheck, Threshold]:
     model, last, seen = Threshold(0.0), LastCheck(), []
     for epoch, accuracy in enumerate(accuracies, start=1):
         with torch.no_grad():

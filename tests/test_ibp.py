@@ -27,7 +27,7 @@ from certtrain.bounds import (
     Interval,
     L2Ball,
     LinfBall,
-    UnsupportedNode,
+    UnsupportedOperation,
     compute_bounds,
     compute_margins,
     compute_rows,
@@ -118,7 +118,7 @@ class TestProperties:
         images, ball = make_images(seed=seed), L2Ball(epsilon)
         try:
             bounds = compute_bounds(model, ball.region(images))
-        except UnsupportedNode as refusal:
+        except UnsupportedOperation as refusal:
             assert "L2Ball" in str(refusal) and "accepted" in str(refusal)
             return
         hull, slack = compute_bounds(model, ball.hull(images)), rounding(model, ball.hull(images)) + 1e-9
@@ -400,7 +400,7 @@ class TestL2:
         lower, upper = ball.concretise(forms, images), -ball.concretise(-forms, images)
         torch.testing.assert_close(bounds.lower, lower.reshape_as(bounds.lower) + model(zero), rtol=0, atol=1e-8)
         torch.testing.assert_close(bounds.upper, upper.reshape_as(bounds.upper) + model(zero), rtol=0, atol=1e-8)
-        with pytest.raises(UnsupportedNode, match=r"Conv1d at '1'.*L2Ball.*accepted"):
+        with pytest.raises(UnsupportedOperation, match=r"Conv1d at '1'.*L2Ball.*accepted"):
             compute_bounds(nn.Sequential(before, nn.Conv1d(2, 2, 1, groups=2)).double(), ball.region(images))
 
     @pytest.mark.parametrize("start", [[], [nn.BatchNorm2d(2)], [nn.ReLU()], [nn.MaxPool2d(1)], [nn.Dropout()]])
@@ -431,7 +431,7 @@ class TestL2:
     )  # fmt: skip
     def test_other_first_convolutions_are_refused_by_name(self, first):
         model = nn.Sequential(nn.Identity(), first, nn.Flatten()).double()
-        with pytest.raises(UnsupportedNode, match=r"Conv2d at '1'.*L2Ball.*accepted"):
+        with pytest.raises(UnsupportedOperation, match=r"Conv2d at '1'.*L2Ball.*accepted"):
             compute_bounds(model, L2Ball(0.1).region(make_images()))
         compute_bounds(model, LinfBall(0.1).region(make_images()))
 
@@ -447,7 +447,7 @@ class TestL2:
         images, ball = make_images(), L2Ball(0.2)
         try:
             bounds = compute_bounds(model, ball.region(images))
-        except UnsupportedNode:
+        except UnsupportedOperation:
             return
         for point in points_inside(model, ball.hull(images)):
             assert bounds.contains(model(ball.project(images, point)), 1e-9).all()
@@ -460,7 +460,7 @@ class TestL2:
         images, ball = make_images(shape=(1, 5, 5)), L2Ball(0.2)
         try:
             bounds = compute_bounds(model, ball.region(images))
-        except UnsupportedNode:
+        except UnsupportedOperation:
             return
         for point in points_inside(model, ball.hull(images)):
             assert bounds.contains(model(ball.project(images, point)), 1e-9).all()

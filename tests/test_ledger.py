@@ -275,7 +275,7 @@ class TestTime:
         assert "stopped" not in capsys.readouterr().out
 
     def test_progress_says_how_far_it_is(self, book, capsys, monkeypatch):
-        monkeypatch.setattr(ledger, "SAID_EVERY", 0.0)
+        monkeypatch.setattr(ledger, "LINE_INTERVAL", 0.0)
         book.ask(Squares(), range(8))
         first, second, end = capsys.readouterr().out.splitlines()
         assert first.startswith("squaring: 4/8  4 squares  ") and second.startswith("squaring: 8/8  8 squares  ")
@@ -316,7 +316,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from certtrain.run_folder import JsonLines
-with JsonLines(Path(sys.argv[1])).alone():
+with JsonLines(Path(sys.argv[1])).exclusive():
     print("in", flush=True)
     time.sleep(600)
 """

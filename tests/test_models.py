@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from walking import walk
 
-from certtrain.bounds import Interval, UnsupportedNode, compute_bounds
+from certtrain.bounds import Interval, UnsupportedOperation, compute_bounds
 from certtrain.config import structure, unstructure
 from certtrain.errors import InputError
 from certtrain.models import (
@@ -327,7 +327,7 @@ def test_shi_initialisation_counts_conv1d():
     model = nn.Sequential(nn.Conv1d(3, 400, 5), nn.Flatten(), nn.Linear(400, 4))
     try:
         initialise_for_ibp(model)
-    except UnsupportedNode as error:
+    except UnsupportedOperation as error:
         pytest.skip(f"needs a bound rule for Conv1d: {error}")
     sigma = math.sqrt(2 * math.pi) / 15
     assert float(model[0].weight.detach().std()) == pytest.approx(sigma, rel=5 / math.sqrt(2 * 6000))

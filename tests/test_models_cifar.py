@@ -10,7 +10,7 @@ import yaml
 from networks import Apply
 from torch import nn
 
-from certtrain.bounds import Interval, L2Ball, LinfBall, UnsupportedNode, compute_bounds, trace
+from certtrain.bounds import Interval, L2Ball, LinfBall, UnsupportedOperation, compute_bounds, trace
 from certtrain.bounds.crown import bound_forms, interval_bounds
 from certtrain.bounds.folding import fold
 from certtrain.bounds.forward import forward
@@ -477,7 +477,7 @@ def test_linear_bounds_of_a_point_are_the_net(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_bounds_do_not_know_is_named(name):
-    with pytest.raises(UnsupportedNode, match=REFUSED[name][1]):
+    with pytest.raises(UnsupportedOperation, match=REFUSED[name][1]):
         trace(build(name))
 
 
@@ -527,13 +527,13 @@ def _folded_bounds(model: nn.Module, box: Interval) -> Interval:
 
 @pytest.mark.parametrize("index", [0, slice(2), (slice(None), 0), (slice(None), None), (..., slice(1)), (), ([0],)])
 def test_other_indices_are_refused(index):
-    with pytest.raises(UnsupportedNode, match=r"'getitem': found x.*accepted: x\[:, a:b"):
+    with pytest.raises(UnsupportedOperation, match=r"'getitem': found x.*accepted: x\[:, a:b"):
         trace(Start(lambda m, x: x[index], 6))
 
 
 def test_a_slice_that_changes_what_others_read_is_refused():
     model = Start(lambda m, x: torch.cat([x[:, :2].relu_(), x], 1), 36)
-    with pytest.raises(UnsupportedNode, match="relu_ at 'relu_' changes 'scale' in place while others read it"):
+    with pytest.raises(UnsupportedOperation, match="relu_ at 'relu_' changes 'scale' in place while others read it"):
         trace(model)
     trace(Start(lambda m, x: x[:, :2].relu_(), 12))
 
@@ -541,11 +541,11 @@ def test_a_slice_that_changes_what_others_read_is_refused():
 def test_images_are_not_shuffled_or_sliced_before_the_first_layer_over_a_ball():
     """That layer takes its input for the image; over a box a slice is harmless."""
     for before in (nn.Identity(), Normalise((0.1,) * 4, (2.0,) * 4), Apply(lambda m, x: x[:, :2])):
-        with pytest.raises(UnsupportedNode, match="ChannelShuffle at '1' has no bound rule"):
+        with pytest.raises(UnsupportedOperation, match="ChannelShuffle at '1' has no bound rule"):
             trace(nn.Sequential(before, nn.ChannelShuffle(2), nn.Flatten(), nn.LazyLinear(3)))
     model = nn.Sequential(Apply(lambda m, x: x[:, 2:]), nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(18, 3)).double()
     x = images(4, 3, 2)
-    with pytest.raises(UnsupportedNode, match="as the first layer over"):
+    with pytest.raises(UnsupportedOperation, match="as the first layer over"):
         compute_bounds(model, L2Ball(0.1).region(x))
     found = compute_bounds(model, Interval.point(x))
     torch.testing.assert_close(found.center, model(x))

@@ -15,11 +15,11 @@ from own_packages import forgotten, imported, written
 from torch import Tensor, nn
 
 import certtrain
-from certtrain.bounds import Bounds, LinfBall, UnsupportedNode, compute_bounds, trace
+from certtrain.bounds import Bounds, LinfBall, UnsupportedOperation, compute_bounds, trace
 from certtrain.bounds.crown import bound_forms, crown_bounds, interval_bounds
 from certtrain.bounds.folding import fold
 from certtrain.bounds.forward_linear import forward_bounds
-from certtrain.bounds.operations import Input, Linear, Nonlinear, Operation, Sigmoid, Unbounded
+from certtrain.bounds.operations import Input, LinearOperation, Nonlinear, Operation, Sigmoid, Unbounded
 from certtrain.config import unstructure
 from certtrain.export import export_onnx
 from certtrain.losses import CcIbp
@@ -175,7 +175,7 @@ CASES = {"softplus": (SOFTPLUS, with_softplus), "product": (PRODUCT, with_produc
 def test_a_new_operation_in_one_file(case, package, tmp_path):
     text, build = CASES[case]
     torch.manual_seed(0)
-    with pytest.raises(UnsupportedNode):
+    with pytest.raises(UnsupportedOperation):
         trace(build())
     mine = package(case, text)
     assert_complete(getattr(mine, case.title()))
@@ -259,7 +259,7 @@ def assert_complete(kind: type[Operation]) -> None:
     Where the base takes ``*inputs``, an operation may name its own instead: the same number in each such rule.
     """
     numbers = set()
-    for base in (Operation, Linear, Nonlinear, Unbounded):
+    for base in (Operation, LinearOperation, Nonlinear, Unbounded):
         for rule in rules_of(base) if issubclass(kind, base) else []:
             method, place = getattr(kind, rule), (kind.__name__, rule)
             assert not getattr(method, "__isabstractmethod__", False), place

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from walking import walk
 
-from certtrain.bounds import Interval, LinfBall, UnsupportedNode, compute_bounds
+from certtrain.bounds import Interval, LinfBall, UnsupportedOperation, compute_bounds
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.bounds.operations import Dense, Input, Operation, Relu
@@ -487,7 +487,7 @@ def test_what_the_output_does_not_need_is_not_looked_at(read):
 def test_weights_that_are_not_finite_are_refused_by_fold(read):
     graph = Graph(ROW)
     network = read(graph.model(graph("Div", "x", np.zeros(5, np.float32))))
-    with pytest.raises(UnsupportedNode, match="v0_0: found a weight that is not finite"):
+    with pytest.raises(UnsupportedOperation, match="v0_0: found a weight that is not finite"):
         fold(network.module, network.shape)
 
 
@@ -654,7 +654,7 @@ def test_parts_of_a_gelu_alone_run_but_have_no_bounds(read, kind):
     network = read(graph.model(graph(kind, "x", *more, name="here")))
     x = torch.rand(2, 5)
     torch.testing.assert_close(network.module(x), torch.erf(x) if kind == "Erf" else x**3)
-    with pytest.raises(UnsupportedNode, match=rf"{kind} 'here': found it outside of a GELU; accepted: "):
+    with pytest.raises(UnsupportedOperation, match=rf"{kind} 'here': found it outside of a GELU; accepted: "):
         compute_bounds(network.module, Interval.box(x, 0.1))
 
 

@@ -10,7 +10,7 @@ import torch
 from evaluation import cancelling, exactly, in_some_order
 from torch import nn
 
-from certtrain.bounds import LinfBall, UnsupportedNode, compute_rows
+from certtrain.bounds import LinfBall, UnsupportedOperation, compute_rows
 from certtrain.bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms
 from certtrain.bounds.folding import fold
 from certtrain.bounds.rounding import FLOAT32, REAL, check
@@ -115,5 +115,5 @@ def test_real_costs_next_to_nothing():
 
 
 def test_other_activations_are_refused_by_name():
-    with pytest.raises(UnsupportedNode, match="tanh"):
+    with pytest.raises(UnsupportedOperation, match="tanh"):
         check(fold(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), (2,)))

@@ -15,7 +15,7 @@ import certtrain
 from certtrain.command_line import main
 from certtrain.config import structure, unstructure
 from certtrain.errors import InputError, Unwritable
-from certtrain.locking import alone, lock_of
+from certtrain.locking import exclusive, lock_of
 from certtrain.recipe import Config, load_config
 from certtrain.run_folder import JsonLines, RunFolder
 from certtrain.verifiers import Certify
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from certtrain.locking import alone
-with alone(Path(sys.argv[1]), "it"):
+from certtrain.locking import exclusive
+with exclusive(Path(sys.argv[1]), "it"):
     child = os.fork() if len(sys.argv) > 2 else 1
     if child:
         print(child, flush=True)  # the child says nothing: its line could come first
@@ -50,14 +50,14 @@ def unfinished(run) -> Path:
 
 class TestLock:
     def test_who_is_inside_is_said_and_nothing_stays(self, tmp_path):
-        with alone(tmp_path / ".lock", "the run") as locked:
+        with exclusive(tmp_path / ".lock", "the run") as locked:
             assert locked
-            with pytest.raises(InputError) as error, alone(tmp_path / ".lock", "the run"):
+            with pytest.raises(InputError) as error, exclusive(tmp_path / ".lock", "the run"):
                 pass
         assert str(error.value).startswith(f"the run: found another process ({os.getpid()} on ")
         assert "that writes it; accepted: one at a time" in str(error.value)
         assert not list(tmp_path.iterdir())
-        with alone(tmp_path / ".lock", "it") as locked:
+        with exclusive(tmp_path / ".lock", "it") as locked:
             assert locked
 
     @pytest.mark.parametrize("words", [(), ("with a child",)])
@@ -67,12 +67,12 @@ class TestLock:
         holder = start(HOLD, lock, *words)
         child = int(holder.stdout.readline())
         try:
-            with pytest.raises(InputError, match=rf"another process \({holder.pid} on "), alone(lock, "it"):
+            with pytest.raises(InputError, match=rf"another process \({holder.pid} on "), exclusive(lock, "it"):
                 pass
             holder.send_signal(signal.SIGKILL)
             holder.wait()
             assert lock.exists()  # a stale one
-            with alone(lock, "it") as locked:
+            with exclusive(lock, "it") as locked:
                 assert locked and json.loads(lock.read_text())["process"] == os.getpid()
         finally:
             holder.kill()
@@ -87,7 +87,7 @@ class TestLock:
 
         def work():
             for _ in range(8):
-                with alone(tmp_path / ".lock", "it", wait=True) as locked:
+                with exclusive(tmp_path / ".lock", "it", wait=True) as locked:
                     inside.append(1)
                     most.append(len(inside))
                     time.sleep(0.001)
@@ -103,25 +103,28 @@ class TestLock:
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"process": 1}', b"\xff"])
     def test_a_lock_file_that_says_nothing(self, content, tmp_path):
-        with alone(tmp_path / ".lock", "it"):
+        with exclusive(tmp_path / ".lock", "it"):
             (tmp_path / ".lock").write_bytes(content)
             with (
                 pytest.raises(InputError, match="found another process that writes it"),
-                alone(tmp_path / ".lock", "it"),
+                exclusive(tmp_path / ".lock", "it"),
             ):
                 pass
 
     def test_where_no_lock_can_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
         for name in ("none", "file"):
-            with pytest.raises(Unwritable, match=r"\.lock: cannot be written"), alone(tmp_path / name / ".lock", "it"):
+            with (
+                pytest.raises(Unwritable, match=r"\.lock: cannot be written"),
+                exclusive(tmp_path / name / ".lock", "it"),
+            ):
                 pass
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
     @pytest.mark.parametrize("number", [37, 38, 95])  # ENOLCK, ENOSYS, EOPNOTSUPP
     def test_where_no_locks_are_known(self, number, tmp_path, monkeypatch):
         monkeypatch.setattr("fcntl.flock", lambda *a: (_ for _ in ()).throw(OSError(number, "none")))
-        with alone(tmp_path / ".lock", "it") as locked:
+        with exclusive(tmp_path / ".lock", "it") as locked:
             assert not locked
 
 
@@ -152,7 +155,7 @@ def test_what_conflicts_is_refused_and_what_does_not_is_done(call, held, unfinis
     lock = LOCKS[held](unfinished)
     lock.parent.mkdir(exist_ok=True)
     before = {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()}
-    with alone(lock, "it"):
+    with exclusive(lock, "it"):
         if call in CONFLICTS[held]:
             with pytest.raises(
                 InputError, match=rf"found another process \({os.getpid()} on .*; accepted: one at a time"
@@ -200,7 +203,7 @@ def test_two_that_resume_one_run(tmp_path):
 def test_two_that_begin_in_one_folder(smoke, tmp_path):
     """The second finds the run of the first, whenever it looks."""
     description = RunFolder.open(smoke)[1]
-    with alone(tmp_path / ".lock", str(tmp_path)), pytest.raises(InputError, match="found another process"):
+    with exclusive(tmp_path / ".lock", str(tmp_path)), pytest.raises(InputError, match="found another process"):
         RunFolder.create(tmp_path, description)
     (tmp_path / ".lock").write_text("of a process that was killed before it had begun")
     assert RunFolder.create(tmp_path, description).run.exists()
@@ -209,7 +212,7 @@ def test_two_that_begin_in_one_folder(smoke, tmp_path):
 
 
 def test_reading_takes_no_lock(run, capsys):
-    with alone(run / ".lock", "it"), alone(lock_of(run / "verdicts.jsonl"), "it"):
+    with exclusive(run / ".lock", "it"), exclusive(lock_of(run / "verdicts.jsonl"), "it"):
         certtrain.load_model(run)
         assert RunFolder(run).final() and list(RunFolder(run).verdicts)
         assert resume(run, quiet=True).path == run  # finished: nothing is written

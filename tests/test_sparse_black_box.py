@@ -471,13 +471,13 @@ class TestCornerSearch:
 
     def test_ranks_are_drawn_with_their_weights(self, monkeypatch):
         drawn = []
-        ask = corner_search.Quest.ask
+        query = corner_search.CombinationSearch.query
 
-        def watched(quest, rows, changes):
+        def watched(search, rows, changes):
             drawn.append(changes)
-            return ask(quest, rows, changes)
+            return query(search, rows, changes)
 
-        monkeypatch.setattr(corner_search.Quest, "ask", watched)
+        monkeypatch.setattr(corner_search.CombinationSearch, "query", watched)
         shape, count, best = (1, 3, 4), 4000, 8
         model, batch = linear(shape, 2, scale=50.0), make_batch(1, shape)
         found = attacked(CornerSearch(per_size=count, best=best), model, batch, SparseBall(3))
@@ -511,10 +511,12 @@ class TestCornerSearch:
 
     def test_of_two_changes_of_a_pixel_the_later_counts(self):
         model, batch = linear((1, 1, 2), 2, scale=50.0), make_batch(1, (1, 1, 2))
-        quest = corner_search.Quest.starting(model, batch, SparseBall(2))
+        search = corner_search.CombinationSearch.starting(model, batch, SparseBall(2))
         spy = Spy(model)
         with torch.no_grad():
-            replace(quest, model=spy).ask(torch.zeros(1, dtype=torch.int64), torch.tensor([[[0, 1], [1, 0], [3, 3]]]))
+            replace(search, model=spy).query(
+                torch.zeros(1, dtype=torch.int64), torch.tensor([[[0, 1], [1, 0], [3, 3]]])
+            )
         points = torch.stack([batch.images.flatten()] * 3)
         points[0, 0], points[1, 0], points[2, 1] = 1, 0, 1
         assert torch.equal(spy.points[0].flatten(1), points)

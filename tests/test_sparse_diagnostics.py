@@ -385,7 +385,7 @@ class TestAll:
         with pytest.raises(
             InputError, match=r"^training\.diagnose\.what: found cosine for a SparseBall; accepted: qub, "
         ):
-            Diagnose(what=("qub", "cosine")).asked(SPARSE)
+            Diagnose(what=("qub", "cosine")).names_for(SPARSE)
         with pytest.raises(InputError, match=r"^training\.diagnose\.what: found overlap for a LinfBall; accepted: "):
             Diagnose(what=("overlap",))(small().float(), split_of(4), LinfBall(0.1), 0)
 
@@ -421,7 +421,7 @@ class TestFinishedRun:
     def test_one_network_under_several_sets(self, run):
         tops = {}
         for ball in (None, SparseBall(1), L1Ball(2.0), L2Ball(0.5)):
-            found = diagnose(run, images=20, what=["adversarial_hessian"], top=1, perturbation=ball, quiet=True).found
+            found = diagnose(run, images=20, what=["adversarial_hessian"], top=1, perturbation=ball, quiet=True).content
             tops[found["perturbation"]["type"]] = found["adversarial_hessian_values"][0]
         assert set(tops) == {"LinfBall", "SparseBall", "L1Ball", "L2Ball"} and len(set(tops.values())) == 4
 

@@ -25,7 +25,7 @@ from certtrain.evaluation import (
     Evaluate,
     Evaluation,
     Intervals,
-    Lost,
+    Outcome,
     Relaxations,
     RestartedPgd,
     Searching,
@@ -51,7 +51,7 @@ def batch_of(images: Tensor, labels: Tensor) -> Batch:
     return Batch(images, labels, torch.arange(len(labels)))
 
 
-def asked(adversary, model: nn.Module, batch: Batch, ball: PerturbationSet, seed: int = 0) -> list[Lost]:
+def asked(adversary, model: nn.Module, batch: Batch, ball: PerturbationSet, seed: int = 0) -> list[Outcome]:
     with in_mode(model, training=False):
         return adversary(model, batch, ball, Step.evaluation(ball, Noise(seed, batch.index)))
 
@@ -187,7 +187,7 @@ def test_a_network_without_gradients_is_refused_by_attacks_that_take_them_alone(
         assert not refused or "without gradients" in refused
     assert named(CASCADE).refuses(Hard(), images[:1], ball)
     batch = batch_of(images, Hard()(images).argmax(1))
-    assert all(lost.to == "sparse-rs" for lost in asked(named("sparse-rs-200"), Hard(), batch, ball))
+    assert all(lost.lost_to == "sparse-rs" for lost in asked(named("sparse-rs-200"), Hard(), batch, ball))
 
 
 # the cascade
@@ -200,12 +200,12 @@ def test_a_cascade_leaves_no_more_than_any_of_its_stages(small):
         alone = [asked(named(name), model, batch, ball) for name in PARTS]
         together = asked(named(CASCADE), model, batch, ball)
         for row, lost in enumerate(together):
-            breakers = [found[row] for found in alone if found[row].to]
-            assert lost.to == (breakers[0].to if breakers else None)
+            breakers = [found[row] for found in alone if found[row].lost_to]
+            assert lost.lost_to == (breakers[0].lost_to if breakers else None)
             assert not breakers or lost.details["change"] == breakers[0].details["change"]
             assert not lost.unconfirmed
-        assert 0 < sum(lost.to is not None for lost in together)
-    counts = {name: sum(lost.to == name for lost in asked(named(CASCADE), model, batch, SparseBall(1)))
+        assert 0 < sum(lost.lost_to is not None for lost in together)
+    counts = {name: sum(lost.lost_to == name for lost in asked(named(CASCADE), model, batch, SparseBall(1)))
               for name in ("spgd-u", "spgd-p", "sparse-rs", None)}  # fmt: skip
     assert counts["spgd-u"] and counts["sparse-rs"] and counts[None]  # or this test shows little
 
@@ -216,7 +216,7 @@ def test_what_is_kept_rebuilds_a_counterexample_of_the_set(name, unit, small):
     model, batch = small
     ball = SparseBall(2, unit=unit, side=2 if unit == "patch" else 1)
     found = asked(named(name), model, batch, ball)
-    broken = [row for row, lost in enumerate(found) if lost.to]
+    broken = [row for row, lost in enumerate(found) if lost.lost_to]
     assert len(broken) > 3
     for row in broken:
         details = json.loads(json.dumps(dict(found[row].details)))
@@ -313,24 +313,27 @@ DARK = batch_of(torch.full((3, 1, 2, 4), 0.25), torch.zeros(3, dtype=torch.int64
 @pytest.mark.parametrize(
     ("make", "trace", "expected"),
     [
-        (bright(4), {"found_at": 0}, Lost(None, ("stage 0",))),  # wrong, but four pixels of three
-        (bright(4), {}, Lost(None, ("stage 0",))),
-        (bright(3, 1.5), {"found_at": 2}, Lost(None, ("stage 0",))),  # outside the box
-        (bright(3, torch.nan), {"found_at": 2}, Lost(None, ("stage 0",))),
-        (bright(2), {"found_at": 2}, Lost(None, ("stage 0",))),  # in the set, and right
-        (bright(2), {"found_at": -1}, Lost()),
-        (bright(2), {}, Lost()),
-        (bright(3), {"found_at": 7}, Lost("stage 0", (), {"found_at": 7, "changed": 3})),
-        (bright(3), {"found_at": -1}, Lost("stage 0", (), {"changed": 3})),  # a counterexample, whatever it says
-        (bright(3), {"queries": 9}, Lost("stage 0", (), {"queries": 9, "changed": 3})),
-        (bright(2), {"queries": 9}, Lost(None, (), {"queries": 9})),
+        (bright(4), {"found_at": 0}, Outcome(None, ("stage 0",))),  # wrong, but four pixels of three
+        (bright(4), {}, Outcome(None, ("stage 0",))),
+        (bright(3, 1.5), {"found_at": 2}, Outcome(None, ("stage 0",))),  # outside the box
+        (bright(3, torch.nan), {"found_at": 2}, Outcome(None, ("stage 0",))),
+        (bright(2), {"found_at": 2}, Outcome(None, ("stage 0",))),  # in the set, and right
+        (bright(2), {"found_at": -1}, Outcome()),
+        (bright(2), {}, Outcome()),
+        (bright(3), {"found_at": 7}, Outcome("stage 0", (), {"found_at": 7, "changed": 3})),
+        (bright(3), {"found_at": -1}, Outcome("stage 0", (), {"changed": 3})),  # a counterexample, whatever it says
+        (bright(3), {"queries": 9}, Outcome("stage 0", (), {"queries": 9, "changed": 3})),
+        (bright(2), {"queries": 9}, Outcome(None, (), {"queries": 9})),
     ],
 )
 def test_only_counterexamples_of_the_set_count(make, trace, expected):
     for lost in asked(planted(Planted(make, trace)), Dark(), DARK, SparseBall(3)):
         change = lost.details.get("change")
-        assert Lost(lost.to, lost.unconfirmed, {k: v for k, v in lost.details.items() if k != "change"}) == expected
-        assert change == ([[0, [1.0]], [1, [1.0]], [2, [1.0]]] if expected.to else None)
+        assert (
+            Outcome(lost.lost_to, lost.unconfirmed, {k: v for k, v in lost.details.items() if k != "change"})
+            == expected
+        )
+        assert change == ([[0, [1.0]], [1, [1.0]], [2, [1.0]]] if expected.lost_to else None)
 
 
 def test_survivors_only_shrink_and_a_lie_keeps_nobody_away():
@@ -340,7 +343,7 @@ def test_survivors_only_shrink_and_a_lie_keeps_nobody_away():
     fourth, fifth = Planted(bright(3)), Planted(bright(3))
     found = asked(planted(first, second, third, fourth, fifth), Dark(), DARK, SparseBall(3))
     assert (first.seen, second.seen, third.seen, fourth.seen, fifth.seen) == ([0, 1, 2], [0, 1, 2], [1, 2], [1], [])
-    assert [lost.to for lost in found] == ["stage 1", "stage 3", "stage 2"]
+    assert [lost.lost_to for lost in found] == ["stage 1", "stage 3", "stage 2"]
     assert all(lost.unconfirmed == ("stage 0",) and lost.details["queries"] == 7 for lost in found)
 
 
@@ -349,12 +352,12 @@ def test_of_no_images_and_at_k_0_nothing_is_lost(small):
     for name in (*NAMES, CASCADE):
         short = name.replace("100", "3").replace("200", "3").replace("30", "3")
         if name != CASCADE:
-            assert [lost.to for lost in asked(named(short), model, batch.part(slice(0, 6)), SparseBall(0))] == [
+            assert [lost.lost_to for lost in asked(named(short), model, batch.part(slice(0, 6)), SparseBall(0))] == [
                 None
             ] * 6
         assert asked(named(short), model, batch.part(slice(0, 0)), SparseBall(2)) == []
     assert asked(Relaxations(), model, batch.part(slice(0, 0)), SparseBall(2)) == []
-    assert asked(Relaxations(), model, batch.part(slice(0, 6)), SparseBall(0)) == [Lost()] * 6
+    assert asked(Relaxations(), model, batch.part(slice(0, 6)), SparseBall(0)) == [Outcome()] * 6
 
 
 # bounds
@@ -393,9 +396,9 @@ def test_linear_networks_are_broken_and_proved_exactly_where_they_can_be(k):
     batch = batch_of(images[clear], labels[clear])
     breakable = (least[clear] < 0).tolist()
     assert 5 < sum(breakable) < len(breakable) - 5
-    assert [lost.to is not None for lost in asked(Relaxations(), model, batch, ball)] == breakable
-    assert [lost.to is not None for lost in asked(named("corner-search"), model, batch, ball)] == breakable
-    found = [lost.to is not None for lost in asked(named("sparse-autoattack-60-300"), model, batch, ball)]
+    assert [lost.lost_to is not None for lost in asked(Relaxations(), model, batch, ball)] == breakable
+    assert [lost.lost_to is not None for lost in asked(named("corner-search"), model, batch, ball)] == breakable
+    found = [lost.lost_to is not None for lost in asked(named("sparse-autoattack-60-300"), model, batch, ball)]
     assert found == breakable
 
 
@@ -410,10 +413,12 @@ def test_relaxations_certify_where_intervals_know_nothing_and_never_less(small):
     for k in (1, 9):
         for adversary in (Intervals(), Relaxations()):
             lost = asked(adversary, narrow, batch, SparseBall(k))
-            proved[adversary.name, k] = {row for row, found in enumerate(lost) if found.to is None}
+            proved[adversary.name, k] = {row for row, found in enumerate(lost) if found.lost_to is None}
         assert proved["ibp", k] <= proved["crown", k]
     assert proved["crown", 1] > proved["ibp", 1]
-    broken = {row for row, lost in enumerate(asked(named("corner-search"), narrow, batch, SparseBall(1))) if lost.to}
+    broken = {
+        row for row, lost in enumerate(asked(named("corner-search"), narrow, batch, SparseBall(1))) if lost.lost_to
+    }
     assert not proved["crown", 1] & broken
 
 
@@ -556,7 +561,7 @@ def test_a_run_gets_one_table_and_keeps_every_image(run):
 
 
 def test_a_certificate_that_an_attack_refutes_is_never_silent(run, monkeypatch):
-    monkeypatch.setattr(Relaxations, "__call__", lambda self, model, batch, ball, step: [Lost()] * len(batch))
+    monkeypatch.setattr(Relaxations, "__call__", lambda self, model, batch, ball, step: [Outcome()] * len(batch))
     with pytest.raises(RuntimeError, match=r"last, spgd-u-8, k 5: CROWN certifies the test images \[\d+[\d, ]*\]"):
         certtrain.evaluate("run", attacks=["spgd-u-8", "crown"], epsilons=[5], images=20, quiet=True)
     assert not run.evaluation.exists()

@@ -295,7 +295,7 @@ class TestTwin:
     @pytest.mark.parametrize("keep", ["best", "last"])
     def test_a_gpu_takes_the_same_way(self, keep, ball, monkeypatch, walked):
         """There nobody asks which images are left, or stuck, until a stretch is over."""
-        monkeypatch.setattr(devices, "waits", lambda values: True)
+        monkeypatch.setattr(devices, "reading_waits", lambda values: True)
         monkeypatch.setattr(spgd, "STRETCH", 4)
         _, records = compare(SparsePgd(steps=11, beta=0.05, patience=2, keep=keep), ball, walked)
         assert any(state["drawn"] for _, _, log, _ in records for state in log)
@@ -320,7 +320,7 @@ class TestBest:
     @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "as on a gpu"])
     @pytest.mark.parametrize("seed", range(6))
     def test_the_first_success_or_the_latest_of_the_greatest(self, seed, gpu, monkeypatch):
-        monkeypatch.setattr(devices, "waits", lambda values: gpu)
+        monkeypatch.setattr(devices, "reading_waits", lambda values: gpu)
         generator = torch.Generator().manual_seed(seed)
         leads = torch.randint(-1 if seed % 2 else 1, 6, (8, 40), generator=generator).double()  # of which many tie
         if seed > 3:
@@ -388,7 +388,7 @@ class TestPatience:
     @pytest.mark.parametrize("patience", [1, 2, 3, 5])
     def test_logits_are_drawn_after_so_many_unchanged_masks_in_a_row(self, patience, gpu, monkeypatch):
         """Of one pixel: a push of 9 makes another the greatest. Rows: never pushed, pushed at 2, at 1 and 4, always."""
-        monkeypatch.setattr(devices, "waits", lambda values: gpu)
+        monkeypatch.setattr(devices, "reading_waits", lambda values: gpu)
         pushes = [set(), {2}, {1, 4}, set(range(12))]
         images = torch.full((4, 1, 1, 5), 0.5, dtype=torch.float64)
         batch, ball = Batch(images, torch.zeros(4, dtype=torch.int64), torch.arange(4)), SparseBall(1)
@@ -563,7 +563,7 @@ class TestCost:
     @pytest.mark.parametrize("keep", ["best", "last"])
     def test_no_wait_inside_a_stretch(self, keep, ball, monkeypatch):
         net, batch = Net(), make_batch(Net())
-        monkeypatch.setattr(devices, "waits", lambda values: True)
+        monkeypatch.setattr(devices, "reading_waits", lambda values: True)
         attack = SparsePgd(steps=25, beta=0.01, patience=2, keep=keep)
         watch = self.watched(attack, net, batch, ball)
         looked = {number * spgd.STRETCH + 1 for number in range(3)} if keep == "best" else set()

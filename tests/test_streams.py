@@ -15,7 +15,7 @@ import yaml
 
 from certtrain.command_line import main
 from certtrain.progress import console
-from certtrain.streams import Lasting, lasting_streams
+from certtrain.streams import TolerantStream, tolerant_streams
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -195,8 +195,8 @@ class TestClosedAndFull:
         """Or a library's warning is written into them."""
         code = f"""
 import os
-from certtrain.streams import lasting_streams
-with lasting_streams():
+from certtrain.streams import tolerant_streams
+with tolerant_streams():
     with open({str(tmp_path / "file")!r}, "w") as file:
         number = file.fileno()
         os.write(2, b"a warning")
@@ -235,7 +235,7 @@ class TestLasting:
     )
     def test_it_asks_once(self, error):
         stream = Failing(error)
-        lasting = Lasting(stream)
+        lasting = TolerantStream(stream)
         for _ in range(3):
             assert lasting.write("text") == 4
             lasting.flush()
@@ -244,7 +244,7 @@ class TestLasting:
 
     def test_streams_are_put_back(self):
         before = sys.stdout, sys.stderr
-        with pytest.raises(KeyError), lasting_streams() as out:
-            assert isinstance(sys.stdout, Lasting) and sys.stdout is out and sys.stdout.stream is before[0]
+        with pytest.raises(KeyError), tolerant_streams() as out:
+            assert isinstance(sys.stdout, TolerantStream) and sys.stdout is out and sys.stdout.stream is before[0]
             raise KeyError
         assert (sys.stdout, sys.stderr) == before

@@ -269,7 +269,7 @@ class TestWhatARunAnswers:
         assert not list((run / "verdicts").glob("embedded-*"))
 
     def test_two_at_a_time_are_refused(self, run):
-        with JsonLines(run / "verdicts.jsonl").alone(), pytest.raises(InputError, match="another process"):
+        with JsonLines(run / "verdicts.jsonl").exclusive(), pytest.raises(InputError, match="another process"):
             certtrain.verify(run, quiet=True)
 
     def test_the_summary_adds_up(self, smoke):

@@ -12,7 +12,7 @@ from networks import Apply, Residual, small_cnn
 from torch import Tensor, nn
 from walking import walk
 
-from certtrain.bounds import Interval, UnsupportedNode, compute_bounds, trace
+from certtrain.bounds import Interval, UnsupportedOperation, compute_bounds, trace
 from certtrain.bounds.folding import fold
 from certtrain.bounds.operations import Input
 
@@ -207,7 +207,7 @@ def test_concatenation(join, count):
 def test_a_part_that_is_changed_in_place_elsewhere_is_refused():
     """torch.cat would see the change: x is both a part and, later, another."""
     model = Apply(lambda m, x: (lambda y: torch.cat([y, y.relu_()], 1))(m.fc(x)), fc=nn.Linear(4, 4))
-    with pytest.raises(UnsupportedNode, match="in place"):
+    with pytest.raises(UnsupportedOperation, match="in place"):
         trace(model)
 
 
@@ -259,7 +259,7 @@ class TestModules:
         trace(model)
         assert [m.training for m in model.modules()] == before and set(model.state_dict()) == names
         broken = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)).train()
-        with pytest.raises(UnsupportedNode):
+        with pytest.raises(UnsupportedOperation):
             trace(broken)
         assert all(m.training for m in broken.modules())
 
@@ -335,7 +335,7 @@ class TestChangedModels:
     def test_a_hook_that_came_later(self, where):
         model = self.model()
         (model[0] if where == "layer" else model).register_forward_hook(lambda module, inputs, output: -output)
-        with pytest.raises(UnsupportedNode, match="hook"):
+        with pytest.raises(UnsupportedOperation, match="hook"):
             compute_bounds(model, Interval.point(images(4)))
 
     @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ class TestChangedModels:
         x = images(4)
         try:
             assert_bounds_follow(model, x)
-        except UnsupportedNode:
+        except UnsupportedOperation:
             return
         if change == "loaded":
             model.load_state_dict({**model.state_dict(), "mean": torch.full((4,), 0.9)})
@@ -462,7 +462,7 @@ REFUSED = {  # model, what the message names
 def test_refused_by_name(case):
     make, names = REFUSED[case]
     model = make().double().eval()
-    with pytest.raises(UnsupportedNode) as raised:
+    with pytest.raises(UnsupportedOperation) as raised:
         compute_bounds(model, Interval.point(images(2, 2, 2) if "pool" in case else images(4)))
     for name in names:
         raised.match(name)
@@ -549,7 +549,7 @@ def test_followed_or_refused(case):
         expected = model(x.clone())
     try:
         found = compute_bounds(model, Interval.point(x))
-    except UnsupportedNode as refusal:
+    except UnsupportedOperation as refusal:
         assert "accepted" in str(refusal) or "supported" in str(refusal)
     else:
         torch.testing.assert_close(found.center, expected, rtol=1e-12, atol=1e-12)
@@ -561,7 +561,7 @@ def test_a_pool_with_a_negative_divisor():
     x = images(1, 4, 4)
     try:
         found = compute_bounds(model, Interval.box(x, 0.1))
-    except UnsupportedNode:
+    except UnsupportedOperation:
         return
     assert (found.radius >= 0).all() and found.contains(model(x), 1e-12).all()
 
@@ -569,7 +569,7 @@ def test_a_pool_with_a_negative_divisor():
 def test_a_view_that_merges_the_batch_raises():
     """x.view(-1, n) keeps the batch only if a sample has n entries: (3, 2, 4) → (6, 4) does not."""
     model = Apply(lambda m, x: x.view(-1, 4))
-    with pytest.raises((UnsupportedNode, RuntimeError)):
+    with pytest.raises((UnsupportedOperation, RuntimeError)):
         compute_bounds(model, Interval.point(images(2, 4)))
 
 
@@ -585,7 +585,7 @@ def test_the_supported_layers_are_what_the_message_says():
         "AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d(1), "ChannelShuffle": nn.ChannelShuffle(2),
         "Dropout1d": nn.Dropout1d(), "Dropout2d": nn.Dropout2d(),
     }  # fmt: skip
-    with pytest.raises(UnsupportedNode) as raised:
+    with pytest.raises(UnsupportedOperation) as raised:
         trace(nn.Sequential(nn.Softplus()))
     assert set(str(raised.value).split("supported: ")[1].split("; ")[0].split(", ")) == set(layers)
     for layer in layers.values():

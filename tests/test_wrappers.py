@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import certtrain
-from certtrain.bounds import Interval, UnsupportedNode, checked_logits, compute_bounds, compute_margins, forward, trace
+from certtrain.bounds import (
+    Interval,
+    UnsupportedOperation,
+    checked_logits,
+    compute_bounds,
+    compute_margins,
+    forward,
+    trace,
+)
 from certtrain.bounds.folding import fold
 from certtrain.bounds.wrappers import computed
 from certtrain.verifiers.settings import Certify
@@ -146,7 +154,7 @@ def test_hooks_beside_those_that_compute_weights_are_refused():
     for model in (CASES["pruned"](), CASES["DataParallel"]()):
         trace(model)
         (model[0] if isinstance(model, nn.Sequential) else model).register_forward_pre_hook(lambda m, inputs: None)
-        with pytest.raises(UnsupportedNode, match="hooks"):
+        with pytest.raises(UnsupportedOperation, match="hooks"):
             trace(model)
 
 
@@ -155,5 +163,5 @@ def test_compiled_by_torchscript_is_refused(make):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls them deprecated
         model = make(nn.Sequential(nn.Linear(4, 3)))
-    with pytest.raises(UnsupportedNode):
+    with pytest.raises(UnsupportedOperation):
         compute_bounds(model, Interval.box(torch.rand(2, 4), 0.1))

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..bounds import LinfBall, PerturbationSet, UnsupportedNode, checked_logits, trace
+from ..bounds import LinfBall, PerturbationSet, UnsupportedOperation, checked_logits, trace
 from ..bounds.clock import OutOfTime, now, until
 from ..bounds.folding import fold
 from ..bounds.interval import check_pixels
@@ -79,7 +79,7 @@ def _runnable(network: nn.Module) -> nn.Module:
     """The network, or, if it cannot be traced, a module of one opaque operation, which can be run but not bounded."""
     try:
         trace(network)
-    except UnsupportedNode as why:
+    except UnsupportedOperation as why:
         return NetworkModule([Input("input", ()), Opaque("network", (0,), network, why)])
     return network
 
@@ -279,7 +279,7 @@ def certify(
         InputError: pixels outside [0, 1], NaN, or of another dtype; labels outside the range; a set that does not fit
             the images: a radius below 0 or above 1, or a number of radii other than 1 or B; a network of one output
             (see ``certtrain.BinaryScore``), or of anything but logits (B, K).
-        UnsupportedNode: the model contains an operation without a rule.
+        UnsupportedOperation: the model contains an operation without a rule.
     """
     if x.dtype not in (torch.float32, torch.float64):
         # with fewer digits the rounding error, which ``nearest`` leaves out, is as large as margins are

@@ -12,7 +12,7 @@ Three parts depend on the kind of subproblem: a ``Bounder``, a ``Splitter`` and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar

@@ -73,7 +73,7 @@ def run_instances(
     check(timeout is None or 0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
     try:
-        with file.alone():
+        with file.exclusive():
             done = _count_answered(file, instances)
             reader = _NetworkReader(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..bounds.operations import Entrywise, Gelu, GeluTanh, Opaque, Operation, Scale, Silu, Sum, UnsupportedNode
+from ..bounds.operations import Entrywise, Gelu, GeluTanh, Opaque, Operation, Scale, Silu, Sum, UnsupportedOperation
 from ..typed import as_floats
 from .onnx_steps import Construction, OnnxStep, Value
 
@@ -64,7 +64,7 @@ def product(step: OnnxStep) -> Value | None:
 
 def _entrywise(step: OnnxStep, kind: str, function: Callable[[Tensor], Tensor]) -> Value:
     place = f"{step.run.path}: {step.node.op_type} {step.path!r}"
-    why = UnsupportedNode(f"{place}: found it outside of a GELU; accepted: x * (1 + erf(x / sqrt(2))), or by tanh")
+    why = UnsupportedOperation(f"{place}: found it outside of a GELU; accepted: x * (1 + erf(x / sqrt(2))), or by tanh")
     return step.append(Opaque, step.value(0), step.shape, GatePart(kind, function), why)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..bounds.clock import look, looking
 from ..bounds.network import NetworkModule
-from ..bounds.operations import Input, Rearrangement, UnsupportedNode
+from ..bounds.operations import Input, Rearrangement, UnsupportedOperation
 from ..errors import InputError
 from .onnx_operators import RULES
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
@@ -58,7 +58,7 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     """Read the network in an ONNX file, plain or gzipped, with its weights inside or in files of the same folder.
 
     Raises:
-        UnsupportedNode: an operator without a rule, or used in a way without one; names it.
+        UnsupportedOperation: an operator without a rule, or used in a way without one; names it.
         InputError: no such file, or no valid model; several inputs or outputs; an input that is not float32, or has
             a dynamic dimension other than the first; an output that does not depend on the input.
     """
@@ -169,12 +169,12 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
     constants.
 
     Raises:
-        UnsupportedNode: one of them has no rule, or a constant is made in a way that onnxruntime cannot repeat.
+        UnsupportedOperation: one of them has no rule, or a constant is made in a way that onnxruntime cannot repeat.
     """
     computed, known = list[onnx.NodeProto](), {name}
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx"):
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"{_place(node, path)}: found domain {node.domain!r}; accepted: operators of ONNX: {SUPPORTED}"
             )
         if node.op_type not in ("Shape", "Size") and known & set(node.input):
@@ -183,11 +183,11 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
             continue
         if node.op_type in NOT_CONSTANT:
             accepted = "constants that are made without branches, loops or random numbers"
-            raise UnsupportedNode(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
+            raise UnsupportedOperation(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
     computed = _live(computed, model.graph.output[0].name)
     for node in (node for node in computed if node.op_type not in RULES):
         hint = HINT if node.op_type in ("Softmax", "LogSoftmax") and node is computed[-1] else ""
-        raise UnsupportedNode(
+        raise UnsupportedOperation(
             f"{_place(node, path)}: found an operator without a bound rule{hint}; accepted: {SUPPORTED}"
         )
     return computed

@@ -28,7 +28,7 @@ from ..bounds.operations import (
     Scale,
     Selection,
     Sum,
-    UnsupportedNode,
+    UnsupportedOperation,
 )  # fmt: skip
 
 Shape = tuple[int, ...]
@@ -117,7 +117,7 @@ class OnnxStep:
 
     def refuse(self, found: str, accepted: str) -> NoReturn:
         place = f"{self.run.path}: {self.node.op_type} {self.path!r}"
-        raise UnsupportedNode(f"{place}: found {found}; accepted: {accepted}")
+        raise UnsupportedOperation(f"{place}: found {found}; accepted: {accepted}")
 
     def has(self, number: int) -> bool:
         return number < len(self.node.input) and self.node.input[number] != ""

@@ -8,7 +8,7 @@ from .early_stopped import EarlyStopped
 from .frank_wolfe import FrankWolfe
 from .linearisation import Linearisation
 from .modes import buffers_kept, in_mode
-from .nuclear import ClimbsNuclear, Nuclear, nuclear_norm
+from .nuclear import Nuclear, NuclearNormAttack, nuclear_norm
 from .objective import CrossEntropy, Divergence, KullbackLeibler, Objective, SquaredEuclidean, SwitchedMargin, lead
 from .pgd import Pgd
 from .prior import PriorGuided, SmoothedCrossEntropy
@@ -17,9 +17,9 @@ from .sparse import CornerSearch, Pgd0, Saif, SigmaZero, SparseNuclear, SparsePg
 from .transferred import Transferred
 
 __all__ = [
-    "RECORDING", "Ascent", "Attack", "AttackResult", "Checkpoints", "ClimbsNuclear", "CornerSearch", "CrossEntropy",
-    "Divergence", "EarlyStopped", "FrankWolfe", "KullbackLeibler", "Linearisation", "Nuclear", "Objective", "Pgd",
-    "Pgd0", "PriorGuided", "Saif", "SigmaZero", "SmoothedCrossEntropy", "SparseNuclear", "SparsePgd", "SparseRs",
+    "RECORDING", "Ascent", "Attack", "AttackResult", "Checkpoints", "CornerSearch", "CrossEntropy", "Divergence",
+    "EarlyStopped", "FrankWolfe", "KullbackLeibler", "Linearisation", "Nuclear", "NuclearNormAttack", "Objective",
+    "Pgd", "Pgd0", "PriorGuided", "Saif", "SigmaZero", "SmoothedCrossEntropy", "SparseNuclear", "SparsePgd", "SparseRs",
     "SparseTransferred", "SquaredEuclidean", "SwitchedMargin", "Transferred", "attack_field", "buffers_kept",
     "default_attack", "gradient_of", "in_mode", "lead", "nuclear_norm", "records_start",
 ]  # fmt: skip

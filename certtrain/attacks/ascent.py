@@ -70,11 +70,11 @@ class Ascent(Attack[NormBall]):
         return ball.scaled((self.start_scale if self.start != "zero" else 0.0) + self.steps * self.step_size)
 
     def propose(self, model: nn.Module, batch: Batch, ball: NormBall, step: Step) -> AttackResult:
-        climbed = self.climbed(model, batch, step)
+        maximised = self.maximised(model, batch, step)
         points = self.begin(batch, ball, step)
         trace, correct = {"start": points}, torch.zeros_like(batch.labels)
         for number in range(1, self.steps + 1):
-            logits, gradient = gradient_of(model, points, climbed)
+            logits, gradient = gradient_of(model, points, maximised)
             correct += logits.argmax(1) == batch.labels
             trace.setdefault("logits", logits)
             trace.setdefault("gradient", gradient)
@@ -83,7 +83,7 @@ class Ascent(Attack[NormBall]):
                 trace["iterate"] = points
         return AttackResult(points, {**trace, "correct": correct})
 
-    def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
+    def maximised(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
         """The function of the logits (B, K) whose sum over the batch is maximised."""
         objective = self.objective or CrossEntropy()
         reference = objective.reference(model, batch)

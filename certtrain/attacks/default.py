@@ -12,7 +12,7 @@ from .base import Attack
 
 
 def default_attack(ball: PerturbationSet, purpose: Purpose) -> Attack[Any]:
-    """The attack that ``attack: null`` means for this set: the section in its ``default_attacks``, read as in a recipe.
+    """The attack that ``attack: null`` means for this set: its ``default_attacks``, read like a section of a recipe.
 
     Raises:
         InputError: the section names an unknown attack, or fields that the attack does not have.

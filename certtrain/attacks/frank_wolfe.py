@@ -38,10 +38,10 @@ class FrankWolfe(Attack[PerturbationSet]):
         return self if self.objective is not None else replace(self, objective=objective)
 
     def propose(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> AttackResult:
-        climbed = self.objective or CrossEntropy()
-        reference, points = climbed.reference(model, batch), batch.images
+        objective = self.objective or CrossEntropy()
+        reference, points = objective.reference(model, batch), batch.images
         for number in range(self.steps):
-            _, gradient = gradient_of(model, points, lambda z: climbed(z, reference))
+            _, gradient = gradient_of(model, points, lambda z: objective(z, reference))
             points = points + 2 / (number + 2) * (farthest(ball, batch.images, gradient) - points)
         return AttackResult(points)
 

@@ -16,8 +16,8 @@ COUNT = "nuclear_iterations"
 
 
 @dataclass(frozen=True)
-class ClimbsNuclear(Attack[SetT]):
-    """Mixin for attacks that add the nuclear norm to their objective at every other iteration.
+class NuclearNormAttack(Attack[SetT]):
+    """Mixin that adds the nuclear norm to the maximised objective in every other iteration.
 
     The objective is sum CE(f(x'), y) + weight · |f(x') - f(x)|_*, with the norm in the 2nd, 4th, … global batch of a
     training (the count is state of the run) and in every batch where no count is kept. The published code takes f(x) in
@@ -36,8 +36,8 @@ class ClimbsNuclear(Attack[SetT]):
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
         return {COUNT: StateSpec("run", dtype=torch.int64)}
 
-    def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
-        objective: Callable[[Tensor], Tensor] = super().climbed(model, batch, step)  # type: ignore[misc]
+    def maximised(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
+        objective: Callable[[Tensor], Tensor] = super().maximised(model, batch, step)  # type: ignore[misc]
         joins, weight = _joins(batch, step), self.weight
         if not joins or weight is None or weight == 0:
             return objective
@@ -47,7 +47,7 @@ class ClimbsNuclear(Attack[SetT]):
 
 
 @dataclass(frozen=True)
-class Nuclear(ClimbsNuclear[NormBall], Ascent):
+class Nuclear(NuclearNormAttack[NormBall], Ascent):
     """NuAT's attack: one step of size epsilon from a random corner of half the ball."""
 
     attack_mode: AttackMode = "eval"

@@ -118,7 +118,7 @@ class SquaredEuclidean(Divergence):
         return F.softmax(logits, 1).square().sum(1)
 
 
-def begun(objective: Objective, kept: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+def nonzero_start(objective: Objective, kept: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
     """The start (B, *shape) of each sample: its stored change, or a fresh one where that is 0 and the objective is a
     divergence, whose gradient is 0 at the image itself."""
     if not isinstance(objective, Divergence):

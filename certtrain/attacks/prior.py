@@ -13,7 +13,7 @@ from ..bounds import NormBall, PerturbationSet
 from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .base import Attack, AttackResult, gradient_of
-from .objective import CrossEntropy, Objective, begun
+from .objective import CrossEntropy, Objective, nonzero_start
 
 PRIOR, MOMENTUM = "prior", "prior_momentum"
 
@@ -71,7 +71,7 @@ class PriorGuided(Attack[NormBall]):
 
         if kept and step.epoch % self.reset:
             change, momentum = (step.state.read(name, batch).to(images.dtype) for name in (PRIOR, MOMENTUM))
-            change = begun(objective, change, fresh)
+            change = nonzero_start(objective, change, fresh)
         else:
             change = fresh()
         start = ball.project(images, (images + change).clamp(0, 1))

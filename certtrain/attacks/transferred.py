@@ -13,7 +13,7 @@ from ..errors import check
 from ..step import Augmentation, Batch, StateSpec, Step
 from .ascent import Ascent, Start
 from .base import AttackResult
-from .objective import CrossEntropy, Objective, begun
+from .objective import CrossEntropy, Objective, nonzero_start
 
 KEPT = "transferred"
 
@@ -65,7 +65,7 @@ class Transferred(Ascent):
             step.state.write(KEPT, batch, kept)
         change = window(kept, batch)
         if self.objective is not None:
-            change = begun(self.objective, change, lambda: fresh(images.shape[1:]))
+            change = nonzero_start(self.objective, change, lambda: fresh(images.shape[1:]))
         return self.bounded(images, images + change, ball)
 
     def propose(self, model: nn.Module, batch: Batch, ball: NormBall, step: Step) -> AttackResult:

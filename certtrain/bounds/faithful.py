@@ -43,7 +43,7 @@ def checked_logits(model: nn.Module, images: Tensor) -> Tensor:
     all images in reversed order, and on a single one.
 
     Raises:
-        UnsupportedNode: the model contains an operation without a rule.
+        UnsupportedOperation: the model contains an operation without a rule.
         InputError: an image's logits depend on other images, or the network's logits differ from the model's.
     """
     own = _own(model)
@@ -68,7 +68,7 @@ def check_faithful(model: nn.Module | Network, box: Interval | Region) -> None:
     """Check a model against its traced network at the centre and a random point of each of the first ``IMAGES`` boxes.
 
     Raises:
-        UnsupportedNode, InputError: as in ``checked_logits``.
+        UnsupportedOperation, InputError: as in ``checked_logits``.
     """
     if isinstance(model, Network) or _own(model) is None:
         return

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .interval import Interval
 from .network import Network
-from .operations import Affine, Dense, Input, UnsupportedNode
+from .operations import Affine, Dense, Input, UnsupportedOperation
 from .region import Region
 
 
@@ -21,7 +21,7 @@ def first_layer(network: Network, operation: Affine, region: Region, hull: Inter
     Args:
         hull: the box of the operation's input.
     Raises:
-        UnsupportedNode: the input does not have the image's shape, or the set has no projection to patches.
+        UnsupportedOperation: the input does not have the image's shape, or the set has no projection to patches.
     """
     images = region.images
     scale, shift = _input_map(network, operation.inputs[0], images)
@@ -29,7 +29,7 @@ def first_layer(network: Network, operation: Affine, region: Region, hull: Inter
     kept = scale.numel() == images[:1].numel() if dense else scale.shape[1:] == images.shape[1:]
     if not kept and len(images):
         name = "Linear" if dense else f"Conv{operation.weight.ndim - 2}d"
-        raise UnsupportedNode(
+        raise UnsupportedOperation(
             f"{name} at {operation.path!r} as the first layer over {region.kind}: "
             f"found an input of shape {tuple(scale.shape[1:])}; accepted: the image's own, {tuple(images.shape[1:])}"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .network import Network, NetworkModule, Statistics
-from .operations import Affine, Input, Operation, UnsupportedNode
+from .operations import Affine, Input, Operation, UnsupportedOperation
 from .tracing import trace
 
 
@@ -31,7 +31,7 @@ def fold(
         as_written: keep the operators of a network file: batch norms are not merged, and constants stay in float64
             instead of being rounded to float32. Use with ``dtype=torch.float64``; no effect on other models.
     Raises:
-        UnsupportedNode: the model contains an operation without a rule.
+        UnsupportedOperation: the model contains an operation without a rule.
         InputError: a weight is not finite.
     """
     written = as_written and isinstance(model, NetworkModule)
@@ -99,5 +99,5 @@ class _Folding:
     def finite(self, weight: Tensor, path: str) -> Tensor:
         """``weight``, checked to be finite if this folding checks."""
         if self.checks and not weight.isfinite().all():
-            raise UnsupportedNode(f"{path}: found a weight that is not finite; accepted: finite weights")
+            raise UnsupportedOperation(f"{path}: found a weight that is not finite; accepted: finite weights")
         return weight

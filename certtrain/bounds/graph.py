@@ -22,7 +22,7 @@ from ..typed import (
     is_sequence_or_set,
     named_modules,
 )
-from .operations.base import UnsupportedNode
+from .operations.base import UnsupportedOperation
 from .operations.registry import MODULES
 from .wrappers import computed
 
@@ -93,17 +93,17 @@ def refuse_hidden_forward(path: str, module: nn.Module) -> None:
     where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
     refuse_hooks(where, module)
     if "forward" in vars(module):
-        raise UnsupportedNode(f"{where} has a forward of its own beside its class'; accepted: the class' forward")
+        raise UnsupportedOperation(f"{where} has a forward of its own beside its class'; accepted: the class' forward")
     kind = type(module)
     if isinstance(module, fx.GraphModule):  # has a class of its own, whose __call__ reports errors
         kind = kind.__mro__[1]
     if kind.__call__ is not nn.Module.__call__:
-        raise UnsupportedNode(f"{where} overrides __call__; accepted: a class that defines forward alone")
+        raise UnsupportedOperation(f"{where} overrides __call__; accepted: a class that defines forward alone")
 
 
 def refuse_hooks(where: str, module: nn.Module) -> None:
     if _has_hooks(module):
-        raise UnsupportedNode(f"{where} has forward hooks; accepted: none")
+        raise UnsupportedOperation(f"{where} has forward hooks; accepted: none")
 
 
 IN_PLACE = {name: getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv")}
@@ -152,7 +152,7 @@ def refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
     unchanged one in the network.
 
     Raises:
-        UnsupportedNode: naming the operation and its input.
+        UnsupportedOperation: naming the operation and its input.
     """
     module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -162,7 +162,7 @@ def refuse_shared_mutation(model: nn.Module, node: fx.Node) -> None:
     value = first_operand(node)
     while in_place and isinstance(value, fx.Node):
         if len(value.users) > 1:
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"{name} at {node.name!r} changes {value.name!r} in place while others read it; accepted: inplace=False"
             )
         layer = model.get_submodule(str(value.target)) if value.op == "call_module" else None

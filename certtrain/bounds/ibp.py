@@ -51,7 +51,7 @@ def compute_bounds(
         An ``Interval`` of shape (B, K); ``.lower`` and ``.upper`` are the bounds. Differentiable. Holds in
         round-to-nearest arithmetic of the model's dtype, up to its rounding error.
     Raises:
-        UnsupportedNode: the model contains an operation without a rule.
+        UnsupportedOperation: the model contains an operation without a rule.
         InputError: an invalid box (crossed ends, a negative radius, NaN, pixels outside [0, 1]); a model whose logits
             differ from its traced network's, or depend on other images.
     """
@@ -82,7 +82,7 @@ def compute_margins(
         (B, K - 1), columns j != y in increasing order; and the intervals kept (none without ``keep``).
     Raises:
         InputError: a network of one output, which has no margins; labels that are not whole numbers.
-        UnsupportedNode: as in ``compute_bounds``.
+        UnsupportedOperation: as in ``compute_bounds``.
     """
     propagation = _Propagation(model, statistics, keep, shrink)
     output, last = propagation.run(box, stop_before_last=True)

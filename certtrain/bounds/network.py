@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .interval import Bounds
 from .operations.affine import Affine
-from .operations.base import Nonlinear, Operation, UnsupportedNode
+from .operations.base import Nonlinear, Operation, UnsupportedOperation
 from .operations.batch_norm import BatchNorm, BatchStatistics
 from .operations.opaque import Opaque
 from .operations.rearrangement import Rearrangement
@@ -28,7 +28,7 @@ from .operations.relu import Relu
 if TYPE_CHECKING:
     from .rounding import Rounding
 
-__all__ = ["Network", "NetworkModule", "Statistics", "UnsupportedNode"]
+__all__ = ["Network", "NetworkModule", "Statistics", "UnsupportedOperation"]
 
 Statistics = Mapping[int, BatchStatistics]
 """Batch statistics by the position of their batch norm in the network."""

@@ -125,7 +125,7 @@ class PerturbationSet(Component):
         if self._has_size_per_image() and len(self.epsilon) != len(images):
             found = f"{len(self.epsilon)} numbers for {len(images)} images"
             raise InputError(f"{self.size}: found {found}; accepted: one, or one for each")
-        if not devices.waits(images):
+        if not devices.reading_waits(images):
             check_pixels(images)
         return Around(self, images)
 
@@ -246,7 +246,7 @@ class NormBall(PerturbationSet):
     def _check_radii(self, radii: Tensor) -> None:
         shape = f"{radii.dtype} of shape {(*radii.shape,)}"
         check(radii.is_floating_point() and radii.ndim <= 1, "epsilon", shape, "a number, or floats (B,)")
-        if devices.waits(radii):  # see ``cut_box``
+        if devices.reading_waits(radii):  # see ``cut_box``
             return
         for radius in as_floats(radii[~((radii >= 0) & (radii < torch.inf))]):
             check(False, "epsilon", radius, self._accepted())

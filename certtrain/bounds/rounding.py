@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .interval import Interval
-from .operations.base import UnsupportedNode
+from .operations.base import UnsupportedOperation
 
 if TYPE_CHECKING:
     from .network import Network
@@ -64,10 +64,10 @@ def gamma(terms: int, unit: float) -> float:
     """Relative error bound of a sum of ``terms`` products at unit roundoff ``unit``.
 
     Raises:
-        UnsupportedNode: the sum is too long for a bound.
+        UnsupportedOperation: the sum is too long for a bound.
     """
     if terms * unit >= 0.5:
-        raise UnsupportedNode(
+        raise UnsupportedOperation(
             f"found a sum of {terms} terms; accepted: fewer than {0.5 / unit:g} at unit roundoff {unit:g}"
         )
     return terms * unit / (1 - terms * unit) * SAFETY
@@ -82,12 +82,12 @@ def check(network: Network) -> None:
     """Refuse a network with an operation whose rounding has no bound.
 
     Raises:
-        UnsupportedNode: naming the operation.
+        UnsupportedOperation: naming the operation.
     """
     for number in network.nonlinear:
         operation = network.nonlinear_at(number)
         if not operation.piecewise_linear:
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"{operation.path}: found {operation.kind}; accepted in this arithmetic: relu, leaky_relu"
             )
 

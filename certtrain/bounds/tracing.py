@@ -22,7 +22,7 @@ from .graph import (
     signature,
 )
 from .network import Network, NetworkModule, ending_with
-from .operations import Input, Operation, Scale, Sum, UnsupportedNode
+from .operations import Input, Operation, Scale, Sum, UnsupportedOperation
 from .operations.concat import concat
 from .operations.registry import FUNCTIONS, BatchSize, rule_of, supported
 from .operations.scale import Coefficients
@@ -46,7 +46,7 @@ def trace(model: nn.Module | Network) -> Network:
     The model is traced in evaluation mode, as bounds enclose it. A ``Network`` is returned as it is.
 
     Raises:
-        UnsupportedNode: an operation without a rule, named with its path in the model.
+        UnsupportedOperation: an operation without a rule, named with its path in the model.
     """
     if isinstance(model, Network):
         return model
@@ -113,7 +113,7 @@ class _Tracing:
         """Trace the model.
 
         Raises:
-            UnsupportedNode: naming the operation and its path in the model.
+            UnsupportedOperation: naming the operation and its path in the model.
         """
         refuse_hidden_forward("", self.model)
         tracer = Tracer()
@@ -124,7 +124,7 @@ class _Tracing:
         try:
             graph = tracer.trace(self.root)
         except Exception as error:  # whatever the model's forward raises on a proxy
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"{type(self.model).__name__}: its forward cannot be traced ({error}); "
                 "accepted: a forward without branches on values"
             ) from error
@@ -137,7 +137,7 @@ class _Tracing:
             self.values[node] = self._visit(node)
         value = output.args[0]
         if not isinstance(value, fx.Node) or type(self.values[value]) is not int:
-            raise UnsupportedNode(f"output: found {value}; accepted: one tensor of logits")
+            raise UnsupportedOperation(f"output: found {value}; accepted: one tensor of logits")
         return ending_with(self.operations, self.values[value])
 
     def _visit(self, node: fx.Node) -> Any:
@@ -145,12 +145,12 @@ class _Tracing:
             if not self.operations:
                 return self.append(Input("input", ()))
             if node.users or not node.args:
-                raise UnsupportedNode(f"{node.name}: a second input; accepted: a model of one input")
+                raise UnsupportedOperation(f"{node.name}: a second input; accepted: a model of one input")
             return None
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             if name.startswith("_tensor_constant"):
-                raise UnsupportedNode("a tensor made inside forward; accepted: buffers, parameters and numbers")
+                raise UnsupportedOperation("a tensor made inside forward; accepted: buffers, parameters and numbers")
             return _Constant(self.root.get_submodule(owner), name)
         return self._module(node) if node.op == "call_module" else self._function(node)
 
@@ -167,7 +167,9 @@ class _Tracing:
         rule = rule_of(module)
         position = None if rule is None else rule(self, path, source, module)
         if position is None:
-            raise UnsupportedNode(f"{type(module).__name__} at {path!r} has no bound rule; supported: {supported()}")
+            raise UnsupportedOperation(
+                f"{type(module).__name__} at {path!r} has no bound rule; supported: {supported()}"
+            )
         return position
 
     def _function(self, node: fx.Node) -> Any:
@@ -189,7 +191,7 @@ class _Tracing:
             return concat(self, node)
         if name in FUNCTIONS:
             return FUNCTIONS[name](self, node, self.position(node, first))
-        raise UnsupportedNode(f"{name} at {_place(node)} has no bound rule; supported: {supported()}")
+        raise UnsupportedOperation(f"{name} at {_place(node)} has no bound rule; supported: {supported()}")
 
     def _computed(self, node: fx.Node) -> _Constant:
         """A constant computed from constants, evaluated at each use because buffers may change."""
@@ -197,7 +199,7 @@ class _Tracing:
         if node.kwargs or any(
             type(a) is int and isinstance(n, fx.Node) for a, n in zip(arguments, node.args, strict=True)
         ):
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"{node.name!r}: found options or computed values; accepted: a constant made of constants alone"
             )
 
@@ -213,18 +215,18 @@ class _Tracing:
         """The position of an argument of ``node``.
 
         Raises:
-            UnsupportedNode: the argument is not a tensor computed from the images.
+            UnsupportedOperation: the argument is not a tensor computed from the images.
         """
         value = self.values.get(argument) if isinstance(argument, fx.Node) else argument
         if type(value) is not int or not isinstance(argument, fx.Node):
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"{node.name!r}: found an input that is not computed from the images; accepted: one that is"
             )
         return value
 
     def _arithmetic(self, node: fx.Node, kind: str) -> Any:
         if node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"} or len(node.args) != 2:
-            raise UnsupportedNode(f"{kind} at {node.name!r}: accepted: two operands and no options")
+            raise UnsupportedOperation(f"{kind} at {node.name!r}: accepted: two operands and no options")
         left, right = (self.values[a] if isinstance(a, fx.Node) else _Constant.number(a) for a in node.args)
         positions = [value for value in (left, right) if type(value) is int]
         if not positions:
@@ -235,7 +237,7 @@ class _Tracing:
             return FUNCTIONS[kind](self, node, positions[0])
         constant = right if type(left) is int else left
         if len(positions) != 1 or not isinstance(constant, _Constant) or (kind == "div" and constant is left):
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"{kind} at {_place(node)} has no bound rule for these operands; supported: {supported()}"
             )
         coefficients: dict[str, Coefficients] = {
@@ -264,7 +266,7 @@ class _Constant:
     @classmethod
     def number(cls, value: Any) -> _Constant:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UnsupportedNode(f"found the constant {value!r}; accepted: a number, a parameter or a buffer")
+            raise UnsupportedOperation(f"found the constant {value!r}; accepted: a number, a parameter or a buffer")
         return cls(value)
 
     def value(self) -> Any:

@@ -1,4 +1,4 @@
-"""The one command line; the scripts call it."""
+"""The command line, which the scripts call."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from ..streams import lasting_streams
+from ..streams import tolerant_streams
 from . import compare, diagnose, evaluate, export, import_checkpoint, train, verify
 from .words import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 bad input, 1 training stopped, or verifiers or attacks
-    contradict each other, 128 + n signal n.
+    """Run the command line.
 
-    Nothing that is printed can end it: letters that the terminal lacks are replaced; a reader that left, or a device
-    that is full, is written to no more. Of a full one stderr says so, and the exit code is 2.
+    Failures of the output do not end it: characters missing in the terminal's encoding are replaced; output to a reader
+    that has left or to a full device is dropped. For a full device stderr names the error, and the exit code is 2.
+
+    Returns:
+        the exit code: 0 for success, 2 for bad input, 1 for stopped training or a contradiction between verifiers or
+        attacks, 128 + n for signal n.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(prog="certtrain", description="Certified training, and the proof.")
@@ -27,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (train, verify, evaluate, diagnose, export, import_checkpoint, compare):
         command.add(commands)
-    with lasting_streams() as out:
+    with tolerant_streams() as out:
         try:
             code = _guarded(parser, words)
-        finally:  # also where argparse has shown its help, and leaves
+        finally:  # also when argparse exits after its help
             out.flush()
             if out.missed:
                 why = f"cannot be written ({out.missed}); accepted: a place with room; files are written as ever"
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Errors that a user can cause become one line on stderr."""
+    """Run a command and print errors that a user can cause as one line on stderr."""
     from ..errors import InputError
     from ..evaluation import Contradiction
     from ..training import Interrupted, TrainingStopped

@@ -1,4 +1,4 @@
-"""``compare``: a study's recipes and seeds, trained, evaluated, in one table."""
+"""``compare``: train and evaluate a study's recipes and seeds, and write one table."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _command(path: Path, options: argparse.Namespace) -> str:
-    """The call that reproduces the numbers; --only and --seeds change nothing but the order."""
+    """The call that reproduces the numbers, without --only and --seeds, which only change the order."""
     words = ["python", "scripts/compare.py", str(path)]
     words += ["--jobs", options.jobs] if options.jobs != "1" else []
     words += plugin_words(options.plugins)

@@ -1,4 +1,4 @@
-"""``diagnose``: what a finished run's loss looks like around its images and its weights."""
+"""``diagnose``: measure the loss of a finished run around its images and weights."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def _diagnose(options: argparse.Namespace, rest: list[str]) -> int:
     if fields:
         perturbation = structure(Config, override(unstructure(run.config), fields)).perturbation
     what = None if options.what is None else [word.strip() for word in options.what.split(",")]
-    found = diagnose(
+    diagnosis = diagnose(
         run, checkpoint=options.checkpoint, images=_whole("--images", options.images), what=what,
         top=_whole("--top", options.top), perturbation=perturbation, device=options.device,
     )  # fmt: skip
-    size = sized(found.found["perturbation"]["type"], found.found["epsilon"])
-    _show(f"{path}: {found.found['images']} training images, {size}", found.found)
-    console.print(f"all numbers: {found.file}")
-    for figure in found.figures:
+    size = sized(diagnosis.content["perturbation"]["type"], diagnosis.content["epsilon"])
+    _show(f"{path}: {diagnosis.content['images']} training images, {size}", diagnosis.content)
+    console.print(f"all numbers: {diagnosis.file}")
+    for figure in diagnosis.figures:
         console.print(f"figure: {figure}")
     return 0
 
@@ -82,7 +82,7 @@ def _whole(option: str, text: str) -> int:
     return int(value)
 
 
-def _show(title: str, found: dict) -> None:
+def _show(title: str, content: dict) -> None:
     from rich.table import Table
 
     from ..progress import console
@@ -90,13 +90,13 @@ def _show(title: str, found: dict) -> None:
     table = Table(title=title)
     table.add_column("diagnostic")
     table.add_column("mean", justify="right")
-    rows = [(words, found[name]) for name, words in SHOWN.items() if name in found]
-    split, values = found.get("divergence_split", [None, None]), found.get("hessian_values", [])
-    rows += [("R', split at I = 2, FAIT's", split[min(1, len(split) - 1)])] if "divergence_split" in found else []
+    rows = [(words, content[name]) for name, words in SHOWN.items() if name in content]
+    split, values = content.get("divergence_split", [None, None]), content.get("hessian_values", [])
+    rows += [("R', split at I = 2, FAIT's", split[min(1, len(split) - 1)])] if "divergence_split" in content else []
     rows += [("largest eigenvalue of the weights' Hessian", values[0])] if values else []
-    if values := found.get("adversarial_hessian_values", []):
+    if values := content.get("adversarial_hessian_values", []):
         rows.append(("largest eigenvalue of the adversarial loss' Hessian", values[0]))
-    shares, accuracies = found.get("interpolation_shares", []), found.get("interpolation_accuracies", [])
+    shares, accuracies = content.get("interpolation_shares", []), content.get("interpolation_accuracies", [])
     rows += [(f"accuracy at {share:g} of one step's change", value) for share, value in zip(shares, accuracies)]
     for words, value in rows:
         table.add_row(words, "-" if value is None else f"{value:.4g}")

@@ -1,4 +1,4 @@
-"""``evaluate``: how many test images of a finished run stay right under attack."""
+"""``evaluate``: measure the accuracy of a finished run under attack."""
 
 from __future__ import annotations
 

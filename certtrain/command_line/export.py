@@ -1,4 +1,4 @@
-"""``export``: a finished run's files for other verifiers."""
+"""``export``: write a finished run's files for other verifiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``import-checkpoint``: somebody else's trained network, as a run."""
+"""``import-checkpoint``: import a network trained elsewhere as a run."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def summary(folder) -> None:
 
 
 def stages(records, title: str) -> None:
-    """Who decided what, and how long it took."""
+    """Print the verdicts and seconds of each stage."""
     from rich.table import Table
 
     from ..progress import console
@@ -62,7 +62,7 @@ def say_where(path: Path) -> None:
 
 
 def agreement(found, first: str, second: str) -> None:
-    """How often two verifiers said what of the same image."""
+    """Print the number of images by the statuses of two verifiers."""
     from rich.table import Table
 
     from ..progress import console
@@ -79,7 +79,7 @@ def agreement(found, first: str, second: str) -> None:
 
 
 def accuracies(folder) -> None:
-    """The table of ``evaluation.json``, and what it could not measure."""
+    """Print the table of ``evaluation.json``, and the rows that could not be measured."""
     from rich.table import Table
 
     from ..bounds import size_name, sized

@@ -1,4 +1,4 @@
-"""``train``: a recipe, from start to end."""
+"""``train``: run a recipe from start to end."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _resume(options: argparse.Namespace, overrides: dict[str, str], resume) -> i
 
 
 def _resumed(folder: Path, options: argparse.Namespace) -> str:
-    """The words that go on with a run."""
+    """The call that continues a run."""
     return shlex.join(["--resume", str(folder), *plugin_words(options.plugins)])
 
 

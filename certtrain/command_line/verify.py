@@ -1,4 +1,4 @@
-"""``verify``: a run's test images, by whichever verifier; or an ONNX network and a VNN-LIB property."""
+"""``verify``: verify a run's test images, or a VNN-LIB property of an ONNX network."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 
 @contextlib.contextmanager
 def _says_error() -> Iterator[None]:
-    """Scripts read the answer on stdout: it is ``error``, whatever stderr explains."""
+    """Print ``error`` on stdout when an exception is raised: scripts read the answer there."""
     from ..errors import InputError
 
     try:
@@ -82,7 +82,7 @@ def _says_error() -> Iterator[None]:
 
 
 def _refuse_more(options: argparse.Namespace, rest: list[str]) -> None:
-    """Refuse options about a run's images, which have no meaning for a property."""
+    """Refuse options about a run's images, which do not apply to a property."""
     from ..errors import InputError
 
     about_runs = ("images", "epsilon", "total_timeout", "stages", "device", "abcrown_python", "abcrown_home")
@@ -203,7 +203,7 @@ def _embedded(run: Run, config: Config, limits: dict[str, Any]) -> Verification:
     size = config.perturbation.sized(found.epsilon)
     stages(found.records, f"{run.folder.path}: {len(found.records)} test images, {size}")
     if len(found.certificates) > 1:
-        counts = (f"{arithmetic} {proved} of {asked}" for arithmetic, (proved, asked) in found.certificates.items())
+        counts = (f"{arithmetic} {proved} of {total}" for arithmetic, (proved, total) in found.certificates.items())
         console.print(f"certificates by arithmetic: {', '.join(counts)}")
     say_where(found.file)
     return found
@@ -215,8 +215,8 @@ def _abcrown(options: argparse.Namespace, run: Run, config: Config, limits: dict
 
     abcrown = Abcrown.find(options.abcrown_python, options.abcrown_home)
     found = verify_with_abcrown(run, abcrown, timeout=config.certify.timeout, **limits)
-    asked = f"{len(found.records)} test images by α-β-CROWN, epsilon {found.epsilon:.6g}"
-    stages(found.records, f"{run.folder.path}: {asked}")
+    images = f"{len(found.records)} test images by α-β-CROWN, epsilon {found.epsilon:.6g}"
+    stages(found.records, f"{run.folder.path}: {images}")
     say_where(found.file)
     return found
 

@@ -1,4 +1,4 @@
-"""Words of a command line that argparse does not know: fields of the recipe."""
+"""Command-line words outside argparse: fields of the recipe, plug-ins."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
 
 
 def plugin_words(plugins: list[str]) -> list[str]:
-    """As they stand in a call: ``["--plugin", "a", "--plugin", "b"]``."""
+    """Plug-ins as words of a call: ``["--plugin", "a", "--plugin", "b"]``."""
     return [word for plugin in plugins for word in ("--plugin", plugin)]
 
 
 def one_word_and_pairs(
     command: str, words: list[str], what: str = "run folder", usage: str = "RUN_DIR, the folder of a finished run"
 ) -> tuple[Path, dict[str, str]]:
-    """The one word that is neither an option nor an option's value (``what`` it names), and the options."""
+    """The only word that is neither an option nor its value, called ``what`` in messages, and the options."""
     from ..errors import InputError
 
     place = 0
@@ -49,10 +49,10 @@ def number(option: str, text: str, accepted: str) -> float:
 
 
 def pairs(words: list[str]) -> dict[str, str]:
-    """``["--loss.alpha", "0.02", "--seed=1"]`` → ``{"loss.alpha": "0.02", "seed": "1"}``."""
+    """Options as a mapping: ``["--loss.alpha", "0.02", "--seed=1"]`` → ``{"loss.alpha": "0.02", "seed": "1"}``."""
     from ..errors import InputError
 
-    found: dict[str, str] = {}
+    options: dict[str, str] = {}
     queue = list(words)
     while queue:
         name, joined, value = queue.pop(0).partition("=")
@@ -62,5 +62,5 @@ def pairs(words: list[str]) -> dict[str, str]:
             if not queue:
                 raise InputError(f"{name}: found no value; accepted: {name} VALUE")
             value = queue.pop(0)
-        found[name[2:]] = value
-    return found
+        options[name[2:]] = value
+    return options

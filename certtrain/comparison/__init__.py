@@ -1,4 +1,4 @@
-"""Recipes beside each other: a study is trained, evaluated, and becomes one table."""
+"""Comparison of recipes: a study, its trained and evaluated runs, and its table."""
 
 from .study import Curve, Row, Study, Trial, read_study
 

@@ -1,4 +1,4 @@
-"""Curves of metrics along the epochs, for all rows of a study."""
+"""Curves of metrics over epochs for all rows of a study."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .results import TrialResult
 from .study import Curve, Study
 
 Lines = dict[tuple[str, str], dict[int, Statistic]]
-"""By label and metric: the statistic over seeds of each epoch, from 1."""
+"""The statistic over seeds of each epoch, from 1, by label and metric."""
 DASHES = ("-", "--", ":", "-.")
 
 
 def curve_of(curve: Curve, study: Study, results: Sequence[TrialResult]) -> Lines:
-    """The points that are there; rows without any are left out."""
+    """The available points; rows without any are omitted."""
     lines: Lines = {}
     for row in study.rows:
         runs = [list(RunFolder(result.trial.path).metrics) for result in of_row(row, results)]
@@ -36,7 +36,7 @@ def curve_of(curve: Curve, study: Study, results: Sequence[TrialResult]) -> Line
 
 
 def value_at(line: Mapping[str, Any], metric: str) -> float | None:
-    """The number under ``metric``, whose dots lead into mappings and lists; None where there is none."""
+    """The number at ``metric``, whose dots lead into mappings and lists, or None."""
     value: Any = line
     for key in metric.split("."):
         if isinstance(value, Mapping):
@@ -60,7 +60,7 @@ def curve_csv(lines: Lines) -> str:
 
 
 def curve_figure(curve: Curve, lines: Lines) -> bytes:
-    """A PNG: means over seeds, and a band of one standard deviation around them."""
+    """A PNG of the means over seeds with a band of one standard deviation."""
     figure = canvas(8.5, height(len(lines)))
     place = figure.subplots()
     labels, metrics = list(dict.fromkeys(label for label, _ in lines)), (curve.metric, *curve.beside)

@@ -1,4 +1,4 @@
-"""Accuracy against robustness, with error bars over seeds."""
+"""Figures of accuracy and robustness with error bars over seeds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ SIZES = {"perturbation.epsilon", "perturbation.k"}
 
 
 def trade_off(study: Study, results: Sequence[TrialResult]) -> bytes | None:
-    """A PNG: for each epsilon clean accuracy and that under the study's ``robustness`` attack, of the last checkpoint.
+    """A PNG of robust against clean accuracy of the last checkpoint, with a panel for each epsilon.
 
-    A sweep of numbers is joined by a line. None where no row has both numbers.
+    Robust accuracy is that under the study's ``robustness`` attack. Points of a numeric sweep are joined by a line.
+    None if no row has both numbers.
     """
     epsilons = [key[2] for key in columns(study, results) if key[:2] == ("last", study.robustness)]
     panels = [panel for panel in (_points(study, results, epsilon) for epsilon in epsilons) if panel[1]]
@@ -44,8 +45,8 @@ def trade_off(study: Study, results: Sequence[TrialResult]) -> bytes | None:
 
 
 def against_epsilon(study: Study, results: Sequence[TrialResult]) -> bytes | None:
-    """A PNG: accuracy under the study's ``robustness`` attack, each network attacked at the epsilon that it was trained
-    with, over that epsilon. None where no row's epsilon is swept."""
+    """A PNG of the accuracy under the study's ``robustness`` attack over epsilon, with each network attacked at its own
+    training epsilon. None if no row sweeps epsilon."""
     points = trained_at(study, results)
     if not points:
         return None
@@ -63,7 +64,7 @@ def against_epsilon(study: Study, results: Sequence[TrialResult]) -> bytes | Non
 
 
 def trained_at(study: Study, results: Sequence[TrialResult]) -> dict[str, list[tuple[float, ...]]]:
-    """By group: epsilon, accuracy and its deviation in %, of the rows whose epsilon is swept."""
+    """Epsilon, accuracy and its deviation in % of the rows that sweep epsilon, by group."""
     points: dict[str, list[tuple[float, ...]]] = {}
     for row in study.rows:
         epsilon = float(row.config.perturbation.epsilon)
@@ -80,7 +81,7 @@ def _named(study: Study) -> str:
 
 
 def _points(study: Study, results: Sequence[TrialResult], epsilon: float | None):
-    """By group: clean accuracy, its deviation, robust accuracy, its deviation, in %; of rows that have both."""
+    """Clean accuracy, its deviation, robust accuracy and its deviation, in %, by group; rows that have both."""
     points: dict[str, list[tuple[float, ...]]] = {}
     for row in study.rows:
         clean = accuracies(row, ("last", "clean", None), results)
@@ -92,7 +93,7 @@ def _points(study: Study, results: Sequence[TrialResult], epsilon: float | None)
 
 
 def canvas(width: float, height: float) -> Any:
-    """A figure of so many inches, without pyplot's global state."""
+    """A figure of this size in inches, without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -102,7 +103,7 @@ def canvas(width: float, height: float) -> Any:
 
 
 def height(entries: int) -> float:
-    """Inches of a figure whose legend has so many."""
+    """Height in inches of a figure with this number of legend entries."""
     return max(4.8, 0.8 + 0.2 * entries)
 
 
@@ -113,7 +114,7 @@ def colour(number: int) -> Any:
 
 
 def png(figure: Any) -> bytes:
-    """The same bytes for the same figure: without the date, and without the library's version."""
+    """A figure as PNG without date and library version, so that equal figures give equal bytes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
     return file.getvalue()

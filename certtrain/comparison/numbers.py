@@ -1,4 +1,4 @@
-"""Means over seeds, and the columns that they stand in."""
+"""Means over seeds, and the columns of the table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .study import Row, Study
 
 CHECKPOINTS = ("last", "best")
 PROOFS = {"ibp": "certified by IBP", "crown": "certified by CROWN", "certified": "certified"}
-"""Headings of the columns that are no attacks."""
+"""Headings of the columns of certified accuracies."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Statistic:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Statistic | None:
-        """Mean and deviation of the values other than None; None where there are no such values."""
+        """The statistic of the values other than None; None if there are none."""
         there = [value for value in values if value is not None]
         if not there:
             return None
@@ -36,13 +36,13 @@ class Statistic:
 
 
 def columns(study: Study, results: Iterable[TrialResult]) -> list[Key]:
-    """The columns of the table, in order: those that the study asks for, and all others that were found."""
+    """The columns of the table, in order: those requested by the study, then all others in the results."""
     found = {key for result in results for key in result.accuracies}
     for row in study.rows:
-        asked = row.config.evaluate.attacks
-        found |= {("last", attack, epsilon) for attack in asked for epsilon in epsilons_of(row.config)}
-    asked = dict.fromkeys(attack for row in study.rows for attack in row.config.evaluate.attacks)
-    attacks = ["clean", *(attack for attack in asked if attack not in PROOFS)]
+        attacks = row.config.evaluate.attacks
+        found |= {("last", attack, epsilon) for attack in attacks for epsilon in epsilons_of(row.config)}
+    requested = dict.fromkeys(attack for row in study.rows for attack in row.config.evaluate.attacks)
+    attacks = ["clean", *(attack for attack in requested if attack not in PROOFS)]
     others = sorted({attack for _, attack, _ in found} - {*attacks, *PROOFS})
     order = [*attacks, *others, *PROOFS]
     found.add(("last", "clean", None))
@@ -54,12 +54,12 @@ def accuracies(row: Row, key: Key, results: Iterable[TrialResult]) -> Statistic 
 
 
 def seconds(row: Row, results: Iterable[TrialResult]) -> Statistic | None:
-    """Seconds of training for an epoch."""
+    """Seconds of training per epoch."""
     return Statistic.of(result.seconds for result in of_row(row, results))
 
 
 def ratio(row: Row, reference: str, results: Iterable[TrialResult]) -> float | None:
-    """Mean seconds over those of the reference; None where they are not there, or another machine's."""
+    """Mean seconds divided by those of the reference; None if one is missing or from another machine."""
     results = list(results)
     own, other = of_row(row, results), [result for result in results if result.trial.row.label == reference]
     machines = {(result.made_by["device"], result.made_by["threads"]) for result in (*own, *other)}
@@ -74,26 +74,26 @@ def of_row(row: Row, results: Iterable[TrialResult]) -> list[TrialResult]:
 
 
 def made_by(results: Iterable[TrialResult]) -> Mapping[str, list[str]]:
-    """Every version, device and number of threads that had a part in the numbers."""
+    """All versions, devices and thread counts that computed the numbers."""
     return united(versions for result in results for versions in (result.made_by, *result.evaluated_by))
 
 
 def kind_of(study: Study) -> str:
-    """The class name of the rows' perturbation sets; empty where they differ."""
+    """The class name of the rows' perturbation sets; ``""`` if they differ."""
     kinds = {row.config.perturbation.kind for row in study.rows}
     return kinds.pop() if len(kinds) == 1 else ""
 
 
 def heading(key: Key, checkpoints: bool, kind: str = "") -> str:
-    """The heading of a column, such as ``pgd-50-10, 8/255`` or, for sparse sets, ``spgd-u-100, k 20``; with the
-    checkpoint where there are two."""
+    """The heading of a column, such as ``pgd-50-10, 8/255``, or ``spgd-u-100, k 20`` for sparse sets; with the
+    checkpoint if there are two."""
     checkpoint, attack, epsilon = key
     size = [] if epsilon is None else [radius(epsilon) if size_name(kind) == "epsilon" else sized(kind, epsilon)]
     return ", ".join([PROOFS.get(attack, attack), *size, *([checkpoint] if checkpoints else [])])
 
 
 def radius(epsilon: float) -> str:
-    """``0.03137…`` → ``8/255``; ``0.1`` stays."""
+    """A radius as text: ``0.03137…`` → ``8/255``, ``0.1`` → ``0.1``."""
     whole = Fraction(round(epsilon * 255))
     exact = whole and math.isclose(float(whole / 255), epsilon, rel_tol=1e-9)
     return f"{whole}/255" if exact and epsilon < 0.2 else f"{epsilon:.6g}"

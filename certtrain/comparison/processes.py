@@ -1,4 +1,4 @@
-"""Several trials at a time: each is a ``compare`` of its own, in a process of its own."""
+"""Several trials at a time, each as a ``compare`` in its own process."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ POLL = 0.05
 def in_processes(
     trials: Sequence[Trial], jobs: int, study: Path, folder: Path, plugins: Sequence[str | Path], quiet: bool
 ) -> Iterator[tuple[Trial, str | None]]:
-    """Finish the trials, at most ``jobs`` at a time; yields each one that has ended, and why it failed or None.
+    """Finish the trials, at most ``jobs`` at a time. Yields each finished trial with the reason of its failure or None.
 
-    What a process says goes into ``<folder>/logs/``. SIGINT and SIGTERM are handed on, and waited for.
+    The output of the processes goes to ``<folder>/logs/``. SIGINT and SIGTERM are passed on to them.
 
     Raises:
-        InputError: what a process was refused, once those beside it have saved themselves.
-        Interrupted: a signal asked to stop.
+        InputError: a process was refused an input; raised after the others have saved their runs.
+        Interrupted: a signal stopped the trials.
     """
     waiting, running = deque(trials), dict[subprocess.Popen, Trial]()
     logs = folder / "logs"
@@ -41,11 +41,12 @@ def in_processes(
                     running[_start(trial, study, folder, plugins, logs)] = trial
                 time.sleep(POLL)
                 for process in running.keys() - told if stop.signal or refused else ():
-                    process.terminate()  # once: it saves itself
+                    process.terminate()  # once: the process saves its run
                     told.add(process)
                 for process in [process for process in running if process.poll() is not None]:
                     trial, ended = running.pop(process), ended + 1
-                    why = None if process.returncode == 0 else _said(trial, logs / f"{trial.path.name}.log", process)
+                    log = logs / f"{trial.path.name}.log"
+                    why = None if process.returncode == 0 else _failure_reason(trial, log, process)
                     refused = refused or (why if process.returncode == 2 else None)
                     if not quiet:
                         became = "saved" if stop.signal and why else why or "done"
@@ -56,7 +57,7 @@ def in_processes(
             for process in running:
                 process.terminate()
                 process.wait()
-    stop.raise_if_asked()
+    stop.raise_if_requested()
     if refused:
         raise InputError(refused)
 
@@ -72,8 +73,8 @@ def _start(trial: Trial, study: Path, folder: Path, plugins: Sequence[str | Path
         )  # fmt: skip
 
 
-def _said(trial: Trial, log: Path, process: subprocess.Popen) -> str:
-    """The last line that the process wrote, or how it ended."""
+def _failure_reason(trial: Trial, log: Path, process: subprocess.Popen) -> str:
+    """The reason of a failure: the last line that the process wrote, or its exit status."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if process.returncode < 0:
         return f"ended by signal {-process.returncode}; see {log}"

@@ -1,4 +1,4 @@
-"""A study's table and figures, of the runs that are there. A file that would not change is not touched."""
+"""A study's table and figures from the available runs. Unchanged files are not rewritten."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .study import Study
 
 
 def results_of(study: Study, folder: Path) -> list[TrialResult]:
-    """The results of the trials that are trained.
+    """The results of the trained trials.
 
     Raises:
         InputError: they were trained on different data.
@@ -33,7 +33,7 @@ def results_of(study: Study, folder: Path) -> list[TrialResult]:
 
 
 def write_table(study: Study, folder: Path, failures: Mapping[str, str]) -> None:
-    """``table.md`` and ``table.csv``."""
+    """Write ``table.md`` and ``table.csv``."""
     results = results_of(study, folder)
     calls = [call["command"] for call in JsonLines(folder / "calls.jsonl")]
     put(folder / "table.md", markdown(study, results, calls, failures).encode())
@@ -41,7 +41,7 @@ def write_table(study: Study, folder: Path, failures: Mapping[str, str]) -> None
 
 
 def write_figures(study: Study, folder: Path) -> None:
-    """``figure.png``, ``figure-epsilon.png`` where that is swept; for each curve with a point a figure, its numbers."""
+    """Write ``figure.png``, ``figure-epsilon.png`` if epsilon is swept, and each curve with points as PNG and CSV."""
     results = results_of(study, folder)
     if (image := trade_off(study, results)) is not None:
         put(folder / "figure.png", image)
@@ -55,7 +55,7 @@ def write_figures(study: Study, folder: Path) -> None:
 
 
 def markdown(study: Study, results: Sequence[TrialResult], calls: Sequence[str], failures: Mapping[str, str]) -> str:
-    """The table, and below it what made it."""
+    """The table in Markdown, followed by notes and the calls that made it."""
     keys = columns(study, results)
     two = len({key[0] for key in keys}) > 1
     headings = [heading(key, two, kind_of(study)) for key in keys]
@@ -86,9 +86,9 @@ def _notes(study: Study, results: Sequence[TrialResult], keys: Sequence) -> list
         "s/epoch: the median epoch, without what is measured after it; compared on one device and thread count alone.",
         f"{len(results)} of {runs} runs are trained.",
     ]  # fmt: skip
-    surroundings = made_by(results)
-    if surroundings:
-        notes.append("; ".join(f"{name} {', '.join(values)}" for name, values in surroundings.items()) + ".")
+    origins = made_by(results)
+    if origins:
+        notes.append("; ".join(f"{name} {', '.join(values)}" for name, values in origins.items()) + ".")
     return notes
 
 
@@ -101,7 +101,7 @@ def plain(statistic: Statistic | None, runs: int) -> str:
 
 
 def _cell(statistic: Statistic | None, runs: int, scale: float) -> str:
-    """Mean ± deviation; with an n of its own where not all of the row's runs have the number."""
+    """Mean ± deviation, with n if not all runs of the row have the number."""
     if statistic is None:
         return ""
     text = f"{scale * statistic.mean:.2f}"
@@ -111,7 +111,7 @@ def _cell(statistic: Statistic | None, runs: int, scale: float) -> str:
 
 
 def table_csv(study: Study, results: Sequence[TrialResult]) -> str:
-    """The same, unrounded; accuracies are shares."""
+    """The table as CSV, unrounded; accuracies are shares."""
     keys = columns(study, results)
     titles = [f"{heading(key, True, kind_of(study))}{end}" for key in keys for end in ("", " sd", " n")]
     ends = ["seconds per epoch", "seconds per epoch sd", f"time / {study.reference}"]
@@ -138,7 +138,7 @@ def written(rows: Sequence[Sequence[str]]) -> str:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file whole, unless this is what it holds."""
+    """Write a file atomically, unless it has this content already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
         write_atomically(path, lambda temporary: temporary.write_bytes(content))

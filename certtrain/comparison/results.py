@@ -27,11 +27,11 @@ class TrialResult:
 
     Args:
         accuracies: shares of the test images.
-        images: how many they were, of each accuracy.
-        seconds: the median epoch of training.
-        made_by: versions, device, threads of the training: what times and, in the last digits, accuracies depend on.
+        images: number of images of each accuracy.
+        seconds: median seconds per epoch of training.
+        made_by: versions, device and threads of the training, which determine times and last digits of accuracies.
         evaluated_by: versions and devices of the evaluations.
-        data: the checksum of the data.
+        data: checksum of the data.
     """
 
     trial: Trial
@@ -44,17 +44,17 @@ class TrialResult:
 
 
 def result_of(trial: Trial) -> TrialResult | None:
-    """The results of a trial; None where nothing is trained yet.
+    """The results of a trial; None if it is not trained yet.
 
-    Evaluations of other images than the study's, or of other weights than those in the folder, are left out.
+    Evaluations on other images than the study's, or of other weights than those in the folder, are omitted.
 
     Raises:
-        InputError: the folder is of another recipe, or a file in it is not as written.
+        InputError: the folder holds a run of another recipe, or a file in it is not as written.
     """
     if not RunFolder(trial.path).run.exists() or not (final := RunFolder(trial.path).final()):
         return None
     folder, description = RunFolder.open(trial.path)
-    wanted = {"first_image": 0, "images": asked_images(trial, description)}
+    wanted = {"first_image": 0, "images": images_to_evaluate(trial, description)}
     rows = [
         row
         for row in read_rows(folder.evaluation)
@@ -76,7 +76,7 @@ def result_of(trial: Trial) -> TrialResult | None:
 
 
 def _weights(folder: RunFolder, checkpoint: str) -> str:
-    """Their checksum, empty where there are none."""
+    """The checksum of the checkpoint's weights; ``""`` if there are none."""
     file = folder.weights_of(checkpoint)
     if not file.exists():
         return ""
@@ -86,12 +86,12 @@ def _weights(folder: RunFolder, checkpoint: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """Once for each file, while it is as it is: the table is written after every run."""
+    """The checksum of a file, cached by size and time of change, because the table is written after every run."""
     return sha256(file)
 
 
 def stage_of(trial: Trial) -> Stage:
-    """How far the trial is."""
+    """The progress of a trial."""
     folder = RunFolder(trial.path)
     if not folder.run.exists():
         return "missing"
@@ -102,22 +102,22 @@ def stage_of(trial: Trial) -> Stage:
 
 
 def unanswered(trial: Trial) -> Iterator[tuple[str, str, float]]:
-    """The rows that the study asks for and ``evaluation.json`` does not have for these weights."""
+    """The rows that the study requests and ``evaluation.json`` lacks for these weights."""
     folder, description = RunFolder.open(trial.path)
     config = trial.config
     yield from unanswered_by(
-        folder, config.evaluate, config.perturbation, config.seed, asked_images(trial, description)
+        folder, config.evaluate, config.perturbation, config.seed, images_to_evaluate(trial, description)
     )
 
 
-def asked_images(trial: Trial, description: Mapping[str, Any]) -> int:
-    """How many of the first test images the study asks for."""
-    count, asked = description["dataset"].get("test", 0), trial.config.evaluate.images
-    return count if asked is None else min(asked, count)
+def images_to_evaluate(trial: Trial, description: Mapping[str, Any]) -> int:
+    """The number of test images, from the first on, that the study evaluates."""
+    count, limit = description["dataset"].get("test", 0), trial.config.evaluate.images
+    return count if limit is None else min(limit, count)
 
 
 def epsilons_of(config: Config) -> tuple[float, ...]:
-    """At which sizes of its perturbation set a recipe is evaluated."""
+    """The sizes of the perturbation set at which a recipe is evaluated."""
     return config.evaluate.sizes(config.perturbation)
 
 
@@ -126,7 +126,7 @@ def key_of_row(row: Mapping[str, Any]) -> Key:
 
 
 def _seconds(folder: RunFolder) -> float | None:
-    """The median over epochs, without what looking at the network took: what a process does once does not count."""
+    """Median seconds per epoch without the checks after it; as a median it excludes what a process does once."""
     lines = [line for line in folder.metrics if line["kind"] == "epoch"]
     pairs = itertools.pairwise([0.0, *(line["seconds"] for line in lines)])
     spent = [line.get("spent", {}).get("looking", 0.0) for line in lines]

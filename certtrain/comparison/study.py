@@ -1,4 +1,4 @@
-"""A study: its file, its rows, and the runs that they stand for."""
+"""Studies: their file, rows and runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ROW_FIELDS = ("name", "changes", "sweep")
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure of what ``metrics.jsonl`` says along the epochs, one line for each row of the study.
+    """A figure of a metric in ``metrics.jsonl`` over the epochs, with one line for each row of the study.
 
     Args:
-        metric: the name of a number in such a line; dots lead into mappings and lists, as in ``split.2``.
-        kind: of the lines that are looked at: ``epoch``, ``diagnosis``, ``measurement``.
-        beside: metrics that are drawn into the same figure, dashed.
+        metric: name of a number in the lines; dots lead into mappings and lists, as in ``split.2``.
+        kind: kind of the lines: ``epoch``, ``diagnosis`` or ``measurement``.
+        beside: further metrics in the same figure, dashed.
     """
 
     metric: str
@@ -34,19 +34,19 @@ class Curve:
 
     @property
     def stem(self) -> str:
-        """The stem of the file names of the curve."""
+        """The stem of the curve's file names."""
         return f"curves-{slug_of(self.metric)}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Args:
-        label: its name there; that of a sweep ends with the values, as in ``FAIT weight=12``.
-        group: the name in the study's file, which all values of a sweep share.
-        config: the recipe, but for seed and name.
-        fields, swept: of the sweep, and their values in this row.
+        label: name in the table; for a sweep it ends with the values, as in ``FAIT weight=12``.
+        group: name in the study's file, shared by all values of a sweep.
+        config: the recipe, except for seed and name.
+        fields, swept: fields of the sweep, and their values in this row.
     """
 
     label: str
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a study: a row with a seed, and the folder that is its place."""
+    """One run of a study: a row, a seed and a folder."""
 
     row: Row
     seed: int
@@ -75,15 +75,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Study:
-    """Recipes on the same data that share nothing else.
+    """Recipes that share their data.
 
     Args:
-        file: where it was read.
-        name: of its folder.
+        file: path of the file.
+        name: name of its folder.
         rows, seeds: each row is run with each seed.
-        reference: the label of the row whose training time others are divided by.
-        robustness: the attack whose accuracy the figures show; or ``certified``.
-        curves: figures along the epochs.
+        reference: label of the row by whose training time the others are divided.
+        robustness: attack whose accuracy the figures show, or ``certified``.
+        curves: figures over the epochs.
     """
 
     file: Path
@@ -99,7 +99,7 @@ class Study:
         return Path("runs") / self.name
 
     def trials(self, out: Path) -> Iterator[Trial]:
-        """All runs below ``out``; every row has its first seed before any has its second."""
+        """All runs in ``out``, ordered by seed: every row has its first seed before any has its second."""
         for seed, row in itertools.product(self.seeds, self.rows):
             name = f"{row.slug}-seed{seed}"
             config = dataclasses.replace(row.config, seed=seed, name=f"{self.name}-{name}")
@@ -107,10 +107,10 @@ class Study:
 
 
 def read_study(path: str | Path) -> Study:
-    """A study from its YAML file; every row's recipe is built, and meets the recipe's own checks.
+    """Read a study from its YAML file; the recipe of each row is built and checked.
 
     Raises:
-        InputError: names the file, the row, the field, what was found and what is accepted.
+        InputError: names the file, row, field, the value found and the accepted ones.
     """
     path = Path(path)
     mapping = read_yaml(path)
@@ -192,8 +192,8 @@ def _rows(entry: Any, base: Mapping[str, Any], place: str) -> Iterator[Row]:
 
 
 def changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` written in, as a recipe is over its defaults: a mapping without a ``type`` changes the
-    fields that it names, one with a ``type`` stands on its own."""
+    """``base`` changed by ``changes``, as defaults are by a recipe: a mapping without a ``type`` changes the fields
+    that it names, one with a ``type`` stands on its own."""
     merged = dict(base)
     for key, value in changes.items():
         nested = isinstance(value, Mapping) and "type" not in value and isinstance(merged.get(key), Mapping)
@@ -234,7 +234,7 @@ def _refuse_others(mapping: Mapping[str, Any], fields: tuple[str, ...], where: s
 
 
 def _refuse_other_data(rows: list[Row]) -> None:
-    """Accuracies on different images would stand in one column."""
+    """Refuse rows with different data: accuracies on different images would share a column."""
     first = flatten(unstructure(rows[0].config.data))
     for row in rows:
         found = flatten(unstructure(row.config.data))
@@ -247,7 +247,7 @@ def _refuse_other_data(rows: list[Row]) -> None:
 
 
 def _refuse_twins(rows: list[Row]) -> None:
-    """Two rows in one folder."""
+    """Refuse two rows with the same folder."""
     seen: dict[str, Row] = {}
     for row in rows:
         if row.slug in seen:

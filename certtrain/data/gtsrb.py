@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import InputError, check
-from ..locking import alone
+from ..locking import exclusive
 from ..noise import permutation
 from ..run_folder import clear_leftovers, temporary_of, write_atomically
 from .dataset import Split
@@ -142,7 +142,7 @@ class Gtsrb(PreparedSource):
         except OSError as error:
             raise InputError(f"{root}: cannot be made ({error.strerror}); accepted: a folder") from error
         wanted = [TRAINING[self.training], *([TEST, ANSWERS] if self.test == "official" else [])]
-        with alone(root / ".lock", str(root), wait=True) as locked:
+        with exclusive(root / ".lock", str(root), wait=True) as locked:
             for place in (place for place in wanted if not (root / place).exists()):
                 (root / place).parent.mkdir(parents=True, exist_ok=True)
                 if locked:

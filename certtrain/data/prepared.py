@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..locking import alone, lock_of
+from ..locking import exclusive, lock_of
 from ..progress import Progress
 from ..run_folder import clear_leftovers, write_atomically
 from .dataset import Source, Split
@@ -84,7 +84,7 @@ class PreparedSource(Source):
         state = hashlib.sha256(f"{type(self).__name__} {self.state_of_folder()}".encode()).hexdigest()
         found = open_prepared(self.prepared, state)
         if found is None:
-            with alone(lock_of(self.prepared), str(self.prepared), wait=True) as locked:
+            with exclusive(lock_of(self.prepared), str(self.prepared), wait=True) as locked:
                 found = open_prepared(self.prepared, state)
                 if found is None:
                     self._prepare(state, locked)

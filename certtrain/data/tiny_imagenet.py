@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..locking import alone, lock_of
+from ..locking import exclusive, lock_of
 from ..run_folder import clear_leftovers
 from .dataset import Split
 from .download import fetch, unpack
@@ -79,7 +79,7 @@ class TinyImageNet(PreparedSource):
             root.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{root.parent}: cannot be made ({error.strerror}); accepted: a folder") from error
-        with alone(lock_of(root), str(root), wait=True) as locked:
+        with exclusive(lock_of(root), str(root), wait=True) as locked:
             if not root.exists():
                 if locked:
                     clear_leftovers(root)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..locking import alone
+from ..locking import exclusive
 from .dataset import Source, Split
 from .download import fetch, md5_of
 
@@ -50,7 +50,7 @@ class TorchvisionFiles(Source):
         if self.download:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
-                with alone(self.root / ".lock", str(self.root), wait=True):
+                with exclusive(self.root / ".lock", str(self.root), wait=True):
                     self.fetch()
             except InputError:
                 raise

@@ -85,7 +85,7 @@ def counts(ball: SparseBall, images: Tensor, first: Tensor, second: Tensor) -> T
 
 
 def summary(ball: SparseBall, images: Tensor, found: Tensor) -> Overlap:
-    """The overlap of two attacks over a batch, from the result of ``counts``, (B, 5)."""
+    """The means over images of the counts (B, 5) that ``counts`` returns."""
     units = ball.units(images.shape[1:])
     a, b, both, apart, k = found[(found[:, :2] > 0).all(1)].unbind(1)
     one = torch.ones_like(a)

@@ -56,7 +56,7 @@ class Subject:
 
     @property
     def one(self) -> Attack:
-        """The attack of a single step."""
+        """The default attack of a single step."""
         return default_attack(self.ball, "one_step")
 
     @property
@@ -187,7 +187,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
 
 
 def usual(ball: PerturbationSet) -> list[str]:
-    """The names of training's default diagnostics for such a set: the cheap ones."""
+    """The diagnostics that training runs by default, which are cheap."""
     return ["alignment", "cosine", "qub", "split"] if NormBall.matches(ball) else ["qub", "interpolation"]
 
 

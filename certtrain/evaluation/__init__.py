@@ -1,6 +1,6 @@
-"""How many test images stay right: clean, attacked, and certified by bounds, in one table."""
+"""Accuracies on the test images, clean, under attack, and certified by bounds, in one table."""
 
-from .adversary import Adversary, Clean, Intervals, Lost, RestartedPgd
+from .adversary import Adversary, Clean, Intervals, Outcome, RestartedPgd
 from .autoattack import AutoAttack
 from .question import AdversaryQuestion
 from .relaxations import Relaxations
@@ -10,6 +10,6 @@ from .table import Checkpoint, Contradiction, Evaluation, read_rows, unanswered,
 
 __all__ = [
     "Adversary", "AdversaryQuestion", "AutoAttack", "Checkpoint", "Clean", "Contradiction", "Evaluate", "Evaluation",
-    "Intervals", "Lost", "Relaxations", "RestartedPgd", "Searching", "adversary_of", "change_of", "read_rows",
+    "Intervals", "Outcome", "Relaxations", "RestartedPgd", "Searching", "adversary_of", "change_of", "read_rows",
     "rebuilt", "unanswered", "united",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who tries to make a network wrong on images that it has right: nobody, intervals, PGD."""
+"""Adversaries of correctly classified images: none, interval bounds, PGD."""
 
 from __future__ import annotations
 
@@ -11,66 +11,67 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import Ascent, lead
-from ..bounds import PerturbationSet, SparseBall, UnsupportedNode, checked_logits, compute_margins
+from ..bounds import PerturbationSet, SparseBall, UnsupportedOperation, checked_logits, compute_margins
 from ..step import Batch, Step
 
 
 @dataclass(frozen=True)
-class Lost:
-    """What became of an image.
+class Outcome:
+    """The outcome for one image.
 
     Args:
-        to: what made the network wrong on it (of intervals: what left it unproved); None where nothing did.
-        unconfirmed: what claimed to, and was not borne out when it was replayed.
-        details: what its line says more, of ``DETAILS``.
+        lost_to: name of the attack that made the network wrong, or of the bounds that did not prove the image; None if
+            it stays right.
+        unconfirmed: attacks that claimed a success that was not confirmed by a replay.
+        details: further fields of the image's line, see ``DETAILS``.
     """
 
-    to: str | None = None
+    lost_to: str | None = None
     unconfirmed: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
 DETAILS = {"queries": int, "found_at": int, "changed": int, "change": list}
-"""What lines on sparse sets may say: how many queries black-box attacks made; of what is lost the iteration or query
-that found it, the number of changed units, and their values."""
+"""Further fields of lines about sparse sets: the number of queries of black-box attacks; for lost images the iteration
+or query that found the point, the number of changed units, and their values."""
 
 
 class Adversary(ABC):
-    """What is tried on images that the network has right. Networks are given in evaluation mode, their
-    weights without gradients."""
+    """An attempt to change correct predictions, or to prove that they cannot change. Networks are in evaluation mode,
+    their weights without gradients."""
 
     certifies: ClassVar[bool] = False
-    """Whether what it leaves is proved to be right."""
+    """Whether the images that are not lost are proved to stay right."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Under which names it counts losses, where it is several attacks one after the other; else none."""
+        """The names of its attacks if it is several, one after the other; else none."""
         return ()
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Of its rows and files."""
+        """Name of its rows and files."""
 
     def basis(self, batch_size: int) -> dict[str, Any]:
-        """What its results depend on."""
+        """The settings on which its results depend."""
         return {}
 
     def versions(self) -> dict[str, str]:
-        """Of what else computes its results."""
+        """Versions of further packages that compute its results."""
         return {}
 
     def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
-        """Why it cannot be tried on such a set, or, where they are given, such a network and such images; empty where
-        it can."""
+        """The reason why it does not support this set, or this network and these images if they are given; ``""`` if it
+        does."""
         return ""
 
     @abstractmethod
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
-        """One for each sample of a batch, all rightly classified.
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
+        """The outcome for each sample of a batch of correctly classified images.
 
         Args:
-            step: ``step.noise`` is keyed by the samples' numbers.
+            step: its ``noise`` is keyed by the samples' numbers.
         """
 
 
@@ -82,13 +83,13 @@ class Clean(Adversary):
     def name(self) -> str:
         return "clean"
 
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
-        return [Lost()] * len(batch)
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
+        return [Outcome()] * len(batch)
 
 
 @dataclass(frozen=True)
 class Intervals(Adversary):
-    """What interval bounds do not prove is lost: certified accuracy by IBP, in nearest arithmetic."""
+    """Interval bounds: accuracy certified by IBP in nearest arithmetic; images that are not proved are lost."""
 
     certifies: ClassVar[bool] = True
 
@@ -103,27 +104,27 @@ class Intervals(Adversary):
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         try:
             compute_margins(model, ball.region(images), labels)
-        except UnsupportedNode as error:
+        except UnsupportedOperation as error:
             return str(error)
         return ""
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         checked_logits(model, batch.images)
         margins, _ = compute_margins(model, ball.region(batch.images), batch.labels)
-        return [Lost(None if proved else "bounds") for proved in (margins > 0).all(1).tolist()]
+        return [Outcome(None if proved else "bounds") for proved in (margins > 0).all(1).tolist()]
 
 
 @dataclass(frozen=True)
 class RestartedPgd(Adversary):
-    """PGD on the cross-entropy from uniform starts; an image is lost if *any* start ends at a wrong prediction.
+    """PGD on the cross-entropy from uniform starts; an image is lost if *any* restart ends at a wrong prediction.
 
-    Each restart sees only what the earlier ones left. Start number r of a sample is the same however many restarts
-    there are and however samples are batched, so more restarts never raise the accuracy.
+    Each restart attacks only the images that the earlier ones left. Start r of a sample does not depend on the number
+    of restarts or on the batches, so that more restarts never raise the accuracy.
 
     Args:
-        label: the row's name.
-        steps, restarts: PGD-50-10 has 50 and 10.
+        label: name of the row.
+        steps, restarts: 50 and 10 for PGD-50-10.
         step_size: in epsilons.
     """
 
@@ -145,9 +146,9 @@ class RestartedPgd(Adversary):
         here = "spgd-u-STEPS, sparse-autoattack" if SparseBall.matches(ball) else "default, the set's own attack"
         return f"found a {ball.kind}; accepted: the ball of a norm, or here {here}"
 
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         attack = Ascent(steps=self.steps, step_size=self.step_size, start="uniform")
-        lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
+        lost, left = [Outcome()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
         for restart in range(1, self.restarts + 1):
             if not len(left):
                 break
@@ -156,7 +157,7 @@ class RestartedPgd(Adversary):
             points = attack(model, part, ball, replace(step, noise=noise)).images
             right = is_right(model, points, part.labels)
             for row in left[~right].tolist():
-                lost[row] = Lost(f"restart {restart}")
+                lost[row] = Outcome(f"restart {restart}")
             left = left[right]
         return lost
 
@@ -167,5 +168,5 @@ def rows_of(batch: Batch, rows: Tensor) -> Batch:
 
 @torch.no_grad()
 def is_right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """(B,) bool: is the label's logit above all others? A tie is wrong, and so is NaN."""
+    """(B,) bool, whether the label's logit is above all others. Ties and NaN are wrong."""
     return lead(model(images), labels) > 0

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein, arXiv 2003.01690) by the package ``pyautoattack``, each of its successes replayed."""
+"""AutoAttack (Croce and Hein, arXiv 2003.01690) from the package ``pyautoattack``, with each success replayed."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from ..bounds import PerturbationSet, SparseBall
 from ..labels import classes_of
 from ..noise import key_of
 from ..step import Batch, Step
-from .adversary import Adversary, Lost, is_right, rows_of
+from .adversary import Adversary, Outcome, is_right, rows_of
 
 NORMS = ("Linf", "L2")
 _log = logging.getLogger(__name__)
-_log.setLevel(logging.CRITICAL)  # what the package says of gradients that vanish, in the middle of a progress bar
+_log.setLevel(logging.CRITICAL)  # its warnings about vanishing gradients would break the progress bar
 
 
 @dataclass(frozen=True)
 class AutoAttack(Adversary):
-    """Its attacks one after the other, each on what the earlier ones left, with one restart each.
+    """The attacks of AutoAttack one after the other, each on the images that the earlier ones left, with one restart.
 
-    With ten classes or more they are those of AutoAttack's version ``standard``, with their parameters: APGD on the
-    cross-entropy, APGD on the targeted DLR loss, targeted FAB (nine targets each), Square. With fewer classes there
-    are fewer targets; with three the targeted DLR loss is not defined, with two no DLR loss is.
+    With ten classes or more they are those of version ``standard``, with its parameters: APGD on the cross-entropy,
+    APGD on the targeted DLR loss, targeted FAB (nine targets each), Square. With fewer classes there are fewer targets;
+    the targeted DLR loss is undefined with three classes, every DLR loss with two.
 
-    The package's ``run_standard_evaluation`` is not called: it indexes targets that are not there, cannot resume,
-    leaves the model's mode alone and takes away whatever ``sys.settrace`` held. What an attack returns is projected
-    onto the ball, and counts if, and only if, our own forward pass gets that point wrong.
+    The package's ``run_standard_evaluation`` is not used: it indexes targets that do not exist, cannot resume, ignores
+    the model's mode and removes the function set by ``sys.settrace``. The result of an attack is projected onto the
+    ball and counts if and only if our own forward pass misclassifies the projected point.
 
     Args:
-        label: the row's name.
-        steps: of APGD and FAB.
-        queries: of Square.
-        fab: whether FAB, the slowest, is among them.
+        label: name of the row.
+        steps: steps of APGD and FAB.
+        queries: queries of Square.
+        fab: whether to run FAB, the slowest attack.
     """
 
     label: str = "autoattack"
@@ -51,7 +51,7 @@ class AutoAttack(Adversary):
         return self.label
 
     def basis(self, batch_size: int) -> dict[str, Any]:
-        """Its random numbers are the batch's, so what a batch is belongs to it."""
+        """The settings, including the batch size, because random numbers are drawn per batch."""
         return {"steps": self.steps, "queries": self.queries, "fab": self.fab, "batch_size": batch_size}
 
     def versions(self) -> dict[str, str]:
@@ -68,7 +68,7 @@ class AutoAttack(Adversary):
         return ""
 
     def plan(self, classes: int) -> tuple[str, ...]:
-        """Which attacks run, in their order."""
+        """The attacks to run, in order."""
         match classes:
             case 2:
                 names = ("apgd-ce", "fab", "square")
@@ -79,7 +79,7 @@ class AutoAttack(Adversary):
         return tuple(name for name in names if self.fab or not name.startswith("fab"))
 
     def build(self, name: str, model: nn.Module, ball: PerturbationSet, classes: int, device: torch.device, seed: int):
-        """One of the package's attacks; its ``perturb(images, labels)`` returns images."""
+        """An attack of the package; its ``perturb(images, labels)`` returns images."""
         from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
         from pyautoattack.fab_pt import FABAttack_PT
         from pyautoattack.square import SquareAttack
@@ -102,9 +102,9 @@ class AutoAttack(Adversary):
                 return SquareAttack(model, p_init=0.8, n_queries=self.queries, resc_schedule=False, **shared)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
-        lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
-        if float(ball.epsilon) == 0:  # the ball is the image, which is right; the package would divide by 0
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
+        lost, left = [Outcome()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
+        if float(ball.epsilon) == 0:  # the only point is the image, which is right; the package would divide by 0
             return lost
         classes = classes_of(model(batch.images[:1]))
         seed = key_of(step.noise.key, "autoattack", int(batch.index[0])) & (2**31 - 1)
@@ -117,18 +117,18 @@ class AutoAttack(Adversary):
                 found = attack.perturb(part.images.clone(), part.labels.clone()).detach()
                 claimed, broken = replay(model, part, ball, found)
                 for row in left[broken].tolist():
-                    lost[row] = Lost(name, lost[row].unconfirmed)
+                    lost[row] = Outcome(name, lost[row].unconfirmed)
                 for row in left[claimed & ~broken].tolist():
-                    lost[row] = Lost(None, (*lost[row].unconfirmed, name))
+                    lost[row] = Outcome(None, (*lost[row].unconfirmed, name))
                 left = left[~broken]
         return lost
 
 
 def replay(model: nn.Module, batch: Batch, ball: PerturbationSet, found: Tensor) -> tuple[Tensor, Tensor]:
-    """(claimed, broken), both (B,) bool: is the network wrong on ``found``? And on the point of the ball for it?
+    """(claimed, broken), both (B,) bool: whether the network is wrong on ``found``, and on its projection to the ball.
 
-    That point may be wrong where ``found`` is outside, and even where it is right: an image of which we hold a
-    counterexample is not robust. NaN has no such point.
+    The projection counts even where ``found`` itself is outside the ball or right: it is a counterexample. Points with
+    NaN or infinities have no projection.
     """
     claimed = ~is_right(model, found, batch.labels)
     points = found.isfinite().flatten(1).all(1)

@@ -1,4 +1,4 @@
-"""The attack that a perturbation set names for itself."""
+"""The default attack of a perturbation set as an adversary."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ..attacks import default_attack
 from ..bounds import PerturbationSet
 from ..step import Batch, Step
-from .adversary import Adversary, Lost
+from .adversary import Adversary, Outcome
 from .sparse import Searching
 
 
 @dataclass(frozen=True)
 class DefaultAttack(Adversary):
-    """The set's default attack of the verifier (``default_attacks["falsify"]``), whichever set it is."""
+    """The attack that the verifier uses by default for the set (``default_attacks["falsify"]``), for every set."""
 
     @property
     def name(self) -> str:
@@ -28,7 +28,7 @@ class DefaultAttack(Adversary):
     def refuses(self, model: nn.Module | None, images: Tensor | None, ball: PerturbationSet) -> str:
         return self._over(ball).refuses(model, images, ball)
 
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         return self._over(ball)(model, batch, ball, step)
 
     def _over(self, ball: PerturbationSet) -> Searching:

@@ -1,4 +1,4 @@
-"""Images that an adversary is let loose on, its answers one line an image."""
+"""The question whether images stay right against an adversary, answered by one line per image."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ..data import Split
 from ..ledger import Ledger, Line, Question, Report, in_fixed_batches, mistyped
 from ..noise import Noise, key_of
 from ..step import Batch, Step
-from .adversary import DETAILS, Adversary, Lost, rows_of
+from .adversary import DETAILS, Adversary, Outcome, rows_of
 
 
 @dataclass(frozen=True)
 class AdversaryQuestion(Question):
-    """Does the network stay right on each image of a split, whatever ``adversary`` does within ``ball``?
+    """Whether the network stays right on each image of a split against ``adversary`` within ``ball``.
 
     Args:
-        model: on the split's device. seed: of the attacks.
-        clean: the answers about the images as they are, by number: what is wrong there is not attacked. None asks
-            just this.
-        rests_on: what else the answers rest on: ``weights``, ``data``, checksums.
-        versions: and what computes them, which may change on the way.
-        title: for the progress display.
+        model: the network, on the split's device. seed: seed of the attacks.
+        clean: the answers about the unchanged images, by number; images that are wrong there are not attacked. None for
+            the question about the unchanged images itself.
+        rests_on: checksums ``weights`` and ``data``, part of the basis of the answers.
+        versions: versions that compute the answers; answers of several versions may be mixed.
+        title: name in the progress display.
     """
 
     model: nn.Module
@@ -55,9 +55,9 @@ class AdversaryQuestion(Question):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The basis without versions: answers on another one are none to this question."""
+        """The basis without versions. Answers with another identity do not answer this question."""
         content = {"attack": self.adversary.name, "perturbation": unstructure(self.ball),
-                   **asked_of(self.adversary, self.seed, self.batch_size), **self.rests_on}  # fmt: skip
+                   **attack_settings(self.adversary, self.seed, self.batch_size), **self.rests_on}  # fmt: skip
         return json.loads(json.dumps(content))
 
     @property
@@ -90,16 +90,16 @@ class AdversaryQuestion(Question):
                 predictions = [self.clean[number]["prediction"] for number in images]
                 right = [self.clean[number]["robust"] for number in images]
             rows = [row for row, holds in enumerate(right) if holds]
-            lost = dict.fromkeys(range(len(images)), Lost("clean"))
+            lost = dict.fromkeys(range(len(images)), Outcome("clean"))
             if rows:
                 part = rows_of(batch, torch.tensor(rows, device=index.device))
                 step = Step.evaluation(self.ball, Noise(key_of(self.seed, "evaluate"), part.index))
                 lost |= dict(zip(rows, self.adversary(self.model, part, self.ball, step), strict=True))
         seconds, name = round((time.perf_counter() - started) / len(images), 6), self.name
         yield [
-            {"index": number, "label": label, "prediction": prediction, "robust": lost[row].to is None,
-             "lost_to": lost[row].to, "unconfirmed": list(lost[row].unconfirmed), "seconds": seconds, "settings": name,
-             **lost[row].details}
+            {"index": number, "label": label, "prediction": prediction, "robust": lost[row].lost_to is None,
+             "lost_to": lost[row].lost_to, "unconfirmed": list(lost[row].unconfirmed), "seconds": seconds,
+             "settings": name, **lost[row].details}
             for row, (number, label, prediction) in enumerate(zip(images, batch.labels.tolist(), predictions))
         ]  # fmt: skip
 
@@ -112,13 +112,13 @@ class AdversaryQuestion(Question):
         return f"{self.title}: {self.figures(lines)} of {len(lines)} images"
 
 
-def asked_of(adversary: Adversary, seed: int, batch_size: int) -> dict[str, Any]:
-    """What a row of the table says of how its attack was run."""
+def attack_settings(adversary: Adversary, seed: int, batch_size: int) -> dict[str, Any]:
+    """The settings of an attack, as a row of the table records them."""
     return {"seed": seed, **adversary.basis(batch_size)}
 
 
 def versions_behind(ledger: Ledger, lines: Sequence[Line]) -> list[dict[str, str]]:
-    """What computed these lines of the ledger; more than one where versions or devices changed on the way."""
+    """The versions that computed these lines; several if versions or devices changed in between."""
     used, found = {line["settings"] for line in lines}, []
     for name, basis in ledger.bases().items():
         if name in used and basis["versions"] not in found:
@@ -127,7 +127,7 @@ def versions_behind(ledger: Ledger, lines: Sequence[Line]) -> list[dict[str, str
 
 
 def after_each(parts: Sequence[str], lines: Sequence[Line]) -> dict[str, float]:
-    """The share of images that are right after each of several attacks, one after the other."""
+    """The share of images that are still right after each of several successive attacks."""
     lost = Counter(line["lost_to"] for line in lines)
     left, shares = lost[None] + sum(lost[part] for part in parts), {}
     for part in parts:

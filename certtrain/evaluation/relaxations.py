@@ -1,4 +1,4 @@
-"""What linear relaxations prove: certified accuracy beside that of intervals."""
+"""Linear relaxations: certified accuracy beyond that of intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..bounds import PerturbationSet, UnsupportedNode
+from ..bounds import PerturbationSet, UnsupportedOperation
 from ..bounds.folding import fold
 from ..errors import InputError
 from ..labels import classes_of
@@ -16,16 +16,16 @@ from ..step import Batch, Step
 from ..verifiers.cascade import run_cascade
 from ..verifiers.problem import Problem, Specification
 from ..verifiers.settings import Certify
-from .adversary import Adversary, Lost
+from .adversary import Adversary, Outcome
 
 
 @dataclass(frozen=True)
 class Relaxations(Adversary):
-    """What neither intervals nor linear bounds prove is lost: CROWN-IBP (arXiv 1906.06316) where intervals leave an
-    image open, then CROWN (arXiv 1811.00866); in nearest arithmetic.
+    """Interval bounds, then CROWN-IBP (arXiv 1906.06316), then CROWN (arXiv 1811.00866), in nearest arithmetic; images
+    that none of them proves are lost.
 
-    Over a ``SparseBall`` intervals know nothing behind a convolution whose window k units can fill, while linear
-    bounds are carried back to the image, of which k units are free.
+    Over a ``SparseBall`` intervals are vacuous after a convolution whose window has at most k units, while linear
+    bounds are propagated back to the image, of which only k units may change.
     """
 
     certifies: ClassVar[bool] = True
@@ -39,15 +39,15 @@ class Relaxations(Adversary):
             return ""
         try:
             fold(model, images.shape[1:])
-        except (UnsupportedNode, InputError) as error:
+        except (UnsupportedOperation, InputError) as error:
             return str(error)
         return ""
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
         if not len(batch):
             return []
         specification = Specification.robust(batch.labels, classes_of(model(batch.images[:1])))
         problem = Problem(model, ball.region(batch.images), specification, batch.index)
         verdicts = run_cascade(problem, Certify(stages=("ibp", "crown_ibp", "crown")).build(seed=0))
-        return [Lost(None if verdict.status == "verified" else "bounds") for verdict in verdicts]
+        return [Outcome(None if verdict.status == "verified" else "bounds") for verdict in verdicts]

@@ -30,19 +30,19 @@ _PGD = re.compile(r"pgd-([1-9][0-9]{0,5})(?:-([1-9][0-9]{0,5}))?")
 
 @dataclass(frozen=True)
 class Evaluate:
-    """How many test images attacks leave right, beside clean accuracy and what IBP certifies.
+    """Accuracy of the test images under attack, beside clean accuracy and accuracy certified by IBP.
 
     Args:
-        enabled: whether a run ends with this.
+        enabled: whether a run ends with an evaluation.
         attacks: ``pgd-STEPS``, ``pgd-STEPS-RESTARTS``, ``autoattack`` (version standard), ``autoattack-cheap`` (APGD
-            with 20 steps, Square with 200 queries, no FAB); of a SparseBall those of ``SPARSE``; of every set
-            ``default``, its own attack, and ``crown``, what linear relaxations prove.
-        epsilons: radii in pixel units, of a SparseBall whole numbers k; empty for the recipe's own.
-        images: the first so many test images; null for all.
-        step_size: of PGD, in epsilons: 1/4 is 2/255 at 8/255, as published.
-        batch_size: images that are attacked at once, and that a stopped evaluation may lose. AutoAttack's random
-            numbers depend on it, nothing else does.
-        checkpoints: of ``last`` and ``best``; empty for all that there are.
+            with 20 steps, Square with 200 queries, no FAB); for a SparseBall those of ``SPARSE``; for every set
+            ``default``, its own attack, and ``crown``, certification by linear relaxations.
+        epsilons: radii in pixel units, for a SparseBall whole numbers k; empty for the recipe's own.
+        images: number of test images, from the first on; null for all.
+        step_size: step size of PGD in epsilons; 1/4 is 2/255 at 8/255, as published.
+        batch_size: images that are attacked together, and that a stopped evaluation may lose. Only AutoAttack's random
+            numbers depend on it.
+        checkpoints: some of ``last`` and ``best``; empty for all that exist.
     """
 
     enabled: bool = False
@@ -66,15 +66,15 @@ class Evaluate:
         check(known, "checkpoints", self.checkpoints, f"a list of {', '.join(CHECKPOINTS)}")
 
     def adversaries(self) -> list[Adversary]:
-        """The attacks, each once."""
+        """The attacks, without duplicates."""
         found = [adversary_of(name, self.step_size) for name in self.attacks]
         return list({adversary.name: adversary for adversary in found if adversary is not None}.values())
 
     def sizes(self, ball: PerturbationSet) -> tuple[float, ...]:
-        """``epsilons``, or the ball's own; each once, those of a SparseBall as int.
+        """``epsilons``, or the ball's own, without duplicates; for a SparseBall as int.
 
         Raises:
-            InputError: the ball has no such size.
+            InputError: the set cannot have such a size.
         """
         found = []
         for size in self.epsilons or (float(ball.epsilon),):
@@ -85,12 +85,12 @@ class Evaluate:
         return tuple(dict.fromkeys(found))
 
     def check_ball(self, ball: PerturbationSet, images: Tensor | None = None, model: nn.Module | None = None) -> None:
-        """
+        """Check that the attacks support this set, and these images and this network if they are given.
+
         Args:
             images: (1, *shape). model: on their device.
         Raises:
-            InputError: an attack does not know such a set or, where they are given, such images or such a network, or
-                misses a package; or the set has no such size.
+            InputError: an attack does not support them or lacks a package, or the set cannot have one of the sizes.
         """
         self.sizes(ball)
         with nullcontext() if model is None else in_mode(model, training=False):
@@ -100,7 +100,7 @@ class Evaluate:
 
 
 def adversary_of(name: str, step_size: float = 0.25) -> Adversary | None:
-    """The attack of that name; None where there is none."""
+    """The attack of this name, or None."""
     if found := _PGD.fullmatch(name):
         return RestartedPgd(name, int(found[1]), int(found[2] or 1), step_size)
     known = {"autoattack": AutoAttack(), "autoattack-cheap": AutoAttack("autoattack-cheap", 20, 200, fab=False),

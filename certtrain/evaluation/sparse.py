@@ -1,4 +1,4 @@
-"""Attacks that change few pixels, alone and one after the other: Sparse-AutoAttack (arXiv 2405.05075)."""
+"""Attacks that change few pixels, singly and in cascades such as Sparse-AutoAttack (arXiv 2405.05075)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..bounds import PerturbationSet, SparseBall
 from ..config import unstructure
 from ..errors import InputError
 from ..step import Batch, Step
-from .adversary import Adversary, Lost, is_right, rows_of
+from .adversary import Adversary, Outcome, is_right, rows_of
 
 SPARSE = (
     "spgd-u-STEPS, spgd-p-STEPS, sparse-rs-QUERIES, sparse-rs-large-QUERIES, corner-search, saif-STEPS, "
@@ -26,16 +26,16 @@ SPARSE = (
 
 @dataclass(frozen=True)
 class Searching(Adversary):
-    """Attacks one after the other, each on what the earlier ones left.
+    """A cascade of attacks, each on the images that the earlier ones left.
 
-    A stage's random numbers are keyed by the image's number and the stage's label alone: a stage finds the same alone
-    and behind others, in whatever batches, so that a cascade leaves no more images right than any of its stages would.
+    A stage's random numbers are keyed by the image's number and the stage's label only. A stage finds the same points
+    alone, after other stages and in any batches, so that a cascade leaves no more images right than any of its stages.
 
-    An image is lost if, and only if, what a stage returns for it is in the set and our own forward pass gets it wrong.
+    An image is lost if and only if the result of a stage is in the set and our own forward pass misclassifies it.
 
     Args:
-        label: the row's name.
-        stages: each with the name that its successes are counted under.
+        label: name of the row.
+        stages: the attacks, each with the name under which its successes are counted.
     """
 
     label: str
@@ -67,8 +67,8 @@ class Searching(Adversary):
         black_box = "sparse-rs-QUERIES or corner-search, which take none"
         return "" if differentiable else f"found logits without gradients in the images; accepted: {black_box}"
 
-    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Lost]:
-        lost, left = [Lost()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
+    def __call__(self, model: nn.Module, batch: Batch, ball: PerturbationSet, step: Step) -> list[Outcome]:
+        lost, left = [Outcome()] * len(batch), torch.arange(len(batch), device=batch.labels.device)
         queries: dict[int, int] = {}
         for label, attack in self.stages:
             if not len(left):
@@ -82,9 +82,9 @@ class Searching(Adversary):
                     queries[row] = queries.get(row, 0) + count
             for place in broken.nonzero().flatten().tolist():
                 row = int(left[place])
-                lost[row] = Lost(label, lost[row].unconfirmed, details_of(around, part, found, place))
+                lost[row] = Outcome(label, lost[row].unconfirmed, details_of(around, part, found, place))
             for row in left[claimed & ~broken].tolist():
-                lost[row] = Lost(None, (*lost[row].unconfirmed, label))
+                lost[row] = Outcome(None, (*lost[row].unconfirmed, label))
             left = left[~broken]
         return [
             replace(found, details={"queries": queries[row], **found.details}) if row in queries else found
@@ -93,15 +93,15 @@ class Searching(Adversary):
 
 
 def replayed(model: nn.Module, batch: Batch, ball: PerturbationSet, found: AttackResult) -> tuple[Tensor, Tensor]:
-    """(claimed, broken), both (B,) bool: does the attack say that it succeeded, or is the network wrong on its image?
-    And is it wrong on an image of the set?"""
+    """(claimed, broken), both (B,) bool: whether the attack reports a success or the network is wrong on its image, and
+    whether the network is wrong on an image that is in the set."""
     wrong = ~is_right(model, found.images, batch.labels)
     claims = found.trace.get("found_at", torch.full_like(batch.labels, -1)) >= 0
     return claims | wrong, wrong & ball.contains(batch.images, found.images)
 
 
 def details_of(ball: PerturbationSet, batch: Batch, found: AttackResult, row: int) -> dict[str, Any]:
-    """What a line says more of the image ``row``, which is lost."""
+    """Further fields of the line about the lost image ``row``."""
     details: dict[str, Any] = {}
     at = int(found.trace["found_at"][row]) if "found_at" in found.trace else -1
     if at >= 0:
@@ -110,17 +110,17 @@ def details_of(ball: PerturbationSet, batch: Batch, found: AttackResult, row: in
 
 
 def change_of(ball: SparseBall, image: Tensor, point: Tensor) -> list[list[Any]]:
-    """``[[unit, [its values]], …]``; see ``SparseBall.change``."""
+    """The changed units as ``[[unit, [values]], …]``; see ``SparseBall.change``."""
     return ball.change(image, point)["change"]
 
 
 def rebuilt(ball: SparseBall, image: Tensor, change: Sequence[Sequence[Any]]) -> Tensor:
-    """The adversarial image of a line's ``change``: ``image`` (C, H, W) with these units' values, bit for bit.
+    """The adversarial image of a line's ``change``: ``image`` (C, H, W) with the recorded values, bit for bit.
 
     Args:
-        ball: of any k; its units count.
+        ball: a set with the same units; its k is not used.
     Raises:
-        InputError: units or values that such an image does not have.
+        InputError: a unit or its values do not fit the image.
     """
     grouped = ball.grouped(image[None]).clone()
     members, units = grouped.shape[1:]
@@ -135,7 +135,7 @@ def rebuilt(ball: SparseBall, image: Tensor, change: Sequence[Sequence[Any]]) ->
 
 
 def searching(name: str) -> Searching | None:
-    """The attack of that name over a ``SparseBall``; None where there is none."""
+    """The attack of this name over a ``SparseBall``, or None."""
     for form, build in FORMS.items():
         if found := re.fullmatch(form.replace("N", "([1-9][0-9]{0,5})"), name):
             return Searching(name, tuple(build(*found.groups())))
@@ -150,14 +150,14 @@ def _spgd(which: str, steps: str) -> Stages:
 
 
 def _sparse_rs(large: str | None, queries: str) -> Stages:
-    """With what is published for CIFAR-10 and CIFAR-100; ``large``: for ImageNet-100 and GTSRB."""
+    """Sparse-RS with the parameters published for CIFAR-10 and CIFAR-100; ``large``: for ImageNet-100 and GTSRB."""
     if large:
         return [("sparse-rs", SparseRs(queries=int(queries), p_init=0.3, objective="margin"))]
     return [("sparse-rs", SparseRs(queries=int(queries), p_init=0.8, objective="cross_entropy"))]
 
 
 def _autoattack(large: str | None, steps: str | None, queries: str | None) -> Stages:
-    """For large images Sparse-RS is published with 3000 queries, though sPGD takes as many steps."""
+    """Sparse-AutoAttack; for large images it is published with 3000 queries of Sparse-RS and 10000 steps of sPGD."""
     steps, queries = steps or "10000", queries or ("3000" if large else "10000")
     return [*_spgd("u", steps), *_spgd("p", steps), *_sparse_rs(large, queries)]
 
@@ -171,4 +171,4 @@ FORMS: dict[str, Callable[..., Stages]] = {
     "pgd0-N(?:-N)?": lambda steps, restarts: [("pgd0", Pgd0(steps=int(steps), restarts=int(restarts or 1)))],
     "sparse-autoattack(-large)?(?:-N-N)?": _autoattack,
 }
-"""Names, in which N stands for a number."""
+"""Forms of names; N stands for a number."""

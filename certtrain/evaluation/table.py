@@ -1,4 +1,4 @@
-"""A run's checkpoints against all attacks, at all epsilons: ``evaluation.json``."""
+"""The table ``evaluation.json``: a run's checkpoints against all attacks at all epsilons."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..bounds import PerturbationSet, sized
 from ..data import Split
 from ..errors import InputError, Portable
 from ..ledger import Ledger, Line
-from ..locking import alone, lock_of
+from ..locking import exclusive, lock_of
 from ..run_folder import RunFolder, sha256, write_json
 from .adversary import Adversary, Clean, Intervals
-from .question import AdversaryQuestion, after_each, asked_of, versions_behind
+from .question import AdversaryQuestion, after_each, attack_settings, versions_behind
 from .settings import CHECKPOINTS, Evaluate
 
 PLACE = ("checkpoint", "attack", "epsilon")
-"""What a row of the table is about."""
+"""The fields that identify a row of the table."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network to evaluate, on the split's device; ``sha256`` is that of its file."""
+    """A network to evaluate, on the split's device, with the ``sha256`` of its file."""
 
     name: str
     model: nn.Module
@@ -40,12 +40,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that an evaluation of a run rests on.
+    """The evaluation of a run.
 
     Args:
         split: the test split; nothing is selected on it.
-        ball: the recipe's, whose kind all epsilons share.
-        data: the data set's checksum.
+        ball: the recipe's perturbation set; all epsilons are for sets of its kind.
+        data: checksum of the data set.
     """
 
     folder: RunFolder
@@ -57,12 +57,12 @@ class Evaluation:
     versions: Mapping[str, str]
 
     def run(self, checkpoints: Sequence[Checkpoint], images: range, *, quiet: bool = False) -> dict[str, Any]:
-        """Every row, and then the summary, which also keeps the rows that earlier calls found for these weights.
+        """Compute all rows and write the table, which also keeps rows of earlier calls for the same weights.
 
         Raises:
-            InputError: see ``Evaluate.check_ball``; images or networks that an attack does not know; files of the
-                folder that are not ours.
-            Contradiction: an attack broke an image that bounds certified: one of them is wrong.
+            InputError: as ``Evaluate.check_ball``; an attack does not support the images or networks; or a file in the
+                folder is not as written.
+            Contradiction: an attack broke an image that bounds certified, so that one of them is wrong.
         """
         self.settings.check_ball(self.ball)
         self.ball.check_shape(self.split.images.shape[1:])
@@ -92,8 +92,8 @@ class Evaluation:
                         continue
                     where = f"{checkpoint.name}, {adversary.name}, {sized(self.kind, epsilon)}"
                     refuse_contradictions(certified, lines, where)
-        with alone(lock_of(self.folder.evaluation), str(self.folder.evaluation), wait=True):
-            before = self._before()  # now, for another process may have written meanwhile
+        with exclusive(lock_of(self.folder.evaluation), str(self.folder.evaluation), wait=True):
+            before = self._before()  # read here, because another process may have written the file
             known = {_place(row) for row in (*rows, *skipped)}
             rows, skipped = (
                 [*(row for row in before[name] if _place(row) not in known), *now]
@@ -114,7 +114,7 @@ class Evaluation:
         ledger = Ledger(self.folder.evaluated(checkpoint.name, adversary.name, epsilon))
         lines = ledger.ask(question, images, quiet=quiet)
         behind = {
-            "settings": asked_of(adversary, self.seed, self.settings.batch_size),
+            "settings": attack_settings(adversary, self.seed, self.settings.batch_size),
             "versions": versions_behind(ledger, lines),
         }
         return row_of(checkpoint, adversary, epsilon, lines) | behind, lines
@@ -124,7 +124,7 @@ class Evaluation:
         return self.ball.kind
 
     def _refusal(self, checkpoint: Checkpoint, adversary: Adversary, ball: PerturbationSet, images: range) -> str:
-        """Why it cannot be tried here; empty where it can."""
+        """The reason why this row cannot be computed, or ``""``."""
         with in_mode(checkpoint.model, training=False):
             return adversary.refuses(checkpoint.model, self._first(images), ball)
 
@@ -132,7 +132,7 @@ class Evaluation:
         return self.split.pixels(torch.tensor([images.start], device=self.split.labels.device))
 
     def _before(self) -> dict[str, Any]:
-        """What the summary says of weights that are still there."""
+        """The rows of the present table about weights that still exist."""
         path = self.folder.evaluation
         if not path.exists():
             return {"rows": [], "skipped": []}
@@ -160,11 +160,11 @@ class Evaluation:
 
 
 def row_of(checkpoint: Checkpoint, adversary: Adversary, epsilon: float, lines: Sequence[Line]) -> dict[str, Any]:
-    """A row of the table: so many of so many images are right, whatever ``adversary`` did.
+    """A row of the table: the accuracy against ``adversary``.
 
-    ``lost_to`` counts what made the others wrong; ``unconfirmed`` those that an attack claimed in vain. Where they are
-    known: ``stages``, the accuracy after each of its attacks; ``changed``, the mean and largest number of changed units
-    of the images that it broke; ``queries``, the mean of the images that were asked about.
+    ``lost_to`` counts the lost images by attack, ``unconfirmed`` the images about which an attack claimed a success
+    that was not confirmed. Where known: ``stages``, the accuracy after each attack of a cascade; ``changed``, the mean
+    and largest number of changed units of the images that it broke; ``queries``, the mean number of queries per image.
     """
     correct = sum(line["robust"] for line in lines)
     changed, queries = ([line[name] for line in lines if name in line] for name in ("changed", "queries"))
@@ -183,7 +183,7 @@ def row_of(checkpoint: Checkpoint, adversary: Adversary, epsilon: float, lines: 
 
 
 def united(versions: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
-    """Every value that each name has."""
+    """All values of each name, sorted."""
     found: dict[str, set[str]] = {}
     for name, value in (item for some in versions for item in some.items()):
         found.setdefault(name, set()).add(value)
@@ -193,18 +193,18 @@ def united(versions: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
 def unanswered(
     folder: RunFolder, settings: Evaluate, ball: PerturbationSet, seed: int, images: int | None
 ) -> Iterator[tuple[str, str, float]]:
-    """Checkpoint, attack and epsilon of each row that these settings ask for, of the first ``images`` test images,
-    and that ``evaluation.json`` does not have for the weights in the folder."""
+    """Checkpoint, attack and epsilon of the rows that these settings request for the first ``images`` test images and
+    that ``evaluation.json`` lacks for the weights in the folder."""
     rows = {_place(row): row for row in read_rows(folder.evaluation)}
     for checkpoint in settings.checkpoints or (("last", "best") if folder.best.exists() else ("last",)):
         file = folder.weights_of(checkpoint)
         weights = sha256(file) if file.exists() else ""
-        asked = [("clean", 0.0, Clean())]
+        requested = [("clean", 0.0, Clean())]
         for epsilon in settings.sizes(ball):
-            asked += [(adversary.name, epsilon, adversary) for adversary in settings.adversaries()]
-        for attack, epsilon, adversary in asked:
+            requested += [(adversary.name, epsilon, adversary) for adversary in settings.adversaries()]
+        for attack, epsilon, adversary in requested:
             wanted = {
-                "settings": asked_of(adversary, seed, settings.batch_size), "weights_sha256": weights,
+                "settings": attack_settings(adversary, seed, settings.batch_size), "weights_sha256": weights,
                 "first_image": 0, "images": images,
             }  # fmt: skip
             row = rows.get((checkpoint, attack, epsilon), {})
@@ -213,10 +213,10 @@ def unanswered(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``evaluation.json``; none where there is none.
+    """The rows of ``evaluation.json``; empty if there is no such file.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -228,22 +228,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Contradiction(Portable, RuntimeError):
-    """A bound and an attack that cannot both be right."""
+    """A bound and an attack contradict each other."""
 
 
 def refuse_contradictions(certified: Mapping[str, Sequence[Line]], attacked: Sequence[Line], where: str) -> None:
-    """
+    """Check that no attack broke an image that bounds certified.
+
     Args:
-        certified: by what certified them.
+        certified: the lines of the certified accuracies, by the name of the bounds.
     Raises:
-        Contradiction: names the images.
+        Contradiction: an image is both certified and broken; names the images.
     """
     for bounds, lines in certified.items():
         proved = {line["index"] for line in lines if line["robust"]}
         broken = [line["index"] for line in attacked if not line["robust"] and line["index"] in proved]
         if broken:
-            said = f"{bounds} certifies the test images {broken}, which the attack breaks: one is wrong"
-            raise Contradiction(f"{where}: {said}")
+            text = f"{bounds} certifies the test images {broken}, which the attack breaks: one is wrong"
+            raise Contradiction(f"{where}: {text}")
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -251,6 +252,6 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Checkpoint, size, what is no attack; then as found."""
+    """Sort key: checkpoint, size, rows without an attack first."""
     first = (row["attack"] != name for name in ("clean", "ibp", "crown"))
     return CHECKPOINTS.index(row["checkpoint"]), row["epsilon"], *first

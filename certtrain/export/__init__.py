@@ -1,4 +1,4 @@
-"""Files for other verifiers: ONNX and VNN-LIB."""
+"""Export for other verifiers: ONNX and VNN-LIB files."""
 
 from .onnx_file import OnnxFile, export_onnx
 from .run import Export, current_network, write_files

@@ -1,4 +1,4 @@
-"""nn.Module → ONNX file that other verifiers load, and that onnxruntime finds equal."""
+"""Export of an nn.Module as an ONNX file that other verifiers load, checked with onnxruntime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..bounds import UnsupportedNode, check_one_image
+from ..bounds import UnsupportedOperation, check_one_image
 from ..bounds.folding import fold
 from ..bounds.tracing import forget
 from ..bounds.wrappers import inner
@@ -36,15 +36,15 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file that was written, and how it was checked.
+    """A written file and the results of its checks.
 
     Args:
-        sha256: of its content. opset: the version of its operators; operators: how many of each kind.
-        folded: whether it is the folded network, the very one that is certified; else the module as it is, because the
-            module holds something that has no bound rule.
-        images: on so many onnxruntime was compared with the module.
-        difference: of any logit, at most; magnitude: the largest |logit|.
-        agreement: share of the images on which both choose the same class.
+        sha256: checksum of its content. opset: version of its operators; operators: number of operators of each kind.
+        folded: whether it is the folded network that is certified; else the module itself, because one of its layers
+            has no bound rule.
+        images: number of images on which onnxruntime was compared with the module.
+        difference: largest difference of any logit; magnitude: largest |logit|.
+        agreement: share of the images with the same predicted class.
     """
 
     path: Path
@@ -61,22 +61,22 @@ class OnnxFile:
 @torch.no_grad()
 @full_float32()
 def export_onnx(model: nn.Module, path: str | Path, images: Tensor) -> OnnxFile:
-    """Write a model as ONNX: dynamic batch, weights inside, input ``images``, output ``logits``.
+    """Write a model as ONNX: dynamic batch size, weights included, input ``images``, output ``logits``.
 
-    Batch norms are folded into the layers before them and a normalisation in front becomes two 1×1 convolutions, one
-    for x - mean and one for the division, so that the file is the network that ``certify`` speaks of. The file is
-    checked by ONNX's own checker and compared with the model on ``images`` by onnxruntime before it is put in place: in
-    batches, in another order, and one alone. Wrappers (DataParallel, ``torch.compile``) are left out.
+    Batch norms are folded into the layers before them and a leading normalisation becomes two 1×1 convolutions, one for
+    x - mean and one for the division, so that the file holds the network that ``certify`` certifies. Before it is put
+    in place the file is checked by ONNX's checker and compared with the model on ``images`` by onnxruntime: in batches,
+    in another order, and for one image alone. Wrappers (DataParallel, ``torch.compile``) are removed.
 
     Args:
-        model: any ``nn.Module`` that maps (B, *shape) float32 to (B, K) logits, in evaluation mode there. It is left as
-            it was.
-        path: of the file.
-        images: (N, *shape) float32, N >= 1: typical inputs, better real ones.
+        model: any ``nn.Module`` that maps (B, *shape) float32 to (B, K) logits; exported in evaluation mode. Its mode
+            and device are restored.
+        path: path of the file.
+        images: (N, *shape) float32, N >= 1, typical inputs, preferably real images.
     Raises:
         InputError: the model's outputs are not logits of two classes or more; torch cannot export it; the file is not
-            valid ONNX; onnxruntime's logits are off by more than 1e-5 of their magnitude; the model's logits of an
-            image depend on other images. Nothing on disk was changed then.
+            valid ONNX; onnxruntime's logits differ by more than 1e-5 of their magnitude; or the logits of an image
+            depend on other images. Nothing on disk was changed.
     """
     if images.dtype != torch.float32 or images.ndim < 2 or not len(images):
         found = f"{images.dtype} {tuple(images.shape)}"
@@ -108,27 +108,27 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor) -> OnnxFile:
 def _plain(model: nn.Module, shape: torch.Size) -> PlainNetwork | None:
     try:
         return PlainNetwork(fold(model, shape, whole_pools=True))
-    except UnsupportedNode:
+    except UnsupportedOperation:
         return None
 
 
 def _exported(module: nn.Module, image: Tensor) -> onnx.ModelProto:
-    """By torch's exporter. The example's batch of 2 keeps the batch dimension from being taken for a constant 1."""
+    """Export with torch's exporter. The example has a batch of 2, because a 1 would become a constant dimension."""
     batch = torch.export.Dim("batch")
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # of torch's own making; none is about the model
+            warnings.simplefilter("ignore")  # from torch's own code, not about the model
             program: Any = torch.onnx.export(
                 module, (image.repeat(2, *[1] * (image.ndim - 1)),), dynamo=True, external_data=False,
                 dynamic_shapes=({0: batch},), input_names=["images"], output_names=["logits"], opset_version=OPSET,
                 verbose=False,
             )  # fmt: skip
-    except Exception as error:  # whatever torch says of a model that it cannot export
+    except Exception as error:  # torch raises many types for a model that it cannot export
         first: BaseException = error
-        while first.__cause__:  # torch's own is a page of advice
+        while first.__cause__:  # torch's own message is a page of advice
             first = first.__cause__
-        said = str(first).strip().splitlines() or [type(first).__name__]
-        raise InputError(f"model: torch cannot export it ({said[0]}); accepted: a model for torch.onnx") from error
+        lines = str(first).strip().splitlines() or [type(first).__name__]
+        raise InputError(f"model: torch cannot export it ({lines[0]}); accepted: a model for torch.onnx") from error
     proto = program.model_proto
     if len(proto.graph.output) != 1 or len(proto.graph.input) != 1:
         found = f"{len(proto.graph.input)} inputs and {len(proto.graph.output)} outputs"
@@ -151,11 +151,11 @@ def _parity(path: Path, content: bytes, images: Tensor, logits: Tensor) -> tuple
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         found = [session.run(None, {"images": part.numpy()})[0] for part in (*images.split(BATCH), images[:1])]
-    except Exception as error:  # both libraries' own kinds
+    except Exception as error:  # both libraries raise types of their own
         raise InputError(f"{path}: what was made is not valid ({error}); accepted: valid ONNX") from error
     other, logits = torch.cat([torch.from_numpy(part) for part in found]), torch.cat([logits, logits[:1]])
     difference, magnitude = float((other - logits).abs().max()), float(logits.abs().max())
-    agree = (other.argmax(1) == logits.argmax(1))[: len(images)]  # without the one that ran alone
+    agree = (other.argmax(1) == logits.argmax(1))[: len(images)]  # without the image that ran alone
     agreement = float(agree.float().mean())
     if not difference <= TOLERANCE * magnitude:
         raise InputError(

@@ -1,7 +1,7 @@
-"""The folded network, the one that is certified, as a module of plain layers: what the exporter is given.
+"""The folded network, which is certified, as a module of plain layers for the exporter.
 
-Verifiers read a convolution where an elementwise normalisation stops them: alpha-beta-CROWN crashes on Sub/Div in front
-of convolutions as soon as an image needs branch and bound.
+Normalisations become convolutions: alpha-beta-CROWN crashes on Sub/Div in front of convolutions when an image needs
+branch and bound.
 """
 
 from __future__ import annotations

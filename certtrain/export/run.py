@@ -1,4 +1,4 @@
-"""A run's files for other verifiers: the network, a property for each test image, and what binds them together."""
+"""A run's files for other verifiers: network, properties of the test images, instances, settings, checksums."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from ..verifiers.vnnlib import write_property
 from .onnx_file import export_onnx
 
 PARITY = 1000
-"""Test images on which onnxruntime is compared with torch."""
+"""Number of test images on which onnxruntime is compared with torch."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """The recipe's ``export`` section: what other verifiers get to read of a run.
+    """The recipe's ``export`` section: a run's files for other verifiers.
 
     Args:
         enabled: whether a run ends with an export.
-        images: of the first so many test images a property is written; null for all.
-        timeout: seconds that the properties ask for.
+        images: number of test images, from the first on, for which a property is written; null for all.
+        timeout: seconds per property in ``instances.csv``.
     """
 
     enabled: bool = True
@@ -55,16 +55,16 @@ def write_files(
     images: range,
     timeout: float,
 ) -> dict[str, Any]:
-    """``model.onnx``, ``specs/NNNN.vnnlib`` for ``images``, ``instances.csv``, ``abcrown.yaml`` and ``SHA256SUMS``.
+    """Write ``model.onnx``, ``specs/NNNN.vnnlib`` for ``images``, ``instances.csv``, ``abcrown.yaml``, ``SHA256SUMS``.
 
-    What an earlier export left is replaced. Properties state the very ends that certificates speak of, ``ball.ends``;
-    of a set that is no box none are written.
+    Files of an earlier export are replaced. Properties state exactly the bounds used by certificates, ``ball.ends``;
+    for a set that is not a box none are written.
 
     Returns:
-        what ``run.json`` then says under ``export``.
+        the section ``export`` of ``run.json``.
     Raises:
-        InputError: the network cannot be exported (see ``export_onnx``), or has other outputs than one for each class;
-            labels that are no classes; nothing was changed then.
+        InputError: the network cannot be exported (see ``export_onnx``) or does not have one output for each class, or
+            a label is not a class; nothing was changed.
     """
     check_labels(split.labels, classes)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def write_files(
     check(outputs == classes, "model", f"{outputs} outputs", f"{classes}, one for each class")
     network = export_onnx(model, folder.onnx, split.pixels(torch.arange(min(PARITY, len(split)))))
     if folder.open(folder.path)[1].get("export"):
-        folder.describe("export", {})  # nothing stands for the files while they change
+        folder.describe("export", {})  # no record vouches for the files while they change
     folder.specs.mkdir(exist_ok=True)
     names = [f"{number:04d}.vnnlib" for number in images] if ball.is_box else []
     for stale in {path.name for path in folder.specs.glob("*.vnnlib*")} - set(names):
@@ -96,7 +96,7 @@ def write_files(
 
 
 def current_network(folder: RunFolder, description: Mapping[str, Any]) -> Path | None:
-    """``model.onnx``, if it is the file that was exported, of the weights that are there; else None."""
+    """``model.onnx`` if it is the recorded export of the current weights, else None."""
     recorded = description.get("export", {})
     wanted = recorded.get("weights"), recorded.get("network", {}).get("sha256")
     if not folder.onnx.exists() or wanted != (folder.weights_sha256(), sha256(folder.onnx)):

@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
 from ..errors import check
-from .feed_forward import Convolution, FeedForward
+from .feed_forward import ConvolutionPlan, FeedForward
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,6 @@ class Cnn3(FeedForward):
             check(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
         check(self.hidden is None or self.hidden >= 1, "hidden", self.hidden, "a whole number >= 1, or null")
 
-    def plan(self, height: int, width: int) -> tuple[list[Convolution], list[int], bool]:
-        convolutions = [Convolution(self.width, 5, 2, 2), Convolution(self.growth * self.width, 4, 2, 1)]
+    def plan(self, height: int, width: int) -> tuple[list[ConvolutionPlan], list[int], bool]:
+        convolutions = [ConvolutionPlan(self.width, 5, 2, 2), ConvolutionPlan(self.growth * self.width, 4, 2, 1)]
         return convolutions, [] if self.hidden is None else [self.hidden], self.batch_norm

@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
 from ..errors import check
-from .feed_forward import Convolution, FeedForward
+from .feed_forward import ConvolutionPlan, FeedForward
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class Cnn5(FeedForward):
         for name in ("width", "growth", "hidden"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
 
-    def plan(self, height: int, width: int) -> tuple[list[Convolution], list[int], bool]:
-        first, second = Convolution(self.width, 3, 1, 1), Convolution(self.width, 4, 2, 1)
-        return [first, second, Convolution(self.growth * self.width, 4, 2, 1)], [self.hidden], self.batch_norm
+    def plan(self, height: int, width: int) -> tuple[list[ConvolutionPlan], list[int], bool]:
+        first, second = ConvolutionPlan(self.width, 3, 1, 1), ConvolutionPlan(self.width, 4, 2, 1)
+        return [first, second, ConvolutionPlan(self.growth * self.width, 4, 2, 1)], [self.hidden], self.batch_norm

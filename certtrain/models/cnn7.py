@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
 from ..errors import InputError, check
-from .feed_forward import Convolution, FeedForward
+from .feed_forward import ConvolutionPlan, FeedForward
 
 SIDES = (28, 32, 64)
 
@@ -37,10 +37,10 @@ class Cnn7(FeedForward):
         check(self.last_stride in (None, 1, 2), "last_stride", self.last_stride, "1 or 2, or null")
         check(self.more >= 0, "more", self.more, "a whole number >= 0")
 
-    def plan(self, height: int, width: int) -> tuple[list[Convolution], list[int], bool]:
+    def plan(self, height: int, width: int) -> tuple[list[ConvolutionPlan], list[int], bool]:
         if height != width or height not in SIDES:
             raise InputError(f"model.type Cnn7: found images of {height}×{width}; accepted: 28×28, 32×32 or 64×64")
         last = (2 if height == 64 else 1) if self.last_stride is None else self.last_stride
         strides = ((1, 1), (1, 1), (2, 2), (2, 1), (2, last), *[(2, 1)] * self.more)
-        convolutions = [Convolution(times * self.width, 3, stride, 1) for times, stride in strides]
+        convolutions = [ConvolutionPlan(times * self.width, 3, stride, 1) for times, stride in strides]
         return convolutions, [self.hidden], self.batch_norm

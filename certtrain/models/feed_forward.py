@@ -12,7 +12,7 @@ from .base import Architecture
 
 
 @dataclass(frozen=True)
-class Convolution:
+class ConvolutionPlan:
     """A square convolution: its output channels and geometry."""
 
     features: int
@@ -30,7 +30,7 @@ class FeedForward(Architecture):
     """Convolutions, Flatten, linear layers; each but the last with an activation, and with batch norm if asked for."""
 
     @abstractmethod
-    def plan(self, height: int, width: int) -> tuple[list[Convolution], list[int], bool]:
+    def plan(self, height: int, width: int) -> tuple[list[ConvolutionPlan], list[int], bool]:
         """The convolutions, the features of the hidden linear layers, and whether each is followed by batch norm, for
         images of this size.
 
@@ -60,7 +60,7 @@ class FeedForward(Architecture):
         return [*layers, nn.Linear(flat, classes)]
 
 
-def _after(convolutions: list[Convolution], side: int) -> int:
+def _after(convolutions: list[ConvolutionPlan], side: int) -> int:
     """The side in pixels after the convolutions; 0 where no pixels are left."""
     for convolution in convolutions:
         side = max(0, convolution.side(side))

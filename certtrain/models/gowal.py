@@ -2,17 +2,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import check
-from .feed_forward import Convolution, FeedForward
+from .feed_forward import ConvolutionPlan, FeedForward
 
 SIZES = {
-    "small": ([Convolution(16, 4, 2), Convolution(32, 4, 1)], [100]),
+    "small": ([ConvolutionPlan(16, 4, 2), ConvolutionPlan(32, 4, 1)], [100]),
     "medium": (
-        [Convolution(32, 3, 1), Convolution(32, 4, 2), Convolution(64, 3, 1), Convolution(64, 4, 2)],
+        [ConvolutionPlan(32, 3, 1), ConvolutionPlan(32, 4, 2), ConvolutionPlan(64, 3, 1), ConvolutionPlan(64, 4, 2)],
         [512, 512],
     ),
     "large": (
-        [Convolution(64, 3, 1), Convolution(64, 3, 1), Convolution(128, 3, 2), Convolution(128, 3, 1),
-         Convolution(128, 3, 1)],
+        [ConvolutionPlan(64, 3, 1), ConvolutionPlan(64, 3, 1), ConvolutionPlan(128, 3, 2), ConvolutionPlan(128, 3, 1),
+         ConvolutionPlan(128, 3, 1)],
         [512],
     ),
 }  # fmt: skip
@@ -35,6 +35,6 @@ class Gowal(FeedForward):
         super().__post_init__()
         check(self.size in SIZES, "size", self.size, ", ".join(SIZES))
 
-    def plan(self, height: int, width: int) -> tuple[list[Convolution], list[int], bool]:
+    def plan(self, height: int, width: int) -> tuple[list[ConvolutionPlan], list[int], bool]:
         convolutions, hidden = SIZES[self.size]
         return convolutions, hidden, False

@@ -19,7 +19,7 @@ def initialise_for_ibp(model: nn.Module) -> None:
     norms and the last layer otherwise keep torch's defaults. Uses the global generator.
 
     Raises:
-        UnsupportedNode: the model has an operation that cannot be bounded.
+        UnsupportedOperation: the model has an operation that cannot be bounded.
     """
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     for layer in layers[:-1]:

@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
 from ..errors import check
-from .feed_forward import Convolution, FeedForward
+from .feed_forward import ConvolutionPlan, FeedForward
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,5 @@ class Mlp(FeedForward):
         super().__post_init__()
         check(all(width >= 1 for width in self.hidden), "hidden", self.hidden, "a list of whole numbers >= 1")
 
-    def plan(self, height: int, width: int) -> tuple[list[Convolution], list[int], bool]:
+    def plan(self, height: int, width: int) -> tuple[list[ConvolutionPlan], list[int], bool]:
         return [], list(self.hidden), self.batch_norm

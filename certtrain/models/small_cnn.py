@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
 from ..errors import check
-from .feed_forward import Convolution, FeedForward
+from .feed_forward import ConvolutionPlan, FeedForward
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,6 @@ class SmallCnn(FeedForward):
         check(self.width >= 1, "width", self.width, "a whole number >= 1")
         check(self.hidden >= 1, "hidden", self.hidden, "a whole number >= 1")
 
-    def plan(self, height: int, width: int) -> tuple[list[Convolution], list[int], bool]:
-        convolutions = [Convolution(features, 4, 2, 1) for features in (self.width, 2 * self.width)]
+    def plan(self, height: int, width: int) -> tuple[list[ConvolutionPlan], list[int], bool]:
+        convolutions = [ConvolutionPlan(features, 4, 2, 1) for features in (self.width, 2 * self.width)]
         return convolutions, [self.hidden], self.batch_norm

@@ -1,4 +1,4 @@
-"""What is averaged along training: weights, and the statistics of batch norms over a whole epoch."""
+"""Averages along training: of weights, and of batch-norm statistics over a whole epoch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d
 
 @dataclass(frozen=True)
 class Averaging:
-    """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407): the run ends with the mean of its weights.
+    """Stochastic weight averaging (Izmailov et al., arXiv 1803.05407): the result is the mean of the weights.
 
     Args:
-        start: number of epochs after which it begins.
-        every: steps between two weights that are averaged.
+        start: number of epochs after which averaging begins.
+        every: steps between two averaged weights.
     """
 
     start: int
@@ -35,14 +35,14 @@ class Averaging:
 
 
 class WeightAverage:
-    """The running mean of a model's parameters; none without ``settings``."""
+    """The running mean of a model's parameters; does nothing without ``settings``."""
 
     def __init__(self, model: nn.Module, settings: Averaging | None, steps_per_epoch: int):
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.mean = None if settings is None else AveragedModel(model)
 
     def update(self, model: nn.Module, steps: int) -> None:
-        """Look at the weights after so many steps of training."""
+        """Include the weights after ``steps`` steps of training, if the settings say so."""
         if self.mean is None or self.settings is None:
             return
         if steps > self.settings.start * self.steps_per_epoch and steps % self.settings.every == 0:
@@ -50,7 +50,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def put_into(self, model: nn.Module) -> bool:
-        """Give the model the mean of its weights, if there is one; its batch statistics then belong to others."""
+        """Copy the mean into the model and return whether there is one. Batch statistics still belong to the earlier
+        weights."""
         if self.mean is None or not int(self.mean.n_averaged):
             return False
         for own, mean in zip(model.parameters(), self.mean.module.parameters(), strict=True):
@@ -67,8 +68,8 @@ class WeightAverage:
 
 @torch.no_grad()
 def recompute_statistics(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Running statistics of all batch norms anew: their mean over ``batches`` of clean images, weighted by size
-    ("precise" batch norm, Wu and Johnson, arXiv 2105.07576). The model is in training mode."""
+    """Set the running statistics of all batch norms to their mean over ``batches`` of clean images, weighted by size
+    ("precise" batch norm, Wu and Johnson, arXiv 2105.07576). The model must be in training mode."""
     norms = [module for module in model.modules() if isinstance(module, Norm)]
     if not norms:
         return
@@ -77,7 +78,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Batch]) -> None:
         for batch in batches:
             seen += len(batch)
             for norm in norms:
-                norm.momentum = len(batch) / seen  # of the first batch 1: what was there is forgotten
+                norm.momentum = len(batch) / seen  # 1 for the first batch: earlier statistics are dropped
             forward(model, batch.images)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

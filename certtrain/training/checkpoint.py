@@ -1,4 +1,4 @@
-"""``resume.pt``: everything a run needs to go on, bit for bit. Written atomically, read without running code."""
+"""The checkpoint ``resume.pt``, from which a run continues bit for bit. Written atomically, read without code."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ FORMAT = 1
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a mapping of tensors, numbers, text and nested lists and mappings of them, with its fingerprint."""
+    """Write a nested mapping of tensors, numbers, text and lists, with its fingerprint."""
     whole = {"format": FORMAT, "fingerprint": fingerprint(content), "content": dict(content)}
-    buffer = io.BytesIO()  # for torch's own writer to a file says nothing of what went wrong
+    buffer = io.BytesIO()  # torch's own writer to a file does not name the error
     torch.save(whole, buffer)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read what ``save`` wrote.
+    """Read a checkpoint written by ``save``.
 
     Raises:
-        InputError: the file is truncated, tampered with, of another format or no checkpoint.
+        InputError: the file is truncated, changed, of another format or not a checkpoint.
     """
     try:
         whole = torch.load(path, map_location=device, weights_only=True)
@@ -46,7 +46,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def fingerprint(content: Any) -> str:
-    """sha256 over a nested structure, each value with its place, kind and shape."""
+    """The sha256 of a nested structure, including the place, type and shape of each value."""
     digest = hashlib.sha256()
 
     def update(place: str, value: Any) -> None:
@@ -67,10 +67,10 @@ def fingerprint(content: Any) -> str:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Put weights into a model of the same architecture.
+    """Load weights into a model of the same architecture.
 
     Raises:
-        InputError: names the first tensor that is missing, unknown or of another shape.
+        InputError: a tensor is missing, unknown or of another shape; names the first one.
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}

@@ -1,4 +1,4 @@
-"""Diagnostics along training: off by default, changes nothing."""
+"""Diagnostics along training: off by default, without effect on the training."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..noise import Noise, key_of
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Diagnostics on images spread evenly over the training split, as stored, at the recipe's own epsilon.
+    """Diagnostics on stored images spread evenly over the training split, at the recipe's own epsilon.
 
-    Each is a line of ``metrics.jsonl`` with ``"kind": "diagnosis"``: numbers, lists, and null for the mean of nothing.
+    Each diagnosis is a line of ``metrics.jsonl`` with ``"kind": "diagnosis"``: numbers, lists, null for an empty mean.
 
     Args:
-        every: epochs between two of them.
-        images: how many; of a smaller split all.
-        what: some of ``certtrain.diagnostics.DIAGNOSTICS``; null for alignment, cosine, qub and split, over a sparse
-            set for qub and interpolation. Landscapes, Hessians, ``overlap`` and ``gradient_gap`` cost as much as an
-            epoch or more.
-        attack: the strong one, which one step is compared with and QUB is measured at; null for the set's default:
-            PGD-10, of a sparse set sPGD-20 (for ``overlap`` sPGD-100).
-        top: eigenvalues of ``hessian`` and ``adversarial_hessian``.
+        every: epochs between two diagnoses.
+        images: number of images; all of a smaller split.
+        what: some of ``certtrain.diagnostics.DIAGNOSTICS``; null for alignment, cosine, qub and split, for a sparse set
+            qub and interpolation. Landscapes, Hessians, ``overlap`` and ``gradient_gap`` cost as much as an epoch or
+            more.
+        attack: the strong attack with which one step is compared and at which QUB is measured; null for the set's
+            default: PGD-10, for a sparse set sPGD-20 (for ``overlap`` sPGD-100).
+        top: number of eigenvalues of ``hessian`` and ``adversarial_hessian``.
     """
 
     every: int = 1
@@ -50,21 +50,21 @@ class Diagnose:
     def attack_over(self, ball: PerturbationSet) -> Attack:
         return self.attack or default_attack(ball, "many_steps")
 
-    def asked(self, ball: PerturbationSet) -> list[str]:
-        """The names, for a recipe with such a set.
+    def names_for(self, ball: PerturbationSet) -> list[str]:
+        """The names of the diagnostics for this perturbation set.
 
         Raises:
-            InputError: one of those that were asked for does not know it.
+            InputError: one of ``what`` does not support the set.
         """
         names = usual(ball) if self.what is None else list(self.what)
         check_balls("training.diagnose.what", names, ball)
         return names
 
     def __call__(self, model: nn.Module, split: Split, ball: PerturbationSet, seed: int) -> dict[str, Any]:
-        """Diagnose; the model's mode, its buffers and gradients, and torch's generator stay as they are."""
+        """Run the diagnostics. The model's mode, buffers and gradients and torch's generator are restored."""
         batch = spread(split, self.images)
         subject = Subject(model, batch, ball, Noise(key_of(seed, "diagnose"), batch.index), self.attack, self.top)
-        found: dict[str, Any] = {"images": len(batch)}
-        for name in self.asked(ball):
-            found |= DIAGNOSTICS[name](subject)
-        return found
+        figures: dict[str, Any] = {"images": len(batch)}
+        for name in self.names_for(ball):
+            figures |= DIAGNOSTICS[name](subject)
+        return figures

@@ -1,4 +1,4 @@
-"""Quick measurements while training, never on the test split, which is for the verifier and the evaluation alone."""
+"""Quick measurements during training, never on the test split, which only the verifier and the evaluation use."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 from torch import nn
 
 from ..attacks import Attack
-from ..bounds import PerturbationSet, UnsupportedNode, checked_logits, compute_margins, trace
+from ..bounds import PerturbationSet, UnsupportedOperation, checked_logits, compute_margins, trace
 from ..data import Split, in_order
 from ..noise import Noise, key_of
 from ..step import Step
 
 BATCH = 512
 COMPARED = 8
-"""Images on which a model and its program are compared, before training and after each epoch."""
+"""Number of images on which a model and its traced network are compared, before training and after each epoch."""
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, ball: PerturbationSet) -> dict[str, float]:
-    """Clean accuracy of the model in evaluation mode, and IBP-certified accuracy where bounds know its layers; restores
-    its mode."""
+    """Clean accuracy of the model in evaluation mode, and IBP-certified accuracy if bounds support all its layers. The
+    model's mode is restored."""
     training = model.training
     model.eval()
     certifiable = traceable(model)
@@ -37,18 +37,20 @@ def evaluate(model: nn.Module, split: Split, ball: PerturbationSet) -> dict[str,
 def attacked_accuracy(
     model: nn.Module, split: Split, ball: PerturbationSet, attack: Attack, seed: int, images: int | None = None
 ) -> float:
-    """Share of a split's first ``images`` that the model, in evaluation mode, gets right under attack; logits that are
-    not finite are wrong. The attack's noise is keyed by image, the same at every call; the model's mode and buffers are
-    restored."""
+    """Share of a split's first ``images`` images that the model, in evaluation mode, classifies correctly under attack.
+
+    Logits that are not finite count as wrong. The attack's noise is keyed by image and the same at every call. The
+    model's mode and buffers are restored.
+    """
     training = model.training
     model.eval()
     count = min(images or len(split), len(split))
     correct = 0
     for batch in in_order(split, BATCH, stop=count):
         step = Step.evaluation(ball, Noise(key_of(seed, "attacked accuracy"), batch.index))
-        found = attack(model, batch, ball, step).images
+        attacked = attack(model, batch, ball, step).images
         with torch.no_grad():
-            logits = model(found)
+            logits = model(attacked)
         right = (logits.argmax(1) == batch.labels) & logits.isfinite().all(1)
         correct += int(right.sum())
     model.train(training)
@@ -56,20 +58,20 @@ def attacked_accuracy(
 
 
 def check_program(model: nn.Module, split: Split) -> None:
-    """Compare what was traced of a model with the model itself on a split's first images; says nothing of a model that
-    bounds do not know.
+    """Compare a model with its traced network on a split's first images. Does nothing if bounds do not support the
+    model.
 
     Raises:
-        InputError: they differ beyond rounding, or the model's logits of an image depend on other images.
+        InputError: they differ beyond rounding, or the logits of an image depend on other images.
     """
     if traceable(model):
         checked_logits(model, split.pixels(torch.arange(min(COMPARED, len(split)))))
 
 
 def traceable(model: nn.Module) -> bool:
-    """Whether bounds know all of the model's layers."""
+    """Whether bounds support all of the model's layers."""
     try:
         trace(model)
-    except UnsupportedNode:
+    except UnsupportedOperation:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Catastrophic overfitting, seen while it happens: robustness that falls within a few epochs."""
+"""Detection of catastrophic overfitting during training: robustness that falls within a few epochs."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from ..noise import Noise, key_of
 from ..step import Batch, Step
 
 ROUNDING = 1e-9
-"""A fall of exactly ``fall`` is none, however its shares were rounded."""
+"""Tolerance of shares, so that a fall of exactly ``fall`` never counts."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Looks at the accuracy under attack every few epochs, always of the same images, and acts when it falls.
+    """Measure the accuracy under attack every few epochs, always on the same images, and act when it falls.
 
-    What Fast-AT does with PGD-5 on a batch of each epoch (arXiv 2001.03994). The test split is never looked at.
+    Fast-AT does this with PGD-5 on a batch of each epoch (arXiv 2001.03994). The test split is never used.
 
     Args:
         every: epochs between two checks.
-        images: how many, spread evenly over the split; of a smaller one all.
-        split: of which the images are, as stored: the training images, or those held out by ``data.validation``.
-        attack: null for the set's default: PGD-10, of a sparse set sPGD-20; at the recipe's own epsilon, its noise the
-            same at each check.
-        fall: what accuracy may lose, as a share of the images: more is a fall.
-        since: the accuracy that counts: that of the ``previous`` check, or the ``best`` so far.
-        action: on a fall ``warn``; or ``stop`` the training with the weights that it has; or stop after a ``rollback``
-            to the weights of the check that accuracy fell from.
+        images: number of images, spread evenly over the split; all of a smaller split.
+        split: source of the images, as stored: ``train``, or ``validation``, held out by ``data.validation``.
+        attack: null for the set's default: PGD-10, for a sparse set sPGD-20. Run at the recipe's own epsilon with the
+            same noise at each check.
+        fall: largest loss of accuracy, as a share of the images, that does not count as a fall.
+        since: the accuracy to compare with: that of the ``previous`` check, or the ``best`` so far.
+        action: after a fall ``warn``, ``stop`` the training with the current weights, or stop after a ``rollback`` to
+            the weights of the check before the fall.
     """
 
     every: int = 1
@@ -61,9 +61,10 @@ class Guard:
         return self.attack or default_attack(ball, "accuracy")
 
     def check_data(self, dataset: Dataset) -> None:
-        """
+        """Check that the split holds images.
+
         Raises:
-            InputError: the split holds no images.
+            InputError: it holds none.
         """
         if self.split == "validation" and not len(dataset.validation):
             raise InputError(
@@ -72,38 +73,38 @@ class Guard:
             )
 
     def measure(self, model: nn.Module, dataset: Dataset, ball: PerturbationSet, seed: int) -> float:
-        """The share of the images that the network classifies correctly under attack, in evaluation mode; logits that
-        are not finite are wrong. The model and torch's generator are left as they are.
+        """The share of the images that the network, in evaluation mode, classifies correctly under attack.
+
+        Logits that are not finite count as wrong. The model and torch's generator are restored.
 
         Raises:
             InputError: as ``check_data``.
         """
         self.check_data(dataset)
         batch = spread(dataset.train if self.split == "train" else dataset.validation, self.images)
-
         attack = self.attack_over(ball)
 
-        def found(part: Batch, step: Step) -> Tensor:
+        def correct(part: Batch, step: Step) -> Tensor:
             images = attack(model, part, ball, step).images
             with torch.no_grad():
                 logits = model(images)
             return (logits.argmax(1) == part.labels) & logits.isfinite().all(1)
 
-        return float(each(model, batch, ball, Noise(key_of(seed, "guard"), batch.index), found).mean())
+        return float(each(model, batch, ball, Noise(key_of(seed, "guard"), batch.index), correct).mean())
 
     def fell(self, before: float | None, now: float) -> bool:
-        """Whether accuracy fell: by more than ``fall`` since ``before`` (None: nothing was measured yet), or to NaN."""
+        """Whether accuracy fell by more than ``fall`` since ``before`` (None: not measured yet), or to NaN."""
         return before is not None and not before - now <= self.fall + ROUNDING
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What a check came to.
+class CheckResult:
+    """The result of one check.
 
     Args:
-        figures: for the epoch's line: ``guard_accuracy``; after a fall ``guard_fell_from`` too, and after a rollback
-            ``guard_rolled_back_to``, a number of epochs.
-        alarm: what to tell the user at once, or None.
+        figures: figures for the epoch's line: ``guard_accuracy``; after a fall also ``guard_fell_from``, and after a
+            rollback ``guard_rolled_back_to``, a number of epochs.
+        alarm: warning to print at once, or None.
         halt: whether training ends here.
     """
 
@@ -114,13 +115,13 @@ class Checked:
 
 @dataclass
 class LastCheck:
-    """What a guard remembers from check to check; ``vars`` of it is part of the checkpoint.
+    """The guard's state between checks; its ``vars`` are part of the checkpoint.
 
     Args:
-        accuracy: that the next check is compared with; None before the first one.
-        epoch: after how many it was measured.
-        weights: those that it was measured with, on the CPU; kept for a rollback alone.
-        halted: the guard has ended this training, and a resume has nothing left to train.
+        accuracy: the accuracy with which the next check is compared; None before the first one.
+        epoch: number of epochs after which it was measured.
+        weights: the weights with which it was measured, on the CPU; kept only for a rollback.
+        halted: whether the guard has ended this training, so that a resume has nothing left to train.
     """
 
     accuracy: float | None = None
@@ -130,8 +131,8 @@ class LastCheck:
 
     def check(
         self, settings: Guard, model: nn.Module, dataset: Dataset, ball: PerturbationSet, seed: int, epoch: int
-    ) -> Checked:
-        """Measure the weights after so many epochs and act; a rollback puts the earlier ones into the model."""
+    ) -> CheckResult:
+        """Measure the weights after ``epoch`` epochs and act; a rollback loads the earlier weights into the model."""
         now = settings.measure(model, dataset, ball, seed)
         figures: dict[str, float | int] = {"guard_accuracy": now}
         before, since = self.accuracy, self.epoch
@@ -143,14 +144,14 @@ class LastCheck:
         elif not self.halted and (before is None or settings.since == "previous" or now >= before):
             self._remember(settings, model, now, epoch)
         if before is None or not fell:
-            return Checked(figures)
+            return CheckResult(figures)
         outcome = {"warn": "training goes on", "stop": "training ends here",
                    "rollback": f"training ends with the weights of epoch {since}"}[settings.action]  # fmt: skip
         alarm = (
             f"catastrophic overfitting: after epoch {epoch} accuracy under attack is {100 * now:.1f} %, after epoch "
             f"{since} it was {100 * before:.1f} %; {outcome}"
         )
-        return Checked({**figures, "guard_fell_from": before}, alarm, self.halted)
+        return CheckResult({**figures, "guard_fell_from": before}, alarm, self.halted)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.accuracy, self.epoch, self.halted = state["accuracy"], state["epoch"], state["halted"]

@@ -1,4 +1,4 @@
-"""Stopping on request: while training, SIGINT and SIGTERM are noticed between steps, so that the run can be saved."""
+"""Stopping on request: training checks for SIGINT and SIGTERM between steps, so that the run can be saved."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..errors import Portable
 
 
 class Interrupted(Portable):
-    """The run was asked to stop and has saved itself; ``signal`` is the signal's number.
+    """A signal stopped the run, which has been saved; ``signal`` is the signal's number.
 
-    No ``except Exception``, ours or a library's, may take it for a failure.
+    Not an ``Exception``, so that no ``except Exception`` takes it for a failure.
     """
 
     def __init__(self, number: int):
@@ -21,10 +21,12 @@ class Interrupted(Portable):
 
 
 class StopRequest:
-    """``with StopRequest() as stop: … if stop.signal: save and leave``. A second SIGINT acts at once.
+    """Record SIGINT and SIGTERM: ``with StopRequest() as stop: … if stop.signal: save and leave``.
+
+    A second SIGINT raises ``KeyboardInterrupt``.
 
     Args:
-        at_once: raise ``Interrupted`` wherever the program is, for work that has nothing to save.
+        at_once: raise ``Interrupted`` immediately, for work that has nothing to save.
     """
 
     def __init__(self, at_once: bool = False) -> None:
@@ -35,20 +37,20 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         if self.at_once:
             raise Interrupted(number)
 
-    def raise_if_asked(self) -> None:
+    def raise_if_requested(self) -> None:
         if self.signal is not None:
             raise Interrupted(self.signal)

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..losses import Loss
 from ..noise import Noise, key_of
 from ..progress import Progress, describe
 from ..run_folder import RunFolder
-from ..step import ALONE, Batch, Exchange, State, Step
+from ..step import SINGLE_PROCESS, Batch, Exchange, State, Step
 from . import checkpoint
 from .averages import WeightAverage, recompute_statistics
 from .evaluation import check_program
 from .interruption import Interrupted, StopRequest
+from .monitor import EpochMonitor
 from .selection import Best
 from .settings import Training
 from .update import NonFinite
-from .watch import Watch
 
 SHOWN = ("loss", "clean_accuracy", "attacked_accuracy", "verified_accuracy")
 
@@ -36,13 +36,9 @@ class TrainingStopped(Portable, RuntimeError):
     """Training cannot go on; the message names the step, the terms and the last good checkpoint."""
 
 
-Beside = tuple[WeightAverage, Watch]
-"""What is kept beside the weights."""
-
-
 @dataclass
 class Position:
-    """Where a run stands: ``step`` steps done, the next is ``batch`` of ``epoch`` (both 0-based)."""
+    """The progress of a run: ``step`` steps are done, the next is ``batch`` of ``epoch`` (both 0-based)."""
 
     epoch: int = 0
     batch: int = 0
@@ -61,47 +57,48 @@ def fit(
     seed: int,
     folder: RunFolder,
     stop: StopRequest,
-    exchange: Exchange = ALONE,
+    exchange: Exchange = SINGLE_PROCESS,
     quiet: bool = False,
 ) -> Best:
-    """Train ``model`` (on its device, where ``dataset`` lives too) from the start or from ``folder``'s checkpoint.
+    """Train ``model`` from the start or from the checkpoint in ``folder``. ``dataset`` is on the model's device.
 
-    Appends one line an epoch to ``metrics.jsonl`` and leaves a checkpoint at the end. Returns the weights that
-    ``settings.select`` found best; none without it.
+    Appends one line per epoch to ``metrics.jsonl`` and leaves a checkpoint at the end.
 
+    Returns:
+        the best weights according to ``settings.select``; none without it.
     Raises:
-        InputError: the checkpoint is broken or belongs to another architecture; the model computes something else than
-            bounds see of it (looked at before the first step and after each epoch).
-        Interrupted: a signal asked to stop; the checkpoint is up to date.
+        InputError: the checkpoint is broken or belongs to another architecture; or the model and its traced network
+            differ, which is checked before the first step and after each epoch.
+        Interrupted: a signal stopped the training; the checkpoint is up to date.
         TrainingStopped: the loss or its gradient was not finite.
     """
     run = _Fit(model, dataset, loss, ball, settings, seed, folder, exchange)
     check_program(model, dataset.train)
     model.train()
     with Progress("training", run.steps, done=run.position.step, quiet=quiet) as progress:
-        for epoch in range(run.position.epoch, 0 if run.watch.halted else settings.epochs):
+        for epoch in range(run.position.epoch, 0 if run.monitor.halted else settings.epochs):
             for batch in run.loader.epoch(epoch, start=run.position.batch):
                 progress.advance(1, run.step(batch))
                 if run.position.batch == len(run.loader):
                     run.end_epoch(epoch, progress)
-                asked = stop.signal
-                if asked or run.is_due:
+                signal = stop.signal
+                if signal or run.is_due:
                     run.save()
-                if asked:
-                    raise Interrupted(asked)
-            if run.watch.halted:
+                if signal:
+                    raise Interrupted(signal)
+            if run.monitor.halted:
                 break
-    return run.watch.best
+    return run.monitor.best
 
 
 class _Fit:
-    """One training: what stays along it, and what moves and is kept in its checkpoint."""
+    """The constants of one training, and its state, which is kept in the checkpoint."""
 
     def __init__(
         self, model: nn.Module, dataset: Dataset, loss: Loss, ball: PerturbationSet, settings: Training, seed: int,
         folder: RunFolder, exchange: Exchange,
     ):  # fmt: skip
-        """Set up a training, or take it up where ``folder``'s checkpoint left it."""
+        """Set up a training, or continue it from the checkpoint in ``folder``."""
         self.model, self.loss, self.ball, self.settings = model, loss, ball, settings
         self.seed, self.folder, self.exchange = seed, folder, exchange
         device = dataset.train.labels.device
@@ -118,17 +115,18 @@ class _Fit:
         parts = [unstructure(part) for part in (loss, ball, settings)]
         self.recipe = checkpoint.fingerprint([*parts, seed, dataset.checksum, loss.files()])
         self.average = WeightAverage(model, settings.averaging, len(self.loader))
-        self.watch = Watch(settings, dataset, ball, seed)
+        self.monitor = EpochMonitor(settings, dataset, ball, seed)
         self.position, self.sums = Position(), _Means()
         if folder.resume.exists():
-            beside = self.average, self.watch
-            self.position, self.sums = _restore(folder, self.recipe, device, model, self.optimizer, beside, tensors)
+            self.position, self.sums = _restore(
+                folder, self.recipe, device, model, self.optimizer, self.average, self.monitor, tensors
+            )
         folder.metrics.truncate(self.position.metrics_bytes)
         self.before = self.position.seconds
         self.started = self.saved = time.monotonic()
 
     def seconds(self, now: float) -> float:
-        """Of training up to ``now``, by all processes that took part after one another."""
+        """Seconds of training up to ``now``, summed over all calls that trained this run."""
         return self.before + now - self.started
 
     def epsilon(self, number: int) -> float:
@@ -136,15 +134,17 @@ class _Fit:
         return self.settings.epsilon(self.ball.epsilon, number, len(self.loader))
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Change the weights once (or once for every replay) and move on. Returns what to show of it.
+        """Change the weights once (or once for every replay) and advance the position.
 
+        Returns:
+            the figures to display.
         Raises:
             TrainingStopped: the loss or its gradient was not finite.
         """
         settings, position = self.settings, self.position
         settings.set_rate(self.optimizer, position.step / len(self.loader))
         torch.manual_seed(key_of(self.seed, "torch", position.step))  # for layers such as dropout
-        step = self._circumstances(batch)
+        step = self._settings_of_step(batch)
         if settings.noise is not None:
             batch = settings.noise(batch, step)
         figures: dict[str, float] = {}
@@ -153,14 +153,14 @@ class _Fit:
                 parts = _split(batch, step if replay == 0 else step.again(replay), settings)
                 figures = settings.update(self.model, self.optimizer, self.loss, parts, settings.clip)
         except NonFinite as error:
-            raise TrainingStopped(_stopped(position, error, self.folder)) from error
+            raise TrainingStopped(_failure_text(position, error, self.folder)) from error
         self.sums.add(figures, self.exchange.samples(len(batch)))
         shown = {name: figures[name] for name in SHOWN if name in figures} | {self.size: self.epsilon(position.step)}
         position.batch, position.step = position.batch + 1, position.step + 1
         self.average.update(self.model, position.step)
         return shown
 
-    def _circumstances(self, batch: Batch) -> Step:
+    def _settings_of_step(self, batch: Batch) -> Step:
         settings, number, steps_per_epoch = self.settings, self.position.step, len(self.loader)
         device, epsilon = batch.labels.device, self.epsilon(number)
         radius = torch.tensor(epsilon, device=device)
@@ -180,20 +180,20 @@ class _Fit:
         )
 
     def end_epoch(self, epoch: int, progress: Progress) -> None:
-        """Look at the weights, write the epoch's line (and those of measurements), and begin the next one."""
+        """Check the weights, write the lines of the epoch and its measurements, and begin the next epoch."""
         settings, position, folder = self.settings, self.position, self.folder
         averaged = position.step == self.steps and self.average.put_into(self.model)
         if averaged or settings.precise_bn:
             recompute_statistics(self.model, self.loader.epoch(epoch))
         rate = self.optimizer.param_groups[0]["lr"]
         looked = time.monotonic()
-        seen = self.watch.look(self.model, epoch + 1)
+        seen = self.monitor.check(self.model, epoch + 1)
         looking = round(time.monotonic() - looked, 3)
         line = {"kind": "epoch", "epoch": epoch + 1, "step": position.step, "learning_rate": rate}
         line |= {**self.sums.means(), "epsilon": self.epsilon(position.step - 1), **seen.figures}
         line |= {"seconds": round(self.seconds(time.monotonic()), 3), "spent": {"looking": looking}}
         folder.metrics.append(line, *({**more, "seconds": line["seconds"]} for more in seen.lines))
-        progress.line(_said(line, settings.epochs, self.size))
+        progress.line(_epoch_text(line, settings.epochs, self.size))
         if seen.alarm:
             progress.alarm(seen.alarm)
         position.epoch, position.batch, position.metrics_bytes = epoch + 1, 0, folder.metrics.size()
@@ -201,21 +201,21 @@ class _Fit:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for a checkpoint: the end, or long enough after the last one."""
-        ended = self.watch.halted or self.position.step == self.steps
+        """Whether a checkpoint is due: at the end, and ``checkpoint_seconds`` after the last one."""
+        ended = self.monitor.halted or self.position.step == self.steps
         return ended or time.monotonic() - self.saved >= self.settings.checkpoint_seconds
 
     def save(self) -> None:
         self.saved = time.monotonic()
         self.position.seconds = self.seconds(self.saved)
-        beside = self.average, self.watch
         _save(
-            self.folder, self.recipe, self.position, self.sums, self.model, self.optimizer, beside, self.state.tensors
-        )
+            self.folder, self.recipe, self.position, self.sums, self.model, self.optimizer, self.average, self.monitor,
+            self.state.tensors,
+        )  # fmt: skip
 
 
 def _split(batch: Batch, step: Step, settings: Training) -> list[tuple[Batch, Step]]:
-    """The batch in at most ``accumulate`` parts, each with the noise and the state of its positions."""
+    """Split the batch into at most ``accumulate`` parts, each with the noise and state of its positions."""
     size = math.ceil(len(batch) / settings.accumulate)
     parts = []
     for first in range(0, len(batch), size):
@@ -224,19 +224,19 @@ def _split(batch: Batch, step: Step, settings: Training) -> list[tuple[Batch, St
     return parts
 
 
-def _said(line: dict[str, Any], epochs: int, size: str) -> str:
-    """An epoch's line where the output is not a terminal."""
+def _epoch_text(line: dict[str, Any], epochs: int, size: str) -> str:
+    """The text of an epoch's line if the output is not a terminal."""
     shown = {name: line[name] for name in SHOWN if name in line} | {size: line["epsilon"]}
     shown |= {name: value for name, value in line.items() if name.startswith("validation")}
     return f"epoch {line['epoch']}/{epochs}  {describe(shown)}  {line['seconds']:.0f} s"
 
 
 def check_images(model: nn.Module, dataset: Dataset, settings: Training) -> None:
-    """Say before an epoch is spent what these images make impossible.
+    """Check before training that the settings fit the images.
 
     Raises:
-        InputError: the batch size leaves a batch, or a part of one, of a single sample, which batch norm cannot
-            normalise; no weights would be averaged; there are no validation images to select or to guard by.
+        InputError: the batch size leaves a batch, or part of one, with a single sample, which batch norm cannot
+            normalise; no weights would be averaged; or there are no validation images to select or guard by.
     """
     samples = len(dataset.train)
     if settings.select and not len(dataset.validation):
@@ -264,7 +264,7 @@ def check_images(model: nn.Module, dataset: Dataset, settings: Training) -> None
 
 
 class _Means:
-    """Means of figures over an epoch, weighted by batch size; each figure over the steps that had it."""
+    """Means of figures over an epoch, weighted by batch size; each figure over the steps that report it."""
 
     def __init__(self, sums: dict[str, list[float]] | None = None):
         self.sums = sums or {}
@@ -280,27 +280,25 @@ class _Means:
 
 def _save(
     folder: RunFolder, recipe: str, position: Position, sums: _Means, model: nn.Module,
-    optimizer: torch.optim.Optimizer, beside: Beside, tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer, average: WeightAverage, monitor: EpochMonitor, tensors: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
-    average, watch = beside
     content = {"recipe": recipe, "position": vars(position), "sums": sums.sums, "model": model.state_dict(),
-               "optimizer": optimizer.state_dict(), "average": average.state(), "watch": watch.state(),
+               "optimizer": optimizer.state_dict(), "average": average.state(), "watch": monitor.state(),
                "state": dict(tensors)}  # fmt: skip
     checkpoint.save(folder.resume, content)
 
 
 def _restore(
     folder: RunFolder, recipe: str, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer,
-    beside: Beside, tensors: dict[str, Tensor],
+    average: WeightAverage, monitor: EpochMonitor, tensors: dict[str, Tensor],
 ) -> tuple[Position, _Means]:  # fmt: skip
     content = checkpoint.load(folder.resume, device)
     checkpoint.load_weights(model, content["model"], folder.resume)
     if content["recipe"] != recipe:
         raise InputError(f"{folder.resume}: found the checkpoint of another recipe; accepted: this run's own")
     optimizer.load_state_dict(content["optimizer"])
-    average, watch = beside
     average.restore(content["average"])
-    watch.restore(content["watch"])
+    monitor.restore(content["watch"])
     for name, tensor in tensors.items():
         found = content["state"].get(name)
         if found is None or found.shape != tensor.shape:
@@ -312,6 +310,6 @@ def _restore(
     return Position(**content["position"]), _Means(content["sums"])
 
 
-def _stopped(position: Position, error: NonFinite, folder: RunFolder) -> str:
+def _failure_text(position: Position, error: NonFinite, folder: RunFolder) -> str:
     kept = f"the last good checkpoint is {folder.resume}" if folder.resume.exists() else "there is no checkpoint yet"
     return f"step {position.step + 1} (epoch {position.epoch + 1}): the loss is not finite ({error}); {kept}"

@@ -1,4 +1,4 @@
-"""What a loss does to a network along training, seen from outside: off by default, changes nothing."""
+"""Measurements of losses and bounds along training: off by default, without effect on the training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..noise import Noise, key_of
 from ..step import Step
 
 ROUNDING = 1e-5
-"""By which a float32 loss may fall, relative to 1 + its size, and still count as not falling."""
+"""Fall of a float32 loss, relative to 1 + its size, that still counts as not falling."""
 SHIFT = 100.0
 
 
@@ -27,17 +27,17 @@ SHIFT = 100.0
 class Measure:
     """Measurements on the first training images, at the recipe's own epsilon, in evaluation mode.
 
-    Each is a line of ``metrics.jsonl`` with ``"kind": "measurement"``: for each alpha the CC-IBP loss (``cc_losses``);
-    the share of images whose loss never falls as alpha grows (``ordered``, arXiv 2305.13991, definition 3.1); the most
-    that a loss changes if 100 is added to all logits (``shift_error``, its assumption 2.1); the loss under attack and
-    that of the bounds; for each layer of ReLUs its ``units``, the mean radius of their inputs' intervals, and the share
-    whose sign is open (``unstable``).
+    Each measurement is a line of ``metrics.jsonl`` with ``"kind": "measurement"``: for each alpha the CC-IBP loss
+    (``cc_losses``); the share of images whose loss never falls as alpha grows (``ordered``, arXiv 2305.13991,
+    definition 3.1); the largest change of a loss if 100 is added to all logits (``shift_error``, its assumption 2.1);
+    the loss under attack and that of the bounds; for each layer of ReLUs the number of its ``units``, the mean radius
+    of their inputs' intervals, and the share of inputs without a fixed sign (``unstable``).
 
     Args:
-        every: epochs between two of them.
-        images: how many.
-        alphas: of the CC-IBP loss, rising.
-        attack: finds the adversarial examples; null for the set's default: PGD-8, of a sparse set sPGD-20.
+        every: epochs between two measurements.
+        images: number of images.
+        alphas: rising values of alpha for the CC-IBP loss.
+        attack: the attack that finds adversarial examples; null for the set's default: PGD-8, for a sparse set sPGD-20.
     """
 
     every: int = 10
@@ -58,7 +58,7 @@ class Measure:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, split: Split, ball: PerturbationSet, seed: int) -> dict[str, Any]:
-        """Measure; the model's mode is restored."""
+        """Measure. The model's mode is restored."""
         count = min(self.images, len(split))
         (batch,) = in_order(split, count, stop=count)
         training = model.training

@@ -1,4 +1,4 @@
-"""Noise on the training images, beneath the attack: what the network sees as its clean images."""
+"""Noise added to the training images before the attack; the network takes the noisy images for the clean ones."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from ..step import Batch, Step
 
 @dataclass(frozen=True)
 class InputNoise(Component):
-    """Noise that replaces a batch's images by noisy ones, for attack, losses and bounds alike."""
+    """Noise on a batch's images, which attack, losses and bounds then use."""
 
     @abstractmethod
     def check_ball(self, ball: PerturbationSet) -> None:
-        """
+        """Check that the noise supports this perturbation set.
+
         Raises:
-            InputError: there is no such noise for this set.
+            InputError: it does not.
         """
 
     @abstractmethod
     def __call__(self, batch: Batch, step: Step) -> Batch:
-        """The batch with noisy images, in [0, 1]; numbers are keyed by ``step.noise``."""
+        """The batch with noisy images in [0, 1]; random numbers come from ``step.noise``."""
 
 
 @dataclass(frozen=True)
 class SparseNoise(InputNoise):
     """N-FGSM for l0 (arXiv 2202.01181; Zhong et al., NeurIPS 2025): random pixels take random values.
 
-    Of each image as many pixels (or other units of the set) as are drawn uniformly from 0 … most · k, k being the
-    step's own; their changes are uniform in [-1, 1], cut to valid images: our choice, because the sources are silent.
-    With the attack around it up to (most + 1) k pixels differ from the image.
+    The number of changed pixels (or other units of the set) of each image is uniform in 0 … most · k, with the k of the
+    step. Changes are uniform in [-1, 1], clipped to valid images; this is our choice, the papers do not say. Together
+    with the attack up to (most + 1) k pixels differ from the image.
 
     Args:
-        most: in k.
+        most: largest number of changed pixels, as a multiple of k.
     """
 
     most: float = 2.0

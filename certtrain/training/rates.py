@@ -1,4 +1,4 @@
-"""How the learning rate moves, step by step."""
+"""Schedules of the learning rate, step by step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..errors import check
 
 @dataclass(frozen=True)
 class Cycle:
-    """Shares of the learning rate at some epochs, with straight lines between: cyclic, one-cycle and warm-up schedules.
+    """Learning rate linear between given epochs: cyclic, one-cycle and warm-up schedules.
 
     ``{epochs: [0, 15, 30], shares: [0, 1, 0]}`` rises to ``optimiser.lr`` by the middle of 30 epochs and falls to 0.
 
     Args:
-        epochs: rising from 0, whole or not; after the last its share stays.
-        shares: of the optimiser's ``lr``, one for each of ``epochs``.
-        momentum: at each of ``epochs``; empty leaves the optimiser's own. torch's cyclic schedules move it, from 0.9 to
-            0.8 at the peak and back, unless they are told not to, and so do the recipes that were published with them.
+        epochs: rising from 0, whole or not; the last share applies from the last epoch on.
+        shares: share of the optimiser's ``lr`` at each of ``epochs``.
+        momentum: momentum at each of ``epochs``; empty for the optimiser's own. By default torch's cyclic schedules,
+            and the recipes published with them, move it from 0.9 to 0.8 at the peak and back.
     """
 
     epochs: tuple[float, ...]
@@ -35,7 +35,7 @@ class Cycle:
         check(all(0 <= value < 1 for value in self.momentum), "momentum", self.momentum, "numbers in [0, 1)")
 
     def share(self, epoch: float) -> float:
-        """Of the learning rate, when so many epochs are done."""
+        """The share of the learning rate after ``epoch`` epochs."""
         return interpolate(self.epochs, self.shares, epoch)
 
     def momentum_at(self, epoch: float) -> float | None:
@@ -43,7 +43,7 @@ class Cycle:
 
 
 def interpolate(places: tuple[float, ...], values: tuple[float, ...], place: float) -> float:
-    """On the straight lines through (place, value); the last value behind the last place."""
+    """The value at ``place`` on the lines through (place, value); the last value beyond the last place."""
     for (low, start), (high, end) in pairwise(zip(places, values)):
         if place < high:
             return start + (end - start) * (place - low) / (high - low)

@@ -1,4 +1,4 @@
-"""How epsilon grows, batch by batch. A fraction of 0 means: this batch is trained clean."""
+"""Schedules of epsilon, batch by batch. A fraction of 0 means that the batch is trained clean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EpsilonSchedule(Component):
 
     Args:
         start: the epoch (from 1) whose first batch is the last clean one.
-        length: of the ramp in epochs; 0 means full epsilon from the start.
+        length: length of the ramp in epochs; 0 for full epsilon from the start.
     """
 
     start: int = 1
@@ -27,16 +27,16 @@ class EpsilonSchedule(Component):
 
     @property
     def end(self) -> int:
-        """How many epochs are over when the ramp is."""
+        """The number of epochs at the end of the ramp."""
         return self.start - 1 + self.length
 
     def steps(self, steps_per_epoch: int) -> tuple[int, int]:
-        """(first, last) step of the ramp, 0-based: epsilon is 0 up to the first, full from the last on."""
+        """(first, last) step of the ramp, 0-based: epsilon is 0 up to the first and full from the last on."""
         first = (self.start - 1) * steps_per_epoch
         return first, first + self.length * steps_per_epoch
 
     def done(self, step: int, steps_per_epoch: int) -> float:
-        """Share of the ramp that lies behind ``step``, in [0, 1]."""
+        """Share of the ramp that is done at ``step``, in [0, 1]."""
         first, last = self.steps(steps_per_epoch)
         return 1.0 if step >= last else max(0, step - first) / (last - first)
 
@@ -47,7 +47,7 @@ class EpsilonSchedule(Component):
 
 @dataclass(frozen=True)
 class Linear(EpsilonSchedule):
-    """Straight from 0 to 1."""
+    """A linear ramp from 0 to 1."""
 
     def fraction(self, step: int, steps_per_epoch: int) -> float:
         return self.done(step, steps_per_epoch)
@@ -55,14 +55,14 @@ class Linear(EpsilonSchedule):
 
 @dataclass(frozen=True)
 class Smoothed(EpsilonSchedule):
-    """A power over the first part of the ramp, then straight; value and slope are continuous (arXiv 2002.12920).
+    """A power over the first part of the ramp, then linear; value and slope are continuous (arXiv 2002.12920).
 
     With the published exponent 4 and middle 0.25, a share p of the ramp gives 256 p^4 / 13 up to p = 1/4 and
     (16 p - 3) / 13 after it.
 
     Args:
-        exponent: of the power.
-        middle: share of the ramp at which it becomes straight.
+        exponent: exponent of the power.
+        middle: share of the ramp after which it is linear.
     """
 
     exponent: float = 4.0

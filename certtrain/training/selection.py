@@ -1,4 +1,4 @@
-"""Which epoch's weights are kept beside the last ones: chosen on the validation split, never on test."""
+"""Selection of the best epoch's weights on the validation split, never on test."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Select:
     """Keep the weights with the highest accuracy under attack on validation images, as ``best.safetensors``.
 
     Args:
-        every: epochs between two candidates; the last epoch is one in any case.
-        attack: null for the set's default: PGD-10, of a sparse set sPGD-20; at the recipe's own epsilon.
-        images: the first so many validation images; null for all.
+        every: epochs between two candidates; the last epoch is always one.
+        attack: null for the set's default: PGD-10, for a sparse set sPGD-20. Run at the recipe's own epsilon.
+        images: number of validation images, from the first on; null for all.
     """
 
     every: int = 1
@@ -43,7 +43,7 @@ class Select:
 
 @dataclass
 class Best:
-    """The best candidate so far: the first of those with the highest score."""
+    """The best candidate so far: the earliest with the highest score."""
 
     score: float = -1.0
     epoch: int = 0
@@ -52,7 +52,7 @@ class Best:
     def consider(
         self, settings: Select, model: nn.Module, split: Split, ball: PerturbationSet, seed: int, epoch: int
     ) -> float:
-        """Measure the weights after so many epochs, and keep a copy if they are the best. Returns their score."""
+        """Measure the weights after ``epoch`` epochs, keep a copy if they are the best, and return their score."""
         score = attacked_accuracy(model, split, ball, settings.attack_over(ball), seed, settings.images)
         if score > self.score:
             self.score, self.epoch = score, epoch

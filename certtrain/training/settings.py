@@ -1,4 +1,4 @@
-"""How a network is trained: the recipe's ``training`` section."""
+"""The recipe's ``training`` section."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .update import Descend, UpdateRule
 
 @dataclass(frozen=True)
 class Optimiser(Component):
-    """A torch optimiser by name.
+    """A torch optimiser.
 
     Args:
         lr: learning rate at the start.
@@ -95,26 +95,27 @@ class Training:
     """The recipe's ``training`` section.
 
     Args:
-        epochs, batch_size: the last batch of an epoch may be smaller.
-        accumulate: a batch is worked through in this many parts (gradients are summed, batch norm sees each part).
-        optimiser, update: what a step does with the gradient.
+        epochs, batch_size: number of epochs and images per batch; the last batch of an epoch may be smaller.
+        accumulate: number of parts in which a batch is processed (gradients are summed, batch norm sees each part).
+        optimiser, update: the optimiser, and the rule that updates the weights in each step.
         milestones, decay: the learning rate is multiplied by ``decay`` after each of these numbers of epochs, which
             need not be whole.
-        milestones_from: whether these count from the ``start`` of training or from the end of the ramp, ``ramp_end``.
-        cycle: the learning rate between knots, step by step, instead of milestones; null for these.
-        clip: largest global gradient norm, after all terms; null for none.
-        schedule: how epsilon grows.
-        epsilon_multiplier: the ramp ends at this multiple of the recipe's epsilon, for bounds and attack alike;
-            evaluation always uses the recipe's own.
+        milestones_from: whether milestones count from the ``start`` of training or from the end of the ramp,
+            ``ramp_end``.
+        cycle: learning rate interpolated step by step, instead of milestones; null for milestones.
+        clip: largest global gradient norm, after all terms; null for no clipping.
+        schedule: the ramp of epsilon.
+        epsilon_multiplier: multiple of the recipe's epsilon at the end of the ramp, for bounds and attack; evaluations
+            always use the recipe's own.
         initialisation: ``shi`` (for interval bounds) or torch's ``default``.
-        augment: crops and flips. noise: on top of these, beneath the attack; null for none.
-        precise_bn: after each epoch batch norms' running statistics become their mean over its clean images.
-        averaging: end with averaged weights, and statistics that are computed for them; null for none.
-        measure: what to measure along training; null for nothing.
-        diagnose: which diagnostics to run along training; null for none.
-        guard: watch for catastrophic overfitting; null for no watch.
-        select: keep the weights of the best epoch beside the last, by validation images; null for the last alone.
-        checkpoint_seconds: time between checkpoints; there is one at the end in any case.
+        augment: crops and flips. noise: noise on the augmented images, before the attack; null for none.
+        precise_bn: set batch norms' running statistics after each epoch to their mean over its clean images.
+        averaging: end with averaged weights and statistics computed for them; null for none.
+        measure: measurements along training; null for none.
+        diagnose: diagnostics along training; null for none.
+        guard: detection of catastrophic overfitting; null for none.
+        select: also keep the weights of the epoch that is best on validation images; null for the last weights only.
+        checkpoint_seconds: seconds between checkpoints; there is always one at the end.
     """
 
     epochs: int = 200
@@ -167,9 +168,10 @@ class Training:
         check(begins < self.epochs, "averaging", f"a start after epoch {begins}", f"one before the last, {self.epochs}")
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        """
+        """Check that noise, diagnostics and the attacks of the sections support this perturbation set.
+
         Raises:
-            InputError: the noise, or an attack that is to measure, does not know such a set; names its section.
+            InputError: one does not; names its section.
         """
         if self.noise is not None:
             self.noise.check_ball(ball)
@@ -177,17 +179,17 @@ class Training:
             if (section := getattr(self, name)) is not None:
                 section.attack_over(ball).check_ball(ball, f"training.{name}.attack")
         if self.diagnose is not None:
-            self.diagnose.asked(ball)
+            self.diagnose.names_for(ball)
 
     def learning_rate(self, epoch: float) -> float:
-        """The learning rate when so many epochs are done."""
+        """The learning rate after ``epoch`` epochs."""
         if self.cycle is not None:
             return self.optimiser.lr * self.cycle.share(epoch)
         zero = self.schedule.end if self.milestones_from == "ramp_end" else 0
         return self.optimiser.lr * self.decay ** sum(epoch >= zero + milestone for milestone in self.milestones)
 
     def set_rate(self, optimizer: torch.optim.Optimizer, epoch: float) -> None:
-        """Give the optimiser its learning rate, and its momentum where the cycle moves it."""
+        """Set the optimiser's learning rate, and its momentum if the cycle has one."""
         momentum = None if self.cycle is None else self.cycle.momentum_at(epoch)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(epoch)
@@ -195,5 +197,5 @@ class Training:
                 group["momentum"] = momentum
 
     def epsilon(self, largest: float, step: int, steps_per_epoch: int) -> float:
-        """The radius of a 0-based step, where ``largest`` is the recipe's own."""
+        """The radius of a 0-based step, with ``largest`` the recipe's epsilon."""
         return self.schedule.fraction(step, steps_per_epoch) * self.epsilon_multiplier * largest

@@ -1,4 +1,4 @@
-"""What one training step does with a loss."""
+"""Rules for updating the weights in one training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..step import Batch, Step
 
 
 class NonFinite(Portable, ArithmeticError):
-    """The loss or its gradient is NaN or infinite; ``terms`` are the values of this step. No weight was changed."""
+    """The loss or its gradient is NaN or infinite. ``terms`` are the values of the step; no weight was changed."""
 
     def __init__(self, terms: dict[str, float]):
         self.terms = terms
@@ -25,13 +25,13 @@ class NonFinite(Portable, ArithmeticError):
 
 @dataclass(frozen=True)
 class UpdateRule(Component):
-    """Changes the weights once for a global batch that comes in one or more parts."""
+    """A rule that updates the weights once for a global batch, given in one or more parts."""
 
     def check_loss(self, loss: Loss) -> None:
-        """Refuse, before anything is written, a loss that this rule cannot take apart.
+        """Refuse a loss that this rule does not support, before anything is written.
 
         Raises:
-            InputError: names the losses that it takes.
+            InputError: names the supported losses.
         """
 
     @abstractmethod
@@ -43,8 +43,10 @@ class UpdateRule(Component):
         parts: Sequence[tuple[Batch, Step]],
         clip: float | None,
     ) -> dict[str, float]:
-        """Returns ``loss``, ``gradient_norm`` and the loss' named parts, means over the global batch.
+        """Update the weights.
 
+        Returns:
+            ``loss``, ``gradient_norm`` and the loss' named parts, means over the global batch.
         Raises:
             NonFinite: before any weight is changed.
         """
@@ -71,10 +73,10 @@ class Descend(UpdateRule):
 def accumulate(
     optimizer: torch.optim.Optimizer, parts: Sequence[tuple[Batch, Step]], terms: Iterable[LossTerms]
 ) -> dict[str, Tensor]:
-    """Leave in ``.grad`` the gradient of the global batch' loss: that of all parts, and of all processes.
+    """Set ``.grad`` to the gradient of the loss over the global batch, summed over all parts and processes.
 
     Args:
-        terms: of each part in turn; one is asked for when the backward pass of the one before is done.
+        terms: loss terms of each part; each is computed after the backward pass of the one before.
     Returns:
         ``loss`` and the loss' named parts, 0-d means over the global batch.
     """
@@ -82,23 +84,23 @@ def accumulate(
     exchange = parts[0][1].exchange
     samples = exchange.samples(sum(len(batch) for batch, _ in parts))
     sums: dict[str, Tensor] = {}
-    for (batch, _), found in zip(parts, terms, strict=True):
+    for (batch, _), term in zip(parts, terms, strict=True):
         share = len(batch) / samples
-        (found.total * share).backward()
-        for name, value in {"loss": found.total.detach(), **found.parts}.items():
+        (term.total * share).backward()
+        for name, value in {"loss": term.total.detach(), **term.parts}.items():
             sums[name] = sums.get(name, 0) + value * share
     return exchange.gradient([weight for group in optimizer.param_groups for weight in group["params"]], sums)
 
 
 def clipped(model: nn.Module, sums: dict[str, Tensor], clip: float | None) -> dict[str, float]:
-    """Clip the gradient; ``sums`` and ``gradient_norm`` as numbers.
+    """Clip the gradient and return ``sums`` and ``gradient_norm`` as numbers.
 
     Raises:
         NonFinite: the loss or the gradient is not finite.
     """
     limit = float("inf") if clip is None else clip
     sums = {**sums, "gradient_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), limit)}
-    # the step's one wait for the device: what is checked is also what is shown
+    # the only wait of a step for its device: the same values are checked and displayed
     values = torch.stack([value.double().reshape(()).to(sums["loss"].device) for value in sums.values()]).tolist()
     result = dict(zip(sums, values, strict=True))
     if not all(abs(result[name]) < float("inf") for name in ("loss", "gradient_norm")):

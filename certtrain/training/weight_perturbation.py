@@ -1,4 +1,4 @@
-"""Updates whose gradient is taken at weights that are moved for the purpose: AWP and LAP."""
+"""Updates with the gradient at perturbed weights: AWP and LAP."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .update import Descend, UpdateRule, accumulate, clipped
 
 @dataclass(frozen=True)
 class WeightPerturbation(UpdateRule):
-    """Attack at the weights; move the matrices and kernels among them (parameters of two dimensions or more, of which
-    batch norms and biases have none) to weights + nu; step there with the same adversarial images; take nu off again.
+    """Attack at the weights; add nu to those with two dimensions or more (matrices and kernels, not batch norms and
+    biases); take a step there with the same adversarial images; subtract nu.
 
-    Nothing else but the loss' own passes moves batch norms' running statistics. Of a batch in several parts all are
-    attacked first. Weight decay acts on weights + nu, as in the published code. What the attack recorded (the constant
-    gradient of FgsmGa, the constant logits of NAaer) is that of the weights themselves.
+    Only the loss' own passes change the running statistics of batch norms. All parts of a batch are attacked first.
+    Weight decay acts on weights + nu, as in the published code. Values recorded by the attack (the constant gradient of
+    FgsmGa, the constant logits of NAaer) belong to the weights without nu.
     """
 
     def check_loss(self, loss: Loss) -> None:
@@ -42,7 +42,7 @@ class WeightPerturbation(UpdateRule):
         return True
 
     @property
-    def taken_off(self) -> bool:
+    def is_subtracted(self) -> bool:
         """Whether nu is subtracted after the step."""
         return True
 
@@ -53,10 +53,10 @@ class WeightPerturbation(UpdateRule):
         optimizer: torch.optim.Optimizer,
         loss: AdversarialLoss,
         parts: Sequence[tuple[Batch, Step]],
-        found: Sequence[AttackResult],
+        attacked: Sequence[AttackResult],
         clip: float | None,
     ) -> list[tuple[nn.Parameter, Tensor]]:
-        """nu of each parameter that is moved. Changes ``.grad`` alone."""
+        """Each perturbed parameter with its nu. Changes only ``.grad``."""
 
     def __call__(
         self,
@@ -70,31 +70,31 @@ class WeightPerturbation(UpdateRule):
         assert isinstance(loss, AdversarialLoss)
         if not self.is_on(parts[0][1]):
             return Descend()(model, optimizer, loss, parts, clip)
-        found = [loss.attacked(model, batch, step) for batch, step in parts]
-        moves = self.perturbations(model, optimizer, loss, parts, found, clip)
+        attacked = [loss.attacked(model, batch, step) for batch, step in parts]
+        moves = self.perturbations(model, optimizer, loss, parts, attacked, clip)
         before = [(weight, weight.detach().clone()) for weight, _ in moves]
         try:
             _add(moves, 1)
-            result = clipped(model, _backward(model, optimizer, loss, parts, found), clip)
+            result = clipped(model, _backward(model, optimizer, loss, parts, attacked), clip)
         except BaseException:
-            with torch.no_grad():  # adding and subtracting may end an ulp away; here nothing was updated yet
+            with torch.no_grad():  # exact: adding and subtracting nu may end an ulp away
                 for weight, value in before:
                     weight.copy_(value)
             raise
         optimizer.step()
-        if self.taken_off:
+        if self.is_subtracted:
             _add(moves, -1)
         return result
 
 
 @dataclass(frozen=True)
 class Awp(WeightPerturbation):
-    """AWP: the weights move along the gradient of the loss itself, gamma · |theta_l| · d_l / |d_l| in each layer l
-    (Wu et al., arXiv 2004.05884). One more pass forward and backward through everything but the attack.
+    """AWP: nu is along the gradient of the loss itself, gamma · |theta_l| · d_l / |d_l| in each layer l
+    (Wu et al., arXiv 2004.05884). Costs one more forward and backward pass of everything but the attack.
 
     Args:
-        gamma: 5e-3 as published for TRADES-AWP, 1e-2 for AT-AWP.
-        start_epoch: how many plain epochs come first: 10 for TRADES-AWP, 0 for AT-AWP.
+        gamma: relative size of nu; published are 5e-3 for TRADES-AWP, 1e-2 for AT-AWP.
+        start_epoch: number of epochs without AWP at the start: 10 for TRADES-AWP, 0 for AT-AWP.
     """
 
     gamma: float = 5e-3
@@ -107,9 +107,9 @@ class Awp(WeightPerturbation):
     def is_on(self, step: Step) -> bool:
         return step.epoch >= self.start_epoch
 
-    def perturbations(self, model, optimizer, loss, parts, found, clip):
+    def perturbations(self, model, optimizer, loss, parts, attacked, clip):
         with buffers_kept(model):
-            _backward(model, optimizer, loss, parts, found)
+            _backward(model, optimizer, loss, parts, attacked)
         return [
             (weight, _along(weight.grad, self.gamma * weight.detach().norm()))
             for weight in _matrices(model)
@@ -119,21 +119,21 @@ class Awp(WeightPerturbation):
 
 @dataclass(frozen=True)
 class Lap(WeightPerturbation):
-    """LAP: early layers move most, along what the optimiser would do for the attack's start (Lin et al., ICML 2024,
+    """LAP: nu is along the optimiser's own step at the attack's start, largest in early layers (Lin et al., ICML 2024,
     arXiv 2405.16262). With the loss NFgsm it is N-LAP, with FgsmRs R-LAP, with Fgsm V-LAP.
     Over a sparse set the start is sPGD's random one.
 
     nu_l = beta · w_l · |theta_l| · D_l / |D_l|, where D is the change of the weights by one step of the optimiser, on
     copies of weights and optimiser, for the cross-entropy at the attack's start; and w_l = 1 - (ln l / ln L)^gamma for
-    the l-th of L matrices and kernels, in the model's order: 1 for the first, 0 for the last. One more pass forward and
-    backward. D descends, and the released code never takes nu off again, so that the weights take a second step of a
-    fixed relative size. That is the default here too, because the published numbers and betas are that code's.
+    the l-th of L matrices and kernels, in the model's order: 1 for the first, 0 for the last. Costs one more forward
+    and backward pass. D descends, and the released code never subtracts nu, so that the weights take a second step of
+    a fixed relative size. This is the default here too, because the published numbers and betas are from that code.
 
     Args:
         beta: published for CIFAR-10 at epsilon 8, 12, 16, 32 / 255: N-LAP 0.001, 0.002, 0.005, 0.75; R-LAP 0.002, 0.03,
             0.05, 0.3; V-LAP 0.03, 0.058, 0.07, 0.48.
-        gamma: how fast w_l falls.
-        restore: whether nu is taken off after the step, as AWP does.
+        gamma: exponent of the decay of w_l.
+        restore: whether nu is subtracted after the step, as in AWP.
     """
 
     beta: float = 1e-3
@@ -157,12 +157,12 @@ class Lap(WeightPerturbation):
         return self.refusal(loss, f"a method whose attack is {RECORDING}, such as NFgsm, FgsmRs, Fgsm")
 
     @property
-    def taken_off(self) -> bool:
+    def is_subtracted(self) -> bool:
         return self.restore
 
-    def perturbations(self, model, optimizer, loss, parts, found, clip):
+    def perturbations(self, model, optimizer, loss, parts, attacked, clip):
         def terms() -> Iterator[LossTerms]:
-            for (batch, _), result in zip(parts, found, strict=True):
+            for (batch, _), result in zip(parts, attacked, strict=True):
                 if "start" not in result.trace:  # a set's default attack, which ``check_loss`` has not seen
                     raise self._records_no_start(loss)
                 yield LossTerms(F.cross_entropy(model(result.trace["start"]), batch.labels))
@@ -183,12 +183,12 @@ class Lap(WeightPerturbation):
         ]
 
     def layer_weight(self, number: int, count: int) -> float:
-        """w of the ``number``-th, from 1 on, of ``count`` layers."""
+        """The weight w of layer ``number``, from 1 on, of ``count`` layers."""
         return 1.0 if number == 1 else 1 - (math.log(number) / math.log(count)) ** self.gamma
 
 
-def _backward(model: nn.Module, optimizer, loss: AdversarialLoss, parts, found) -> dict[str, Tensor]:
-    terms = (loss.given(model, batch, step, result) for (batch, step), result in zip(parts, found, strict=True))
+def _backward(model: nn.Module, optimizer, loss: AdversarialLoss, parts, attacked) -> dict[str, Tensor]:
+    terms = (loss.given(model, batch, step, result) for (batch, step), result in zip(parts, attacked, strict=True))
     return accumulate(optimizer, parts, terms)
 
 
@@ -198,7 +198,7 @@ def _matrices(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def _changes(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
-    """What a step of the optimiser would change, by parameter with a gradient; it is taken with a copy of it."""
+    """The change of each parameter with a gradient by one step of the optimiser, computed with a copy of it."""
     twin = copy.deepcopy(optimizer)
     pairs = [
         (parameter, other)
@@ -214,9 +214,9 @@ def _changes(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
 
 @torch.no_grad()
 def _along(direction: Tensor, length: Tensor) -> Tensor:
-    """What has this direction and this length (0-d); 0 where the direction is 0."""
+    """The vector with this direction and this length (0-d); 0 if the direction is 0."""
     largest = direction.abs().amax()
-    scaled = direction / torch.where(largest > 0, largest, 1)  # whose squares neither overflow nor vanish
+    scaled = direction / torch.where(largest > 0, largest, 1)  # so that squares neither overflow nor underflow
     norm = scaled.norm()
     return scaled * (length / torch.where(norm > 0, norm, 1))
 

@@ -1,4 +1,4 @@
-"""A study from its file to its table: what is missing is trained, what was cut short goes on."""
+"""Studies: train the missing runs, continue the interrupted ones, evaluate them and write the table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..components import load_plugins
 from ..config import flatten, unstructure
 from ..errors import InputError
 from ..ledger import add_once
-from ..locking import alone, lock_of
+from ..locking import exclusive, lock_of
 from ..progress import console
 from ..run_folder import JsonLines, RunFolder
 from ..training import TrainingStopped
@@ -22,11 +22,11 @@ from .evaluate import evaluate
 from .run import recorded_config
 from .train import resume, train
 
-ASKED = {
+CHANGEABLE_FIELDS = {
     f"evaluate.{name}"
     for name in ("enabled", "attacks", "epsilons", "images", "step_size", "batch_size", "checkpoints")
 }
-"""What may be asked anew of a network that was trained already."""
+"""Fields of the recipe that may change after a run was trained."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Comparison:
     """A study's state after a call.
 
     Args:
-        folder: of the table, the figures and the runs.
-        failures: by trial, why it could not be finished in this call.
+        folder: folder of the table, the figures and the runs.
+        failures: by trial, the reason why it could not be finished in this call.
     """
 
     study: Study
@@ -47,7 +47,7 @@ class Comparison:
         return self.folder / "table.md"
 
     def stages(self) -> dict[str, dict[int, str]]:
-        """By label and seed: missing, interrupted, trained or evaluated."""
+        """The stage of each trial by label and seed: missing, interrupted, trained or evaluated."""
         found: dict[str, dict[int, str]] = {}
         for trial in self.study.trials(self.folder):
             found.setdefault(trial.row.label, {})[trial.seed] = stage_of(trial)
@@ -67,22 +67,22 @@ def compare(
     plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Comparison:
-    """Train what is missing of a study, go on with what was interrupted, evaluate what is not evaluated, and write
-    ``table.md``, ``table.csv``, ``figure.png`` and the study's curves. Called again, it does what is left.
+    """Finish a study: train missing runs, continue interrupted ones, evaluate them, and write ``table.md``,
+    ``table.csv``, ``figure.png`` and the study's curves. A repeated call does what is left.
 
     Args:
         file: the study in YAML.
-        out: its folder; None for ``runs/<its name>``.
-        only: rows to work on, by label or by the name that a sweep shares; none for all. The table has all.
-        seeds: those to work on, of the study's; none for all.
-        jobs: so many processes, each with its recipe's threads.
+        out: folder of the study; None for ``runs/<name>``.
+        only: rows to work on, by label or by the name of a sweep; none for all. The table has all rows.
+        seeds: seeds to work on; none for all of the study.
+        jobs: number of processes, each with its recipe's threads.
         report_only: train and evaluate nothing.
         report: whether to write table and figures.
-        command: what to name as the call that made the numbers.
+        command: the call to record as the source of the numbers.
         plugins: modules or files whose classes recipes may name, see docs/plugins.md.
     Raises:
-        InputError: the study, or a folder of another recipe; before anything is trained.
-        Interrupted: SIGINT or SIGTERM; the runs are saved, the same call goes on.
+        InputError: the study is invalid, or a folder holds a run of another recipe; raised before any training.
+        Interrupted: SIGINT or SIGTERM; the runs are saved, and the same call continues.
     """
     load_plugins(plugins)
     study = read_study(file)
@@ -110,9 +110,10 @@ def compare(
 
 
 def choose(study: Study, folder: Path, only: Sequence[str], seeds: Sequence[int]) -> list[Trial]:
-    """
+    """The trials with these rows and seeds; none for all.
+
     Raises:
-        InputError: a row or a seed that the study does not have.
+        InputError: the study does not have a row or seed.
     """
     names = {name for row in study.rows for name in (row.label, row.group)}
     for name in only:
@@ -129,19 +130,20 @@ def choose(study: Study, folder: Path, only: Sequence[str], seeds: Sequence[int]
 
 
 def finish(trial: Trial, quiet: bool) -> None:
-    """Train, or go on with, one run, and evaluate it; one process at a time.
+    """Train or continue one run and evaluate it, while excluding other processes.
 
     Raises:
-        InputError: something of it cannot be used, or another process is at it. TrainingStopped, Interrupted: as train.
+        InputError: an input cannot be used, or another process works on the run.
+        TrainingStopped, Interrupted: as ``train``.
     """
     trial.path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(lock_of(trial.path), str(trial.path)):
+    with exclusive(lock_of(trial.path), str(trial.path)):
         if (trial.path / "run.json").exists():
             check_recipe(trial)
             if stage_of(trial) == "interrupted":
                 resume(trial.path, quiet=quiet)
         else:
-            for half in trial.path.glob(".run.json.*.tmp"):  # of a process that was killed before it had begun
+            for half in trial.path.glob(".run.json.*.tmp"):  # of a process killed before run.json was written
                 half.unlink()
             train(trial.config, trial.path, quiet=quiet)
         if any(unanswered(trial)):
@@ -149,14 +151,15 @@ def finish(trial: Trial, quiet: bool) -> None:
 
 
 def check_recipe(trial: Trial) -> None:
-    """
+    """Check that the trial's run was started with the recipe of the study.
+
     Raises:
-        InputError: the folder's run was started with another recipe; names the field.
+        InputError: it was started with another recipe; names the field.
     """
     folder, description = RunFolder.open(trial.path)
     found, wanted = (flatten(unstructure(c)) for c in (recorded_config(folder, description), trial.config))
     for name in [*wanted, *found]:
-        if name not in ASKED and found.get(name) != wanted.get(name):
+        if name not in CHANGEABLE_FIELDS and found.get(name) != wanted.get(name):
             raise InputError(
                 f"{trial.path}: {name}: found a run with {found.get(name)!r}; accepted: {wanted.get(name)!r}, as "
                 "the study says, or another --out"
@@ -178,7 +181,7 @@ def _one_by_one(trials: Sequence[Trial], quiet: bool):
 
 
 def _remember(folder: Path, command: str) -> None:
-    """Which calls made the numbers, for the table."""
+    """Record the call that made the numbers, for the table."""
     folder.mkdir(parents=True, exist_ok=True)
     if command:
         add_once(JsonLines(folder / "calls.jsonl"), {"command": command}, "command")

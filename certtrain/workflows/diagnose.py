@@ -1,4 +1,4 @@
-"""A finished run's network, diagnosed: numbers and figures of its loss around training images and its weights."""
+"""Diagnosis of a finished run's network: numbers and figures of its loss around training images and its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..diagnostics import DIAGNOSTICS, Subject, check_balls, check_names, spread
 from ..diagnostics.figures import FIGURES, draw_epochs, save
 from ..environment import device_name, reproducible, versions
 from ..errors import check
-from ..locking import alone, lock_of
+from ..locking import exclusive, lock_of
 from ..noise import Noise, key_of
 from ..progress import Progress
 from ..run_folder import RunFolder, sha256, write_json
@@ -25,22 +25,22 @@ from .run import Run
 Checkpoint = Literal["last", "best"]
 CHECKPOINTS = ("last", "best")
 EPOCHS = "epochs"
-"""The figure of what ``training.diagnose`` found along training."""
+"""Name of the figure of the diagnoses along training (``training.diagnose``)."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``diagnose`` found.
+    """The results of ``diagnose``.
 
     Args:
         file: ``diagnostics.json``.
         figures: the PNG files, in the order of the diagnostics.
-        found: the file's content.
+        content: the file's content.
     """
 
     file: Path
     figures: list[Path]
-    found: dict[str, Any]
+    content: dict[str, Any]
 
 
 def diagnose(
@@ -57,20 +57,20 @@ def diagnose(
 ) -> Diagnosis:
     """Diagnose the network of a run whose training is finished, on images spread evenly over its training split.
 
-    Writes ``diagnostics.json`` and ``figures/*.png`` into the run's folder, in place of what an earlier call left
-    there. Numbers are those that ``training.diagnose`` writes along training; the test split is not looked at.
+    Writes ``diagnostics.json`` and ``figures/*.png`` into the run's folder and replaces those of an earlier call. The
+    numbers are the same as those of ``training.diagnose`` along training; the test split is not used.
 
     Args:
         path: the run's folder, or the run opened.
         checkpoint: the ``last`` weights or the ``best``.
-        images: how many; of a smaller split all.
-        what: some of ``certtrain.diagnostics.DIAGNOSTICS``; None for all that know the perturbation set.
-        top: eigenvalues of the weights' Hessians.
-        perturbation: instead of the recipe's, so that one network can be seen under several sets.
-        device: instead of the recipe's.
+        images: number of images; all of a smaller split.
+        what: some of ``certtrain.diagnostics.DIAGNOSTICS``; None for all that support the perturbation set.
+        top: number of eigenvalues of the weights' Hessians.
+        perturbation: perturbation set; None for the recipe's.
+        device: device to compute on; None for the recipe's.
         plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
-        InputError: something given cannot be used, or another process diagnoses this run; nothing on disk was changed.
+        InputError: an argument cannot be used, or another process diagnoses this run; nothing on disk was changed.
         Interrupted: SIGINT or SIGTERM; nothing on disk was changed.
     """
     load_plugins(plugins)
@@ -87,14 +87,14 @@ def diagnose(
     check_balls("what", chosen, ball)
     where = config.resolved_device()
     file = folder.path / "diagnostics.json"
-    with alone(lock_of(file), str(file)):
+    with exclusive(lock_of(file), str(file)):
         with reproducible(config.threads, where), StopRequest(at_once=True):
             dataset = run.dataset()
             ball.check_shape(dataset.shape)
             batch = spread(dataset.train.to(where), images)
             noise = Noise(key_of(config.seed, "diagnose"), batch.index)
             subject = Subject(model.to(where), batch, ball, noise, top=top)
-            found: dict[str, Any] = {
+            content: dict[str, Any] = {
                 "checkpoint": checkpoint, "weights": sha256(folder.weights_of(checkpoint)), "split": "train",
                 "images": len(batch), "seed": config.seed,
                 "perturbation": unstructure(ball), "epsilon": float(ball.epsilon),
@@ -104,17 +104,17 @@ def diagnose(
             with Progress("diagnosing", len(chosen), quiet=quiet) as progress:
                 for name in chosen:
                     progress.now(name)
-                    found |= DIAGNOSTICS[name](subject)
+                    content |= DIAGNOSTICS[name](subject)
                     progress.advance(1)
-        return _written(file, folder, chosen, found)
+        return _written(file, folder, chosen, content)
 
 
-def _written(file: Path, folder: RunFolder, chosen: list[str], found: dict[str, Any]) -> Diagnosis:
-    title = f"{folder.path.resolve().name}, {found['checkpoint']} weights\n{_words(found['perturbation'])}"
-    drawn = {name: draw(found, title) for name, draw in FIGURES.items() if name in chosen}
+def _written(file: Path, folder: RunFolder, chosen: list[str], content: dict[str, Any]) -> Diagnosis:
+    title = f"{folder.path.resolve().name}, {content['checkpoint']} weights\n{_words(content['perturbation'])}"
+    drawn = {name: draw(content, title) for name, draw in FIGURES.items() if name in chosen}
     if lines := [line for line in folder.metrics if line.get("kind") == "diagnosis"]:
         drawn[EPOCHS] = draw_epochs(lines, folder.path.resolve().name)
-    found = json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN: null stands for it
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)  # JSON has no NaN: null stands for it
     figures = folder.path / "figures"
     for name in (*FIGURES, EPOCHS):
         place = figures / f"{name}.png"
@@ -122,12 +122,12 @@ def _written(file: Path, folder: RunFolder, chosen: list[str], found: dict[str, 
             save(drawn[name], place)
         else:
             place.unlink(missing_ok=True)
-    write_json(file, found)
-    return Diagnosis(file, [figures / f"{name}.png" for name in drawn], found)
+    write_json(file, content)
+    return Diagnosis(file, [figures / f"{name}.png" for name in drawn], content)
 
 
 def _words(perturbation: Mapping[str, Any]) -> str:
-    """Such as ``SparseBall k 20 unit pixel side 1``."""
+    """The perturbation set in words, such as ``SparseBall k 20 unit pixel side 1``."""
     fields = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
               for name, value in perturbation.items() if name != "type")  # fmt: skip
     return " ".join((perturbation["type"], *fields))

@@ -1,4 +1,4 @@
-"""A run's test images, attacked: what stays right, beside what bounds certify."""
+"""Accuracy of a run on its test images under attack, beside the accuracy certified by bounds."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ def evaluate(
     plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """How many test images of a run whose training is finished stay right: clean, attacked, and certified by IBP.
+    """Evaluate a run whose training is finished on its test images: clean, attacked, and certified by IBP.
 
-    Every image's line is written to ``evaluation/`` the moment its batch is known, and kept; the table is
-    ``evaluation.json``. What an argument leaves open is as ``settings`` say, or the recipe's ``evaluate`` section.
+    The line about each image is written to ``evaluation/`` as soon as its batch is finished, and kept; the table is
+    ``evaluation.json``. Arguments that are None are taken from ``settings`` or the recipe's ``evaluate`` section.
 
     Args:
         path: the run's folder, or the run opened.
-        attacks: such as ``pgd-50-10`` and ``autoattack``, or ``sparse-autoattack``; epsilons: radii in pixel units, or
-            whole numbers k; checkpoints: of ``last`` and ``best``: see ``Evaluate``.
-        images: ``"start:stop"``, a range, or how many of the first; None for the settings'.
-        device: instead of the recipe's.
+        attacks: names such as ``pgd-50-10``, ``autoattack`` or ``sparse-autoattack``; epsilons: radii in pixel units,
+            or whole numbers k; checkpoints: some of ``last`` and ``best``. See ``Evaluate``.
+        images: ``"start:stop"``, a range, or the number of images from the first on.
+        device: device to compute on; None for the recipe's.
         plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Returns:
-        the table, with what earlier calls found for the same weights.
+        the table, with the rows of earlier calls for the same weights.
     Raises:
-        InputError: something given cannot be used; nothing on disk was changed.
-        Interrupted: SIGINT or SIGTERM; the same call goes on.
+        InputError: an argument cannot be used; nothing on disk was changed.
+        Interrupted: SIGINT or SIGTERM; the same call continues.
         Contradiction: an attack broke an image that bounds certified.
     """
     load_plugins(plugins)
     run = Run.open(path)
-    asked = {"attacks": attacks, "epsilons": epsilons, "checkpoints": checkpoints}
-    section = {**unstructure(settings or run.config.evaluate), **{k: v for k, v in asked.items() if v is not None}}
+    given = {"attacks": attacks, "epsilons": epsilons, "checkpoints": checkpoints}
+    section = {**unstructure(settings or run.config.evaluate), **{k: v for k, v in given.items() if v is not None}}
     run = run.with_config(evaluate=section, device=device or run.config.device)
     where = run.config.resolved_device()
     with reproducible(run.config.threads, where):
-        return evaluate_run(run, run.dataset(), images, where, quiet, alone=True)
+        return evaluate_run(run, run.dataset(), images, where, quiet, standalone=True)
 
 
 def evaluate_run(
@@ -68,12 +68,13 @@ def evaluate_run(
     device: torch.device,
     quiet: bool,
     *,
-    alone: bool = False,
+    standalone: bool = False,
 ) -> dict[str, Any]:
-    """``evaluate`` by the recipe's own section, for images that are read already; the networks are those in the folder.
+    """Run ``evaluate`` with the recipe's section on a loaded data set; the networks are those in the folder.
 
     Args:
-        alone: not at the end of a training, which has remarked on the recipe's own perturbation set already.
+        standalone: whether this is not the end of a training, which has printed the remark on the recipe's perturbation
+            set already.
     """
     folder, config, test = run.folder, run.config, dataset.test
     settings = config.evaluate
@@ -91,7 +92,7 @@ def evaluate_run(
     )
     if not quiet:
         sets = [config.perturbation.with_epsilon(size) for size in settings.sizes(config.perturbation)]
-        remarks = (one.remark(dataset.shape) for one in sets if alone or one != config.perturbation)
+        remarks = (one.remark(dataset.shape) for one in sets if standalone or one != config.perturbation)
         for remark in dict.fromkeys(filter(None, remarks)):
             console.print(remark)
     with StopRequest(at_once=True):

@@ -30,14 +30,14 @@ def export(
 
     Args:
         path: the folder of a run whose training is finished, or the run opened.
-        images: of which test images to write properties, ``"start:stop"`` or a range; None for the recipe's.
-        epsilon: their radius in pixel units; None for the run's.
-        timeout: seconds that they ask for; None for the recipe's.
+        images: test images for which properties are written, ``"start:stop"`` or a range; None for the recipe's.
+        epsilon: radius of the properties in pixel units; None for the run's.
+        timeout: seconds per property; None for the recipe's.
         plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Returns:
-        what ``run.json`` then says under ``export``.
+        the section ``export`` of ``run.json``.
     Raises:
-        InputError: something given cannot be used, the network cannot be exported, or another process trains or exports
+        InputError: an argument cannot be used, the network cannot be exported, or another process trains or exports
             this run; nothing on disk was changed.
     """
     load_plugins(plugins)
@@ -45,15 +45,14 @@ def export(
     ball = run.config.perturbation if epsilon is None else run.config.perturbation.with_epsilon(float(epsilon))
     settings = run.config.export if timeout is None else replace(run.config.export, timeout=timeout)
     dataset = run.dataset()
-    with run.folder.alone():
+    with run.folder.exclusive():
         return export_run(run, dataset, ball, images, settings, quiet)
 
 
 def export_run(
     run: Run, dataset: Dataset, ball: PerturbationSet, images: str | range | None, settings: Export, quiet: bool
 ) -> dict[str, Any]:
-    """``export`` for images that are read already, by who holds the folder's lock. The network is the one in the
-    folder, whatever was trained just now."""
+    """Run ``export`` on a loaded data set. The caller holds the folder's lock; the network is read from the folder."""
     model, folder = run.model(), run.folder
     count = len(dataset.test)
     default = range(count if settings.images is None else min(settings.images, count))

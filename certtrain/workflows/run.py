@@ -1,4 +1,4 @@
-"""A run, opened once and handed on: its folder, recipe and description; its weights and images when asked for."""
+"""An opened run: folder, recipe and description; weights and images are loaded on request."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ..run_folder import RunFolder, write_atomically
 from ..training.checkpoint import load_weights
 
 FORMAT = 2
-"""The format of a recorded recipe. In the first, which says none, a set's default attack was recorded as the norm
-balls' one; since then it is null."""
+"""Format of a recorded recipe. Format 1, which is not recorded, held the norm balls' default attack where the set's
+default is now null."""
 
 
 def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[str, Any]:
-    """``run.json``: all that it takes to repeat the run."""
+    """The content of ``run.json``: everything needed to repeat the run."""
     plugins = sources_of(config)
     return {
         "format": FORMAT,
@@ -51,13 +51,13 @@ def describe(config: Config, dataset: Dataset, device: torch.device) -> Mapping[
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk. Its recipe is read once, weights and images when they are asked for.
+    """A run on disk. Its recipe is read once, weights and images on request.
 
     Args:
-        folder: its files.
-        description: ``run.json``, as it was when the run was opened.
-        recorded: the recipe that it was started with.
-        config: the recipe in force: the recorded one, or that with other settings (``with_config``).
+        folder: the files of the run.
+        description: content of ``run.json`` when the run was opened.
+        recorded: the recipe with which the run was started.
+        config: the current recipe: the recorded one, or one with other settings (``with_config``).
     """
 
     folder: RunFolder
@@ -67,10 +67,10 @@ class Run:
 
     @classmethod
     def open(cls, run: str | Path | Run) -> Run:
-        """The run in a folder; a run that is open already is handed back.
+        """Open the run in a folder; an opened run is returned unchanged.
 
         Raises:
-            InputError: no run there, or its ``run.json`` is not as written.
+            InputError: there is no run, or its ``run.json`` is not as written.
         """
         if isinstance(run, Run):
             return run
@@ -80,7 +80,7 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: Config, dataset: Dataset, device: torch.device, **sections: Any) -> Run:
-        """Begin a run in a new or empty folder; ``sections`` are said in ``run.json`` too.
+        """Begin a run in a new or empty folder; ``sections`` are added to ``run.json``.
 
         Raises:
             InputError: the folder already holds something.
@@ -89,19 +89,19 @@ class Run:
         return cls(RunFolder.create(path, description), description, config, config)
 
     def with_config(self, **fields: Any) -> Run:
-        """The same run, to be asked with other settings than it was started with; checked as a recipe's fields are.
+        """The same run with other settings, checked like the fields of a recipe.
 
         Args:
-            fields: of ``Config``, each as a value or as the mapping that the YAML file would hold.
+            fields: fields of ``Config``, each as a value or as a mapping as in YAML.
         """
         mapping = {**unstructure(self.config), **{name: unstructure(value) for name, value in fields.items()}}
         return replace(self, config=structure(Config, mapping))
 
     def model(self, checkpoint: Literal["last", "best"] = "last") -> nn.Module:
-        """The trained network, read anew: in evaluation mode, on the CPU.
+        """The trained network, read from disk, in evaluation mode on the CPU.
 
         Raises:
-            InputError: there are no such weights, or they are of another architecture.
+            InputError: there are no such weights, or they belong to another architecture.
         """
         shape, classes = self.description["dataset"]["shape"], self.description["dataset"]["classes"]
         file = self.folder.weights_of(checkpoint)
@@ -122,19 +122,19 @@ class Run:
         return model.eval()
 
     def dataset(self) -> Dataset:
-        """The images that the run was started with, on the CPU.
+        """The images with which the run was started, on the CPU.
 
         Raises:
-            InputError: what is there now are other images.
+            InputError: the images have changed.
         """
         dataset = self.config.data.load()
         check_data(dataset, self.description)
         return dataset
 
     def exported_network(self) -> Path | None:
-        """``model.onnx``, if it was exported of the weights that are there; else None.
+        """``model.onnx`` if it was exported from the current weights, else None.
 
-        Read anew: an export may have taken place since the run was opened.
+        Read from disk, because an export may have happened since the run was opened.
         """
         return current_network(self.folder, RunFolder.open(self.folder.path)[1])
 
@@ -146,10 +146,10 @@ def load_model(
 
     Args:
         path: the run's folder.
-        checkpoint: ``best`` is the one that ``training.select`` kept.
+        checkpoint: ``last``, or ``best``, the one kept by ``training.select``.
         plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
-        InputError: no run there, no such weights in it, or weights of another architecture.
+        InputError: there is no run, it has no such weights, or they belong to another architecture.
     """
     load_plugins(plugins)
     run = Run.open(path)
@@ -157,11 +157,11 @@ def load_model(
 
 
 def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config:
-    """The recipe that a run was started with.
+    """The recipe with which a run was started.
 
     Raises:
-        InputError: not as certtrain writes it; a user's class that nobody has named in this process; or the run's
-            network or perturbation set is a user's class whose text is another one now.
+        InputError: the recipe is not as written; it names a user's class that is not loaded; or the run's network or
+            perturbation set is a user's class whose text has changed.
     """
     try:
         config = structure(Config, description["config"])
@@ -172,9 +172,10 @@ def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config
 
 
 def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:
-    """
+    """Check that these are the images with which the run was started.
+
     Raises:
-        InputError: these are not the images that the run was started with.
+        InputError: they are other images.
     """
     found, wanted = dataset.checksum, description["dataset"]["sha256"]
     if found != wanted:
@@ -185,13 +186,13 @@ def check_data(dataset: Dataset, description: Mapping[str, Any]) -> None:
 
 
 def save_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """``model.safetensors``, or another checkpoint, whole or not at all."""
+    """Write ``model.safetensors`` or another weight file, whole or not at all."""
     found = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     write_atomically(file, lambda temporary: temporary.write_bytes(safetensors.torch.save(found)))
 
 
 def new_folder(config: Config, out: str | Path | None) -> Path:
-    """``out``, or a folder under ``runs/`` that does not exist yet, by the recipe's name and the time."""
+    """``out``, or a new folder under ``runs/`` named by the recipe and the time."""
     if out is not None:
         return Path(out)
     stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,4 +1,4 @@
-"""Train, certify, evaluate, export: what one run does from its recipe to its last file."""
+"""Training of a run from its recipe to its last file: train, certify, evaluate, export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..attacks import in_mode
-from ..bounds import UnsupportedNode
+from ..bounds import UnsupportedOperation
 from ..bounds.folding import fold
 from ..components import check_sources, load_plugins, remarks
 from ..config import structure, unstructure
@@ -50,13 +50,13 @@ def train(
     Returns:
         the run's folder; ``.final()`` is its summary.
     Raises:
-        InputError: something given cannot be used; nothing on disk was changed.
+        InputError: an argument cannot be used; nothing on disk was changed.
         TrainingStopped: the loss or its gradient was not finite.
         Interrupted: SIGINT or SIGTERM; the run is saved.
     """
     load_plugins(plugins)
     recipe = config if isinstance(config, Config) else load_config(None if config is None else Path(config))
-    recipe = structure(Config, unstructure(recipe))  # as resume will read it: checked, and 0 is 0.0
+    recipe = structure(Config, unstructure(recipe))  # as resume reads it: checked, with 0 as 0.0
     device = recipe.resolved_device()
     with reproducible(recipe.threads, device):
         dataset, model = _prepare(recipe)
@@ -65,7 +65,7 @@ def train(
             console.print(f"run folder: {run.folder.path}")
             for remark in remarks(recipe):
                 console.print(remark, markup=False)
-        with run.folder.alone():
+        with run.folder.exclusive():
             _go_on(run, dataset, model, device, quiet)
     return run.folder
 
@@ -73,16 +73,16 @@ def train(
 def resume(
     path: str | Path, *, device: str | None = None, plugins: Sequence[str | Path] = (), quiet: bool = False
 ) -> RunFolder:
-    """Go on with an interrupted run, bit for bit as if it had never stopped (CPU, same versions and threads).
+    """Continue an interrupted run, bit for bit as if it had never stopped (CPU, same versions and threads).
 
-    A finished run is left as it is; one without a checkpoint starts over.
+    A finished run is unchanged; one without a checkpoint starts over.
 
     Args:
-        path: the run's folder. device: instead of the recorded one, for training and certification.
+        path: the run's folder. device: device for training and certification; None for the recorded one.
         plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
-        InputError: no run there, or an imported network; data or checkpoint are not what the run was started with;
-            another process trains or exports it. Others as ``train``.
+        InputError: there is no run, or an imported network; data or checkpoint belong to another run; or another
+            process trains or exports it. Others as ``train``.
     """
     load_plugins(plugins)
     run = Run.open(path)
@@ -95,7 +95,7 @@ def resume(
     where = device or run.description["device"].partition(":")[0]
     run = run.with_config(device=where, threads=run.description["threads"])
     found = run.config.resolved_device()
-    with run.folder.alone(), reproducible(run.config.threads, found):
+    with run.folder.exclusive(), reproducible(run.config.threads, found):
         dataset, model = _prepare(run.config)
         check_data(dataset, run.description)
         _go_on(run, dataset, model, found, quiet)
@@ -103,18 +103,17 @@ def resume(
 
 
 def _is_finished(run: Run) -> bool:
-    """Whether nothing is left to do: train, answer what the recipe asks (the rows of another call are not its own),
-    export."""
-    folder, config, asked = run.folder, run.config, run.config.evaluate
+    """Whether training, the recipe's own certification and evaluation, and the export are done."""
+    folder, config, settings = run.folder, run.config, run.config.evaluate
     if not folder.final() or (config.export.enabled and not run.description.get("export")):
         return False
     count = run.description["dataset"].get("test", 0)
-    images = count if asked.images is None else min(asked.images, count)
-    return not (asked.enabled and any(unanswered(folder, asked, config.perturbation, config.seed, images)))
+    images = count if settings.images is None else min(settings.images, count)
+    return not (settings.enabled and any(unanswered(folder, settings, config.perturbation, config.seed, images)))
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:
-    """The recipe's network with its initial weights, on the CPU; a function of the seed alone."""
+    """The recipe's network with its initial weights, a function of the seed, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(config.seed, "weights"))
         model = config.model.build(dataset.shape, dataset.classes)
@@ -124,7 +123,7 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
 
 
 def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
-    """Data and model; what cannot work is refused here, before anything is written."""
+    """Load data and build the model, and refuse recipes that cannot work before anything is written."""
     dataset = config.data.load()
     try:
         config.perturbation.check_shape(dataset.shape)
@@ -134,7 +133,7 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
         model = build_model(config, dataset)
         if config.certify.enabled or config.export.enabled:
             fold(model, torch.Size(dataset.shape))
-    except UnsupportedNode as error:
+    except UnsupportedOperation as error:
         without = "training.initialisation default, certify.enabled false, export.enabled false"
         raise InputError(f"model: {error}; accepted without bounds: {without}") from error
     config.loss.check_model(model)
@@ -155,14 +154,14 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
 
 @torch.no_grad()
 def _check_outputs(model: nn.Module, dataset: Dataset) -> None:
-    """An architecture of the user's own may have others than one for each class."""
+    """Check that the network has one output for each class; a user's architecture may have others."""
     with in_mode(model, training=False):
         outputs = classes_of(model(dataset.train.pixels(torch.tensor([0]))))
     check(outputs == dataset.classes, "model", f"{outputs} outputs", f"{dataset.classes}, one for each class")
 
 
 def _go_on(run: Run, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool) -> None:
-    """Do what is left of a run, up to its last file."""
+    """Do the remaining work of a run."""
     config = run.config
     if not quiet and (remark := config.perturbation.remark(dataset.shape)):
         console.print(remark)
@@ -189,11 +188,11 @@ def _train(run: Run, dataset: Dataset, model: nn.Module, quiet: bool) -> None:
         save_weights(folder.model, model.state_dict())
         if best.weights:
             save_weights(folder.best, best.weights)
-        stop.raise_if_asked()
+        stop.raise_if_requested()
 
 
 def _certify(run: Run, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool) -> dict[str, Any]:
-    """For the run's last line: the verdicts' summary, and the seconds that they took."""
+    """Certify the test images and return the summary of the verdicts with their seconds, for the run's last line."""
     images = range(min(run.config.certify.images or len(dataset.test), len(dataset.test)))
     with StopRequest(at_once=True):
         question = question_of(run, dataset, model, device)

@@ -1,4 +1,4 @@
-"""A finished run's test images, verified: its own question again, or another."""
+"""Verification of a finished run's test images, with the recipe's settings or others."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from .run import Run
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` found.
+    """The results of ``verify``.
 
     Args:
-        file: where the verdicts stand.
-        epsilon: the radius that they are about.
-        images: those that were asked about.
+        file: the file of the verdicts.
+        epsilon: the radius.
+        images: the requested images.
         records: their verdicts as in the file, in order; fewer than ``images`` after a total timeout.
-        certificates: by arithmetic, how many of ``images`` the folder holds a certificate for at this epsilon, and how
-            many verdicts; without those arithmetics that were not asked for yet.
+        certificates: by arithmetic, the numbers of certificates and of verdicts about ``images`` that the folder holds
+            at this epsilon; arithmetics without verdicts are omitted.
     """
 
     file: Path
@@ -57,23 +57,23 @@ def verify(
     plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Verification:
-    """Certify the test images of a run whose training is finished; go on where an earlier call stopped.
+    """Certify the test images of a run whose training is finished, or continue where an earlier call stopped.
 
-    The run's own epsilon and arithmetic write ``verdicts.jsonl``, others
-    ``verdicts/embedded-<epsilon>-<arithmetic>.jsonl``. Verdicts that are there are kept; undecided images are tried
-    again where the settings now offer more.
+    Verdicts for the run's own epsilon and arithmetic are in ``verdicts.jsonl``, others in
+    ``verdicts/embedded-<epsilon>-<arithmetic>.jsonl``. Existing verdicts are kept; undecided images are tried again if
+    the settings allow more.
 
     Args:
         path: the run's folder, or the run opened.
         images: ``"start:stop"`` or a range; None for all.
         epsilon: radius in pixel units; None for the run's.
-        certify: stages and limits; None for the recipe's. Its ``images`` is not looked at.
-        total_timeout: seconds after which the call ends, whatever is left.
-        device: instead of the recipe's.
+        certify: stages and limits; None for the recipe's. Its ``images`` is ignored.
+        total_timeout: seconds after which the call ends, even if images are left.
+        device: device to compute on; None for the recipe's.
         plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Raises:
-        InputError: something given cannot be used; nothing on disk was changed.
-        Interrupted: SIGINT or SIGTERM; the same call goes on.
+        InputError: an argument cannot be used; nothing on disk was changed.
+        Interrupted: SIGINT or SIGTERM; the same call continues.
     """
     load_plugins(plugins)
     check(total_timeout is None or 0 < total_timeout < math.inf, "total_timeout", total_timeout, "seconds > 0")
@@ -101,7 +101,7 @@ def verify(
 
 
 def verdicts_of(run: Run, arithmetic: Arithmetic) -> JsonLines:
-    """The file of the verdicts about ``run.config``'s perturbation; the recorded question has one of its own."""
+    """The file of the verdicts for ``run.config``'s perturbation set; ``verdicts.jsonl`` for the recorded settings."""
     ball = run.config.perturbation
     if ball == run.recorded.perturbation and arithmetic == run.recorded.certify.arithmetic:
         return run.folder.verdicts
@@ -109,8 +109,8 @@ def verdicts_of(run: Run, arithmetic: Arithmetic) -> JsonLines:
 
 
 def question_of(run: Run, dataset: Dataset, model: nn.Module, device: torch.device) -> EmbeddedQuestion:
-    """The question of ``run.config`` about the test split, for ``model``, whose weights are those in the folder. Where
-    they were exported, counterexamples have to fool onnxruntime too."""
+    """The question of ``run.config`` about the test split, for ``model`` with the weights in the folder. If these are
+    exported, counterexamples must also be misclassified by onnxruntime."""
     config, network = run.config, run.exported_network()
     rests_on = {"weights": run.folder.weights_sha256(), "versions": versions(), "device": device_name(device)}
     replay = None if network is None else replay_session(load_onnx(network))

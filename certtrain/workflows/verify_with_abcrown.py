@@ -1,4 +1,4 @@
-"""A run's test images, verified by α-β-CROWN; and what two verifiers make of the same images."""
+"""Verification of a run's test images by α-β-CROWN, and comparison of two verifiers on the same images."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def verify_with_abcrown(
     plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> Verification:
-    """Ask α-β-CROWN about a run's test images; go on where an earlier call stopped.
+    """Verify a run's test images with α-β-CROWN, or continue where an earlier call stopped.
 
-    Its verdicts stand in ``verdicts/abcrown-<epsilon>-nearest.jsonl``, what it printed in ``verdicts/abcrown/``. The
-    network is the run's ``model.onnx``, exported first if there is none of the run's weights.
+    Verdicts are in ``verdicts/abcrown-<epsilon>-nearest.jsonl``, the verifier's output in ``verdicts/abcrown/``. The
+    network is the run's ``model.onnx``, which is exported first unless it holds the current weights.
 
     Args:
         path: the run's folder, or the run opened.
-        abcrown: where it is installed.
-        timeout: seconds for an image; None for the recipe's.
+        abcrown: the installation to use.
+        timeout: seconds per image; None for the recipe's.
         device: cpu or cuda; None for the recipe's. Others as for ``certtrain.verify``.
     Raises:
-        InputError: something given cannot be used, or α-β-CROWN cannot be run.
-        Interrupted: SIGINT or SIGTERM; the same call goes on.
+        InputError: an argument cannot be used, or α-β-CROWN cannot be run.
+        Interrupted: SIGINT or SIGTERM; the same call continues.
     """
     load_plugins(plugins)
     run = Run.open(path)
     folder, config = run.folder, run.config
-    run.model()  # refused here, not by the export
+    run.model()  # checks the weights before the export
     ball = config.perturbation if epsilon is None else config.perturbation.with_epsilon(float(epsilon))
     if not ball.is_box:
         raise InputError(f"perturbation: found {ball.kind}; accepted for α-β-CROWN: a box (LinfBall)")
@@ -60,7 +60,7 @@ def verify_with_abcrown(
     where = run.with_config(device=device or config.device).config.resolved_device()
     network = run.exported_network()
     if network is None:
-        with folder.alone():
+        with folder.exclusive():
             export_run(run, dataset, config.perturbation, None, config.export, quiet)
         network = folder.onnx
     weights = folder.weights_sha256()
@@ -77,11 +77,11 @@ def verify_with_abcrown(
 
 @dataclass(frozen=True)
 class Agreement:
-    """What two verifiers say of the same images.
+    """The verdicts of two verifiers on the same images.
 
     Args:
-        counts: how many images, by the two statuses.
-        contradictions: the numbers of the images that one proves safe and the other refutes.
+        counts: number of images by pair of statuses.
+        contradictions: numbers of the images that one verifier proves safe and the other refutes.
     """
 
     counts: dict[tuple[Status, Status], int]
@@ -89,7 +89,7 @@ class Agreement:
 
 
 def agreement_between(first: Sequence[Line], second: Sequence[Line]) -> Agreement:
-    """Of the images that both have a verdict on. A wrong certificate shows as a contradiction."""
+    """Compare the verdicts on the images that both have. A wrong certificate shows as a contradiction."""
     other = {record["index"]: record["status"] for record in second}
     pairs = {r["index"]: (r["status"], other[r["index"]]) for r in first if r["index"] in other}
     refuted = {"falsified", "misclassified"}

@@ -62,40 +62,40 @@ class CornerSearch(Attack[SparseBall]):
     def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
         members = ball.grouped(batch.images).shape[1]
         check(members <= MEMBERS, "unit", ball.unit, f"feature, or images of {MEMBERS} channels at most, not {members}")
-        quest = Quest.starting(model, batch, ball)
+        search = CombinationSearch.starting(model, batch, ball)
         rows = torch.arange(len(batch), device=batch.images.device)
         if self.attack_mode in ("eval", "clean"):
             for row in rows.split(1):
-                self._search(quest, row, step.noise, CHUNK)
+                self._search(search, row, step.noise, CHUNK)
         else:  # batch norm has to see one point of each image of the whole batch
-            self._search(quest, rows, step.noise, 1)
-        trace = {"queries": quest.queries, "found_at": quest.found_at}
-        return AttackResult(ball.ungrouped(quest.best, batch.images.shape[1:]), trace)
+            self._search(search, rows, step.noise, 1)
+        trace = {"queries": search.queries, "found_at": search.found_at}
+        return AttackResult(ball.ungrouped(search.best, batch.images.shape[1:]), trace)
 
-    def _search(self, quest: Quest, rows: Tensor, noise: Noise, width: int) -> None:
+    def _search(self, search: CombinationSearch, rows: Tensor, noise: Noise, width: int) -> None:
         """Search around the images ``rows`` (A,), with ``width`` points of each in one pass."""
         noise, seen = replace(noise, positions=noise.positions[rows]), []
-        singles = torch.arange(len(quest.corners) * quest.center.shape[2], device=rows.device)
+        singles = torch.arange(len(search.corners) * search.center.shape[2], device=rows.device)
         for part in singles.split(width):
-            if not quest.goes_on(rows, 1):
+            if not search.any_active(rows, 1):
                 return
-            seen.append(quest.ask(rows, part.expand(len(rows), -1).unsqueeze(2)))
-        if not quest.goes_on(rows, 2):
+            seen.append(search.query(rows, part.expand(len(rows), -1).unsqueeze(2)))
+        if not search.any_active(rows, 2):
             return
-        orders = best_singles(torch.cat(seen, 1), quest.batch.labels[rows], self.best)
-        for size in range(2, int(quest.k[rows].max()) + 1):
+        orders = best_singles(torch.cat(seen, 1), search.batch.labels[rows], self.best)
+        for size in range(2, int(search.k[rows].max()) + 1):
             for number, order in enumerate(orders.unbind(1)):
                 draws = noise.uniform((self.per_size, size), f"{size}/{number}", torch.float64)
                 ranks = (order.shape[1] * (1 - (1 - draws).sqrt())).long()  # the inverse of the distribution
                 changes = order.gather(1, ranks.flatten(1)).reshape(ranks.shape)
                 for part in changes.split(width, 1):
-                    if not quest.goes_on(rows, size):
+                    if not search.any_active(rows, size):
                         return
-                    quest.ask(rows, part)
+                    search.query(rows, part)
 
 
 @dataclass(frozen=True)
-class Quest:
+class CombinationSearch:
     """The state of a search on a batch of images, grouped (B, M, N); updated in place.
 
     Args:
@@ -118,7 +118,7 @@ class Quest:
     found_at: Tensor
 
     @classmethod
-    def starting(cls, model: nn.Module, batch: Batch, ball: SparseBall) -> Quest:
+    def starting(cls, model: nn.Module, batch: Batch, ball: SparseBall) -> CombinationSearch:
         center = ball.grouped(batch.images)
         members = torch.arange(center.shape[1], device=center.device)
         numbers = torch.arange(2 ** len(members), device=center.device)
@@ -131,20 +131,20 @@ class Quest:
             model, batch, ball, center, corners, k, center.clone(), leads, torch.ones_like(found_at), found_at
         )  # fmt: skip
 
-    def searched(self, rows: Tensor, size: int) -> Tensor:
+    def active(self, rows: Tensor, size: int) -> Tensor:
         """(A,) bool: still classified correctly, and allowed to change ``size`` units."""
         return (self.found_at[rows] < 0) & (self.k[rows] >= size)
 
-    def goes_on(self, rows: Tensor, size: int) -> bool:
-        return bool(self.searched(rows, size).any())
+    def any_active(self, rows: Tensor, size: int) -> bool:
+        return bool(self.active(rows, size).any())
 
-    def ask(self, rows: Tensor, changes: Tensor) -> Tensor:
+    def query(self, rows: Tensor, changes: Tensor) -> Tensor:
         """Logits (A, c, K) of the images ``rows`` (A,) after each of their ``changes`` (A, c, size), single ones by
-        number. Images that are not searched any more are passed unchanged."""
-        count, searched = changes.shape[1], self.searched(rows, changes.shape[2])
+        number. Images no longer active are passed unchanged."""
+        count, active = changes.shape[1], self.active(rows, changes.shape[2])
         units, corners = changes // len(self.corners), changes % len(self.corners)
         points = self.center[rows].repeat_interleave(count, 0)
-        each = torch.arange(len(points), device=rows.device)[searched.repeat_interleave(count)]
+        each = torch.arange(len(points), device=rows.device)[active.repeat_interleave(count)]
         for unit, corner in zip(units.flatten(0, 1).unbind(1), corners.flatten(0, 1).unbind(1), strict=True):
             points[each, :, unit[each]] = self.corners[corner[each]]
         logits = self.model(self.ball.ungrouped(points, self.batch.images.shape[1:]))
@@ -152,8 +152,8 @@ class Quest:
         wrong = ~(leads > 0)
         first = torch.where(wrong.any(1), wrong.int().argmax(1), leads.argmin(1))
         least = leads.gather(1, first[:, None])[:, 0]
-        hit = searched & wrong.any(1)
-        better = hit | (searched & (least < self.leads[rows]))
+        hit = active & wrong.any(1)
+        better = hit | (active & (least < self.leads[rows]))
         chosen = points.unflatten(0, (len(rows), count))[torch.arange(len(rows), device=rows.device), first]
         self.best[rows] = torch.where(better[:, None, None], chosen, self.best[rows])
         self.leads[rows] = torch.where(better, least, self.leads[rows])

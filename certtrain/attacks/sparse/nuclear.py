@@ -5,13 +5,13 @@ from typing import Literal
 
 from ...bounds import SparseBall
 from ...errors import check
-from ..nuclear import ClimbsNuclear
+from ..nuclear import NuclearNormAttack
 from .spgd import SparsePgd
 
 
 @dataclass(frozen=True)
-class SparseNuclear(ClimbsNuclear[SparseBall], SparsePgd):
-    """NuAT's attack on few pixels: one update of sPGD that climbs the nuclear norm too, at every other iteration.
+class SparseNuclear(NuclearNormAttack[SparseBall], SparsePgd):
+    """NuAT's attack on few pixels: one update of sPGD that maximises the nuclear norm too, in every other iteration.
 
     The transfer from l_inf is ours: the source names NuAT over its l0 attack without details (Zhong et al., NeurIPS
     2025).

@@ -13,7 +13,7 @@ from ...errors import check
 from ...step import Batch, Step
 from ..base import Attack, AttackResult, gradient_of
 from ..objective import CrossEntropy, Objective
-from .found import Found
+from .best_so_far import BestSoFar
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,25 @@ class Pgd0(Attack[SparseBall]):
         return self if self.objective is not None else replace(self, objective=objective)
 
     def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
-        climbed = self.objective or CrossEntropy()
-        reference = climbed.reference(model, batch)
-        found = Found.clean(model, batch, climbed, reference)
+        objective = self.objective or CrossEntropy()
+        reference = objective.reference(model, batch)
+        best = BestSoFar.clean(model, batch, objective, reference)
         for restart in range(self.restarts):
             rows, done = torch.arange(len(batch), device=batch.images.device), restart * self.steps
             change = ball.sample(batch.images, step.noise, f"start/{restart}")
             points = ball.project(batch.images, batch.images + change)
             for number in range(self.steps + 1):
-                left = found.open(rows, number, self.attack_mode)
+                left = best.open(rows, number, self.attack_mode)
                 if left is not None:
                     rows, points = rows[left], points[left]
                 if not len(rows):
                     break
-                logits, gradient = gradient_of(model, points, lambda z, rows=rows: climbed(z, reference[rows]))
-                found = found.after(rows, points, logits, batch.labels, climbed(logits, reference[rows]), done + number)
+                logits, gradient = gradient_of(model, points, lambda z, rows=rows: objective(z, reference[rows]))
+                best = best.after(rows, points, logits, batch.labels, objective(logits, reference[rows]), done + number)
                 if number < self.steps:
                     moved = points + self.step_size * _direction(gradient)
                     points = ball.take(rows).project(batch.images[rows], moved)
-        return AttackResult(found.images, {"found_at": found.found_at})
+        return AttackResult(best.images, {"found_at": best.found_at})
 
 
 def _direction(gradient: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ...errors import check
 from ...step import Batch, Step
 from ..base import Attack, AttackResult, gradient_of
 from ..objective import CrossEntropy, Objective
-from .found import Found
+from .best_so_far import BestSoFar
 
 FINEST = 40
 """Halvings after which the line search leaves an image unchanged."""
@@ -58,17 +58,17 @@ class Saif(Attack[SparseBall]):
         return self if self.objective is not None else replace(self, objective=objective)
 
     def propose(self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step) -> AttackResult:
-        shape, climbed = batch.images.shape[1:], self.objective or CrossEntropy()
-        reference = climbed.reference(model, batch)
-        found = Found.clean(model, batch, climbed, reference)
+        shape, objective = batch.images.shape[1:], self.objective or CrossEntropy()
+        reference = objective.reference(model, batch)
+        best = BestSoFar.clean(model, batch, objective, reference)
         at = _Iterate.starting(batch, ball, step)
 
         def look(tried: _Iterate) -> Tensor:
             with torch.no_grad():
-                return climbed(model(ball.ungrouped(tried.mixed(), shape)), reference[tried.rows])
+                return objective(model(ball.ungrouped(tried.mixed(), shape)), reference[tried.rows])
 
         for number in range(self.steps + 1):
-            left = found.open(at.rows, number, self.attack_mode)
+            left = best.open(at.rows, number, self.attack_mode)
             if left is not None:
                 at = at.take(left)
             if not len(at.rows):
@@ -76,16 +76,16 @@ class Saif(Attack[SparseBall]):
             last = number == self.steps
             seen = at.masked() if last or not self.line_search else at.mixed()
             points, labels = ball.ungrouped(seen, shape), reference[at.rows]
-            logits, gradient = gradient_of(model, points, lambda z, labels=labels: climbed(z, labels))
-            values = climbed(logits, labels)
+            logits, gradient = gradient_of(model, points, lambda z, labels=labels: objective(z, labels))
+            values = objective(logits, labels)
             if last or not self.line_search:
-                found = found.after(at.rows, points, logits, batch.labels, values, number)
+                best = best.after(at.rows, points, logits, batch.labels, values, number)
             if last:
                 break
             goal = at.goal(ball.grouped(gradient))
             share = torch.full_like(values, (number + 1) ** -0.5)
             at = at.searched(goal, share, values, look) if self.line_search else at.moved(goal, share)
-        return AttackResult(found.images, {"found_at": found.found_at})
+        return AttackResult(best.images, {"found_at": best.found_at})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ...errors import check
 from ...step import Batch, Step
 from ..base import Attack, AttackResult, gradient_of
 from ..objective import lead
-from .found import STRETCH
+from .best_so_far import STRETCH
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SigmaZero(Attack[SparseBall]):
         allowed = allowed.expand(len(batch))
         changed, found_at = torch.full_like(descent.rows, -1), torch.full_like(descent.rows, -1)
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
-        stretch = STRETCH if devices.waits(batch.images) else 1
+        stretch = STRETCH if devices.reading_waits(batch.images) else 1
         for number in range(self.steps + 1):
             if alone and number % stretch == 0:
                 known = changed[descent.rows]

@@ -16,7 +16,7 @@ from ...noise import Noise
 from ...step import Batch, Step
 from ..base import Attack, AttackResult
 from ..objective import CrossEntropy, lead
-from .found import STRETCH
+from .best_so_far import STRETCH
 
 SCHEDULE = ((50, 2), (200, 4), (500, 5), (1000, 6), (2000, 8), (4000, 10), (6000, 12), (8000, 15), (10000, 20))
 """The divisor of p_init up to each of these moves, of 10000. A longer search begins with p_init itself."""
@@ -73,7 +73,7 @@ class SparseRs(Attack[SparseBall]):
         queries = torch.ones_like(found_at)
         searched &= k > 0
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
-        stretch = STRETCH if devices.waits(center) else 1
+        stretch = STRETCH if devices.reading_waits(center) else 1
         for restart in range(self.restarts):
             walk = SearchState.starting(center, k, step.again(restart).noise)
             for number in range(self.queries):

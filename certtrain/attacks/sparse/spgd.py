@@ -16,7 +16,7 @@ from ...noise import Noise, key_of
 from ...step import Batch, Step
 from ..base import Attack, AttackResult, gradient_of
 from ..objective import CrossEntropy, Objective, lead
-from .found import STRETCH
+from .best_so_far import STRETCH
 
 Variant = Literal["unprojected", "projected", "coin"]
 
@@ -85,10 +85,10 @@ class SparsePgd(Attack[SparseBall]):
     def _last(
         self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step, walk: Walk, projected: bool
     ) -> AttackResult:
-        shape, climbed, trace = batch.images.shape[1:], self.climbed(model, batch, step), {}
+        shape, maximised, trace = batch.images.shape[1:], self.maximised(model, batch, step), {}
         for number in range(self.steps):
             points = ball.ungrouped(walk.points, shape)
-            logits, gradient = gradient_of(model, points, climbed)
+            logits, gradient = gradient_of(model, points, maximised)
             if not number:
                 trace = {"start": points, "logits": logits, "gradient": gradient}
             walk = self.moved(walk, ball.grouped(gradient), projected, number)
@@ -98,14 +98,14 @@ class SparsePgd(Attack[SparseBall]):
     def _best(
         self, model: nn.Module, batch: Batch, ball: SparseBall, step: Step, walk: Walk, projected: bool
     ) -> AttackResult:
-        shape, climbed = batch.images.shape[1:], self.objective or CrossEntropy()
-        reference = climbed.reference(model, batch)
+        shape, objective = batch.images.shape[1:], self.objective or CrossEntropy()
+        reference = objective.reference(model, batch)
         with torch.no_grad():
             logits = model(batch.images)
-        best = BestPoint.starting(walk.center, batch.labels, reference, logits, climbed(logits, reference))
+        best = BestPoint.starting(walk.center, batch.labels, reference, logits, objective(logits, reference))
         images, found_at = torch.empty_like(walk.center), best.found_at.clone()
         alone = self.attack_mode in ("eval", "clean")  # else batch norm has to see the whole batch
-        stretch = STRETCH if devices.waits(images) else 1
+        stretch = STRETCH if devices.reading_waits(images) else 1
         for number in range(self.steps + 1):
             if alone and number % stretch == 0:
                 left = best.found_at < 0
@@ -118,17 +118,17 @@ class SparsePgd(Attack[SparseBall]):
             points, held = ball.ungrouped(walk.points, shape), best.reference
             gradient = points
             if number < self.steps:
-                logits, gradient = gradient_of(model, points, lambda z, held=held: climbed(z, held))
+                logits, gradient = gradient_of(model, points, lambda z, held=held: objective(z, held))
             else:
                 with torch.no_grad():
                     logits = model(points)
-            best = best.after(number, walk.points, logits, climbed(logits, held))
+            best = best.after(number, walk.points, logits, objective(logits, held))
             if number < self.steps:
                 walk = self.moved(walk, ball.grouped(gradient), projected, number)
         images[walk.rows], found_at[walk.rows] = best.points, best.found_at
         return AttackResult(ball.ungrouped(images, shape), {"found_at": found_at})
 
-    def climbed(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
+    def maximised(self, model: nn.Module, batch: Batch, step: Step) -> Callable[[Tensor], Tensor]:
         """The function of the logits (B, K) whose sum is maximised, where the last point is kept."""
         objective = self.objective or CrossEntropy()
         reference = objective.reference(model, batch)
@@ -149,7 +149,7 @@ class SparsePgd(Attack[SparseBall]):
         walk = replace(walk, still=torch.where(stuck, 0, still))
         if number + 1 < self.patience:
             return walk
-        if devices.waits(stuck):  # to draw for all is cheaper than to ask for whom
+        if devices.reading_waits(stuck):  # to draw for all is cheaper than to ask for whom
             fresh = walk.noise.normal(m.shape[1:], f"logits/{number}", m.dtype)
             m = torch.where(stuck[:, None], fresh, m)
             points, mask = kernels.sparse_apply(walk.center, p, m, walk.k)
@@ -229,7 +229,7 @@ class BestPoint:
         wrong = ~(lead(logits, self.labels) > 0)
         left = self.found_at < 0
         better = left & (wrong | (values >= self.values))
-        if devices.waits(better):
+        if devices.reading_waits(better):
             best = torch.where(better[:, None, None], points, self.points)
         else:  # whole rows: a few of them are copied faster than all are compared
             index = better.nonzero().flatten()

@@ -1,7 +1,7 @@
 """The operations of networks, one class per file; importing this package registers their tracing rules."""
 
 from .affine import Affine, Weights
-from .base import Function, Input, Linear, Nonlinear, Operation, Unbounded, UnsupportedNode
+from .base import Function, Input, LinearOperation, Nonlinear, Operation, Unbounded, UnsupportedOperation
 from .batch_norm import BatchNorm, BatchStatistics
 from .concat import Concat
 from .convolution import Convolution
@@ -20,7 +20,7 @@ from .sum import Sum
 
 __all__ = [
     "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Concat", "Constants", "Convolution", "Dense",
-    "Dropout", "Entrywise", "Function", "Gelu", "GeluTanh", "Input", "LeakyRelu", "Linear", "MaxPool", "Nonlinear",
+    "Dropout", "Entrywise", "Function", "Gelu", "GeluTanh", "Input", "LeakyRelu", "LinearOperation", "MaxPool", "Nonlinear",
     "Opaque", "Operation", "Rearrangement", "Relu", "Scale", "Selection", "Sigmoid", "Silu", "Sum", "Tanh",
-    "Unbounded", "UnsupportedNode", "Weights", "from_function", "from_module",
+    "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
 ]  # fmt: skip

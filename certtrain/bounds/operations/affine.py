@@ -14,7 +14,7 @@ from ..interval import Interval
 from ..region import Region
 from ..relaxation import InputLines, Relaxation, map_lines
 from ..wrappers import ComputedLayer
-from .base import Folding, Linear
+from .base import Folding, LinearOperation
 
 
 class Weighted(Protocol):
@@ -35,7 +35,7 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
-class Affine(Linear):
+class Affine(LinearOperation):
     """A linear map by ``layer.weight``, with outputs or their channels in dimension 0, plus ``layer.bias``."""
 
     layer: Weighted

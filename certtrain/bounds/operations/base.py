@@ -21,7 +21,7 @@ from ..relaxation import InputLines, Relaxation
 from ..window import Window
 
 
-class UnsupportedNode(InputError):
+class UnsupportedOperation(InputError):
     """The model contains an operation without a rule; the message names it and the supported ones."""
 
 
@@ -138,7 +138,7 @@ class Folding(Protocol):
         """The tensor itself.
 
         Raises:
-            UnsupportedNode: it holds NaN or infinity.
+            UnsupportedOperation: it holds NaN or infinity.
         """
         ...
 
@@ -147,7 +147,7 @@ ENTRYWISE = 8
 """Work per number, in multiplications, of an operation without products."""
 
 
-class Linear(Operation):
+class LinearOperation(Operation):
     """An affine map of its inputs, with its adjoint."""
 
     @abstractmethod
@@ -214,7 +214,7 @@ class Unbounded(Operation):
     """An operation without linear bounds: folding replaces it, or it has no bounds at all."""
 
     @abstractmethod
-    def refusal(self) -> UnsupportedNode:
+    def refusal(self) -> UnsupportedOperation:
         """The error for a request of linear bounds."""
 
     def backward(
@@ -233,7 +233,7 @@ class Unbounded(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class Input(Linear):
+class Input(LinearOperation):
     """The network's input, a batch of images."""
 
     entrywise_map: ClassVar[bool] = True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ..interval import Interval
-from .base import Folding, Unbounded, UnsupportedNode
+from .base import Folding, Unbounded, UnsupportedOperation
 from .registry import Tracing, from_module
 from .scale import Constants, Scale
 
@@ -45,7 +45,9 @@ class BatchNorm(Unbounded):
         norm, statistics = self.norm, self.statistics
         if statistics is None:
             if norm.running_mean is None or norm.running_var is None:
-                raise UnsupportedNode("a batch norm without running statistics; accepted: track_running_stats=True")
+                raise UnsupportedOperation(
+                    "a batch norm without running statistics; accepted: track_running_stats=True"
+                )
             statistics = BatchStatistics(norm.running_mean, norm.running_var)
         scale = torch.rsqrt(statistics.variance + norm.eps)
         weight, bias = self._affine()
@@ -84,8 +86,10 @@ class BatchNorm(Unbounded):
     def interval(self, x: Interval) -> Interval:
         return Interval(*kernels.ibp_affine(x.center, x.radius, *self.coefficients()))
 
-    def refusal(self) -> UnsupportedNode:
-        return UnsupportedNode(f"BatchNorm at {self.path!r}: found it in linear bounds; accepted: a folded network")
+    def refusal(self) -> UnsupportedOperation:
+        return UnsupportedOperation(
+            f"BatchNorm at {self.path!r}: found it in linear bounds; accepted: a folded network"
+        )
 
     def module(self, shape: torch.Size) -> nn.Module:
         return self.norm

@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
-from .base import Function, Linear, UnsupportedNode
+from .base import Function, LinearOperation, UnsupportedOperation
 from .registry import Tracing
 
 
 @dataclass(frozen=True, eq=False)
-class Concat(Linear):
+class Concat(LinearOperation):
     """The inputs concatenated along ``dim`` as in ``torch.cat``: the batch is 0, negative ones count from the end."""
 
     dim: int
@@ -25,11 +25,11 @@ class Concat(Linear):
         """``dim`` as a non-negative number, for tensors with ``rank`` dimensions.
 
         Raises:
-            UnsupportedNode: it is the batch dimension, or out of range.
+            UnsupportedOperation: it is the batch dimension, or out of range.
         """
         dim = self.dim + rank if self.dim < 0 else self.dim
         if not 1 <= dim < rank:
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"cat at {self.path!r}: found dim={self.dim} of {rank} dimensions; accepted: one behind the batch"
             )
         return dim
@@ -66,8 +66,10 @@ def concat(tracing: Tracing, node: fx.Node) -> int:
     parts = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if not isinstance(parts, (list, tuple)) or not parts:
-        raise UnsupportedNode(f"cat at {node.name!r}: found {parts}; accepted: a list of values")
+        raise UnsupportedOperation(f"cat at {node.name!r}: found {parts}; accepted: a list of values")
     if type(dim) is not int or dim == 0 or set(node.kwargs) - {"tensors", "dim"}:
         found = ", ".join([f"dim={dim}", *(name for name in node.kwargs if name not in ("tensors", "dim"))])
-        raise UnsupportedNode(f"cat at {node.name!r}: found {found}; accepted: a dimension other than the batch's, 0")
+        raise UnsupportedOperation(
+            f"cat at {node.name!r}: found {found}; accepted: a dimension other than the batch's, 0"
+        )
     return tracing.append(Concat(node.name, tuple(tracing.position(node, part) for part in parts), dim))

@@ -16,7 +16,7 @@ from ..interval import Interval
 from ..region import Region
 from ..window import Window, pair
 from .affine import Affine, absolute, with_weights
-from .base import UnsupportedNode
+from .base import UnsupportedOperation
 from .rearrangement import Rearrangement
 from .registry import Tracing, from_module
 
@@ -51,7 +51,7 @@ class Convolution(Affine):
             name, accepted = (
                 ("Conv1d", "(B, channels, length)") if weight.ndim == 3 else ("Conv2d", "(B, channels, height, width)")
             )
-            raise UnsupportedNode(f"{name} at {self.path!r}: found {x.ndim} dimensions; accepted: {accepted}")
+            raise UnsupportedOperation(f"{name} at {self.path!r}: found {x.ndim} dimensions; accepted: {accepted}")
 
     def fused(
         self, x: Interval, scale: Tensor | None = None, shift: Tensor | None = None, *, relu: bool = False
@@ -75,9 +75,9 @@ class Convolution(Affine):
             f"{'Conv1d' if self.weight.ndim == 3 else 'Conv2d'} at {self.path!r} as the first layer over {region.kind}"
         )
         if self.groups != 1:
-            raise UnsupportedNode(f"{where}: found groups={self.groups}; accepted: groups=1")
+            raise UnsupportedOperation(f"{where}: found groups={self.groups}; accepted: groups=1")
         if not region.has_windows:
-            raise UnsupportedNode(f"{where} of patches: accepted: a Linear, or pixels, features, rows and columns")
+            raise UnsupportedOperation(f"{where} of patches: accepted: a Linear, or pixels, features, rows and columns")
         weight, constant = self.weight, self(shift)
         if weight.ndim == 4:
             return self._over_windows(region, weight, scale, constant)

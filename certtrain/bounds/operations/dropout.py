@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..interval import Interval
-from .base import Folding, Unbounded, UnsupportedNode
+from .base import Folding, Unbounded, UnsupportedOperation
 from .registry import Tracing, from_function, from_module
 
 
@@ -24,8 +24,8 @@ class Dropout(Unbounded):
     def interval(self, x: Interval) -> Interval:
         return x
 
-    def refusal(self) -> UnsupportedNode:
-        return UnsupportedNode(f"{self.path}: found dropout in linear bounds; accepted: a folded network")
+    def refusal(self) -> UnsupportedOperation:
+        return UnsupportedOperation(f"{self.path}: found dropout in linear bounds; accepted: a folded network")
 
     def module(self, shape: torch.Size) -> nn.Module:
         return nn.Identity()
@@ -41,4 +41,4 @@ def _dropout(tracing: Tracing, path: str, source: int, module: nn.Module) -> int
 
 @from_function("dropout")
 def _function(tracing: Tracing, node: fx.Node, source: int) -> int:
-    raise UnsupportedNode(f"F.dropout at {node.name!r} freezes its mode when traced; accepted: nn.Dropout")
+    raise UnsupportedOperation(f"F.dropout at {node.name!r} freezes its mode when traced; accepted: nn.Dropout")

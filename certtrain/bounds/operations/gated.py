@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..interval import Bounds
 from ..relaxation import Lines
-from .base import UnsupportedNode
+from .base import UnsupportedOperation
 from .entrywise import Entrywise
 from .gates import GATES, STRAIGHT, gated
 from .registry import Tracing, from_function, from_module
@@ -113,7 +113,7 @@ def gelu(path: str, source: int, form: Any) -> Gelu | GeluTanh:
     """The GELU that torch and ONNX call ``approximate=form``."""
     kinds: dict[Any, type[Gelu | GeluTanh]] = {"none": Gelu, "tanh": GeluTanh}
     if not isinstance(form, str) or form not in kinds:
-        raise UnsupportedNode(f"GELU at {path!r}: found approximate={form!r}; accepted: {', '.join(kinds)}")
+        raise UnsupportedOperation(f"GELU at {path!r}: found approximate={form!r}; accepted: {', '.join(kinds)}")
     return kinds[form](path, (source,))
 
 

@@ -12,7 +12,7 @@ from ... import kernels
 from ..interval import Interval
 from ..region import Region
 from .affine import Affine, absolute, concretised, with_weights
-from .base import UnsupportedNode
+from .base import UnsupportedOperation
 from .registry import Tracing, from_module
 
 
@@ -36,7 +36,7 @@ class Dense(Affine):
     def over_set(self, region: Region, hull: Interval, scale: Tensor, shift: Tensor) -> Interval:
         images = region.images
         if hull.center.ndim != 2:
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"Linear at {self.path!r}: found {hull.center.ndim} dimensions; accepted: (B, features)"
             )
         forms = (self.weight * scale).reshape(1, len(self.weight), *images.shape[1:])

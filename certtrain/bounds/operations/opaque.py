@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interval import Interval
-from .base import Folding, Function, Unbounded, UnsupportedNode
+from .base import Folding, Function, Unbounded, UnsupportedOperation
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +17,7 @@ class Opaque(Unbounded):
     """A function that can be evaluated but not bounded; other rules raise ``why``."""
 
     function: Callable[[Tensor], Tensor]
-    why: UnsupportedNode
+    why: UnsupportedOperation
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -25,7 +25,7 @@ class Opaque(Unbounded):
     def interval(self, x: Interval) -> Interval:
         raise self.why
 
-    def refusal(self) -> UnsupportedNode:
+    def refusal(self) -> UnsupportedOperation:
         return self.why
 
     def terms(self, shape: torch.Size) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
-from .base import Folding, Function, Unbounded, UnsupportedNode
+from .base import Folding, Function, Unbounded, UnsupportedOperation
 from .rearrangement import Rearrangement, Selection
 from .registry import FunctionRule, Tracing, from_function, from_module
 from .relu import Relu
@@ -53,8 +53,8 @@ class MaxPool(Unbounded):
     def interval(self, x: Interval) -> Interval:
         return Interval.from_bounds(self.function(x.lower), self.function(x.upper))
 
-    def refusal(self) -> UnsupportedNode:
-        return UnsupportedNode(f"{self.path}: found a max pool in linear bounds; accepted: a folded network")
+    def refusal(self) -> UnsupportedOperation:
+        return UnsupportedOperation(f"{self.path}: found a max pool in linear bounds; accepted: a folded network")
 
     def module(self, shape: torch.Size) -> nn.Module:
         return Function(self.function)
@@ -90,7 +90,7 @@ class MaxPool(Unbounded):
         in_window = (responses.reshape(places, -1) > 0).T
         columns = [row.nonzero().flatten() for row in in_window]
         if not all(len(column) for column in columns):
-            raise UnsupportedNode(
+            raise UnsupportedOperation(
                 f"{self.path}: found a window over padding alone; accepted: windows that see the image"
             )
         size = max(len(column) for column in columns)
@@ -119,9 +119,11 @@ def _functional(dimensions: int | None) -> FunctionRule:
         options, keywords = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
         called: Any = node.target
         if keywords.pop("return_indices", False):
-            raise UnsupportedNode(f"{node.name!r}: found return_indices=True; accepted: max pooling without indices")
+            raise UnsupportedOperation(
+                f"{node.name!r}: found return_indices=True; accepted: max pooling without indices"
+            )
         if any(isinstance(option, fx.Node) for option in (*options, *keywords.values())):
-            raise UnsupportedNode(f"{node.name!r}: a pool whose size depends on the images; accepted: numbers")
+            raise UnsupportedOperation(f"{node.name!r}: a pool whose size depends on the images; accepted: numbers")
 
         def pool(x: Tensor) -> Tensor:
             return called(x, *options, **keywords)

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from ...typed import is_slice, is_tuple
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
-from .base import Function, Linear, UnsupportedNode
+from .base import Function, LinearOperation, UnsupportedOperation
 from .registry import BatchSize, Tracing, from_function, from_module
 
 
 @dataclass(frozen=True, eq=False)
-class Rearrangement(Linear):
+class Rearrangement(LinearOperation):
     """A linear map without constant, of which each output is one of its inputs, in their order, or 0."""
 
     function: Callable[[Tensor], Tensor]
@@ -87,7 +87,7 @@ def _reshape(tracing: Tracing, node: fx.Node, source: int) -> int:
     keeps_batch = values and (isinstance(values[0], BatchSize) or (values[0] == -1 and -1 not in values[1:]))
     rest = [value for value in values[1:] if type(value) is int and not isinstance(value, fx.Node)]
     if not keeps_batch or len(rest) != len(values) - 1 or any(isinstance(size, fx.Node) for size in sizes[1:]):
-        raise UnsupportedNode(
+        raise UnsupportedOperation(
             f"{node.target} at {node.name!r}: found sizes {tuple(sizes)}; accepted: x.size(0) or -1 first, then numbers"
         )
 
@@ -104,7 +104,7 @@ def _flatten(tracing: Tracing, node: fx.Node, source: int) -> int:
     start = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
     end: Any = node.kwargs.get("end_dim", node.args[2] if len(node.args) > 2 else -1)
     if not isinstance(start, int) or start < 1:
-        raise UnsupportedNode(
+        raise UnsupportedOperation(
             f"flatten at {node.name!r}: found start_dim={start}; accepted: 1 or more (keeps the batch)"
         )
     return tracing.append(Rearrangement(node.name, (source,), lambda x: x.flatten(start, end)))
@@ -117,7 +117,9 @@ def _slice(tracing: Tracing, node: fx.Node, source: int) -> int:
     ends = [end for part in parts if is_slice(part) for end in (part.start, part.stop, part.step)]
     numbers = len(ends) == 3 * len(parts) and all(end is None or type(end) is int for end in ends)
     if not numbers or parts[:1] != (slice(None),):
-        raise UnsupportedNode(f"{node.name!r}: found x[{index}]; accepted: x[:, a:b, …] with numbers, the batch whole")
+        raise UnsupportedOperation(
+            f"{node.name!r}: found x[{index}]; accepted: x[:, a:b, …] with numbers, the batch whole"
+        )
     return tracing.append(Rearrangement(node.name, (source,), lambda x: x[parts]))
 
 

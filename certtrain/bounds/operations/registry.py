@@ -28,7 +28,7 @@ class Tracing(Protocol):
         """The position of a computed operand of ``node``.
 
         Raises:
-            UnsupportedNode: it is a constant.
+            UnsupportedOperation: it is a constant.
         """
         ...
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ... import kernels
 from ..interval import Bounds, Interval
 from ..relaxation import Lines
-from .base import UnsupportedNode
+from .base import UnsupportedOperation
 from .entrywise import Entrywise
 from .registry import Tracing, from_function, from_module
 
@@ -88,7 +88,7 @@ class LeakyRelu(Kinked):
     """max(x, slope x).
 
     Raises:
-        UnsupportedNode: the slope is not in [0, 1].
+        UnsupportedOperation: the slope is not in [0, 1].
     """
 
     slope: float
@@ -97,7 +97,9 @@ class LeakyRelu(Kinked):
 
     def __post_init__(self) -> None:
         if not 0 <= self.slope <= 1:
-            raise UnsupportedNode(f"LeakyReLU at {self.path!r}: found slope {self.slope}; accepted: a slope in [0, 1]")
+            raise UnsupportedOperation(
+                f"LeakyReLU at {self.path!r}: found slope {self.slope}; accepted: a slope in [0, 1]"
+            )
 
     @property
     def kink(self) -> float:

@@ -13,7 +13,7 @@ from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
 from .affine import with_weights
-from .base import Folding, Linear, summed_onto
+from .base import Folding, LinearOperation, summed_onto
 
 Coefficients = Callable[[], tuple[Tensor | float, Tensor | float]]
 """(scale, shift), looked up at each use, since buffers are replaced when a model moves."""
@@ -31,7 +31,7 @@ class Constants:
 
 
 @dataclass(frozen=True, eq=False)
-class Scale(Linear):
+class Scale(LinearOperation):
     """Elementwise ``scale * x + shift`` with constants of the model: numbers, parameters or buffers.
 
     Two in a row are not merged: in float32 that would be another network (x + 8192 - 8192 is not x).

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
-from .base import Function, Linear, summed_onto
+from .base import Function, LinearOperation, summed_onto
 
 
 @dataclass(frozen=True, eq=False)
-class Sum(Linear):
+class Sum(LinearOperation):
     """The first input plus ``sign`` times the second.
 
     Args:

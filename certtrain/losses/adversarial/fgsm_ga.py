@@ -70,7 +70,7 @@ class FgsmGa(AdversarialTraining):
     def _attack_takes_it(self) -> bool:
         """Whether the attack's first gradient is g1."""
         attack = self.attack
-        if not self.detached or type(attack) is not Ascent:  # what extends it may climb something else
+        if not self.detached or type(attack) is not Ascent:  # a subclass may maximise something else
             return False
         at_image = attack.start == "zero" and attack.attack_mode in ("train", "batch")
         return at_image and attack.objective in (None, CrossEntropy())

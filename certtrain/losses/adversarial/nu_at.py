@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ...attacks import AttackResult, ClimbsNuclear, Nuclear, nuclear_norm
+from ...attacks import AttackResult, Nuclear, NuclearNormAttack, nuclear_norm
 from ...bounds import PerturbationSet
 from ...step import Batch, Step
 from ..base import Ramp, check_least, value_at
@@ -27,7 +27,7 @@ class NuAt(AdversarialTraining):
         weight: lambda; also used by the attack, unless it has its own.
     """
 
-    attack: ClimbsNuclear = Nuclear()
+    attack: NuclearNormAttack = Nuclear()
     weight: float | Ramp = Ramp(0.0, 4.5, along="training", over=0.9)
 
     @property
@@ -38,7 +38,7 @@ class NuAt(AdversarialTraining):
         check_least("weight", self.weight)
 
     def check_ball(self, ball: PerturbationSet) -> None:
-        self.attack.check_ball(ball, "loss.attack", among=ClimbsNuclear)
+        self.attack.check_ball(ball, "loss.attack", among=NuclearNormAttack)
 
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
         attack = self.attack

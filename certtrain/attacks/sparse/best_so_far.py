@@ -16,7 +16,7 @@ STRETCH = 10
 
 
 @dataclass(frozen=True)
-class Found:
+class BestSoFar:
     """The best point so far of each image of a batch: its first misclassified point, else the one with the largest
     objective.
 
@@ -31,7 +31,7 @@ class Found:
     found_at: Tensor
 
     @classmethod
-    def clean(cls, model: nn.Module, batch: Batch, objective: Objective, reference: Tensor) -> Found:
+    def clean(cls, model: nn.Module, batch: Batch, objective: Objective, reference: Tensor) -> BestSoFar:
         """Start from the images themselves; those misclassified have ``found_at`` 0."""
         with torch.no_grad():
             logits = model(batch.images)
@@ -45,19 +45,21 @@ class Found:
         All rows are kept where batch norm uses the batch's statistics, and between two checks, since each one waits for
         the GPU.
         """
-        if mode not in ("eval", "clean") or (devices.waits(rows) and number % STRETCH):
+        if mode not in ("eval", "clean") or (devices.reading_waits(rows) and number % STRETCH):
             return None
         left = self.found_at[rows] < 0
         return None if bool(left.all()) else left
 
-    def after(self, rows: Tensor, points: Tensor, logits: Tensor, labels: Tensor, values: Tensor, number: int) -> Found:
+    def after(
+        self, rows: Tensor, points: Tensor, logits: Tensor, labels: Tensor, values: Tensor, number: int
+    ) -> BestSoFar:
         """Update with ``points`` (R, *shape) of some ``rows``, their ``logits`` (R, K) and objective ``values`` (R,);
         ``labels`` are those of the whole batch."""
         wrong = ~(lead(logits, labels[rows]) > 0)
         still = self.found_at[rows] < 0
         better = still & (wrong | (values >= self.values[rows]))
         chosen = better.reshape(-1, *[1] * (points.ndim - 1))
-        return Found(
+        return BestSoFar(
             self.images.index_copy(0, rows, torch.where(chosen, points, self.images[rows])),
             self.values.index_copy(0, rows, torch.where(better, values, self.values[rows])),
             self.found_at.index_copy(0, rows, torch.where(still & wrong, number, self.found_at[rows])),

@@ -1,4 +1,4 @@
-"""What is looked at after every epoch: the validation split, the candidate for the best weights, measurements."""
+"""Checks after each epoch: guard, validation split, candidate for the best weights, measurements, diagnostics."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .settings import Training
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was seen after an epoch.
+class EpochReport:
+    """The results of the checks after an epoch.
 
     Args:
-        figures: for the epoch's line.
-        lines: of their own.
-        alarm: what to tell the user at once, or None.
+        figures: figures for the epoch's line of ``metrics.jsonl``.
+        lines: further lines of that file.
+        alarm: warning to print at once, or None.
         halt: whether training ends here.
     """
 
@@ -33,8 +33,8 @@ class Look:
     halt: bool = False
 
 
-class Watch:
-    """Looks at a model after every epoch; what it remembers is part of the checkpoint."""
+class EpochMonitor:
+    """The checks after each epoch; their state is part of the checkpoint."""
 
     def __init__(self, settings: Training, dataset: Dataset, ball: PerturbationSet, seed: int):
         self.settings, self.dataset, self.ball, self.seed = settings, dataset, ball, seed
@@ -46,15 +46,15 @@ class Watch:
         """Whether the guard has ended this training."""
         return self.last_check.halted
 
-    def look(self, model: nn.Module, epoch: int) -> Look:
-        """After so many epochs."""
+    def check(self, model: nn.Module, epoch: int) -> EpochReport:
+        """Check the model after ``epoch`` epochs; a rollback of the guard changes its weights."""
         settings, validation = self.settings, self.dataset.validation
         check_program(model, self.dataset.train)
         figures: dict[str, Any] = {}
         lines, alarm = [], None
         if settings.guard and epoch % settings.guard.every == 0:
             checked = self.last_check.check(settings.guard, model, self.dataset, self.ball, self.seed, epoch)
-            figures |= checked.figures  # a rollback comes first: what follows is about the weights that stay
+            figures |= checked.figures  # first, because a rollback changes the weights
             alarm = checked.alarm
         if len(validation):
             figures |= evaluate(model, validation, self.ball)
@@ -62,12 +62,12 @@ class Watch:
         if settings.select and (last or epoch % settings.select.every == 0):
             figures[SCORE] = self.best.consider(settings.select, model, validation, self.ball, self.seed, epoch)
         if settings.measure and epoch % settings.measure.every == 0:
-            found = settings.measure(model, self.dataset.train, self.ball, self.seed)
-            lines.append({"kind": "measurement", "epoch": epoch, **found})
+            measured = settings.measure(model, self.dataset.train, self.ball, self.seed)
+            lines.append({"kind": "measurement", "epoch": epoch, **measured})
         if settings.diagnose and epoch % settings.diagnose.every == 0:
-            found = settings.diagnose(model, self.dataset.train, self.ball, self.seed)
-            lines.append({"kind": "diagnosis", "epoch": epoch, **found})
-        return Look(figures, lines, alarm, self.halted)
+            measured = settings.diagnose(model, self.dataset.train, self.ball, self.seed)
+            lines.append({"kind": "diagnosis", "epoch": epoch, **measured})
+        return EpochReport(figures, lines, alarm, self.halted)
 
     def state(self) -> dict[str, Any]:
         return {"best": vars(self.best), "last_check": vars(self.last_check)}
