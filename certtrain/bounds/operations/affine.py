@@ -59,8 +59,9 @@ class Affine(Linear):
 
     def with_norm(self, scale: Tensor, shift: Tensor) -> Self:
         """The operation, and then ``scale * y + shift`` of each channel y, both (K,), as one."""
-        weight = self.weight * scale.reshape(-1, *[1] * (self.weight.ndim - 1))
-        return self.with_weights(weight, shift if self.bias is None else self.bias * scale + shift)
+        weight, bias = self.weight, self.bias  # read once: a parametrization computes, and may iterate, at each reading
+        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return self.with_weights(weight, shift if bias is None else bias * scale + shift)
 
     def fold(self, folding: Folding, *sources: int) -> int:
         bias = None if self.bias is None else folding.tensor(self.bias, self.path)
