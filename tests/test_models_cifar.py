@@ -551,6 +551,26 @@ def test_images_are_not_shuffled_or_sliced_before_the_first_layer_over_a_ball():
     torch.testing.assert_close(found.center, model(x))
 
 
+@pytest.mark.parametrize("padding", ["same", "circular", "reflect"])
+def test_a_slice_that_is_padded_to_the_images_size_is_not_taken_for_the_image(padding):
+    around = {"padding": (1, 0), "padding_mode": padding} if padding != "same" else {"padding": padding}
+    sliced, layer = Apply(lambda m, x: x[:, :, 2:]), nn.Conv2d(2, 3, (3, 1), **around)
+    model = nn.Sequential(sliced, layer, nn.Flatten(), nn.Linear(24, 3)).double()
+    x = images(2, 6, 2)
+    with pytest.raises(UnsupportedOperation, match="as the first layer over L2Ball: found an input of shape"):
+        compute_bounds(model, L2Ball(0.1).region(x))
+
+
+def test_a_channel_that_constants_repeat_is_not_taken_for_the_image():
+    gains = torch.tensor([1.0, 2, 3]).reshape(3, 1, 1)
+    model = nn.Sequential(
+        Apply(lambda m, x: x[:, :1] * m.gains), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 3)
+    ).double()
+    model[0].register_buffer("gains", gains.double())
+    with pytest.raises(UnsupportedOperation, match=r"found an input of shape \(1, 4, 4\); accepted: the image's own"):
+        compute_bounds(model, L2Ball(0.1).region(images(3, 4, 4)))
+
+
 @every_net
 def test_second_derivatives_in_train_mode(name):
     """GradAlign's and Fast-BAT's: every weight gets a finite gradient of the images' gradient, and some a non-zero."""

@@ -150,6 +150,18 @@ def test_the_old_spectral_norm_goes_on_in_training():
     torch.testing.assert_close(one[4].weight_u, other[4].weight_u)
 
 
+@pytest.mark.parametrize("norm", [torch.nn.utils.spectral_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_spectral_norms_go_on_before_a_batch_norm_as_in_torch(norm, fixed):
+    one, other = (old(norm, 0, 4)().train() for _ in range(2))
+    for model in (one, other):
+        model[1].train(not fixed)
+        trace(model)
+    x = images()
+    torch.testing.assert_close(forward(one, x).logits, other(x))
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+
 def test_hooks_beside_those_that_compute_weights_are_refused():
     for model in (CASES["pruned"](), CASES["DataParallel"]()):
         trace(model)

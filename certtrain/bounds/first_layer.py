@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .interval import Interval
 from .network import Network
-from .operations import Affine, Dense, Input, UnsupportedOperation
+from .operations import Affine, Dense, Input, Operation, UnsupportedOperation
 from .region import Region
 
 
@@ -23,27 +23,28 @@ def first_layer(network: Network, operation: Affine, region: Region, hull: Inter
     Raises:
         UnsupportedOperation: the input does not have the image's shape, or the set has no projection to patches.
     """
-    images = region.images
-    scale, shift = _input_map(network, operation.inputs[0], images)
-    dense = isinstance(operation, Dense)
-    kept = scale.numel() == images[:1].numel() if dense else scale.shape[1:] == images.shape[1:]
-    if not kept and len(images):
+    images, dense = region.images, isinstance(operation, Dense)
+    scale, shift, shape = _input_map(network, operation.inputs[0], images)
+    if not (shape.numel() == images.shape[1:].numel() if dense else shape == images.shape[1:]) and len(images):
         name = "Linear" if dense else f"Conv{operation.weight.ndim - 2}d"
         raise UnsupportedOperation(
             f"{name} at {operation.path!r} as the first layer over {region.kind}: "
-            f"found an input of shape {tuple(scale.shape[1:])}; accepted: the image's own, {tuple(images.shape[1:])}"
+            f"found an input of shape {tuple(shape)}; accepted: the image's own, {tuple(images.shape[1:])}"
         )
     return operation.over_set(region, hull, scale, shift)
 
 
-def _input_map(network: Network, position: int, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of the elementwise map from the image to ``position``, each (1, *shape there)."""
-
-    def evaluate(position: int, value: Tensor) -> Tensor:
-        operation = network.operations[position]
-        if isinstance(operation, Input):
-            return value
-        return operation(*(evaluate(read, value) for read in operation.inputs))
-
-    shift = evaluate(position, torch.zeros_like(images[:1]))
-    return evaluate(position, torch.ones_like(images[:1])) - shift, shift
+def _input_map(network: Network, position: int, images: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+    """(scale, shift) of the elementwise map up to a position, each (1, *its shape), and that shape. If a step drops
+    entries or repeats them, the shape that it leaves: a later one of the right size would hold others."""
+    steps, ends = list[Operation](), [torch.zeros_like(images[:1]), torch.ones_like(images[:1])]
+    while not isinstance(operation := network.operations[position], Input):
+        steps.append(operation)
+        (position,) = operation.inputs
+    for step in reversed(steps):
+        size = ends[0].numel()
+        ends = [step(value) for value in ends]
+        if ends[0].numel() != size:
+            break
+    shift, one = ends
+    return one - shift, shift, shift.shape[1:]

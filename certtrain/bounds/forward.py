@@ -40,6 +40,8 @@ def forward(
             del values[read]
         fixed = norm is not None and not (norm.learns and statistics is None)
         if norm is not None and fixed and isinstance(operation, Affine) and operation.takes_norm(inputs[0].ndim):
+            if statistics is None:
+                operation.prepare()
             inputs, rest = [operation.with_norm(*norm.coefficients())(*inputs)], rest[2:]
         for number in rest:
             operation = operations[number]

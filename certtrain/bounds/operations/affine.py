@@ -54,8 +54,9 @@ class Affine(LinearOperation):
 
     def with_norm(self, scale: Tensor, shift: Tensor) -> Self:
         """The operation followed by ``scale * y + shift`` per output channel, both (K,), as one operation."""
-        weight = self.weight * scale.reshape(-1, *[1] * (self.weight.ndim - 1))
-        return self.with_weights(weight, shift if self.bias is None else self.bias * scale + shift)
+        weight, bias = self.weight, self.bias  # read once: a parametrization computes, and may iterate, at each reading
+        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return self.with_weights(weight, shift if bias is None else bias * scale + shift)
 
     def fold(self, folding: Folding, *sources: int) -> int:
         bias = None if self.bias is None else folding.tensor(self.bias, self.path)
