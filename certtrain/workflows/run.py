@@ -168,6 +168,11 @@ def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config
     except InputError as error:
         raise InputError(f"{folder.run}: {with_file(str(error), description)}") from error
     check_sources(description, config.model, config.perturbation)
+    return as_recorded(config, description)
+
+
+def as_recorded(config: Config, description: Mapping[str, Any]) -> Config:
+    """A recipe as the format of ``description`` tells it: the first does not tell a set's default attack from none."""
     return config if description.get("format", 1) == FORMAT else with_null_defaults(config)
 
 
