@@ -17,7 +17,7 @@ from ..components import check_sources, load_plugins, sources_of, with_file
 from ..config import structure, unstructure, with_null_defaults
 from ..data import Dataset
 from ..environment import device_name, versions
-from ..errors import InputError
+from ..errors import InputError, check
 from ..export import current_network
 from ..recipe import Config
 from ..run_folder import RunFolder, write_atomically
@@ -93,9 +93,13 @@ class Run:
 
         Args:
             fields: of ``Config``, each as a value or as the mapping that the YAML file would hold.
+        Raises:
+            InputError: a field that cannot be, or another model, whose weights are not those in the folder.
         """
         mapping = {**unstructure(self.config), **{name: unstructure(value) for name, value in fields.items()}}
-        return replace(self, config=structure(Config, mapping))
+        config = structure(Config, mapping)
+        check(config.model == self.recorded.model, "model", config.model, f"{self.recorded.model}, the run's")
+        return replace(self, config=config)
 
     def model(self, checkpoint: Literal["last", "best"] = "last") -> nn.Module:
         """The trained network, read anew: in evaluation mode, on the CPU.
