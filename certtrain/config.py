@@ -210,6 +210,20 @@ def with_null_defaults(value: Any) -> Any:
     return dataclasses.replace(value, **changes) if changes else value
 
 
+def with_sections(value: Any) -> Any:
+    """The dataclass ``value`` with the section of every field made by ``none_or`` that is None: what
+    ``with_null_defaults`` takes away."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changes = {}
+    for field in dataclasses.fields(value):
+        old = getattr(value, field.name)
+        new = field.metadata["section"] if old is None and "section" in field.metadata else with_sections(old)
+        if new is not old:
+            changes[field.name] = new
+    return dataclasses.replace(value, **changes) if changes else value
+
+
 def _changed(field: dataclasses.Field) -> Any:
     """The default that a section without a ``type`` changes."""
     return field.metadata.get("section", _default(field))

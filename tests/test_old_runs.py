@@ -171,3 +171,19 @@ def test_an_exported_run_is_verified_and_exported_anew(copied):
     specs = contents(run / "specs")
     assert main(["export", str(run), "--images", "0:3"]) == 0
     assert contents(run / "specs") == specs  # the same boxes, to the last digit
+
+
+@pytest.mark.parametrize("section", ["certify", "loss"])
+def test_a_study_that_spells_out_a_default_attack_goes_on(section, copied, tmp_path):
+    """The runs that it made do not tell that attack from none."""
+    run = copied("finished").rename(tmp_path / "cc-seed0")
+    description = json.loads((run / "run.json").read_text())
+    recorded = description["config"]
+    (run / "run.json").write_text(json.dumps({**description, "config": {**recorded, "name": "old-cc-seed0"}}))
+    base = {**recorded, "name": "old"}
+    for steps, code in ((recorded[section]["attack"]["steps"], 0), (7, 2)):
+        attack = {**recorded[section]["attack"], "steps": steps}
+        rows = [{"name": "CC", "changes": {section: {"attack": attack}}}]
+        study = tmp_path / "study.yaml"
+        study.write_text(json.dumps({"name": "old", "base": base, "rows": rows}))
+        assert main(["compare", str(study), "--out", str(tmp_path), "--report-only"]) == code

@@ -20,7 +20,7 @@ from certtrain.bounds.sparse_part import SparsePart
 from certtrain.verifiers import Judge, Problem, Search, Specification
 from certtrain.verifiers.bounds_so_far import BoundsSoFar
 from certtrain.verifiers.box_bounds import BoxBounds
-from certtrain.verifiers.engine import Outcome
+from certtrain.verifiers.engine import SearchOutcome
 from certtrain.verifiers.input_split import split_inputs
 from certtrain.verifiers.lp import leaf_program
 from certtrain.verifiers.neuron_split import split_neurons
@@ -97,7 +97,9 @@ def planted_twin(seed: int, kind: str) -> Problem:
     )
 
 
-def searched(problem: Problem, search: Search, record: SearchRecord | None, **limits) -> tuple[Outcome, BoundsSoFar]:
+def searched(
+    problem: Problem, search: Search, record: SearchRecord | None, **limits
+) -> tuple[SearchOutcome, BoundsSoFar]:
     network = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64)
     known = unknown(problem, network)
     known = known.with_bounds(crown_bounds(network, known.region_of(problem)))

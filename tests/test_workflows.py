@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import certtrain
-from certtrain.bounds import LinfBall
+from certtrain.bounds import L1Ball, LinfBall
 from certtrain.command_line import main
 from certtrain.errors import InputError
+from certtrain.models import Mlp
 from certtrain.verifiers import Certify
 from certtrain.workflows import run as run_module
 from certtrain.workflows.export import export
@@ -117,3 +119,15 @@ def test_a_finished_run_is_left_as_it_is(run):
 @pytest.mark.parametrize("name", certtrain.__all__)
 def test_every_public_name_has_its_home(name):
     assert getattr(certtrain, name).__name__ == name
+
+
+def test_verdicts_about_another_kind_of_set_are_never_taken_for_the_runs(smoke, tmp_path):
+    """A file of verdicts is named by its epsilon: an L1 ball's certificates must not stand for the box's."""
+    run = Run.open(shutil.copytree(smoke, tmp_path / "run"))
+    with pytest.raises(InputError, match="perturbation: found L1Ball"):
+        verify(run.with_config(perturbation=L1Ball(0.1)), images="0:4", quiet=True)
+    assert not list(run.folder.path.glob("verdicts/embedded-*"))
+    other = run.with_config(perturbation=run.config.perturbation.with_epsilon(0.01))
+    assert verify(other, images="0:4", quiet=True).file.name == "embedded-0.01-nearest.jsonl"
+    with pytest.raises(InputError, match="model: found"):
+        run.with_config(model=Mlp())

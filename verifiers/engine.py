@@ -210,7 +210,7 @@ class ImageProgress:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """Results of a search for B images.
 
     Args:
@@ -265,7 +265,7 @@ class BranchAndBound(Generic[S, B]):
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
         self._started, self._probed = now(), 0.0
 
-    def run(self) -> Outcome:
+    def run(self) -> SearchOutcome:
         self._started = now()
         progress, count = self.progress, len(self.problem)
         try:
@@ -278,7 +278,7 @@ class BranchAndBound(Generic[S, B]):
         ends = zip(progress.counterexamples, reasons, strict=True)
         proved = torch.tensor([point is None and reason is None for point, reason in ends], dtype=torch.bool)
         lower = torch.maximum(self.known, self._closed).amin(-1)
-        return Outcome(proved, progress.counterexamples, lower, progress.seconds, reasons)
+        return SearchOutcome(proved, progress.counterexamples, lower, progress.seconds, reasons)
 
     def _search(self) -> None:
         self._examine(self._recorded(self.roots, root=True))

@@ -24,7 +24,7 @@ from .engine import (
     ImageProgress,
     LeafSolver,
     OpenSubproblems,
-    Outcome,
+    SearchOutcome,
     SolverResult,
     Splitter,
     Violates,
@@ -57,7 +57,7 @@ def split_inputs(
     violates: Violates,
     batch: int = BATCH,
     record: SearchRecord | None = None,
-) -> Outcome:
+) -> SearchOutcome:
     """Prove or refute the problems over boxes that ``known`` leaves open.
 
     Args:

@@ -27,7 +27,7 @@ from .engine import (
     ImageProgress,
     LeafSolver,
     OpenSubproblems,
-    Outcome,
+    SearchOutcome,
     SolverResult,
     Splitter,
     Violates,
@@ -63,7 +63,7 @@ def split_neurons(
     timeout: float,
     violates: Violates,
     record: SearchRecord | None = None,
-) -> Outcome:
+) -> SearchOutcome:
     """Prove or refute the clauses without a positive bound in ``known``.
 
     Args:

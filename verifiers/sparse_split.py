@@ -30,7 +30,7 @@ from .engine import (
     ImageProgress,
     LeafSolver,
     OpenSubproblems,
-    Outcome,
+    SearchOutcome,
     SolverResult,
     Splitter,
     Violates,
@@ -63,7 +63,7 @@ def split_locations(
     violates: Violates,
     batch: int = BATCH,
     record: SearchRecord | None = None,
-) -> Outcome:
+) -> SearchOutcome:
     """Prove or refute the problems over sparse sets that ``known`` leaves open.
 
     Args:
@@ -251,7 +251,7 @@ class FreeUnitsSolver(LeafSolver[SparseSubproblems, PartBounds]):
 
     def _searched(
         self, boxes: Problem, known: BoundsSoFar, timeout: float, violates: Violates, record: SearchRecord | None
-    ) -> Outcome:
+    ) -> SearchOutcome:
         wide = int((boxes.region.hull.radius > 0).flatten(1).sum(1).max())
         if wide <= INPUTS or not known.network.piecewise_linear:
             return split_inputs(boxes, known, timeout, violates, record=record)

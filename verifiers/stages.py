@@ -20,7 +20,7 @@ from ..step import Batch, Step
 from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
 from .branching import minimiser
-from .engine import Outcome
+from .engine import SearchOutcome
 from .input_split import INPUTS, few_inputs, split_inputs
 from .neuron_split import split_neurons
 from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
@@ -319,7 +319,7 @@ class LocationStage(TimedStage):
         return _finding_of_search(known, outcome)
 
 
-def _finding_of_search(known: BoundsSoFar, outcome: Outcome) -> Finding:
+def _finding_of_search(known: BoundsSoFar, outcome: SearchOutcome) -> Finding:
     statuses: list[Status | None] = []
     for number, reason in enumerate(outcome.reasons):
         late = reason in ("timeout", "wall clock")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import PerturbationSet
-from ..config import unstructure
+from ..config import unstructure, with_sections
 from ..data import Dataset, Loader
 from ..errors import InputError, Portable
 from ..losses import Loss
@@ -112,18 +112,24 @@ class _Fit:
             for name, spec in sorted(specs.items())
         }
         self.state = State(tensors, specs)
-        parts = [unstructure(part) for part in (loss, ball, settings)]
-        self.recipe = checkpoint.fingerprint([*parts, seed, dataset.checksum, loss.files()])
+        self.recipe = self.fingerprint_of(loss, settings, dataset)
         self.average = WeightAverage(model, settings.averaging, len(self.loader))
         self.monitor = EpochMonitor(settings, dataset, ball, seed)
         self.position, self.sums = Position(), _Means()
         if folder.resume.exists():
+            # 0.1 did not tell a set's default attack from none
+            known = self.recipe, self.fingerprint_of(with_sections(loss), with_sections(settings), dataset)
             self.position, self.sums = _restore(
-                folder, self.recipe, device, model, self.optimizer, self.average, self.monitor, tensors
+                folder, known, device, model, self.optimizer, self.average, self.monitor, tensors
             )
         folder.metrics.truncate(self.position.metrics_bytes)
         self.before = self.position.seconds
         self.started = self.saved = time.monotonic()
+
+    def fingerprint_of(self, loss: Loss, settings: Training, dataset: Dataset) -> str:
+        """The fingerprint of the recipe, which a checkpoint of this training has to have."""
+        parts = [unstructure(part) for part in (loss, self.ball, settings)]
+        return checkpoint.fingerprint([*parts, self.seed, dataset.checksum, loss.files()])
 
     def seconds(self, now: float) -> float:
         """Seconds of training up to ``now``, summed over all calls that trained this run."""
@@ -289,12 +295,12 @@ def _save(
 
 
 def _restore(
-    folder: RunFolder, recipe: str, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer,
-    average: WeightAverage, monitor: EpochMonitor, tensors: dict[str, Tensor],
+    folder: RunFolder, recipes: tuple[str, ...], device: torch.device, model: nn.Module,
+    optimizer: torch.optim.Optimizer, average: WeightAverage, monitor: EpochMonitor, tensors: dict[str, Tensor],
 ) -> tuple[Position, _Means]:  # fmt: skip
     content = checkpoint.load(folder.resume, device)
     checkpoint.load_weights(model, content["model"], folder.resume)
-    if content["recipe"] != recipe:
+    if content["recipe"] not in recipes:
         raise InputError(f"{folder.resume}: found the checkpoint of another recipe; accepted: this run's own")
     optimizer.load_state_dict(content["optimizer"])
     average.restore(content["average"])

@@ -19,7 +19,7 @@ from ..progress import console
 from ..run_folder import JsonLines, RunFolder
 from ..training import TrainingStopped
 from .evaluate import evaluate
-from .run import recorded_config
+from .run import as_recorded, recorded_config
 from .train import resume, train
 
 CHANGEABLE_FIELDS = {
@@ -157,7 +157,8 @@ def check_recipe(trial: Trial) -> None:
         InputError: it was started with another recipe; names the field.
     """
     folder, description = RunFolder.open(trial.path)
-    found, wanted = (flatten(unstructure(c)) for c in (recorded_config(folder, description), trial.config))
+    recipes = recorded_config(folder, description), as_recorded(trial.config, description)
+    found, wanted = (flatten(unstructure(recipe)) for recipe in recipes)
     for name in [*wanted, *found]:
         if name not in CHANGEABLE_FIELDS and found.get(name) != wanted.get(name):
             raise InputError(

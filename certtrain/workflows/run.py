@@ -17,7 +17,7 @@ from ..components import check_sources, load_plugins, sources_of, with_file
 from ..config import structure, unstructure, with_null_defaults
 from ..data import Dataset
 from ..environment import device_name, versions
-from ..errors import InputError
+from ..errors import InputError, check
 from ..export import current_network
 from ..recipe import Config
 from ..run_folder import RunFolder, write_atomically
@@ -93,9 +93,13 @@ class Run:
 
         Args:
             fields: fields of ``Config``, each as a value or as a mapping as in YAML.
+        Raises:
+            InputError: a field that cannot be, or another model, whose weights are not those in the folder.
         """
         mapping = {**unstructure(self.config), **{name: unstructure(value) for name, value in fields.items()}}
-        return replace(self, config=structure(Config, mapping))
+        config = structure(Config, mapping)
+        check(config.model == self.recorded.model, "model", config.model, f"{self.recorded.model}, the run's")
+        return replace(self, config=config)
 
     def model(self, checkpoint: Literal["last", "best"] = "last") -> nn.Module:
         """The trained network, read from disk, in evaluation mode on the CPU.
@@ -168,6 +172,11 @@ def recorded_config(folder: RunFolder, description: Mapping[str, Any]) -> Config
     except InputError as error:
         raise InputError(f"{folder.run}: {with_file(str(error), description)}") from error
     check_sources(description, config.model, config.perturbation)
+    return as_recorded(config, description)
+
+
+def as_recorded(config: Config, description: Mapping[str, Any]) -> Config:
+    """A recipe as the format of ``description`` tells it: the first does not tell a set's default attack from none."""
     return config if description.get("format", 1) == FORMAT else with_null_defaults(config)
 
 

@@ -78,6 +78,9 @@ def verify(
     load_plugins(plugins)
     check(total_timeout is None or 0 < total_timeout < math.inf, "total_timeout", total_timeout, "seconds > 0")
     run = Run.open(path)
+    asked, own = run.config.perturbation, run.recorded.perturbation
+    same = asked == own or (type(asked) is type(own) and asked == own.with_epsilon(float(asked.epsilon)))
+    check(same, "perturbation", asked, f"{own}, the run's, or another size of it: a file of verdicts is about one kind")
     model = run.model()
     ball = run.config.perturbation if epsilon is None else run.config.perturbation.with_epsilon(float(epsilon))
     run = run.with_config(perturbation=ball, certify=certify or run.config.certify, device=device or run.config.device)

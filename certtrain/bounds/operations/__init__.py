@@ -20,7 +20,7 @@ from .sum import Sum
 
 __all__ = [
     "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Concat", "Constants", "Convolution", "Dense",
-    "Dropout", "Entrywise", "Function", "Gelu", "GeluTanh", "Input", "LeakyRelu", "LinearOperation", "MaxPool", "Nonlinear",
-    "Opaque", "Operation", "Rearrangement", "Relu", "Scale", "Selection", "Sigmoid", "Silu", "Sum", "Tanh",
-    "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
+    "Dropout", "Entrywise", "Function", "Gelu", "GeluTanh", "Input", "LeakyRelu", "LinearOperation", "MaxPool",
+    "Nonlinear", "Opaque", "Operation", "Rearrangement", "Relu", "Scale", "Selection", "Sigmoid", "Silu", "Sum",
+    "Tanh", "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
 ]  # fmt: skip
