@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from certtrain import plugins
+from certtrain.attacks import default
 from certtrain.bounds.operations.registry import FUNCTIONS, MODULES
 
 
@@ -26,6 +27,7 @@ class forgotten:
         for table, before in zip((MODULES, FUNCTIONS), self.rules, strict=True):
             table.clear()
             table.update(before)
+        default._built.cache_clear()  # it holds classes
         plugins._added.clear()
         plugins._digests.clear()
         gc.collect()

@@ -485,7 +485,7 @@ class TestForward:
         first = model[0](images)
         hidden = F.batch_norm(first, None, None, model[1].weight, model[1].bias, True, eps=model[1].eps)
         second = model[4](F.relu(hidden).flatten(1))
-        inputs = {1: first.transpose(0, 1).flatten(1), 3: second.T}
+        inputs = {2: first.transpose(0, 1).flatten(1), 6: second.T}
         assert set(found) == set(inputs)
         weights = [p for p in model[:5].parameters()]
         for position, rows in inputs.items():

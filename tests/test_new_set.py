@@ -316,7 +316,7 @@ class TestRuns:
         settings.check_ball(ball, images, model)
         by_attack, by_bounds = (one(model, batch, step.ball, step) for one in settings.adversaries())
         for lost, unproved in zip(by_attack, by_bounds, strict=True):
-            assert lost.to is None or unproved.to is not None
+            assert lost.lost_to is None or unproved.lost_to is not None
         assert not any(one.unconfirmed for one in by_attack)
 
     @pytest.mark.parametrize("loss", [Ibp(), Sabr(attack=None), Staps(attack=None), CrownIbp(), Trades(attack=None)])

@@ -405,7 +405,8 @@ def test_a_scripts_own_classes_are_found_by_its_name(tmp_path):
     assert certtrain.load_model(run, plugins=[str(file)])[1].loss.weight == 3.0  # type: ignore[attr-defined]
 
 
-def test_a_script_that_trains_on_import_is_refused(tmp_path):
+def test_a_script_that_trains_on_import_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "run")])
     file = script(tmp_path, "trains", "True")
     message = refused(lambda: load_plugins([str(file)]), "trains.py: its import uses certtrain")
     assert message.endswith('below if __name__ == "__main__":')
@@ -714,4 +715,4 @@ def test_every_command_has_the_option(capsys):
 
 
 def test_pgd_is_still_pgd():
-    assert unstructure(Pgd())["type"] == "Pgd" and unstructure(CcIbp())["attack"]["type"] == "Pgd"
+    assert unstructure(Pgd())["type"] == "Pgd" and unstructure(CcIbp(attack=Pgd()))["attack"]["type"] == "Pgd"

@@ -198,5 +198,7 @@ def test_the_attack_refuses_a_box_in_one_line():
     model = linear_model([[1.0, 0.0], [0.0, 1.0]])
     region = Box(torch.zeros(1, 2), torch.ones(1, 2))
     problem = Problem(model, region, Specification.robust(torch.tensor([0]), 2), torch.arange(1))
-    with pytest.raises(InputError, match="region: found Box; accepted: a perturbation set around each image"):
+    with pytest.raises(
+        InputError, match="region: found a Box; accepted for the stage attack: a perturbation set around"
+    ):
         run_cascade(problem, [AttackStage()])
