@@ -269,7 +269,7 @@ def images_of(selection: str | range | None, count: int) -> range:
     if isinstance(selection, range):
         start, stop, step = selection.start, selection.stop, selection.step
     else:
-        first, colon, last = (":" if selection is None else selection).partition(":")
+        first, colon, last = (":" if selection is None else str(selection)).partition(":")
         words = [word.strip() for word in (first, last)]
         step = 1 if colon and all(word == "" or (word.isascii() and word.isdigit()) for word in words) else 0
         start, stop = (int(word) if step and word else default for word, default in zip(words, (0, count), strict=True))

@@ -288,7 +288,7 @@ class TestWhatARunAnswers:
         assert images_of(asked, 9) == expected
 
     @pytest.mark.parametrize(
-        "asked", ["", "3", "a:b", "-1:3", "3:3", "5:2", "0:10", "9:", "1:2:3", "0x1:3", range(0, 9, 2), range(9, 12)]
+        "asked", ["", "3", 3, "a:b", "-1:3", "3:3", "5:2", "0:10", "9:", "1:2:3", "0x1:3", range(0, 9, 2), range(9, 12)]
     )
     def test_no_images(self, asked):
         with pytest.raises(InputError, match=r"^images: found .*accepted: start:stop .* <= 9"):
