@@ -423,7 +423,7 @@ class TestLirpa:
             raise OutOfTime
 
         monkeypatch.setattr(lirpa, "require", lambda: types.SimpleNamespace(__version__="0.7.1"))
-        monkeypatch.setattr(lirpa, "_lower", late)
+        monkeypatch.setattr(lirpa, "_lower_bounds", late)
         some = problem()
         with pytest.raises(OutOfTime):
             lirpa.lirpa_rows(some.network, some.region, some.specification.rows, "crown")

@@ -473,7 +473,7 @@ class TestFinishedRun:
         line = Diagnose(images=30, what=("alignment", "split"))(
             model, config.data.load().train, config.perturbation, config.seed
         )
-        assert line.items() <= found.found.items()
+        assert line.items() <= found.content.items()
 
     def test_a_later_call_replaces_an_earlier_one(self, run):
         assert main(["diagnose", str(run), "--images", "9", "--what", "split,alignment"]) == 0

@@ -349,13 +349,13 @@ class TestFalsify:
 
     def test_only_open_clauses_are_tried(self, monkeypatch):
         asked = []
-        original = FalsifyStage._found
+        original = FalsifyStage._candidates
 
         def watched(self, problem, number, clause, start):
             asked.extend(zip(number.tolist(), clause.tolist()))
             return original(self, problem, number, clause, start)
 
-        monkeypatch.setattr(FalsifyStage, "_found", watched)
+        monkeypatch.setattr(FalsifyStage, "_candidates", watched)
         rows = torch.tensor([[1.0], [1.0], [-1.0]]).expand(2, -1, -1)
         specification = Specification(rows, torch.full((2, 3), 5.0), torch.tensor([0, 1, 1]))
         problem = Problem(linear_model([[1.0]]), boxes_of((-1.0, 1.0), (-1.0, 1.0)), specification, torch.arange(2))

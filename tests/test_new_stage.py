@@ -263,7 +263,8 @@ class TestRecipes:
 
 def test_every_stage_has_a_name_of_its_own(package):
     names = Stage.named()
-    assert len(names) == len({*Stage.members().values()})
+    named = [stage for stage in Stage.members().values() if stage.name]
+    assert len(names) == len(named) and all(stage in names.values() for stage in named)
     assert {"clean", "attack", "ibp", "crown_ibp", "crown", "alpha", "bab", "falsify", "random_corners"} <= {*names}
     for name, stage in names.items():
         assert stage.from_section(Certify()).name == name

@@ -252,7 +252,7 @@ class Again:
             if draw is not None:
                 slopes, betas = draw.random(len(slopes)), draw.exponential(size=len(slopes))
             assert (betas >= 0).all() and self.clauses[proof.row] == one.goal
-            return self.plain.nonlinear_at(
+            return self.plain.relaxed(
                 self.rows[proof.row], self.offsets[proof.row], lower, upper, slopes, betas, signs
             )  # fmt: skip
         members, weights, constraints = self.clauses == one.goal, proof.rows.numpy(), proof.constraints.numpy()
