@@ -78,9 +78,14 @@ class Thread(Exchange):
         return {name: sum(theirs[name] for _, theirs in found) for name in figures}
 
 
+SEEDED = threading.Lock()
+"""Threads share torch's generator: one at a time seeds it and draws weights."""
+
+
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)).double()
+    with SEEDED:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)).double()
 
 
 def batch_of(rows: slice) -> Batch:

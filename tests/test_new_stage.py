@@ -265,6 +265,7 @@ def test_every_stage_has_a_name_of_its_own(package):
     names = Stage.named()
     named = [stage for stage in Stage.members().values() if stage.name]
     assert len(names) == len(named) and all(stage in names.values() for stage in named)
+    recipes = {name: stage for name, stage in names.items() if not stage.__module__.startswith("test_")}
     assert {"clean", "attack", "ibp", "crown_ibp", "crown", "alpha", "bab", "falsify", "random_corners"} <= {*names}
-    for name, stage in names.items():
+    for name, stage in recipes.items():
         assert stage.from_section(Certify()).name == name
