@@ -119,14 +119,3 @@ def map_lines(function: Callable[[Tensor], Tensor], lines: Tensor) -> Tensor:
     """A function of a batch (N, *shape), applied to lines (B, n + 1, *shape)."""
     mapped = function(lines.flatten(0, 1))
     return mapped.reshape(*lines.shape[:2], *mapped.shape[1:])
-
-
-def constant_lines(bounds: Bounds, like: InputLines) -> InputLines:
-    """Bounds (B, *shape) as lines without slopes, as an interval rule gives them."""
-
-    def flat(end: Tensor) -> Tensor:
-        lines = end.new_zeros(len(end), like.lower.shape[1], *end.shape[1:])
-        lines[:, -1] = end
-        return lines
-
-    return InputLines(flat(bounds.lower), flat(bounds.upper))
