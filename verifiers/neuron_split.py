@@ -33,7 +33,7 @@ from .engine import (
     Violates,
 )
 from .lp import LeafSolution, rounded_bound, solve_leaf
-from .optimise import BestParameters, Neurons, Optimised, Subproblems, maximise, starting_slopes
+from .optimise import BestParameters, Columns, Neurons, Optimised, Subproblems, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
@@ -106,7 +106,9 @@ class SignSpace:
         self.rows, self.offsets = known.rows_of(problem.specification)
         self.neurons = Neurons.of(known.network)
         self.lower, self.upper = self.neurons.ends(known.bounds, known.rows)  # (B, N)
-        self.columns = columns_of((self.lower < 0) & (self.upper > 0))
+        unstable = (self.lower < 0) & (self.upper > 0)
+        self.columns = Columns.of(self.neurons, unstable)
+        self.stable = tuple(torch.where(unstable, 0.0, end) for end in (self.lower, self.upper))
         self.clauses, _ = rows_of_clauses(problem.specification.clauses)
         self.worst = known.rows[:, self.clauses].amax(-1)  # (B, clauses)
 
@@ -114,43 +116,25 @@ class SignSpace:
         """The open clauses without assumed signs; ``slopes`` (B, R, N) to start from, CROWN's if None."""
         image, clause = (~(self.worst > 0)).nonzero(as_tuple=True)
         slopes = starting_slopes(self.lower, self.upper, self.rows.shape[1]) if slopes is None else slopes
-        alphas = self.gathered(slopes[image[:, None], self.clauses[clause]], image)
-        lower, upper = (self.gathered(end[image].unsqueeze(1), image)[:, 0] for end in (self.lower, self.upper))
-        signs = torch.zeros(len(image), self.columns.shape[1], dtype=torch.int8, device=image.device)
+        columns = self.columns.take(image)
+        alphas = columns.gathered(slopes[image[:, None], self.clauses[clause]], 0.0)
+        lower, upper = (columns.gathered(end[image], 0.0) for end in (self.lower, self.upper))
+        signs = torch.zeros(columns.real.shape, dtype=torch.int8, device=image.device)
         none = torch.zeros_like(image)
         return SignSubproblems(
             image, clause, self.worst[image, clause], none - 1, none, signs, lower, upper, alphas,
             torch.zeros_like(alphas),
         )  # fmt: skip
 
-    def dense(self, some: SignSubproblems) -> tuple[Tensor, Tensor, Tensor]:
-        """(signs, lower, upper) in all neurons, each (D, N)."""
-        signs = self.spread(some.signs.unsqueeze(1), some, 0)[:, 0]
-        lower, upper = (
-            scattered(whole[some.image], self.columns[some.image], part)
-            for whole, part in ((self.lower, some.lower), (self.upper, some.upper))
-        )
-        return signs, lower, upper
-
     def linear(self, some: SignSubproblems) -> Subproblems:
         """The subproblems in all neurons, as ``maximise`` takes them."""
-        signs, lower, upper = self.dense(some)
-        at = (some.image[:, None], self.clauses[some.goal])
+        columns, at = self.columns.take(some.image), (some.image[:, None], self.clauses[some.goal])
+        lower, upper = (
+            columns.added(whole[some.image], part)
+            for whole, part in zip(self.stable, (some.lower, some.upper), strict=True)
+        )
+        signs = columns.added(torch.zeros_like(lower, dtype=torch.int8), some.signs)
         return Subproblems(self.region.take(some.image), self.rows[at], self.offsets[at], lower, upper, signs)
-
-    def parameters(self, some: SignSubproblems) -> tuple[Tensor, Tensor]:
-        """(alphas, betas) in all neurons, each (D, R, N)."""
-        return self.spread(some.alphas, some, 0.5), self.spread(some.betas, some, 0.0)
-
-    def spread(self, values: Tensor, some: SignSubproblems, fill: float) -> Tensor:
-        """Spread columns (D, R, U) over all neurons (D, R, N), with ``fill`` elsewhere."""
-        out = values.new_full((*values.shape[:2], self.lower.shape[1]), fill)
-        return scattered(out, self.columns[some.image].unsqueeze(1).expand_as(values), values)
-
-    def gathered(self, values: Tensor, image: Tensor) -> Tensor:
-        """Gather the columns (D, R, U) from all neurons (D, R, N)."""
-        columns = self.columns[image].unsqueeze(1).expand(-1, values.shape[1], -1)
-        return torch.cat([values, values[..., :1]], -1).gather(2, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,21 +162,24 @@ class SignBounds(Bounded[SignSubproblems]):
         return (self.space.problem.region.take(self.subproblems.image[index]).nearest(self.point[index]),)
 
     def proof(self, number: int) -> Proof:
-        neurons = self.neurons(number)
+        neurons, real = self.neurons(number), self._columns(number).real[0]
         if bool(self.empty[number]):
-            lower, upper = (end[number, : len(neurons)] for end in self.ends)
+            lower, upper = (end[number, real] for end in self.ends)
             worst = int(((lower - upper) / (1 + lower.abs())).argmax())
             return CrossedBounds(int(neurons[worst]), float(lower[worst]), float(upper[worst]))
         assert self.best is not None and self.best.alphas is not None and self.best.betas is not None
         row = int(self.row[number])
         member = int(self.space.clauses[int(self.subproblems.goal[number]), row])
-        slopes, multipliers = (part[number, row, neurons] for part in (self.best.alphas, self.best.betas))
+        slopes, multipliers = (part[number, row, real] for part in (self.best.alphas, self.best.betas))
         return Relaxed(member, neurons, *self.inputs(number), slopes, multipliers)
 
     def neurons(self, number: int) -> Tensor:
-        """The places of the neurons in the columns of one subproblem."""
-        columns = self.space.columns[int(self.subproblems.image[number])]
-        return columns[columns < self.linear.lower.shape[1]]
+        """The neurons in the columns of one subproblem."""
+        columns = self._columns(number)
+        return columns.neurons[0, columns.real[0]]
+
+    def _columns(self, number: int) -> Columns:
+        return self.space.columns.take(self.subproblems.image[number : number + 1])
 
     def inputs(self, number: int) -> tuple[Tensor, Tensor]:
         """(lower, upper) bounds of the inputs of one subproblem's ``neurons``."""
@@ -213,14 +200,13 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         linear = self.space.linear(some)
         best = BestParameters() if self.recording else None
         optimised = maximise(
-            self.space.network, linear, *self.space.parameters(some), steps=self.search.steps, rate=self.search.rate,
-            done=lambda best: (best.amax(1) > 0) | empty, kept=best,
+            self.space.network, linear, some.alphas, some.betas, columns=self.space.columns.take(some.image),
+            steps=self.search.steps, rate=self.search.rate, done=lambda best: (best.amax(1) > 0) | empty, kept=best,
         )  # fmt: skip
         assert optimised.betas is not None
         bound = torch.where(empty, torch.inf, torch.maximum(some.bound, optimised.best.amax(1)))
-        alphas, betas = (self.space.gathered(values, some.image) for values in (optimised.alphas, optimised.betas))
         row = optimised.best.argmax(1)
-        some = replace(some, bound=bound, alphas=alphas, betas=betas)
+        some = replace(some, bound=bound, alphas=optimised.alphas, betas=optimised.betas)
         return SignBounds(
             some, self.space, linear, ends, empty, optimised, row, minimiser(optimised, linear.region, row), best
         )  # fmt: skip
@@ -229,17 +215,16 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         """(subproblems, ends, empty): the subproblems with their neurons' bounds recomputed under their signs; these
         bounds as computed, which may cross; (D,) bool, where they do."""
         space, some = self.space, _clamped(some)
-        lower, upper = some.lower, some.upper
+        lower, upper, columns = some.lower, some.upper, space.columns.take(some.image)
         if self.search.tighten and bool((some.signs != 0).any()):
-            _, low, up = space.dense(some)
-            lowers, uppers = space.neurons.apart(low), space.neurons.apart(up)
+            linear = space.linear(some)
+            lowers, uppers = space.neurons.apart(linear.lower), space.neurons.apart(linear.upper)
             given = {place: Bounds(lowers[place], uppers[place]) for place in lowers}
             tighter = crown_bounds(space.network, space.region.take(some.image), given)
             low = space.neurons.together({place: bounds.lower for place, bounds in tighter.items()})
             up = space.neurons.together({place: bounds.upper for place, bounds in tighter.items()})
-            lower, upper = (space.gathered(end.unsqueeze(1), some.image)[:, 0] for end in (low, up))
-        real = space.columns[some.image] < space.lower.shape[1]
-        empty = (real & (lower - upper > EMPTY * (1 + lower.abs()))).any(1)
+            lower, upper = (columns.gathered(end, 0.0) for end in (low, up))
+        empty = (columns.real & (lower - upper > EMPTY * (1 + lower.abs()))).any(1)
         return replace(some, lower=lower, upper=torch.maximum(lower, upper)), (lower, upper), empty
 
 
@@ -252,10 +237,9 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
         return min(self.search.batch, rows_at_a_time(self.space.network, 2, self.space.lower))
 
     def options(self, bounded: SignBounds) -> Tensor:
-        linear = bounded.linear
-        cost = scores(self.space.network, bounded.optimised, linear.lower, linear.upper, bounded.row, bounded.point)
-        cost = torch.cat([cost, torch.full_like(cost[:, :1], -torch.inf)], 1)
-        return cost.gather(1, self.space.columns[bounded.subproblems.image])
+        some = bounded.subproblems
+        columns = self.space.columns.take(some.image)
+        return scores(self.space.network, bounded.optimised, columns, some.lower, some.upper, bounded.row, bounded.point)
 
     def decide(self, bounded: SignBounds, options: Tensor, index: Tensor) -> SignSubproblems:
         """Choose, among the ``search.candidates`` best scores, the neuron with the largest product of its halves' gains
@@ -283,7 +267,7 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     def decisions(self, children: SignSubproblems) -> Sequence[Sign]:
         at = children.branch.unsqueeze(1)
-        neurons = as_ints(self.space.columns[children.image].gather(1, at))
+        neurons = as_ints(self.space.columns.neurons[children.image].gather(1, at))
         return [Sign(neuron, sign) for neuron, sign in zip(neurons, as_ints(children.signs.gather(1, at)))]
 
     def _halves(self, parents: SignSubproblems) -> list[SignSubproblems]:
@@ -293,7 +277,10 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
     def _bounds_of(self, some: SignSubproblems) -> Tensor:
         """(D,) bounds at the subproblems' own slopes and multipliers, without optimisation."""
         some, space = _clamped(some), self.space
-        return maximise(space.network, space.linear(some), *space.parameters(some), steps=0).best.amax(1)
+        columns = space.columns.take(some.image)
+        return maximise(
+            space.network, space.linear(some), some.alphas, some.betas, columns=columns, steps=0
+        ).best.amax(1)
 
 
 class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
@@ -367,7 +354,7 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
         return self.space.problem.specification.clauses == int(some.goal[number])
 
     def _point(self, image: int, point: Tensor) -> Tensor:
-        number = torch.tensor([image], device=self.space.columns.device)
+        number = torch.tensor([image], device=self.space.lower.device)
         return self.space.problem.region.take(number).nearest(point[None])[0]
 
     def _doubt(self, image: int, bound: float) -> str:
@@ -380,16 +367,3 @@ def _clamped(some: SignSubproblems) -> SignSubproblems:
     lower = torch.where(some.signs > 0, some.lower.clamp(min=0), some.lower)
     upper = torch.where(some.signs < 0, some.upper.clamp(max=0), some.upper)
     return replace(some, lower=lower, upper=upper)
-
-
-def columns_of(open_: Tensor) -> Tensor:
-    """(B, U) places of each image's unstable neurons, given (B, N) bool; shorter rows are filled up with N."""
-    most = max(1, int(open_.sum(1).max()) if open_.numel() else 1)
-    order = torch.argsort(open_.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
-    return torch.where(open_.gather(1, order), order, open_.shape[1])
-
-
-def scattered(whole: Tensor, columns: Tensor, part: Tensor) -> Tensor:
-    """A copy of ``whole`` (…, N) with ``part`` written at ``columns``; columns N are ignored."""
-    padded = torch.cat([whole, whole[..., :1]], -1)
-    return padded.scatter(-1, columns, part)[..., :-1]
