@@ -1,7 +1,10 @@
-"""Scores for the choice of the neuron to split, from a linear bound.
+"""The choice of the neuron to split, from a linear bound.
 
-The upper line of a ReLU lowers a bound by at most |coefficient| · intercept (BaBSR's leading term, arXiv 1909.06588);
-at the bound's minimiser it lowers it by |coefficient| times the line's distance from the function there.
+A linear bound's minimiser x* gives each neuron's input a value v in the network of the lines that the bound uses. Where
+a neuron with coefficient A < 0 is split, its upper line u is replaced by 0 in one half and by the input itself in the
+other: to first order the bound rises by -A u(v) in the first half and by -A (u(v) - v) in the second. Both are upper
+bounds of the rise at the current parameters, for all neurons at once, at the cost of one gradient; filtered smart
+branching (arXiv 2002.10410) bounds both halves of each candidate to learn the same.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..bounds import Region
-from ..bounds.network import Network
-from .optimise import Columns, Neurons, Optimised
+from .optimise import Columns, Optimised
+
+FLOOR = 1e-3
+"""Least gain that a half counts with, relative to the bound: neurons that only help one half are told apart by it."""
 
 
 def minimiser(optimised: Optimised, region: Region, row: Tensor) -> Tensor:
@@ -22,34 +27,22 @@ def minimiser(optimised: Optimised, region: Region, row: Tensor) -> Tensor:
 
 
 def scores(
-    network: Network, optimised: Optimised, columns: Columns, lower: Tensor, upper: Tensor, row: Tensor, point: Tensor
+    optimised: Optimised, columns: Columns, kinks: Tensor, lower: Tensor, upper: Tensor, row: Tensor, bound: Tensor
 ) -> Tensor:
-    """(D, U) score of each neuron in ``columns``: by how much its relaxation lowers the bound at most, plus at the
-    bound's minimiser; -inf for stable neurons.
+    """(D, U) score of each neuron in ``columns``, the product of its halves' first-order gains; -inf for stable ones.
 
     Args:
+        optimised: with ``values``.
+        kinks: (U,) slopes left of 0.
         lower, upper: (D, U) bounds of the neurons' inputs.
-        row: (D,) the row of each subproblem whose bound is to be improved; point: (D, *shape), its minimiser.
+        row: (D,) the row of each subproblem whose bound is to be improved; bound: (D,), that bound.
     """
-    neurons = Neurons.of(network)
-    if not neurons.places:
-        return lower
     each = torch.arange(len(row), device=row.device)
-    forms, alphas = optimised.reached[each, row], optimised.alphas[each, row]
-    values = network.values(point)
-    flat = torch.cat([values[network.operations[place].inputs[0]].flatten(1) for place in neurons.places], 1)
-    inputs = columns.gathered(flat, 0.0)
+    forms, alphas, values = (part[each, row] for part in (optimised.reached, optimised.alphas, optimised.values))
     unstable = (lower < 0) & (upper > 0) & columns.real
     width = torch.where(unstable, upper - lower, 1.0)
-    kinks = torch.cat([
-        lower.new_full((size,), network.nonlinear_at(place).kink)
-        for place, size in zip(neurons.places, columns.sizes, strict=True)
-    ])  # fmt: skip
-    outputs = torch.maximum(inputs, kinks * inputs)
-    intercept = (1 - kinks) * -lower * upper / width
-    slope = (upper - kinks * lower) / width
-    over = slope * inputs + intercept - outputs  # the upper line above the function, at the minimiser
-    under = outputs - torch.where(unstable, alphas, 1.0) * inputs
-    here = torch.where(forms < 0, -forms * over, forms * under.clamp(min=0))
-    worst = -forms.clamp(max=0) * intercept
-    return torch.where(unstable, worst + here.clamp(min=0), -torch.inf)
+    upper_line = (upper - kinks * lower) / width * values - (1 - kinks) * lower * upper / width
+    line = forms * torch.where(forms < 0, upper_line, torch.maximum(alphas, kinks) * values)
+    floor = FLOOR * bound.abs().unsqueeze(1)
+    negative, positive = ((forms * slope * values - line).clamp(min=0) + floor for slope in (kinks, 1.0))
+    return torch.where(unstable, negative * positive, -torch.inf)

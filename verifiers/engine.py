@@ -11,6 +11,7 @@ Three parts depend on the kind of subproblem: a ``Bounder``, a ``Splitter`` and 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -144,7 +145,7 @@ class LeafSolver(ABC, Generic[S, B]):
     hold a counterexample."""
 
     probing: float = 0.0
-    """Largest share of the search's time spent in ``probe``."""
+    """Share of a round's subproblems that are probed before they are split; one a round at least, if not 0."""
 
     def wants(self, bounded: B) -> Tensor:
         """(P,) bool, the subproblems to solve besides leaves."""
@@ -263,13 +264,11 @@ class BranchAndBound(Generic[S, B]):
         self.roots = roots.take(~(roots.bound > 0))
         self.open = roots.take(roots.image[:0])
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
-        self._started, self._probed = now(), 0.0
 
     def run(self) -> SearchOutcome:
-        self._started = now()
         progress, count = self.progress, len(self.problem)
         try:
-            with until(self._started + progress.timeout * count):
+            with until(now() + progress.timeout * count):
                 self._search()
         except OutOfTime:
             self._give_up(set(as_ints(self.open.image)), "wall clock")
@@ -303,19 +302,14 @@ class BranchAndBound(Generic[S, B]):
         return replace(subproblems, node=nodes)
 
     def _probe(self, parents: S) -> bool:
-        """Probe the first of the subproblems, within the solver's share of the time; return whether an image was
-        refuted. Bounds are not changed, so that they do not depend on time."""
-        refuted = False
-        for number, image in enumerate(as_ints(parents.image)):
-            begun = now()
-            if self._probed > self.leaf.probing * (begun - self._started):
-                break
+        """Probe the first of the subproblems; return whether an image was refuted."""
+        refuted, most = False, math.ceil(self.leaf.probing * len(parents))
+        for number, image in enumerate(as_ints(parents.image[:most])):
             if self.progress.is_unfinished(image):
                 one = torch.tensor([number], device=parents.image.device)
                 with self.progress.charged(parents.image[one]):
                     point = self.leaf.probe(parents.take(one))
                     refuted = (point is not None and self.progress.refute(image, point)) or refuted
-                self._probed += now() - begun
         self._drop_finished()
         return refuted
 

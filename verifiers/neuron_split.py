@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..bounds import Bounds
 from ..bounds.crown import crown_bounds, rows_at_a_time
+from ..bounds.effort import work_of
 from ..bounds.network import Network
 from ..typed import as_bools, as_ints
 from .bounds_so_far import BoundsSoFar
@@ -37,6 +38,7 @@ from .optimise import BestParameters, Columns, Neurons, Optimised, Subproblems, 
 from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
+from .tighter_bounds import tightened
 
 TOLERANCE = 1e-6
 """Relative to the logits' largest absolute value: a leaf whose exact minimum is closer to 0 is left undecided."""
@@ -50,9 +52,9 @@ PROGRAM_EVERY = 8
 infeasible subproblems (18 open neurons over 3 inputs: 2 s, not minutes). With 6, hidden counterexamples of networks of
 30 neurons took four times as long."""
 
-PROBING = 0.25
-"""Share of the time spent in linear programs of open subproblems. Without them networks of 30 neurons with a
-counterexample that gradients do not find take minutes."""
+PROBING = 1 / 32
+"""Share of the subproblems whose linear program is solved before they are split, one a round at least. Without them
+networks of 30 neurons with a counterexample that gradients do not find take minutes."""
 
 
 def split_neurons(
@@ -74,7 +76,7 @@ def split_neurons(
     bounder = SignBounder(space, search, recording=record is not None)
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
-        LinearProgramSolver(space, exact), timeout=timeout, violates=violates, most=search.most, record=record,
+        LinearProgramSolver(space, exact, search.programs), timeout=timeout, violates=violates, most=search.most, record=record,
     ).run()  # fmt: skip
 
 
@@ -106,9 +108,14 @@ class SignSpace:
         self.rows, self.offsets = known.rows_of(problem.specification)
         self.neurons = Neurons.of(known.network)
         self.lower, self.upper = self.neurons.ends(known.bounds, known.rows)  # (B, N)
+        self.known = known
         unstable = (self.lower < 0) & (self.upper > 0)
         self.columns = Columns.of(self.neurons, unstable)
         self.stable = tuple(torch.where(unstable, 0.0, end) for end in (self.lower, self.upper))
+        self.kinks = torch.cat([self.lower.new_zeros(0), *(
+            self.lower.new_full((size,), self.network.nonlinear_at(place).kink)
+            for place, size in zip(self.neurons.places, self.columns.sizes, strict=True)
+        )])  # fmt: skip
         self.clauses, _ = rows_of_clauses(problem.specification.clauses)
         self.worst = known.rows[:, self.clauses].amax(-1)  # (B, clauses)
 
@@ -125,6 +132,22 @@ class SignSpace:
             image, clause, self.worst[image, clause], none - 1, none, signs, lower, upper, alphas,
             torch.zeros_like(alphas),
         )  # fmt: skip
+
+    def tighten(self, images: Tensor, steps: int) -> None:
+        """Tighten the bounds of the neurons of ``images`` (I,) by ascents of ``steps`` steps for each."""
+        known, region = self.known.subset(images), self.region.take(images)
+        bounds = tightened(self.network, region, known.bounds, steps)
+        lower, upper = self.neurons.ends(known.with_bounds(bounds).bounds, known.rows)
+        self.lower[images], self.upper[images] = lower, upper
+
+    def clamped(self, some: SignSubproblems) -> SignSubproblems:
+        """The subproblems with bounds clamped to their image's bounds and to the assumed signs."""
+        columns = self.columns.take(some.image)
+        lower = torch.maximum(some.lower, columns.gathered(self.lower[some.image], 0.0))
+        upper = torch.minimum(some.upper, columns.gathered(self.upper[some.image], 0.0))
+        lower = torch.where(some.signs > 0, lower.clamp(min=0), lower)
+        upper = torch.where(some.signs < 0, upper.clamp(max=0), upper)
+        return replace(some, lower=lower, upper=upper)
 
     def linear(self, some: SignSubproblems) -> Subproblems:
         """The subproblems in all neurons, as ``maximise`` takes them."""
@@ -190,18 +213,22 @@ class SignBounds(Bounded[SignSubproblems]):
 class SignBounder(Bounder[SignSubproblems, SignBounds]):
     def __init__(self, space: SignSpace, search: Search, recording: bool):
         self.space, self.search, self.recording = space, search, recording
+        self.budget = TighteningBudget(space, search)
 
     @property
     def at_a_time(self) -> int:
         return max(1, min(2 * self.search.batch, rows_at_a_time(self.space.network, 1, self.space.lower)))
 
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
+        due = self.budget.due(subproblems)
+        if len(due):
+            self.space.tighten(due, self.search.root_steps)
         some, ends, empty = self._tightened(subproblems)
         linear = self.space.linear(some)
         best = BestParameters() if self.recording else None
         optimised = maximise(
             self.space.network, linear, some.alphas, some.betas, columns=self.space.columns.take(some.image),
-            steps=self.search.steps, rate=self.search.rate, done=lambda best: (best.amax(1) > 0) | empty, kept=best,
+            steps=self.search.steps, rate=self.search.rate, done=lambda best: (best.amax(1) > 0) | empty, kept=best, with_values=True,
         )  # fmt: skip
         assert optimised.betas is not None
         bound = torch.where(empty, torch.inf, torch.maximum(some.bound, optimised.best.amax(1)))
@@ -214,7 +241,7 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
     def _tightened(self, some: SignSubproblems) -> tuple[SignSubproblems, tuple[Tensor, Tensor], Tensor]:
         """(subproblems, ends, empty): the subproblems with their neurons' bounds recomputed under their signs; these
         bounds as computed, which may cross; (D,) bool, where they do."""
-        space, some = self.space, _clamped(some)
+        space, some = self.space, self.space.clamped(some)
         lower, upper, columns = some.lower, some.upper, space.columns.take(some.image)
         if self.search.tighten and bool((some.signs != 0).any()):
             linear = space.linear(some)
@@ -228,6 +255,48 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         return replace(some, lower=lower, upper=torch.maximum(lower, upper)), (lower, upper), empty
 
 
+class TighteningBudget:
+    """When to tighten the bounds of an image's neurons: once, after its search has cost as much. So it costs easy
+    images nothing, and no image more than twice what was best for it.
+
+    The cost is counted in multiplications of backward passes, so that it does not depend on time.
+    """
+
+    def __init__(self, space: SignSpace, search: Search):
+        network, steps = space.network, search.root_steps
+        images = torch.arange(len(space.lower), device=space.lower.device)
+        self.spent = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+        self.cost = torch.full_like(self.spent, torch.inf)
+        last = len(network.operations) - 1
+        self.bounding = space.clauses.shape[1] * passes(search.steps) * work_of_a_row(network, last)
+        if steps:
+            parts = zip(
+                space.neurons.apart(space.lower).items(), space.neurons.apart(space.upper).values(), strict=True
+            )
+            self.cost.zero_()
+            for (place, lower), upper in [*parts][1:]:
+                rows = 2 * ((lower < 0) & (upper > 0)).flatten(1).sum(1)
+                self.cost += rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
+
+    def due(self, subproblems: SignSubproblems) -> Tensor:
+        """The numbers of the images to tighten before their ``subproblems`` are bounded."""
+        work = torch.full((len(subproblems),), self.bounding, dtype=torch.float64, device=self.spent.device)
+        self.spent.index_add_(0, subproblems.image, work)
+        due = (self.spent >= self.cost).nonzero().flatten()
+        self.cost[due] = torch.inf
+        return due
+
+
+def passes(steps: int) -> int:
+    """Backward passes that an ascent costs: a gradient costs two."""
+    return 3 * steps + 1
+
+
+def work_of_a_row(network: Network, position: int) -> float:
+    """Multiplications of one linear form's way from an operation's output to the input."""
+    return sum(work_of(network, position, lambda number: network.shapes[number].numel()).values())
+
+
 class SignSplitter(Splitter[SignSubproblems, SignBounds]):
     def __init__(self, space: SignSpace, search: Search):
         self.space, self.search = space, search
@@ -239,7 +308,8 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
     def options(self, bounded: SignBounds) -> Tensor:
         some = bounded.subproblems
         columns = self.space.columns.take(some.image)
-        return scores(self.space.network, bounded.optimised, columns, some.lower, some.upper, bounded.row, bounded.point)
+        space = self.space
+        return scores(bounded.optimised, columns, space.kinks, some.lower, some.upper, bounded.row, some.bound)
 
     def decide(self, bounded: SignBounds, options: Tensor, index: Tensor) -> SignSubproblems:
         """Choose, among the ``search.candidates`` best scores, the neuron with the largest product of its halves' gains
@@ -276,11 +346,11 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     def _bounds_of(self, some: SignSubproblems) -> Tensor:
         """(D,) bounds at the subproblems' own slopes and multipliers, without optimisation."""
-        some, space = _clamped(some), self.space
+        space, some = self.space, self.space.clamped(some)
         columns = space.columns.take(some.image)
-        return maximise(
-            space.network, space.linear(some), some.alphas, some.betas, columns=columns, steps=0
-        ).best.amax(1)
+        return maximise(space.network, space.linear(some), some.alphas, some.betas, columns=columns, steps=0).best.amax(
+            1
+        )
 
 
 class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
@@ -289,12 +359,12 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
     ends_search = False
     probing = PROBING
 
-    def __init__(self, space: SignSpace, exact: Network):
-        self.space, self.exact = space, exact
+    def __init__(self, space: SignSpace, exact: Network, programs: int):
+        self.space, self.exact, self.programs = space, exact, programs
 
     def wants(self, bounded: SignBounds) -> Tensor:
         depth = (bounded.subproblems.signs != 0).sum(1)
-        return (depth % PROGRAM_EVERY == 0) & (depth > 0)
+        return (depth % PROGRAM_EVERY == 0) & (depth > 0) & self._small(bounded.subproblems)
 
     def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         bounds, undecided, proofs = list[float](), list[str | None](), list[Proof | None]()
@@ -316,9 +386,15 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
         return SolverResult(torch.tensor(bounds, dtype=torch.float64, device=index.device), undecided, proofs)
 
     def probe(self, one: SignSubproblems) -> Tensor | None:
-        """The linear program's minimiser, which satisfies the assumed signs."""
+        """The linear program's minimiser, which satisfies the assumed signs; None where there are too many neurons."""
+        if not bool(self._small(one)):
+            return None
         point = self._program(one, self.space.linear(one), 0).point
         return None if point is None else self._point(int(one.image), point)
+
+    def _small(self, some: SignSubproblems) -> Tensor:
+        """(P,) bool, whether few enough neurons are open for a linear program."""
+        return ((some.lower < 0) & (some.upper > 0) & (some.signs == 0)).sum(1) <= self.programs
 
     def _program(self, some: SignSubproblems, linear: Subproblems, number: int) -> LeafSolution:
         space, image, at = self.space, int(some.image[number]), self._members(some, number)
@@ -360,10 +436,3 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
     def _doubt(self, image: int, bound: float) -> str:
         scale = float(self.space.network(self.space.region.images[image : image + 1]).abs().max().clamp(min=1))
         return "within tolerance" if bound > -TOLERANCE * scale else "leaf"
-
-
-def _clamped(some: SignSubproblems) -> SignSubproblems:
-    """The subproblems with bounds clamped to the assumed signs."""
-    lower = torch.where(some.signs > 0, some.lower.clamp(min=0), some.lower)
-    upper = torch.where(some.signs < 0, some.upper.clamp(max=0), some.upper)
-    return replace(some, lower=lower, upper=upper)

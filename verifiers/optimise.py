@@ -31,12 +31,14 @@ class Neurons:
     shapes: tuple[torch.Size, ...]
 
     @classmethod
-    def of(cls, network: Network) -> Neurons:
+    def of(cls, network: Network, before: int | None = None) -> Neurons:
+        """The neurons of a network, or of its operations before a position."""
+        places = tuple(place for place in network.nonlinear if before is None or place < before)
         shapes: list[torch.Size] = []
-        for place in network.nonlinear:
+        for place in places:
             read = network.read_shapes(place)
             shapes.append(read[0] if len(read) == 1 else torch.Size([sum(shape.numel() for shape in read)]))
-        return cls(network.nonlinear, tuple(shapes))
+        return cls(places, tuple(shapes))
 
     @property
     def sizes(self) -> list[int]:
@@ -122,6 +124,7 @@ class Subproblems:
         forms: (D, R, K); offsets: (D, R).
         lower, upper: (D, N) bounds of the neurons' inputs, which agree with ``signs``.
         signs: (D, N) int8, assumed sign of each neuron's input: 1 for >= 0, -1 for <= 0, 0 for none.
+        position: of the operation whose output stands in place of the logits; N then counts the neurons before it.
     """
 
     region: Region
@@ -130,6 +133,7 @@ class Subproblems:
     lower: Tensor
     upper: Tensor
     signs: Tensor | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ class Optimised:
         alphas, betas: (D, R, U) slopes and multipliers of the last iterate, in columns.
         forms: (D, R, *shape) forms of the linear bound of the last evaluated iterate.
         reached: (D, R, U) the coefficients of the neurons' outputs in it.
+        values: (D, R, U) inputs of the neurons at its minimiser, in the network of the lines that it uses; 0 where
+            they were not computed.
     """
 
     best: Tensor
@@ -148,6 +154,7 @@ class Optimised:
     betas: Tensor | None
     forms: Tensor
     reached: Tensor
+    values: Tensor
 
 
 class BestParameters:
@@ -198,6 +205,7 @@ def maximise(
     decay: float = 0.97,
     done: Callable[[Tensor], Tensor] = lambda best: best.new_zeros(len(best), dtype=torch.bool),
     kept: BestParameters | None = None,
+    with_values: bool = False,
 ) -> Optimised:
     """Lower bounds of all forms by gradient ascent on slopes and multipliers. Every iterate is a valid bound; if time
     runs out, the best so far is returned.
@@ -211,10 +219,11 @@ def maximise(
         rate, decay: learning rate, and its factor after each step.
         done: maps the best bounds (D, R) so far to (D,) bool, the subproblems that need no better ones.
         kept: receives the parameters of the best bounds.
+        with_values: whether to compute ``Optimised.values``, where ``sub`` has signs.
     Raises:
         OutOfTime: the clock ran out before the first iterate.
     """
-    columns = columns or Columns.of(Neurons.of(network), torch.ones_like(sub.lower, dtype=torch.bool))
+    columns = columns or Columns.of(Neurons.of(network, sub.position), torch.ones_like(sub.lower, dtype=torch.bool))
     ascent = _Ascent.start(network, sub, columns, alphas, betas)
     best = torch.full_like(sub.offsets, -torch.inf)
     finished = torch.zeros(len(best), dtype=torch.bool, device=best.device)
@@ -225,7 +234,7 @@ def maximise(
     for step in range(steps + 1):
         last, started = step == steps, now()
         try:
-            new = ascent.evaluate(gradient=not last)
+            new = ascent.evaluate(gradient=not last or with_values)
         except OutOfTime:
             if iterate is None:
                 raise
@@ -245,11 +254,14 @@ def maximise(
         except OutOfTime:
             break
         ascent = ascent.step(iterate, rate * decay**step, step + 1)
+        iterate = replace(iterate, graph=None)  # its memory is freed
         leaving = finished[index]
         if ascent.slack is None and float(leaving.sum()) >= LEAVE * len(leaving):
             results.append((ascent.take(leaving), iterate.take(leaving)))
             ascent, iterate = ascent.take(~leaving), iterate.take(~leaving)
     assert iterate is not None
+    if with_values:
+        iterate = iterate.with_values()
     return _joined(best, [*results, (ascent, iterate)])
 
 
@@ -265,6 +277,7 @@ class _Iterate:
         lower: (A, R) bounds; forms: (A, R, *shape), the linear forms of the input whose minima they are.
         reached: (A, R, U) coefficients of the neurons' outputs.
         sizes: for each operation (A, R, its columns), the largest coefficient of its columns' outputs.
+        values: (A, R, U) as in ``Optimised``.
         slopes, pushed: for each operation, the leaves of the gradient graph.
         graph: ``lower`` with its gradient graph; None without one.
     """
@@ -272,13 +285,21 @@ class _Iterate:
     lower: Tensor
     forms: Tensor
     reached: Tensor
+    values: Tensor
     sizes: Sequence[Tensor] = ()
     slopes: Sequence[Tensor] = ()
     pushed: Sequence[Tensor] = ()
     graph: Tensor | None = None
 
     def take(self, index: Tensor) -> _Iterate:
-        return _Iterate(self.lower[index], self.forms[index], self.reached[index])
+        return _Iterate(self.lower[index], self.forms[index], self.reached[index], self.values[index])
+
+    def with_values(self) -> _Iterate:
+        """The iterate with its ``values``: the derivatives by what is added to the forms of the neurons' inputs."""
+        if self.graph is None or not self.pushed:
+            return self
+        values = torch.autograd.grad(self.graph, list(self.pushed), torch.ones_like(self.graph))
+        return replace(self, values=torch.cat(values, 2), graph=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,7 +373,7 @@ class _Ascent:
     def start(
         cls, network: Network, sub: Subproblems, columns: Columns, alphas: Tensor, betas: Tensor | None
     ) -> _Ascent:
-        neurons = Neurons.of(network)
+        neurons = Neurons.of(network, sub.position)
         uppers = neurons.apart(sub.upper)
         bounds = {place: Bounds(low, uppers[place]) for place, low in neurons.apart(sub.lower).items()}
         lines = relax_all(network, bounds)
@@ -393,7 +414,7 @@ class _Ascent:
             self, index=self.index[index], places=tuple(place.take(index) for place in self.places),
             sub=Subproblems(
                 sub.region.take(index), sub.forms[index], sub.offsets[index], sub.lower[index], sub.upper[index],
-                None if sub.signs is None else sub.signs[index],
+                None if sub.signs is None else sub.signs[index], sub.position,
             ),
             free=self.free[index], push=None if push is None else push[index], alphas=self.alphas[index],
             betas=None if betas is None else betas[index], moments=tuple(moment[index] for moment in self.moments),
@@ -414,8 +435,7 @@ class _Ascent:
                 multipliers[place.position] = AddedForms(place.local, pushed[-1])
         with torch.set_grad_enabled(gradient):
             lines = {place.position: place.relaxation(own) for place, own in zip(self.places, slopes, strict=True)}
-            last = len(self.network.operations) - 1
-            linear = backward(self.network, last, self.sub.forms, lines, multipliers, reaching, self.slack)
+            linear = backward(self.network, self._position, self.sub.forms, lines, multipliers, reaching, self.slack)
             lower = with_offsets(self.network, linear.lower(self.sub.region), self.sub.offsets)
         none = self.alphas[..., :0]
         reached, sizes = [none], [none]
@@ -430,7 +450,11 @@ class _Ascent:
             if gradient and pushed and size:
                 sizes.append(reached[-1].abs().amax(2, keepdim=True).expand(-1, -1, size))
         graph = lower if gradient and lower.requires_grad else None
-        return _Iterate(lower.detach(), linear.forms.detach(), torch.cat(reached, 2), sizes, slopes, pushed, graph)
+        coefficients = torch.cat(reached, 2)
+        return _Iterate(
+            lower.detach(), linear.forms.detach(), coefficients, torch.zeros_like(coefficients), sizes, slopes, pushed,
+            graph,
+        )  # fmt: skip
 
     def step(self, iterate: _Iterate, rate: float, number: int) -> _Ascent:
         """The ascent after step ``number`` (from 1) of Adam (arXiv 1412.6980) from an iterate with its graph."""
@@ -451,6 +475,10 @@ class _Ascent:
             betas = (betas + change * torch.cat(list(iterate.sizes), 2)).clamp(min=0)
         return replace(self, alphas=alphas, betas=betas)
 
+    @property
+    def _position(self) -> int:
+        return len(self.network.operations) - 1 if self.sub.position is None else self.sub.position
+
     def _sound(self, alphas: Tensor) -> Tensor:
         return torch.maximum(alphas.clamp(max=1), self.least)
 
@@ -468,11 +496,15 @@ def _joined(best: Tensor, parts: Sequence[tuple[_Ascent, _Iterate]]) -> Optimise
     """The results of all subproblems, whose ascents ended at different steps."""
     if len(parts) == 1:
         ((ascent, iterate),) = parts
-        return Optimised(best, ascent.alphas, ascent.betas, iterate.forms, iterate.reached)
+        return Optimised(best, ascent.alphas, ascent.betas, iterate.forms, iterate.reached, iterate.values)
     order = torch.argsort(torch.cat([ascent.index for ascent, _ in parts]))
-    alphas, forms, reached = (
-        torch.cat(values)[order]
-        for values in ([a.alphas for a, _ in parts], [i.forms for _, i in parts], [i.reached for _, i in parts])
-    )
+    iterates = [iterate for _, iterate in parts]
+    alphas, forms, reached, values = (
+        torch.cat(tensors)[order]
+        for tensors in (
+            [ascent.alphas for ascent, _ in parts], [i.forms for i in iterates], [i.reached for i in iterates],
+            [i.values for i in iterates],
+        )
+    )  # fmt: skip
     betas = [ascent.betas for ascent, _ in parts if ascent.betas is not None]
-    return Optimised(best, alphas, torch.cat(betas)[order] if betas else None, forms, reached)
+    return Optimised(best, alphas, torch.cat(betas)[order] if betas else None, forms, reached, values)

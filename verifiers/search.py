@@ -16,14 +16,19 @@ class Search:
         steps, rate: steps and learning rate of the ascent on slopes and multipliers that bounds a subproblem.
         candidates: neurons whose halves are bounded before each split, to choose the best.
         tighten: whether each split recomputes the bounds of all later neurons.
+        root_steps: steps of the ascents that tighten the bounds of all neurons once, when the search has cost as much;
+            0 for none.
+        programs: most open neurons of a subproblem that is solved by a linear program before it is a leaf.
         most: number of splits after which an image is given up; None for no limit.
     """
 
     batch: int = 256
-    steps: int = 8
+    steps: int = 6
     rate: float = 0.1
     candidates: int = 1
-    tighten: bool = True
+    tighten: bool = False
+    root_steps: int = 5
+    programs: int = 64
     most: int | None = None
 
     def __post_init__(self) -> None:
@@ -31,4 +36,6 @@ class Search:
         check(self.steps >= 0, "steps", self.steps, "a whole number >= 0")
         check(0 < self.rate < float("inf"), "rate", self.rate, "a number > 0")
         check(self.candidates >= 1, "candidates", self.candidates, "a whole number >= 1")
+        check(self.root_steps >= 0, "root_steps", self.root_steps, "a whole number >= 0")
+        check(self.programs >= 0, "programs", self.programs, "a whole number >= 0")
         check(self.most is None or self.most >= 1, "most", self.most, "a whole number >= 1, or null")
