@@ -70,13 +70,16 @@ def split_neurons(
 
     Args:
         exact: the network in float64, for the leaves' linear programs.
-        timeout, violates, record: as in ``BranchAndBound``.
+        timeout, violates, record: as in ``BranchAndBound``. A recorded search does without ``search.root_steps``: the
+            record has no place for their slopes.
     """
+    search = search if record is None else replace(search, root_steps=0)
     space = SignSpace(problem, known)
     bounder = SignBounder(space, search, recording=record is not None)
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
-        LinearProgramSolver(space, exact, search.programs), timeout=timeout, violates=violates, most=search.most, record=record,
+        LinearProgramSolver(space, exact, search.programs), timeout=timeout, violates=violates, most=search.most,
+        record=record,
     ).run()  # fmt: skip
 
 
@@ -228,7 +231,8 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         best = BestParameters() if self.recording else None
         optimised = maximise(
             self.space.network, linear, some.alphas, some.betas, columns=self.space.columns.take(some.image),
-            steps=self.search.steps, rate=self.search.rate, done=lambda best: (best.amax(1) > 0) | empty, kept=best, with_values=True,
+            steps=self.search.steps, rate=self.search.rate, done=lambda best: (best.amax(1) > 0) | empty, kept=best,
+            with_values=True,
         )  # fmt: skip
         assert optimised.betas is not None
         bound = torch.where(empty, torch.inf, torch.maximum(some.bound, optimised.best.amax(1)))
@@ -270,12 +274,10 @@ class TighteningBudget:
         last = len(network.operations) - 1
         self.bounding = space.clauses.shape[1] * passes(search.steps) * work_of_a_row(network, last)
         if steps:
-            parts = zip(
-                space.neurons.apart(space.lower).items(), space.neurons.apart(space.upper).values(), strict=True
-            )
+            uppers = space.neurons.apart(space.upper)
             self.cost.zero_()
-            for (place, lower), upper in [*parts][1:]:
-                rows = 2 * ((lower < 0) & (upper > 0)).flatten(1).sum(1)
+            for place, lower in [*space.neurons.apart(space.lower).items()][1:]:
+                rows = 2 * ((lower < 0) & (uppers[place] > 0)).flatten(1).sum(1)
                 self.cost += rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
 
     def due(self, subproblems: SignSubproblems) -> Tensor:
