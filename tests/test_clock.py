@@ -281,7 +281,7 @@ class TestStages:
         points = [problem.region.nearest(problem.region.hull.lower + torch.rand_like(problem.region.images)
                                          * 2 * problem.region.hull.radius) for _ in range(20)]  # fmt: skip
         looks = counted(monkeypatch)
-        for share in (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
+        for share in (0.0, 0.05, 0.2, 0.6, 0.95):
             looks.clear()
             deadline = max(1.0, share * ticks.time)
             with until(deadline, now=Ticks()) as outer:
@@ -339,6 +339,8 @@ class TestKept:
                 for place, bounds in found.items():
                     assert (bounds.lower >= intervals[place].lower - 1e-6).all()
                     assert (bounds.upper <= intervals[place].upper + 1e-6).all()
+                if finished[-5:] == [len(whole)] * 5:  # all later ones are
+                    break
         assert finished[0] <= 1 and finished[-1] == len(whole) and set(finished) >= set(range(2, len(whole) + 1))
 
     def test_an_ascent_keeps_the_best_of_its_steps(self):
@@ -469,8 +471,9 @@ class Slow(Stage):
 
 
 class TestCascade:
-    @pytest.mark.parametrize("seconds", [1.0, 5.0, 25.0, 125.0, 625.0])
-    @pytest.mark.parametrize("count", [1, COUNT])
+    @pytest.mark.parametrize(
+        ("seconds", "count"), [(1.0, 1), (5.0, COUNT), (25.0, 1), (25.0, COUNT), (125.0, COUNT), (625.0, 1)]
+    )
     def test_a_call_of_some_images_takes_so_many_times_the_limit_at_most(self, seconds, count):
         some, ticks = problem().subset(torch.arange(count)), Ticks()
         stages = Certify(stages=("ibp", "crown_ibp", "attack", "crown", "alpha", "bab"), timeout=1e9).build(0)
@@ -571,7 +574,7 @@ class TestFrontDoor:
         with until(now=whole):
             full = answer(files / "net.onnx", files / "p.vnnlib", 1e9)
         assert full.word == "holds"
-        for share in (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+        for share in (0.0, 0.01, 0.1, 0.3, 0.5, 0.9):
             ticks = Ticks()
             limit = max(1.0, share * whole.time)
             with until(now=ticks):

@@ -40,7 +40,7 @@ from certtrain.bounds.operations import BatchNorm, Rearrangement
 EPSILONS = st.sampled_from([0.0, 1e-4, 0.05, 0.5])
 SEEDS = st.integers(0, 1000)
 properties = settings(
-    deadline=None, max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+    deadline=None, max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import safetensors.torch
 import torch
@@ -159,12 +160,6 @@ class in_folder:
 
     def __exit__(self, *_: object) -> None:
         os.chdir(self.before)
-
-
-def python(code: str, cwd: Path, *path: Path, **env: str) -> subprocess.CompletedProcess:
-    """``code`` in a process of its own, which finds certtrain and what ``path`` holds."""
-    found = {**os.environ, "PYTHONPATH": ":".join(map(str, (ROOT, *path))), **env}
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=found, capture_output=True, text=True)
 
 
 def refused(call, *mentions: str) -> str:
@@ -317,7 +312,7 @@ def test_a_run_folder_imports_nothing_by_itself(finished, work, tmp_path):
     shutil.copytree(work, tmp_path / "here")
     before = (tmp_path / "here" / "run" / "run.json").read_bytes()
     entry_point(tmp_path / "here")
-    said = python(COMMANDS, tmp_path / "here", PLUGIN_MARK=str(tmp_path / "mark"))
+    said = processes.run(COMMANDS, tmp_path / "here", PLUGIN_MARK=str(tmp_path / "mark"))
     assert said.stdout.split() == ["2"] * 6 + ["refused", "[]"], said.stderr
     lines = said.stderr.splitlines()
     assert len(lines) == 6
@@ -353,7 +348,7 @@ try:
 except certtrain.errors.InputError as error:
     print(error)
 """
-    said = python(code, tmp_path, tmp_path / "site", PLUGIN_MARK=str(tmp_path / "mark"))
+    said = processes.run(code, tmp_path, tmp_path / "site", PLUGIN_MARK=str(tmp_path / "mark"))
     assert said.returncode == 0, said.stderr
     first, second = said.stdout.splitlines()
     assert first == "own.parts" and (tmp_path / "mark").read_text() == "own.parts"

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +21,9 @@ from certtrain.config import unstructure
 from certtrain.data import Split
 from certtrain.errors import InputError
 from certtrain.ledger import Ledger, images_of
-from certtrain.recipe import load_config
 from certtrain.run_folder import JsonLines
 from certtrain.verifiers import Certify, EmbeddedQuestion, cascade
 from certtrain.verifiers.records import by_stage, certified, reasons, worth_another_try
-from certtrain.workflows.train import train
 
 ROOT = Path(__file__).parents[1]
 CHEAP = Certify(stages=("attack", "ibp"), batch_size=8)
@@ -53,19 +50,6 @@ def timeless(records):
 
 def refuse_to_work(*_):
     raise AssertionError("a verdict was asked for again")
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory) -> Path:
-    return train(
-        load_config(ROOT / "configs" / "smoke.yaml"), tmp_path_factory.mktemp("smoke") / "run", quiet=True
-    ).path
-
-
-@pytest.fixture
-def run(smoke, tmp_path) -> Path:
-    shutil.copytree(smoke, tmp_path / "run")
-    return tmp_path / "run"
 
 
 class TestResume:

@@ -102,8 +102,11 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("loss", [CcIbp(), Stateful()], ids=["CcIbp", "Stateful"])
-@pytest.mark.parametrize("place", ["checkpoint", "metrics", "verdicts", "rename"])
+@pytest.mark.parametrize(
+    ("place", "loss"),
+    [("checkpoint", Stateful()), ("metrics", Stateful()), ("rename", Stateful()), ("verdicts", CcIbp())],
+    ids=["checkpoint", "metrics", "rename", "verdicts"],
+)
 def test_killed_anywhere_and_resumed_is_as_if_never_interrupted(loss, place, finished, tmp_path, monkeypatch):
     """Die at every k-th durable write, before or half way through it, until the run gets to its end."""
     config = dataclasses.replace(COMPLETE if place == "verdicts" else TINY, loss=loss)
