@@ -37,6 +37,7 @@ from .optimise import BestParameters, Neurons, Optimised, Subproblems, maximise,
 from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
+from .search_statistics import part
 
 TOLERANCE = 1e-6
 """Relative to the logits' largest absolute value: a leaf whose exact minimum is closer to 0 is left undecided."""
@@ -234,7 +235,8 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
             _, low, up = space.dense(some)
             lowers, uppers = space.neurons.apart(low), space.neurons.apart(up)
             given = {place: Bounds(lowers[place], uppers[place]) for place in lowers}
-            tighter = crown_bounds(space.network, space.region.take(some.image), given)
+            with part("rebounding"):
+                tighter = crown_bounds(space.network, space.region.take(some.image), given)
             low = space.neurons.together({place: bounds.lower for place, bounds in tighter.items()})
             up = space.neurons.together({place: bounds.upper for place, bounds in tighter.items()})
             lower, upper = (space.gathered(end.unsqueeze(1), some.image)[:, 0] for end in (low, up))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
+from ..components import Presets
 from ..errors import check
 
 
 @dataclass(frozen=True)
-class Search:
-    """Settings of branch and bound on neurons.
+class Search(Presets):
+    """Settings of branch and bound on neurons. ``PRESETS`` has names for some: ``Search.preset("thorough")``.
 
     Args:
         batch: subproblems split in one round, over all images.
@@ -32,3 +35,16 @@ class Search:
         check(0 < self.rate < float("inf"), "rate", self.rate, "a number > 0")
         check(self.candidates >= 1, "candidates", self.candidates, "a whole number >= 1")
         check(self.most is None or self.most >= 1, "most", self.most, "a whole number >= 1, or null")
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Self]:
+        return {name: cls(**changes) for name, changes in PRESETS.items()}
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"steps": 4, "tighten": False},
+    "default": {},
+    "thorough": {"steps": 16, "candidates": 6, "tighten": True},
+}
+"""The fields that each preset changes. ``fast`` bounds many subproblems a second, loosely, for instances that need few
+splits; ``thorough`` bounds few of them, tightly, for instances whose tree grows too large."""
