@@ -467,6 +467,52 @@ class TestInstances:
     @pytest.mark.parametrize("half", ["", "beginning", "all but the newline"])
     def test_a_run_that_was_killed_goes_on(self, folder, kept, half, monkeypatch):
         answered = []
+        monkeypatch.setattr(instances, "_answer_instance", lambda reader, folder, instance, *rest: (
+            answered.append(instance), (Answer("holds", 1.0, "nearest"), None))[1])  # fmt: skip
+        run_instances(folder / "instances.csv", folder / "whole.csv")
+        lines = (folder / "whole.csv").read_text().splitlines(keepends=True)
+        if half and kept == len(lines):
+            kept -= 1
+        last = "" if not half else lines[kept][:5] if half == "beginning" else lines[kept][:-1]
+        (folder / "out.csv").write_text("".join(lines[:kept]) + last)
+        answered.clear()
+        places = []
+        run_instances(folder / "instances.csv", folder / "out.csv", watch=lambda place, *rest: places.append(place))
+        assert places == list(range(kept + 1, len(lines) + 1))
+        assert (folder / "out.csv").read_text() == "".join(lines)
+        assert [(instance.network, instance.property) for instance in answered] == [row[:2] for row in ROWS[kept:]]
+
+    @pytest.mark.parametrize(
+        "content",
+        ["my notes", "my notes\n", "network.onnx,safe.vnnlib,20", "network.onnx,safe.vnnlib,unsat,1.0\nmy notes",
+         "network.onnx,unsafe.vnnlib,sat,1.0\n", "network.onnx,safe.vnnlib,holds,1.0\n", "network.onnx,safe.vnnlib\n",
+         "network.onnx,safe.vnnlib,unsat,1.0\n" * 2, "\n", "onnx,vnnlib,status,seconds\n"],
+    )  # fmt: skip
+    def test_other_contents_are_refused_and_left_alone(self, folder, content):
+        (folder / "out.csv").write_text(content)
+        with pytest.raises(InputError, match=r"out\.csv, line [12]: found .*accepted: a new file"):
+            run_instances(folder / "instances.csv", folder / "out.csv")
+        assert (folder / "out.csv").read_text() == content
+
+    def test_the_table_itself_is_no_place_for_results(self, folder):
+        table = folder / "instances.csv"
+        for text in (table.read_text(), table.read_text().rstrip("\n"), "network.onnx,safe.vnnlib,20\n"):
+            table.write_text(text)
+            with pytest.raises(InputError):
+                run_instances(table, table)
+            assert table.read_text() == text
+
+    def test_more_results_than_instances(self, folder):
+        (folder / "one.csv").write_text("network.onnx,safe.vnnlib,20")
+        run_instances(folder / "one.csv", folder / "out.csv")
+        before = (folder / "out.csv").read_text()
+        (folder / "out.csv").write_text(before * 2)
+        with pytest.raises(InputError, match="line 2"):
+            run_instances(folder / "one.csv", folder / "out.csv")
+        assert (folder / "out.csv").read_text() == before * 2
+
+    def test_times(self, folder, monkeypatch):
+        limits = []
 
         def answered(reader, folder, instance, settings):
             limits.append((settings.timeout, settings.arithmetic))
