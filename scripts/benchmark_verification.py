@@ -1,6 +1,7 @@
 """Time the verifier against others in one run: ratios, and both sides' answers.
 
-    python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [limits] [--rounds 3] [--json FILE]
+    python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [limits] [first_verdict]
+        [--rounds 3] [--json FILE]
     python scripts/benchmark_verification.py run --run RUN_DIR [--images 200]
 
 crown       CROWN on all margins, CNN7 at a quarter of its width, 8 images of CIFAR's size; beside auto_LiRPA where it
@@ -12,6 +13,9 @@ planted     tiny networks with a counterexample that gradients do not see, and r
 limits      time of hard questions under limits of 1, 2, 5 and 12 s: VNN-COMP's front door on convolutional networks,
             and certify on images of a ResNet-18; wall seconds, CPU seconds of the process, and wall / allowed, which is
             n images · limit + 10 % + 1 s. The code that a process' first verification loads is loaded before
+first_verdict
+            CPU seconds of a process that answers a property of a tiny network by scripts/verify.py, beside one that
+            only imports torch, onnx and onnxruntime; medians. Both have their bytecode cached by a first round
 run         the first test images of a finished run, up to 60 s each, once as usual and once with every image attacked;
             loading the network and the kernels, and a first image, are not counted
 
@@ -23,6 +27,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -234,12 +241,39 @@ def _taken(limit: float, ask: Callable[[], str]) -> dict:
     return {"answer": said, "wall": round(wall, 2), "processor": round(processor, 2), "wall / allowed": ratio}
 
 
+def _first_verdict(rounds: int) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(5, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+        image = torch.rand(1, 5)
+        with torch.enable_grad():  # as exporters want it
+            certtrain.export_onnx(model, folder / "tiny.onnx", image)
+        write_property(folder / "tiny.vnnlib", image[0] - 1e-3, image[0] + 1e-3, int(model(image).argmax()), 3)
+        script = str(Path(__file__).with_name("verify.py"))
+        asked = [script, "--onnx", str(folder / "tiny.onnx"), "--vnnlib", str(folder / "tiny.vnnlib")]
+        contenders = {"imports": ["-c", "import torch, onnx, onnxruntime"], "verify.py": asked}
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        environment["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
+        seconds: dict[str, list[float]] = {one: [] for one in contenders}
+        for number in range(rounds + 1):
+            for one, words in contenders.items():
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.DEVNULL, check=True)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                if number:
+                    seconds[one].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    above = median(ours - theirs for theirs, ours in zip(*seconds.values(), strict=True))
+    return {**{one: round(median(times), 3) for one, times in seconds.items()}, "verify.py above": round(above, 3)}
+
+
 CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "crown": lambda options: _crown(options.rounds, 8, width=16, hidden=128),
     "full_width": lambda options: _crown(options.rounds, 1),
     "stream": lambda options: _stream(options.rounds),
     "planted": lambda options: _planted(),
     "limits": lambda options: _limits(),
+    "first_verdict": lambda options: _first_verdict(options.rounds),
     "run": lambda options: _run(options.run, options.images),
 }
 

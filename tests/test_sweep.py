@@ -44,8 +44,11 @@ def files(tmp_path) -> tuple[JsonLines, JsonLines]:
     return JsonLines(tmp_path / "verdicts.jsonl"), JsonLines(tmp_path / "verdicts" / "settings.jsonl")
 
 
+MEASURED = ("seconds", "spent", "search_seconds", "peak_memory")
+
+
 def timeless(records):
-    return [{key: value for key, value in r.items() if key not in ("seconds", "spent")} for r in records]
+    return [{key: value for key, value in r.items() if key not in MEASURED} for r in records]
 
 
 def refuse_to_work(*_):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,11 +14,15 @@ from ..bounds import forward
 from ..bounds.clock import OutOfTime, fitting, look, looking, now, until
 from ..bounds.effort import work_of
 from ..bounds.network import Network
+from ..errors import check
 from ..noise import Noise, key_of
 from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
 from .problem import Problem, Specification, Status, rows_of_clauses
 from .stage import Finding, Judge, Stage, holds
+
+if TYPE_CHECKING:
+    from .settings import Certify
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class FalsifyStage(Stage):
     Args:
         steps: steps from each start; the first is a quarter of the hull's width, the last a hundredth of it.
         starts: starts for each clause.
-        seconds: time after which no further start is tried and no further step made.
+        share: largest share of a problem's time, after which no further start is tried and no further step made.
+        seconds: the same in seconds for a problem; None for no limit.
         seed: seed of the random starts.
         most: most points that go through the network together; fewer where that would take too long.
     """
@@ -37,10 +42,26 @@ class FalsifyStage(Stage):
     name: ClassVar[str] = "falsify"
     steps: int = 40
     starts: int = 8
-    seconds: float = math.inf
+    share: float = 1.0
+    seconds: float | None = None
     seed: int = 0
     most: int = 4096
     judge: Judge = field(default_factory=Judge)
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 0, "steps", self.steps, "a whole number >= 0")
+        check(self.starts >= 1, "starts", self.starts, "a whole number >= 1")
+        check(0 <= self.share <= 1, "share", self.share, "0 to 1")
+        check(self.seconds is None or self.seconds >= 0, "seconds", self.seconds, "seconds >= 0, or null")
+        check(self.most >= 1, "most", self.most, "a whole number >= 1")
+
+    @classmethod
+    def from_section(cls, settings: Certify) -> Self:
+        return cls(share=settings.falsifying_share)
+
+    def within(self, seconds: float) -> tuple[Self, bool]:
+        own = math.inf if self.seconds is None else self.seconds
+        return replace(self, seconds=max(0.0, min(own, self.share * seconds))), False
 
     def prepared(self, seed: int, judge: Judge) -> Self:
         return replace(self, seed=seed, judge=judge)
@@ -49,7 +70,8 @@ class FalsifyStage(Stage):
         counterexamples: list[Tensor | None] = [None] * len(problem)
         members, _ = rows_of_clauses(problem.specification.clauses)
         number, clause = (~(known.rows[:, members] > 0).any(-1)).nonzero(as_tuple=True)
-        with until(now() + self.seconds):
+        seconds = math.inf if self.seconds is None else self.seconds * len(problem)
+        with until(now() + seconds):
             most = fitting(max(1, min(self.most, len(number))), _step_of(known.network))
             work = [part for start in range(self.starts) for part in _parts(number, clause, start, most)]
             try:

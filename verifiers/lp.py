@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 from torch import Tensor
 
 from ..bounds import Bounds, Region, clock
@@ -146,6 +145,8 @@ def _highs(cost: np.ndarray, rows: np.ndarray, limits: np.ndarray, time_limit: f
     left = clock.left()
     if min(time_limit, left) < math.inf:
         options["time_limit"] = max(min(time_limit, left), 0.0)
+    from scipy.optimize import linprog  # 0.3 s of a process that may need no linear program
+
     result = linprog(cost, rows, limits, bounds=ends, method="highs", options=options)
     if result.status == 1 and left <= time_limit:
         clock.look(seconds=math.inf)

@@ -38,6 +38,7 @@ from .optimise import BestParameters, Columns, Neurons, Optimised, Subproblems, 
 from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
+from .search_statistics import part
 from .tighter_bounds import tightened
 
 TOLERANCE = 1e-6
@@ -225,7 +226,8 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
         due = self.budget.due(subproblems)
         if len(due):
-            self.space.tighten(due, self.search.root_steps)
+            with part("rebounding"):
+                self.space.tighten(due, self.search.root_steps)
         some, ends, empty = self._tightened(subproblems)
         linear = self.space.linear(some)
         best = BestParameters() if self.recording else None
@@ -251,7 +253,8 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
             linear = space.linear(some)
             lowers, uppers = space.neurons.apart(linear.lower), space.neurons.apart(linear.upper)
             given = {place: Bounds(lowers[place], uppers[place]) for place in lowers}
-            tighter = crown_bounds(space.network, space.region.take(some.image), given)
+            with part("rebounding"):
+                tighter = crown_bounds(space.network, space.region.take(some.image), given)
             low = space.neurons.together({place: bounds.lower for place, bounds in tighter.items()})
             up = space.neurons.together({place: bounds.upper for place, bounds in tighter.items()})
             lower, upper = (columns.gathered(end, 0.0) for end in (low, up))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
+from ..components import Presets
 from ..errors import check
 
 
 @dataclass(frozen=True)
-class Search:
-    """Settings of branch and bound on neurons.
+class Search(Presets):
+    """Settings of branch and bound on neurons. ``PRESETS`` has names for some: ``Search.preset("thorough")``.
 
     Args:
         batch: subproblems split in one round, over all images.
@@ -39,3 +42,16 @@ class Search:
         check(self.root_steps >= 0, "root_steps", self.root_steps, "a whole number >= 0")
         check(self.programs >= 0, "programs", self.programs, "a whole number >= 0")
         check(self.most is None or self.most >= 1, "most", self.most, "a whole number >= 1, or null")
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Self]:
+        return {name: cls(**changes) for name, changes in PRESETS.items()}
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"steps": 3},
+    "default": {},
+    "thorough": {"steps": 12, "candidates": 3, "root_steps": 20},
+}
+"""The fields that each preset changes. ``fast`` bounds more subproblems a second, loosely, for instances that need few
+splits; ``thorough`` bounds fewer of them, tightly, for instances whose tree grows too large."""
