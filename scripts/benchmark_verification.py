@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from contests import add_options, closed, easy, hard, networks
 from measuring import peak_memory, timed
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ import certtrain
 from certtrain.bounds import LinfBall
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
+from certtrain.errors import InputError
 from certtrain.models import Cnn7, PreActResNet, initialise_for_ibp
 from certtrain.run_folder import write_atomically
 from certtrain.streams import tolerant_streams
@@ -61,18 +63,27 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
+    add_options(parser)
     options = parser.parse_args()
-    if "run" in options.cases and not options.run:
-        parser.error("run wants --run RUN_DIR, the folder of a finished run")
+    ready = {name for name in CASES if name not in NEEDS or getattr(options, NEEDS[name].split()[0])}
+    for name in options.cases:
+        if name not in ready:
+            parser.error(f"{name} wants --{NEEDS[name]}")
     torch.set_num_threads(options.threads)
     found = {}
     with torch.no_grad():
-        for name in options.cases or [case for case in CASES if case != "run" or options.run]:
-            found[name] = CASES[name](options)
-            print(name, *(f"\n  {key:24s} {value}" for key, value in found[name].items()), flush=True)
-    if options.json:
-        text = json.dumps({"threads": options.threads, **found}, indent=2) + "\n"
-        write_atomically(options.json, lambda temporary: temporary.write_text(text))
+        for name in options.cases or [case for case in CASES if case in ready]:
+            try:
+                found[name] = CASES[name](options)
+            except InputError as error:
+                parser.error(str(error))
+            lines = {key: value for key, value in found[name].items() if key != "rows"}
+            print(name, *(f"\n  {key:24s} {value}" for key, value in lines.items()), flush=True)
+            if options.json:
+                text = json.dumps({"threads": options.threads, **found}, indent=2, ensure_ascii=False) + "\n"
+                write_atomically(options.json, lambda temporary, text=text: temporary.write_text(text))
+    if any(result.get("contradictions") for result in found.values()):
+        raise SystemExit(1)
 
 
 def _network(shape: tuple[int, int, int], **options):
@@ -241,7 +252,16 @@ CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "planted": lambda options: _planted(),
     "limits": lambda options: _limits(),
     "run": lambda options: _run(options.run, options.images),
+    "hard": hard,
+    "closed": closed,
+    "networks": networks,
+    "easy": easy,
 }
+NEEDS = {
+    "run": "run RUN_DIR, the folder of a finished run", "hard": "instances CSV", "closed": "instances CSV",
+    "networks": "runs DIR…, folders of finished runs", "easy": "folders DIR…, with an instances.csv each",
+}  # fmt: skip
+"""The option that a case needs; by default the cases that have what they need are run."""
 
 if __name__ == "__main__":
     with tolerant_streams():
