@@ -1,6 +1,6 @@
 """Time the verifier against others in one run: ratios, and both sides' answers.
 
-    python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [limits] [--rounds 3] [--json FILE]
+    python scripts/benchmark_verification.py [CASE…] [--rounds 3] [--json FILE]
     python scripts/benchmark_verification.py run --run RUN_DIR [--images 200]
 
 crown       CROWN on all margins, CNN7 at a quarter of its width, 8 images of CIFAR's size; beside auto_LiRPA where it
@@ -14,6 +14,17 @@ limits      time of hard questions under limits of 1, 2, 5 and 12 s: VNN-COMP's 
             n images · limit + 10 % + 1 s. The code that a process' first verification loads is loaded before
 run         the first test images of a finished run, up to 60 s each, once as usual and once with every image attacked;
             loading the network and the kernels, and a first image, are not counted
+hard        a table of VNN-COMP instances (--instances) at --limits 30 120: decided, late, CPU time over the others'
+closed      of the same (--only 6638 …): subproblems closed per CPU second, start-up aside
+networks    the first --images of finished runs (--runs), --seconds each: certified, undecided, total seconds
+easy        samples of tables of easy instances (--folders), --seconds each, --rounds times: what the other checkout
+            decides and this one does not, CPU time over the other's
+
+The last four are contests between processes on one core (--core): this checkout, another one (--tree), and α-β-CROWN
+where CERTTRAIN_ABCROWN_PYTHON and CERTTRAIN_ABCROWN_HOME say where it is. They print a line for each process with its
+CPU seconds, wall seconds and peak memory; on a busy machine --clock processor makes all their clocks count CPU
+seconds. Opposite answers make the exit code 1. scripts/extract_instances.py writes the eleven hard instances from
+clones of the public repositories; docs/vnncomp.md says what is compared.
 
 Contenders take turns in every round; ratios are medians of time / certtrain's. Weights are initialised for IBP and not
 trained: time depends on how many neurons are open, which the output says.

@@ -163,15 +163,16 @@ class Checkout(Contender):
     def command(self, *arguments: str | Path) -> list[str | Path]:
         return [sys.executable, self.tree / "scripts" / "verify.py", *arguments, *self.more]
 
-    def answer(self, instance: Instance, limit: float, track: Track) -> Ran:
-        command = self.command("--onnx", instance.network, "--vnnlib", instance.property, "--timeout", f"{limit:g}")
+    def answer(self, instance: Instance, limit: float, track: Track, *more: str | Path) -> Ran:
+        files = ("--onnx", instance.network, "--vnnlib", instance.property)
+        command = self.command(*files, "--timeout", f"{limit:g}", *more)
         usage = track.measured(command, limit, os.environ, str(self.tree))
-        said = [
-            line.split()[0] for line in usage.output.splitlines() if line.split()[:1] and line.split()[0] in RESULTS
-        ]
+        said = [word for line in usage.output.splitlines() for word in line.split()[:1] if word in RESULTS]
         return Ran(said[-1] if said else "error", usage)
 
     def search(self, instance: Instance, limit: float, track: Track) -> Ran:
+        if (self.tree / "verifiers" / "search_statistics.py").is_file():
+            return self._recorded_search(instance, limit, track)
         command = [sys.executable, HERE / "counted_search.py", instance.network, instance.property, f"{limit:g}"]
         usage = track.measured(command, limit, os.environ, str(self.tree))
         lines = [line for line in usage.output.splitlines() if line.startswith("{")]
@@ -179,6 +180,13 @@ class Checkout(Contender):
             return Ran("error", usage)
         counts = json.loads(lines[-1])
         return Ran(counts.pop("answer"), usage, counts)
+
+    def _recorded_search(self, instance: Instance, limit: float, track: Track) -> Ran:
+        """``search`` by a checkout whose answers record the counts."""
+        with tempfile.TemporaryDirectory(prefix="certtrain-benchmark-") as name:
+            file = Path(name) / "record.json"
+            ran = self.answer(instance, limit, track, "--json", file)
+            return Ran(ran.answer, ran.usage, json.loads(file.read_text())["search"] or {} if file.exists() else {})
 
     def table(self, path: Path, limit: float, track: Track) -> tuple[Usage, dict[str, str]]:
         """Answer a table of instances by one process: (usage, words by the property as the table names it)."""

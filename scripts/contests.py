@@ -116,6 +116,8 @@ def closed(options: argparse.Namespace) -> dict[str, Any]:
 def networks(options: argparse.Namespace) -> dict[str, Any]:
     """The first test images of finished runs, each contender by one process for a run."""
     trees = [one for one in _contenders(options) if isinstance(one, Checkout)]
+    for run in (run for run in options.abcrown_runs if run not in options.runs):
+        raise InputError(f"--abcrown-runs: found {run}; accepted: some of --runs")
     found, rows = dict[str, Any](), list[dict[str, Any]]()
     for number, run in enumerate(options.runs):
         asked = list[tuple[str, Checkout, list[str]]]()

@@ -2,8 +2,9 @@
 
     python scripts/counted_search.py NET.onnx PROPERTY.vnnlib SECONDS
 
-Counts the checkout that PYTHONPATH names, whichever it is: children made by splits, and of the roots and children
-those that a proof closed (a positive bound, infeasible assumptions, a leaf's program).
+For checkouts whose answers do not record these counts (``verify --json``); PYTHONPATH names the checkout. Counts
+children made by splits, and of roots and children those that a proof closed (a positive bound, infeasible assumptions,
+a leaf's program).
 """
 
 from __future__ import annotations
