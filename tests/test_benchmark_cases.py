@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import benchmark_verification
@@ -88,7 +89,7 @@ def test_closed_subproblems_are_counted(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(22, 12), torch.nn.ReLU(), torch.nn.Linear(12, 2)).eval()
     with torch.no_grad():
-        model[2].bias.copy_(torch.tensor([0.8, 0.0]))  # proved by some splits, not by bounds alone
+        model[2].bias.copy_(torch.tensor([1.1, 0.0]))  # proved by some splits, not by bounds alone
     certtrain.export_onnx(model, tmp_path / "net.onnx", torch.rand(1, 22))
     write_property(tmp_path / "p.vnnlib", -torch.ones(22), torch.ones(22), 0, 2)
     ran = Checkout("ours", ROOT).search(
@@ -142,3 +143,31 @@ def test_published_settings_are_kept_but_for_the_device_and_what_needs_a_licence
     assert found["bab"] == {"branching": {"candidates": 10}, "cut": {"enabled": False}, "timeout": 30.0}
     assert found["general"] == {"csv_name": "x.csv", "conv_mode": "matrix", "complete_verifier": "bab", "device": "cpu"}
     assert rival.settings("other.onnx", 30.0)["solver"]["batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    "said, answer",
+    [
+        ("Result: safe in 3.2 seconds", "holds"),
+        ("Result: unsafe-pgd in 3.2 seconds", "violated"),
+        ("Result: unsafe-bab (timed out) in 31.0 seconds", "timeout"),
+        ("Traceback", "error"),
+    ],
+)
+def test_the_log_of_the_rival_is_read(table, tmp_path, said, answer):
+    program = f"""
+        import sys, yaml
+        from pathlib import Path
+        general = yaml.safe_load(open(sys.argv[2]))["general"]
+        line, = (Path(general["root_path"]) / general["csv_name"]).read_text().split()
+        network, property, limit = line.split(",")
+        assert (Path(general["root_path"]) / network).is_file() and (Path(general["root_path"]) / property).is_file()
+        print("Number of Verified Splits: 3 of 8\\nNumber of Verified Splits: 9 of 10")
+        print(limit, general["device"], {said!r}, sep="\\n")
+    """
+    (tmp_path / "abcrown.py").write_text(textwrap.dedent(program))
+    rival = AlphaBetaCrown("α-β-CROWN", Abcrown(Path(sys.executable), tmp_path))
+    folder = table.parent
+    ran = rival.search(Instance(str(folder / "tiny.onnx"), str(folder / "tiny.vnnlib"), 30.0), 30.0, Track(0))
+    assert ran.answer == answer and ran.counts == {"children": 18, "closed": 12}, ran.usage.output
+    assert "30\ncpu" in ran.usage.output
