@@ -1,7 +1,6 @@
 """Time the verifier against others in one run: ratios, and both sides' answers.
 
-    python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [limits] [first_verdict]
-        [--rounds 3] [--json FILE]
+    python scripts/benchmark_verification.py [CASE…] [--rounds 3] [--json FILE]
     python scripts/benchmark_verification.py run --run RUN_DIR [--images 200]
 
 crown       CROWN on all margins, CNN7 at a quarter of its width, 8 images of CIFAR's size; beside auto_LiRPA where it
@@ -18,6 +17,17 @@ first_verdict
             only imports torch, onnx and onnxruntime; medians. Both have their bytecode cached by a first round
 run         the first test images of a finished run, up to 60 s each, once as usual and once with every image attacked;
             loading the network and the kernels, and a first image, are not counted
+hard        a table of VNN-COMP instances (--instances) at --limits 30 120: decided, late, CPU time over the others'
+closed      of the same (--only 6638 …): subproblems closed per CPU second, start-up aside
+networks    the first --images of finished runs (--runs), --seconds each: certified, undecided, total seconds
+easy        samples of tables of easy instances (--folders), --seconds each, --rounds times: what the other checkout
+            decides and this one does not, CPU time over the other's
+
+The last four are contests between processes on one core (--core): this checkout, another one (--tree), and α-β-CROWN
+where CERTTRAIN_ABCROWN_PYTHON and CERTTRAIN_ABCROWN_HOME say where it is. They print a line for each process with its
+CPU seconds, wall seconds and peak memory; on a busy machine --clock processor makes all their clocks count CPU
+seconds. Opposite answers make the exit code 1. scripts/extract_instances.py writes the eleven hard instances from
+clones of the public repositories; docs/vnncomp.md says what is compared.
 
 Contenders take turns in every round; ratios are medians of time / certtrain's. Weights are initialised for IBP and not
 trained: time depends on how many neurons are open, which the output says.
@@ -39,6 +49,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from contests import add_options, closed, easy, hard, networks
 from measuring import peak_memory, timed
 from torch import Tensor, nn
 
@@ -46,6 +57,7 @@ import certtrain
 from certtrain.bounds import LinfBall
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
+from certtrain.errors import InputError
 from certtrain.models import Cnn7, PreActResNet, initialise_for_ibp
 from certtrain.run_folder import write_atomically
 from certtrain.streams import tolerant_streams
@@ -68,18 +80,27 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
+    add_options(parser)
     options = parser.parse_args()
-    if "run" in options.cases and not options.run:
-        parser.error("run wants --run RUN_DIR, the folder of a finished run")
+    ready = {name for name in CASES if name not in NEEDS or getattr(options, NEEDS[name].split()[0])}
+    for name in options.cases:
+        if name not in ready:
+            parser.error(f"{name} wants --{NEEDS[name]}")
     torch.set_num_threads(options.threads)
     found = {}
     with torch.no_grad():
-        for name in options.cases or [case for case in CASES if case != "run" or options.run]:
-            found[name] = CASES[name](options)
-            print(name, *(f"\n  {key:24s} {value}" for key, value in found[name].items()), flush=True)
-    if options.json:
-        text = json.dumps({"threads": options.threads, **found}, indent=2) + "\n"
-        write_atomically(options.json, lambda temporary: temporary.write_text(text))
+        for name in options.cases or [case for case in CASES if case in ready]:
+            try:
+                found[name] = CASES[name](options)
+            except InputError as error:
+                parser.error(str(error))
+            lines = {key: value for key, value in found[name].items() if key != "rows"}
+            print(name, *(f"\n  {key:24s} {value}" for key, value in lines.items()), flush=True)
+            if options.json:
+                text = json.dumps({"threads": options.threads, **found}, indent=2, ensure_ascii=False) + "\n"
+                write_atomically(options.json, lambda temporary, text=text: temporary.write_text(text))
+    if any(result.get("contradictions") for result in found.values()):
+        raise SystemExit(1)
 
 
 def _network(shape: tuple[int, int, int], **options):
@@ -275,7 +296,16 @@ CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "limits": lambda options: _limits(),
     "first_verdict": lambda options: _first_verdict(options.rounds),
     "run": lambda options: _run(options.run, options.images),
+    "hard": hard,
+    "closed": closed,
+    "networks": networks,
+    "easy": easy,
 }
+NEEDS = {
+    "run": "run RUN_DIR, the folder of a finished run", "hard": "instances CSV", "closed": "instances CSV",
+    "networks": "runs DIR…, folders of finished runs", "easy": "folders DIR…, with an instances.csv each",
+}  # fmt: skip
+"""The option that a case needs; by default the cases that have what they need are run."""
 
 if __name__ == "__main__":
     with tolerant_streams():
