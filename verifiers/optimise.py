@@ -298,7 +298,8 @@ class _Iterate:
         """The iterate with its ``values``: the derivatives by what is added to the forms of the neurons' inputs."""
         if self.graph is None or not self.pushed:
             return self
-        values = torch.autograd.grad(self.graph, list(self.pushed), torch.ones_like(self.graph))
+        one = torch.ones_like(self.graph)
+        values = torch.autograd.grad(self.graph, list(self.pushed), one, materialize_grads=True)
         return replace(self, values=torch.cat(values, 2), graph=None)
 
 
@@ -337,7 +338,7 @@ class _Place:
 
     def relaxation(self, slopes: Tensor) -> Relaxation:
         """The relaxation with the given parameters (A, R, n)."""
-        slopes = slopes.unflatten(2, self.shape)
+        slopes = slopes.reshape(*slopes.shape[:2], *self.shape)
         if self.operation.piecewise_linear and isinstance(self.lines, Lines):
             return replace(self.lines, lower_slope=slopes)
         if len(self.operation.inputs) > 1:
@@ -460,8 +461,8 @@ class _Ascent:
         """The ascent after step ``number`` (from 1) of Adam (arXiv 1412.6980) from an iterate with its graph."""
         assert iterate.graph is not None
         leaves = [*iterate.slopes, *iterate.pushed]
-        gradients = torch.autograd.grad(iterate.graph, leaves, torch.ones_like(iterate.graph), allow_unused=True)
-        gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
+        one = torch.ones_like(iterate.graph)
+        gradients = torch.autograd.grad(iterate.graph, leaves, one, materialize_grads=True)
         of_slopes, of_pushed = gradients[: len(self.places)], gradients[len(self.places) :]
         forms = self.alphas.shape[1]
         gradient = torch.cat([
