@@ -98,9 +98,12 @@ class BoxLines(Bounded[Boxes]):
         """The minimisers of the worst clause's linear bound, then the centres of the boxes."""
         some = self.subproblems.take(index)
         region, own = Box(some.lower, some.upper), self.problem.region.take(some.image)
-        form = self.forms[index, self.clauses[index].argmin(1)]
+        form = self.forms[index, self.targets(index)]
         yield own.nearest(torch.where(form > 0, region.lower, torch.where(form < 0, region.upper, region.images)))
         yield own.nearest(region.images)
+
+    def targets(self, index: Tensor) -> Tensor:
+        return self.clauses[index].argmin(1)
 
     def proof(self, number: int) -> Proof:
         return Concretised(self.weights[number])
@@ -119,10 +122,15 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
         self.problem = problem
         self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds)
         self.boxes = min(batch, rows_at_a_time(known.network, rows.shape[1], known.rows))
+        self.vary = int((problem.region.hull.radius > 0).flatten(1).sum(1).max())
 
     @property
     def at_a_time(self) -> int:
         return 2 * self.boxes
+
+    @property
+    def evaluations(self) -> int:
+        return 1 + self.vary // 2  # forward bounds carry a column for each input that varies
 
     def bound(self, subproblems: Boxes) -> BoxLines:
         region = Box(subproblems.lower, subproblems.upper)

@@ -75,6 +75,7 @@ def split_neurons(
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
         LinearProgramSolver(space, exact), timeout=timeout, violates=violates, most=search.most, record=record,
+        descents=search.descents,
     ).run()  # fmt: skip
 
 
@@ -207,6 +208,10 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
     @property
     def at_a_time(self) -> int:
         return max(1, min(2 * self.search.batch, rows_at_a_time(self.space.network, 1, self.space.lower)))
+
+    @property
+    def evaluations(self) -> int:
+        return 1 + self.search.steps
 
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
         some, ends, empty = self._tightened(subproblems)

@@ -17,6 +17,8 @@ class Search:
         candidates: neurons whose halves are bounded before each split, to choose the best.
         tighten: whether each split recomputes the bounds of all later neurons.
         most: number of splits after which an image is given up; None for no limit.
+        descents: gradient steps towards counterexamples, as a share of the evaluations of the network that bounding
+            subproblems costs; 0 for none.
     """
 
     batch: int = 256
@@ -25,10 +27,12 @@ class Search:
     candidates: int = 1
     tighten: bool = True
     most: int | None = None
+    descents: float = 0.1
 
     def __post_init__(self) -> None:
         check(self.batch >= 1, "batch", self.batch, "a whole number >= 1")
         check(self.steps >= 0, "steps", self.steps, "a whole number >= 0")
         check(0 < self.rate < float("inf"), "rate", self.rate, "a number > 0")
         check(self.candidates >= 1, "candidates", self.candidates, "a whole number >= 1")
+        check(0 <= self.descents <= 1, "descents", self.descents, "a share from 0 to 1")
         check(self.most is None or self.most >= 1, "most", self.most, "a whole number >= 1, or null")
