@@ -200,7 +200,7 @@ class TestStarts:
 
     def test_a_point_is_descended_from_once_and_paid_for(self):
         problem = self.problem()
-        descents = SearchDescents(problem, 0.5)
+        descents = SearchDescents(problem, 0.5, 100)
         image = torch.zeros(6, dtype=torch.int64)
         offer = (image, image, torch.arange(6.0), problem.region.images[image], torch.arange(6.0).clamp(max=4))
         descents.note(*offer)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
 from ..typed import as_ints
+from .descent import points_at_a_time
 from .problem import Problem
 from .search_descent import SHARE, SearchDescents
 from .search_record import Decision, Proof, SearchRecord
@@ -272,7 +273,8 @@ class BranchAndBound(Generic[S, B]):
         self.bounder, self.splitter, self.leaf = bounder, splitter, leaf
         self.most, self.record = most, record
         self.progress = ImageProgress(len(problem), timeout, violates)
-        self.descents = SearchDescents(problem, descents)
+        together = points_at_a_time(network, problem.specification, known)
+        self.descents = SearchDescents(problem, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = roots.take(roots.image[:0])
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems

@@ -122,15 +122,10 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
         self.problem = problem
         self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds)
         self.boxes = min(batch, rows_at_a_time(known.network, rows.shape[1], known.rows))
-        self.vary = int((problem.region.hull.radius > 0).flatten(1).sum(1).max())
 
     @property
     def at_a_time(self) -> int:
         return 2 * self.boxes
-
-    @property
-    def evaluations(self) -> int:
-        return 1 + self.vary // 2  # forward bounds carry a column for each input that varies
 
     def bound(self, subproblems: Boxes) -> BoxLines:
         region = Box(subproblems.lower, subproblems.upper)

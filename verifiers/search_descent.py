@@ -43,10 +43,11 @@ class SearchDescents:
 
     Args:
         share: share of the evaluations that bounding costs; 0 for no descents.
+        at_a_time: most points that go through the network together.
     """
 
-    def __init__(self, problem: Problem, share: float = SHARE):
-        self.problem, self.share = problem, share
+    def __init__(self, problem: Problem, share: float, at_a_time: int):
+        self.problem, self.share, self.at_a_time = problem, share, at_a_time
         self.members, _ = rows_of_clauses(problem.specification.clauses)
         self._due = [0.0] * len(problem)
         self._runs = 0
@@ -68,7 +69,7 @@ class SearchDescents:
         if not self.share:
             return
         for place in as_ints(best_of_each(image, bound, MOST)):
-            number, start = int(image[place]), _Start(float(bound[place]), int(clause[place]), points[place])
+            number, start = int(image[place]), _Start(float(bound[place]), int(clause[place]), points[place].clone())
             met = (start.clause, float(margin[place]))
             if met not in self._met[number]:
                 self._met[number].add(met)
@@ -99,10 +100,11 @@ class SearchDescents:
             OutOfTime: the clock ran out.
         """
         self._runs += 1
-        descend(
-            self.problem, self.members, points, refute,
-            steps=STEPS, first=FIRST, last=LAST, key=key_of("search", self._runs),
-        )  # fmt: skip
+        for part in torch.split(torch.arange(len(points), device=points.image.device), self.at_a_time):
+            descend(
+                self.problem, self.members, points.take(part), refute,
+                steps=STEPS, first=FIRST, last=LAST, key=key_of("search", self._runs),
+            )  # fmt: skip
 
 
 def best_of_each(image: Tensor, value: Tensor, most: int) -> Tensor:
