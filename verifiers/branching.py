@@ -21,8 +21,14 @@ FLOOR = 1e-3
 
 def minimiser(optimised: Optimised, region: Region, row: Tensor) -> Tensor:
     """(D, *shape) points of the region's hull where the linear bound of row number ``row`` (D,) is smallest."""
+    return least_point(optimised.forms, region, row)
+
+
+def least_point(forms: Tensor, region: Region, row: Tensor) -> Tensor:
+    """(D, *shape) points of the region's hull where the linear form number ``row`` (D,) of ``forms`` (D, R, *shape) is
+    smallest."""
     hull = region.hull
-    chosen = optimised.forms[torch.arange(len(row), device=row.device), row]
+    chosen = forms[torch.arange(len(row), device=row.device), row]
     return torch.where(chosen > 0, hull.lower, torch.where(chosen < 0, hull.upper, hull.center))
 
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
 from ..typed import as_floats, as_ints
+from .descent import points_at_a_time
 from .problem import Problem
+from .search_descent import SHARE, SearchDescents
 from .search_record import Decision, Proof, SearchRecord
 from .search_statistics import Part, SearchStatistics, measured, note, part
 
@@ -73,6 +75,10 @@ class Bounded(ABC, Generic[S]):
         """Candidates for counterexamples in the subproblems ``index``: tensors (len(index), *shape) of points in the
         images' own sets, computed lazily."""
 
+    def targets(self, index: Tensor) -> Tensor:
+        """(len(index),) the clause that points in the subproblems ``index`` are to violate; their goals by default."""
+        return self.subproblems.goal[index]
+
     @abstractmethod
     def proof(self, number: int) -> Proof:
         """The proof of the positive bound of subproblem ``number``. Called only for a search that is recorded."""
@@ -83,6 +89,11 @@ B = TypeVar("B", bound=Bounded[Any])
 
 class Bounder(ABC, Generic[S, B]):
     """Computes lower bounds of batches of subproblems."""
+
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations of the network, forward and backward, that a subproblem's bound costs at least."""
+        return 1
 
     @property
     @abstractmethod
@@ -272,6 +283,7 @@ class BranchAndBound(Generic[S, B]):
             wall clock as it has images; the clock is checked within rounds, and an unfinished batch stays open.
         most: number of splits after which an image is given up; None for no limit.
         record: receives the tree of subproblems, with the reason and the proof that closed each.
+        descents: share of the evaluations of the network that bounding costs which descents may cost besides.
     """
 
     def __init__(
@@ -288,11 +300,14 @@ class BranchAndBound(Generic[S, B]):
         violates: Violates,
         most: int | None = None,
         record: SearchRecord | None = None,
+        descents: float = SHARE,
     ):
         self.problem, self.network, self.known = problem, network, known
         self.bounder, self.splitter, self.leaf = bounder, splitter, leaf
         self.most, self.record = most, record
         self.progress = ImageProgress(len(problem), timeout, violates, known.device)
+        together = points_at_a_time(network, problem.specification, known)
+        self.descents = SearchDescents(problem, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = roots.take(roots.image[:0])
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
@@ -327,6 +342,15 @@ class BranchAndBound(Generic[S, B]):
             children = self.splitter.children(parents)
             self.progress.count_splits(parents.image, children.image)
             self._examine(self._recorded(children, root=False))
+            self._descend()
+
+    def _descend(self) -> None:
+        """Descend from the points of the worst subproblems of unfinished images, where that is due."""
+        points = self.descents.points(self.progress.is_unfinished)
+        if points is not None:
+            with self.progress.charged(points.image, "attack"):
+                self.descents.descend(points, self.progress.refute)
+            self._drop_finished()
 
     def _recorded(self, subproblems: S, root: bool) -> S:
         """Add subproblems to the record, if there is one, and store their numbers in ``node``."""
@@ -377,6 +401,7 @@ class BranchAndBound(Generic[S, B]):
         with progress.charged(batch.image, "bounding"):
             bounded = self.bounder.bound(batch)
             open_ = ~(bounded.subproblems.bound > 0)
+            self.descents.earn(batch.image, self.bounder.evaluations)
             with part("attack"):
                 self._try(bounded, open_)
             none = open_.new_zeros(len(batch), 0).double()
@@ -415,8 +440,9 @@ class BranchAndBound(Generic[S, B]):
         specification = self.problem.specification.subset(image)
         for points in bounded.points(index):
             outputs = self.network(points.to(self.known.dtype))
-            wrong = ~(specification.worst(specification.values(outputs)) > 0)
-            for number in as_ints(wrong.nonzero()):
+            margin = specification.worst(specification.values(outputs))
+            self.descents.note(image, bounded.targets(index), bounded.subproblems.bound[index], points, margin)
+            for number in as_ints((~(margin > 0)).nonzero()):
                 self.progress.refute(int(image[number]), points[number])
 
     def _doubt(self, images: Sequence[int], undecided: Sequence[str | None]) -> None:

@@ -80,7 +80,7 @@ def split_neurons(
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
         LinearProgramSolver(space, exact, search.programs), timeout=timeout, violates=violates, most=search.most,
-        record=record,
+        record=record, descents=search.descents,
     ).run()  # fmt: skip
 
 
@@ -222,6 +222,10 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
     @property
     def at_a_time(self) -> int:
         return max(1, min(2 * self.search.batch, rows_at_a_time(self.space.network, 1, self.space.lower)))
+
+    @property
+    def evaluations(self) -> int:
+        return 1 + self.search.steps
 
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
         due = self.budget.due(subproblems)

@@ -23,6 +23,8 @@ class Search(Presets):
             0 for none.
         programs: most open neurons of a subproblem that is solved by a linear program before it is a leaf.
         most: number of splits after which an image is given up; None for no limit.
+        descents: gradient steps towards counterexamples, as a share of the evaluations of the network that bounding
+            subproblems costs; 0 for none.
     """
 
     batch: int = 256
@@ -33,6 +35,7 @@ class Search(Presets):
     root_steps: int = 5
     programs: int = 64
     most: int | None = None
+    descents: float = 0.1
 
     def __post_init__(self) -> None:
         check(self.batch >= 1, "batch", self.batch, "a whole number >= 1")
@@ -41,6 +44,7 @@ class Search(Presets):
         check(self.candidates >= 1, "candidates", self.candidates, "a whole number >= 1")
         check(self.root_steps >= 0, "root_steps", self.root_steps, "a whole number >= 0")
         check(self.programs >= 0, "programs", self.programs, "a whole number >= 0")
+        check(0 <= self.descents <= 1, "descents", self.descents, "a share from 0 to 1")
         check(self.most is None or self.most >= 1, "most", self.most, "a whole number >= 1, or null")
 
     @classmethod
