@@ -45,7 +45,7 @@ SPLITS_LINE = re.compile(r"Number of Verified Splits: ([0-9]+) of ([0-9]+)")
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process used, its children included: wall-clock and CPU seconds, and the peak of its memory in MiB.
+    """Usage of a process and its children: wall-clock and CPU seconds, and the peak of its memory in MiB.
 
     Args:
         code: exit code; minus the signal that ended it. ended: whether it ran for too long and was ended.
@@ -136,7 +136,7 @@ class Contender(ABC):
         """``answer``, with counts."""
 
     def start_up(self, track: Track) -> Usage:
-        """What it uses to answer a network of two neurons; the second of two runs, so that caches are filled."""
+        """Usage of an answer on a network of two neurons: the second of two runs, so that caches are filled."""
         with tempfile.TemporaryDirectory(prefix="certtrain-benchmark-") as name:
             instance = tiny(Path(name))
             self.answer(instance, 60.0, track)

@@ -9,6 +9,7 @@ import types
 from dataclasses import dataclass, field, replace
 
 import pytest
+import scipy.optimize
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from problems import alone, linear_model, problem_of, unknown
@@ -390,8 +391,10 @@ class TestPrograms:
 
     @pytest.mark.parametrize("given", [math.inf, 100.0, 3.0])
     def test_highs_gets_what_is_left(self, given, monkeypatch):
-        options, original = [], lp.linprog
-        monkeypatch.setattr(lp, "linprog", lambda *a, **k: options.append(k["options"]) or original(*a, **k))
+        options, original = [], scipy.optimize.linprog
+        monkeypatch.setattr(
+            scipy.optimize, "linprog", lambda *a, **k: options.append(k["options"]) or original(*a, **k)
+        )
         hand = Hand(2.0)
         self.program().solve(given)
         assert {option.get("time_limit", math.inf) for option in options} == {given}
@@ -402,7 +405,7 @@ class TestPrograms:
 
     def test_a_program_that_was_cut_short_is_out_of_time_not_undecided(self, monkeypatch):
         cut = types.SimpleNamespace(status=1, x=None)
-        monkeypatch.setattr(lp, "linprog", lambda *a, **k: cut)
+        monkeypatch.setattr(scipy.optimize, "linprog", lambda *a, **k: cut)
         assert self.program().solve(1.0).point is None
         with until(1e9, now=Hand()) as outer:
             assert self.program().solve(1.0).point is None and not outer.late

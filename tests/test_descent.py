@@ -141,7 +141,7 @@ class TestWork:
         problem = problem_of(model.eval(), images, model(images).argmax(1), LinfBall(0.5), 3)
         for share in (0.0, 0.1):
             evaluated.clear(), children.clear()
-            alone(BabStage(Search(descents=share, most=25, tighten=False), 1e6, Refusing()), problem)
+            alone(BabStage(Search(descents=share, most=60), 1e6, Refusing()), problem)
             assert sum(children) > 1000 and bool(evaluated) == bool(share)
             assert sum(evaluated) <= 1.1 * share * sum(children)
 

@@ -135,7 +135,7 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
 def points_at_a_time(network: Network, specification: Specification, like: Tensor) -> int:
     """Number of points whose activations, gradients and rows fit into memory together."""
     widest = max(shape.numel() for shape in network.shapes)
-    rows = -(-specification.rows[0].numel() // widest)
+    rows = -(-specification.rows.shape[1:].numel() // widest)
     return rows_at_a_time(network, len(network.operations) + rows, like)
 
 

@@ -229,8 +229,8 @@ def maximise(
     finished = torch.zeros(len(best), dtype=torch.bool, device=best.device)
     if kept is not None:
         kept.start(ascent.alphas, ascent.betas)
-    results: list[tuple[_Ascent, _Iterate]] = []
-    iterate: _Iterate | None = None
+    results: list[tuple[_Ascent, _Evaluation]] = []
+    iterate: _Evaluation | None = None
     for step in range(steps + 1):
         last, started = step == steps, now()
         try:
@@ -270,7 +270,7 @@ LEAVE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
-class _Iterate:
+class _Evaluation:
     """One evaluation of A subproblems.
 
     Args:
@@ -291,10 +291,10 @@ class _Iterate:
     pushed: Sequence[Tensor] = ()
     graph: Tensor | None = None
 
-    def take(self, index: Tensor) -> _Iterate:
-        return _Iterate(self.lower[index], self.forms[index], self.reached[index], self.values[index])
+    def take(self, index: Tensor) -> _Evaluation:
+        return _Evaluation(self.lower[index], self.forms[index], self.reached[index], self.values[index])
 
-    def with_values(self) -> _Iterate:
+    def with_values(self) -> _Evaluation:
         """The iterate with its ``values``: the derivatives by what is added to the forms of the neurons' inputs."""
         if self.graph is None or not self.pushed:
             return self
@@ -421,7 +421,7 @@ class _Ascent:
             betas=None if betas is None else betas[index], moments=tuple(moment[index] for moment in self.moments),
         )  # fmt: skip
 
-    def evaluate(self, gradient: bool) -> _Iterate:
+    def evaluate(self, gradient: bool) -> _Evaluation:
         """The bounds at the current parameters.
 
         Raises:
@@ -452,12 +452,12 @@ class _Ascent:
                 sizes.append(reached[-1].abs().amax(2, keepdim=True).expand(-1, -1, size))
         graph = lower if gradient and lower.requires_grad else None
         coefficients = torch.cat(reached, 2)
-        return _Iterate(
+        return _Evaluation(
             lower.detach(), linear.forms.detach(), coefficients, torch.zeros_like(coefficients), sizes, slopes, pushed,
             graph,
         )  # fmt: skip
 
-    def step(self, iterate: _Iterate, rate: float, number: int) -> _Ascent:
+    def step(self, iterate: _Evaluation, rate: float, number: int) -> _Ascent:
         """The ascent after step ``number`` (from 1) of Adam (arXiv 1412.6980) from an iterate with its graph."""
         assert iterate.graph is not None
         leaves = [*iterate.slopes, *iterate.pushed]
@@ -493,7 +493,7 @@ def _adam(gradient: Tensor, moments: Sequence[Tensor], rate: float, number: int)
     return first / size * (rate / (1 - 0.9**number))
 
 
-def _joined(best: Tensor, parts: Sequence[tuple[_Ascent, _Iterate]]) -> Optimised:
+def _joined(best: Tensor, parts: Sequence[tuple[_Ascent, _Evaluation]]) -> Optimised:
     """The results of all subproblems, whose ascents ended at different steps."""
     if len(parts) == 1:
         ((ascent, iterate),) = parts
