@@ -32,23 +32,32 @@ def least_point(forms: Tensor, region: Region, row: Tensor) -> Tensor:
     return torch.where(chosen > 0, hull.lower, torch.where(chosen < 0, hull.upper, hull.center))
 
 
-def scores(
-    optimised: Optimised, columns: Columns, kinks: Tensor, lower: Tensor, upper: Tensor, row: Tensor, bound: Tensor
-) -> Tensor:
-    """(D, U) score of each neuron in ``columns``, the product of its halves' first-order gains; -inf for stable ones.
+def gains(optimised: Optimised, kinks: Tensor, lower: Tensor, upper: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """(negative, positive): by how much at most the bound of row number ``row`` (D,) rises in each half, at the same
+    parameters, (D, U) each, for unstable neurons. To first order it rises by as much.
 
     Args:
         optimised: with ``values``.
         kinks: (U,) slopes left of 0.
         lower, upper: (D, U) bounds of the neurons' inputs.
-        row: (D,) the row of each subproblem whose bound is to be improved; bound: (D,), that bound.
     """
     each = torch.arange(len(row), device=row.device)
     forms, alphas, values = (part[each, row] for part in (optimised.reached, optimised.alphas, optimised.values))
-    unstable = (lower < 0) & (upper > 0) & columns.real
-    width = torch.where(unstable, upper - lower, 1.0)
+    width = torch.where((lower < 0) & (upper > 0), upper - lower, 1.0)
     upper_line = (upper - kinks * lower) / width * values - (1 - kinks) * lower * upper / width
     line = forms * torch.where(forms < 0, upper_line, torch.maximum(alphas, kinks) * values)
+    return forms * kinks * values - line, forms * values - line
+
+
+def scores(
+    optimised: Optimised, columns: Columns, kinks: Tensor, lower: Tensor, upper: Tensor, row: Tensor, bound: Tensor
+) -> Tensor:
+    """(D, U) score of each neuron in ``columns``, the product of its halves' gains; -inf for stable neurons.
+
+    Args:
+        optimised, kinks, lower, upper, row: as for ``gains``.
+        bound: (D,) the bound that is to be improved.
+    """
     floor = FLOOR * bound.abs().unsqueeze(1)
-    negative, positive = ((forms * slope * values - line).clamp(min=0) + floor for slope in (kinks, 1.0))
-    return torch.where(unstable, negative * positive, -torch.inf)
+    negative, positive = (gain.clamp(min=0) + floor for gain in gains(optimised, kinks, lower, upper, row))
+    return torch.where((lower < 0) & (upper > 0) & columns.real, negative * positive, -torch.inf)

@@ -286,6 +286,7 @@ class TighteningBudget:
             for place, lower in [*space.neurons.apart(space.lower).items()][1:]:
                 rows = 2 * ((lower < 0) & (uppers[place] > 0)).flatten(1).sum(1)
                 self.cost += rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
+            self.cost[self.cost == 0] = torch.inf  # no neuron to tighten
 
     def due(self, subproblems: SignSubproblems) -> Tensor:
         """The numbers of the images to tighten before their ``subproblems`` are bounded."""
