@@ -19,8 +19,8 @@ from certtrain.workflows.train import train
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "networks with a planted counterexample, and as many robust ones, that the verifier is tried on (default 10)"
-    parser.addoption("--planted", type=int, default=10, metavar="N", help=help)
+    help = "networks with a planted counterexample, and as many robust ones, that the verifier is tried on (default 25)"
+    parser.addoption("--planted", type=int, default=25, metavar="N", help=help)
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ class TestPlanted:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_branch_and_bound_decides_both(self, kind, planted):
-        for case, twin in planted_pairs(planted if kind == "dense" else -(-planted // 5), seed=3001, kinds=(kind,)):
+        for case, twin in planted_pairs(planted if kind == "dense" else -(-planted // 10), seed=3001, kinds=(kind,)):
             finding = alone(BabStage(timeout=20.0), problem_from(case))
             assert finding.statuses == ["falsified"], finding.reasons
             point = finding.counterexamples[0][None]
@@ -142,7 +142,7 @@ class TestPlanted:
             assert finding.statuses == ["verified"] and finding.lower > 0, finding.reasons
 
     def test_the_whole_cascade_decides_all(self, planted):
-        for pair in planted_pairs(-(-planted // 2), seed=4000):
+        for pair in planted_pairs(-(-planted // 5), seed=4000):
             for case in pair:
                 settings = Certify(timeout=20.0)
                 verdict = certify(case.model, case.image[None], torch.tensor([case.label]), case.epsilon, settings)[0]
