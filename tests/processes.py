@@ -87,9 +87,17 @@ class Process:
         assert code is not None
         return code
 
+    @property
+    def returncode(self) -> int | None:
+        """The exit status that ``poll`` and ``wait`` found, or None."""
+        return self._code
+
     def send_signal(self, number: signal.Signals) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
 
 def start(script: str | Path, *words: str | Path, **streams: int | None) -> Process:

@@ -7,10 +7,13 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import processes as forks
 import pytest
 import torch
 import yaml
@@ -395,7 +398,19 @@ def test_one_process_at_a_run(tmp_path):
 # --- several processes
 
 
-def test_jobs_make_the_same_networks(done, tmp_path):
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that have their imports behind them, in place of fresh interpreters."""
+
+    def popen(words, *, stdin, stdout, stderr, start_new_session):
+        assert words[:2] == [sys.executable, "-c"] and stdin == subprocess.DEVNULL and start_new_session
+        return forks.start(*words[1:], stdout=stdout.fileno(), stderr=stderr.fileno())
+
+    # of that module alone: the forks' own server is a fresh interpreter
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
+
+
+def test_jobs_make_the_same_networks(done, forked, tmp_path):
     path, out = written(tmp_path, rows=ROWS[1:], seeds=[1]), tmp_path / "out"
     found = compare(path, out=out, jobs=2, command="the call", quiet=True)
     assert found.stages() == {"TRADES weight=3": {1: "evaluated"}, "TRADES weight=6.5": {1: "evaluated"}}
@@ -406,7 +421,7 @@ def test_jobs_make_the_same_networks(done, tmp_path):
     assert list(JsonLines(out / "calls.jsonl")) == [{"command": "the call"}]
 
 
-def test_a_signal_is_handed_on_and_the_runs_are_saved(tmp_path):
+def test_a_signal_is_handed_on_and_the_runs_are_saved(forked, tmp_path):
     training = {**BASE["training"], "epochs": 100_000, "checkpoint_seconds": 1e6}
     path = written(tmp_path, base={**BASE, "training": training}, rows=ROWS[:1], seeds=[0])
     out = tmp_path / "out"
