@@ -4,13 +4,12 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 from torch import nn
 
 import certtrain
@@ -105,8 +104,7 @@ class TestResume:
         file, kills, kept = run / "verdicts" / "embedded-0.04-nearest.jsonl", 0, b""
         for patience in (0.05, 0.15):
             lines = file.read_bytes().count(b"\n") if file.exists() else 0
-            process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "verify.py"), str(run), *words],
-                                       stdout=subprocess.DEVNULL, cwd=ROOT)  # fmt: skip
+            process = start(ROOT / "scripts" / "verify.py", run, *words)
             while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") <= lines):
                 time.sleep(0.01)
             time.sleep(patience)
@@ -132,11 +130,11 @@ class TestResume:
             return answer(*arguments)
 
         monkeypatch.setattr(cascade, "_answer", signalled)
-        words = ["verify", str(run), "--epsilon", "0.01", "--certify.batch_size", "50"]
+        words = ["verify", str(run), "--epsilon", "0.01", "--certify.batch_size", "25", "--images", ":75"]
         assert main(words) == 128 + number
         assert "the same call" in capsys.readouterr().err
         assert main(words) == 0
-        assert "359 test images" in capsys.readouterr().out
+        assert "75 test images" in capsys.readouterr().out
 
 
 class TestBetterSettings:
