@@ -450,7 +450,7 @@ class _Ascent:
             reached.append(forms.gather(2, place.local.expand(-1, forms.shape[1], -1)))
             if gradient and pushed and size:
                 sizes.append(reached[-1].abs().amax(2, keepdim=True).expand(-1, -1, size))
-        graph = lower if gradient and lower.requires_grad else None
+        graph = lower if gradient and self.places and lower.requires_grad else None
         coefficients = torch.cat(reached, 2)
         return _Evaluation(
             lower.detach(), linear.forms.detach(), coefficients, torch.zeros_like(coefficients), sizes, slopes, pushed,
