@@ -43,7 +43,8 @@ from certtrain.verifiers import (
 from certtrain.verifiers.falsify import FalsifyStage
 from certtrain.verifiers.instances import run_instances
 from certtrain.verifiers.limits import TOTAL_TIMEOUT
-from certtrain.verifiers.optimise import Neurons, Subproblems, maximise, starting_slopes
+from certtrain.verifiers.neurons import Neurons
+from certtrain.verifiers.optimise import Subproblems, maximise, starting_slopes
 from certtrain.verifiers.vnncomp import answer
 from certtrain.verifiers.vnnlib import write_property
 

@@ -17,7 +17,7 @@ from certtrain.bounds.folding import fold
 from certtrain.errors import InputError
 from certtrain.verifiers import Specification
 from certtrain.verifiers.lp import leaf_program, solve_leaf
-from certtrain.verifiers.optimise import Neurons
+from certtrain.verifiers.neurons import Neurons
 
 FINE = 1e-5  # HiGHS meets each constraint to 1e-6
 

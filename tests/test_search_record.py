@@ -24,7 +24,8 @@ from certtrain.verifiers.engine import SearchOutcome
 from certtrain.verifiers.input_split import split_inputs
 from certtrain.verifiers.lp import leaf_program
 from certtrain.verifiers.neuron_split import split_neurons
-from certtrain.verifiers.optimise import Neurons, Subproblems, maximise
+from certtrain.verifiers.neurons import Neurons
+from certtrain.verifiers.optimise import Subproblems, maximise
 from certtrain.verifiers.problem import rows_of_clauses
 from certtrain.verifiers.search_record import (
     Concretised,

@@ -16,7 +16,8 @@ from certtrain.verifiers import Judge, Search
 from certtrain.verifiers import neuron_split as room
 from certtrain.verifiers.branching import gains
 from certtrain.verifiers.neuron_split import SignBounder, SignSpace, SignSplitter, split_neurons
-from certtrain.verifiers.optimise import Columns, Neurons, Subproblems, maximise, starting_slopes
+from certtrain.verifiers.neurons import Columns, Neurons
+from certtrain.verifiers.optimise import Subproblems, maximise, starting_slopes
 from certtrain.verifiers.tighter_bounds import tightened
 
 

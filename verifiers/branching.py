@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..bounds import Region
-from .optimise import Columns, Optimised
+from .neurons import Columns
+from .optimise import Optimised
 
 FLOOR = 1e-3
 """Least gain that a half counts with, relative to the bound: neurons that only help one half are told apart by it."""

@@ -19,7 +19,8 @@ from ..bounds import Bounds, Region, clock
 from ..bounds.crown import backward, relax_all, rows_at_a_time
 from ..bounds.network import Network
 from ..errors import InputError
-from .optimise import Neurons, Subproblems, maximise
+from .neurons import Neurons
+from .optimise import Subproblems, maximise
 
 ROUNDING = 1e-12
 """Amount by which a Lagrangian is lowered, relative to the sum of its terms' absolute values: thousands of float64

@@ -34,7 +34,8 @@ from .engine import (
     Violates,
 )
 from .lp import LeafSolution, rounded_bound, solve_leaf
-from .optimise import BestParameters, Columns, Neurons, Optimised, Subproblems, maximise, starting_slopes
+from .neurons import Columns, Neurons
+from .optimise import BestParameters, Optimised, Subproblems, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable

@@ -23,7 +23,8 @@ from .branching import minimiser
 from .engine import SearchOutcome
 from .input_split import BATCH, INPUTS, few_inputs, split_inputs
 from .neuron_split import split_neurons
-from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
+from .neurons import Neurons
+from .optimise import Subproblems, maximise, starting_slopes, with_offsets
 from .problem import Problem, Status
 from .search import Search
 from .sparse_split import split_locations

@@ -12,7 +12,8 @@ from ..bounds import Bounds, Region
 from ..bounds.clock import OutOfTime
 from ..bounds.crown import rows_at_a_time
 from ..bounds.network import Network
-from .optimise import Columns, Neurons, Subproblems, maximise, starting_slopes
+from .neurons import Columns, Neurons
+from .optimise import Subproblems, maximise, starting_slopes
 
 STEPS = 5
 """Steps of each ascent. On a ResNet of VNN-COMP (``resnet_4b``) 5, 10 and 20 steps raise the worst margin from -1.94
