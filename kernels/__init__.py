@@ -23,6 +23,7 @@ else:
     from .sparse import sparse_apply, spgd_step, topk_mask
 
     __all__ = [
-        "available_backends", "batch_statistics_norm", "check_values", "crown_relu_step", "cut_box_minima", "ibp_affine", "ibp_conv2d",
-        "ibp_linear", "ibp_margins", "ibp_relu", "reference", "sparse_apply", "spgd_step", "topk_mask", "use_backend",
+        "available_backends", "batch_statistics_norm", "check_values", "crown_relu_step", "cut_box_minima",
+        "ibp_affine", "ibp_conv2d", "ibp_linear", "ibp_margins", "ibp_relu", "reference", "sparse_apply", "spgd_step",
+        "topk_mask", "use_backend",
     ]  # fmt: skip

@@ -9,6 +9,6 @@ from .selection import sparse_apply, topk_mask
 from .step import spgd_step
 
 __all__ = [
-    "batch_norm", "batch_norm_backward", "crown", "crown_backward", "cut_box_minima", "margins", "margins_backward", "pointwise",
-    "pointwise_backward", "sparse_apply", "spgd_step", "topk_mask",
+    "batch_norm", "batch_norm_backward", "crown", "crown_backward", "cut_box_minima", "margins", "margins_backward",
+    "pointwise", "pointwise_backward", "sparse_apply", "spgd_step", "topk_mask",
 ]  # fmt: skip
