@@ -48,7 +48,8 @@ class Optimised:
         best: (D, R) best lower bounds of all iterates, offsets included.
         alphas, betas: (D, R, U) slopes and multipliers of the last iterate, in columns.
         forms, constants: (D, R, *shape) and (D, R), the linear bound forms · x + constants of the last iterate that
-            was evaluated, offsets included.
+            was evaluated, offsets included. In networks with a ``rounding`` the constants pay for the errors of
+            evaluating it in float64.
         reached: (D, R, U) the coefficients of the neurons' outputs in it.
         values: (D, R, U) inputs of the neurons at its minimiser, in the network of the lines that it uses; 0 where
             they were not computed.
@@ -362,8 +363,9 @@ class _Ascent:
         graph = lower if gradient and self.places and lower.requires_grad else None
         coefficients = torch.cat(reached, 2)
         return _Evaluation(
-            lower.detach(), linear.forms.detach(), linear.constants.detach() + self.sub.offsets, coefficients,
-            torch.zeros_like(coefficients), sizes, slopes, pushed, graph,
+            lower.detach(), linear.forms.detach(),
+            with_offsets(self.network, linear.safe_constants(self.sub.region).detach(), self.sub.offsets),
+            coefficients, torch.zeros_like(coefficients), sizes, slopes, pushed, graph,
         )  # fmt: skip
 
     def step(self, iterate: _Evaluation, rate: float, number: int) -> _Ascent:
