@@ -166,7 +166,7 @@ class SignSpace:
         upper = torch.where(some.signs < 0, upper.clamp(max=0), upper)
         return replace(some, lower=lower, upper=upper)
 
-    def clipped(self, some: SignSubproblems, forms: Tensor, constants: Tensor) -> SignSubproblems:
+    def clipped(self, some: SignSubproblems, forms: Tensor, constants: Tensor, used: Tensor) -> SignSubproblems:
         """Clip the bounds of the open subproblems' neurons to where a row of the clause may be below a small level.
 
         A neuron that becomes stable takes the sign as one assumed: so a leaf's linear program stays exact. Where
@@ -174,6 +174,7 @@ class SignSpace:
 
         Args:
             forms, constants: (P, N) and (P,), a linear bound of a row of each subproblem's clause.
+            used: (P, U) bool, the neurons whose upper lines that bound uses.
         """
         open_ = ~(some.bound > 0)
         for image, lines in self.lines.items():
@@ -183,7 +184,7 @@ class SignSpace:
                 tiny = torch.finfo(some.bound.dtype).tiny
                 level = torch.minimum(some.level[index], (-LEVEL * some.bound[index]).clamp(min=tiny))
                 cuts, offsets = scaled(forms[index], constants[index], Interval(hull.center[0], hull.radius[0]))
-                ends = lines.clipped(cuts, offsets - level, some.lower[index], some.upper[index])
+                ends = lines.clipped(cuts, offsets - level, some.lower[index], some.upper[index], used[index])
                 some = some.replaced(index, self._assumed(some.take(index), level, *ends))
         return some
 
@@ -294,7 +295,8 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         bound = torch.minimum(bound, some.level)
         some = replace(some, bound=bound, alphas=optimised.alphas, betas=optimised.betas)
         each = torch.arange(len(row), device=row.device)
-        some = self.space.clipped(some, optimised.forms[each, row].flatten(1), optimised.constants[each, row])
+        forms, constants, reached = (p[each, row] for p in (optimised.forms, optimised.constants, optimised.reached))
+        some = self.space.clipped(some, forms.flatten(1), constants, reached < 0)
         return SignBounds(
             some, self.space, linear, ends, empty, optimised, row, minimiser(optimised, linear.region, row), best
         )  # fmt: skip
