@@ -62,9 +62,9 @@ class NeuronLines:
         columns = torch.argsort(open_.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
         chosen = open_.gather(1, columns)
         rows = torch.cat([columns, columns + low.shape[1]], 1).masked_fill(~torch.cat([chosen, chosen], 1), -1)
-        below, above = cut_box_minima(self.forms, self.constants, cuts, offsets, rows).split(most, 1)
-        columns = columns + self.first
-        return lower.scatter_reduce(1, columns, below, "amax"), upper.scatter_reduce(1, columns, -above, "amin")
+        found, columns = cut_box_minima(self.forms, self.constants, cuts, offsets, rows), columns + self.first
+        below, above = found[:, :most], -found[:, most:]
+        return lower.scatter_reduce(1, columns, below, "amax"), upper.scatter_reduce(1, columns, above, "amin")
 
 
 def scaled(forms: Tensor, constants: Tensor, box: Interval) -> tuple[Tensor, Tensor]:
