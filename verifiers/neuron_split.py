@@ -59,7 +59,11 @@ infeasible subproblems (18 open neurons over 3 inputs: 2 s, not minutes). With 6
 LINES = 1 << 29
 """Most bytes of neurons' linear bounds that are kept, for all images of a search."""
 
-PROBING = 1 / 32
+TRIALS, PAYS = 32, 8
+"""An image's subproblems go to ``TRIALS`` linear programs, and to more while one in ``PAYS`` closes a subproblem: each
+costs as much as bounding dozens of them."""
+
+PROBING = 1 / 64
 """Share of the subproblems whose linear program is solved before they are split, one a round at least. Without them
 networks of 30 neurons with a counterexample that gradients do not find take minutes."""
 
@@ -424,10 +428,15 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
 
     def __init__(self, space: SignSpace, exact: Network, programs: int):
         self.space, self.exact, self.programs = space, exact, programs
+        self.asked, self.closed = (
+            [0] * len(space.lower) for _ in range(2)
+        )  # by image, of subproblems that are no leaf
 
     def wants(self, bounded: SignBounds) -> Tensor:
         depth = (bounded.subproblems.signs != 0).sum(1)
-        return (depth % PROGRAM_EVERY == 0) & (depth > 0) & self._small(bounded.subproblems)
+        pays = [asked < TRIALS or PAYS * closed >= asked for asked, closed in zip(self.asked, self.closed, strict=True)]
+        paying = torch.tensor(pays, device=depth.device)[bounded.subproblems.image]
+        return paying & (depth % PROGRAM_EVERY == 0) & (depth > 0) & self._small(bounded.subproblems)
 
     def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         bounds, undecided, proofs = list[float](), list[str | None](), list[Proof | None]()
@@ -441,6 +450,8 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
                 if solution.point is not None:
                     progress.refute(image, self._point(image, solution.point))
                 bound = min(self._bound_of(one, linear, solution), float(one.level))
+                self.asked[image] += not last
+                self.closed[image] += bound > 0 and not last
                 if bound > 0:
                     proof = self._proof(bounded, number, solution)
                 elif last and progress.is_unfinished(image):
