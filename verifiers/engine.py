@@ -11,16 +11,19 @@ Three parts depend on the kind of subproblem: a ``Bounder``, a ``Splitter`` and 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..bounds.clock import OutOfTime, look, now, until
+from ..bounds import memory
+from ..bounds.clock import OutOfTime, left, look, now, until
 from ..bounds.network import Network
 from ..typed import as_ints
 from .problem import Problem
@@ -54,10 +57,22 @@ class OpenSubproblems:
         return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     def joined(self, other: Self) -> Self:
-        return type(self)(**{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)})
+        """Both tables as one; where one's field has fewer columns, these are filled up with 0."""
+        return type(self)(**{f.name: _joined(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of one row, >= 1."""
+        columns: list[Tensor] = [getattr(self, field.name) for field in fields(self)]
+        return max(1, sum(column[0].numel() * column.element_size() for column in columns) if len(self) else 1)
 
 
 S = TypeVar("S", bound=OpenSubproblems)
+P = TypeVar("P", bound=OpenSubproblems)
+
+ROUND = 0.1
+"""Largest share of the time left, under a time limit, that one batch of subproblems is planned to take: a batch that
+does not end in time is lost, and the processor may become slower meanwhile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +101,14 @@ class Bounder(ABC, Generic[S, B]):
     @abstractmethod
     def at_a_time(self) -> int:
         """Number of subproblems bounded together, >= 1."""
+
+    def packed(self, subproblems: S) -> OpenSubproblems:
+        """The subproblems without what can be computed again, for the open list when it outgrows its memory."""
+        return subproblems
+
+    def restored(self, packed: Any) -> S:
+        """Subproblems from their packed form, with the parameters and bounds of their roots in place of their own."""
+        return packed
 
     @abstractmethod
     def bound(self, subproblems: S) -> B:
@@ -234,7 +257,7 @@ class BranchAndBound(Generic[S, B]):
     Args:
         network: the folded network, on which candidates are evaluated before they are replayed.
         known: (B, G) lower bounds of each image's goals before the search.
-        roots: subproblems that cover every goal without a positive bound in ``known``.
+        roots: subproblems that cover every goal without a positive bound in ``known``, in the bounder's packed form.
         timeout: seconds for each image's share of the time. The batch as a whole has as many times ``timeout`` on the
             wall clock as it has images; the clock is checked within rounds, and an unfinished batch stays open.
         most: number of splits after which an image is given up; None for no limit.
@@ -246,7 +269,7 @@ class BranchAndBound(Generic[S, B]):
         problem: Problem,
         network: Network,
         known: Tensor,
-        roots: S,
+        roots: OpenSubproblems,
         bounder: Bounder[S, B],
         splitter: Splitter[S, B],
         leaf: LeafSolver[S, B],
@@ -261,7 +284,8 @@ class BranchAndBound(Generic[S, B]):
         self.most, self.record = most, record
         self.progress = ImageProgress(len(problem), timeout, violates)
         self.roots = roots.take(~(roots.bound > 0))
-        self.open = roots.take(roots.image[:0])
+        self.open = OpenList(bounder, self.roots, memory.kept(known))
+        self._pace = 0.0  # seconds that the slowest of the last batches took for each of its subproblems
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
         self._started, self._probed = now(), 0.0
 
@@ -281,25 +305,48 @@ class BranchAndBound(Generic[S, B]):
         return SearchOutcome(proved, progress.counterexamples, lower, progress.seconds, reasons)
 
     def _search(self) -> None:
-        self._examine(self._recorded(self.roots, root=True))
+        self._examine_roots(self._recorded(self.roots, lambda roots: [None] * len(roots)))
         while len(self.open):
             look()
-            chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time)
+            most = max(1, self._in_time(2 * self.splitter.at_a_time) // 2)
+            chosen = in_turns(self.open.image, self.open.bound, most)
             if self.leaf.probing and self._probe(self.open.take(chosen)):
                 continue  # an image was refuted: choose again
-            left = torch.ones(len(self.open), dtype=torch.bool, device=chosen.device)
-            left[chosen] = False
-            parents, self.open = self.open.take(chosen), self.open.take(left)
+            parents = self.open.take(chosen)
+            self.open.remove(chosen)
             for image in as_ints(parents.image):
                 self.progress.splits[image] += 1
-            self._examine(self._recorded(self.splitter.children(parents), root=False))
+            self._examine(self._recorded(self.splitter.children(parents), self.splitter.decisions))
 
-    def _recorded(self, subproblems: S, root: bool) -> S:
+    def _in_time(self, most: int) -> int:
+        """Number of subproblems to bound together: ``most``, or, under a time limit, as many as are expected to take
+        ``ROUND`` of the time left; at least 1."""
+        rest = left()
+        if rest == math.inf or not self._pace:
+            return most
+        return max(1, int(min(most, ROUND * rest / self._pace)))
+
+    def _parts(self, subproblems: OpenSubproblems) -> Iterator[tuple[Tensor, Tensor]]:
+        """(the numbers to bound together, those left for later), until none are left."""
+        rest = torch.arange(len(subproblems), device=subproblems.image.device)
+        while len(rest):
+            size = self._in_time(self.bounder.at_a_time)
+            part, rest = rest[:size], rest[size:]
+            yield part, rest
+
+    def _examine_roots(self, roots: OpenSubproblems) -> None:
+        for part, rest in self._parts(roots):
+            try:
+                self._examine(self.bounder.restored(roots.take(part)))
+            except OutOfTime:
+                self.open.add_packed(roots.take(rest))
+                raise
+
+    def _recorded(self, subproblems: P, decisions: Callable[[P], Sequence[Decision | None]]) -> P:
         """Add subproblems to the record, if there is one, and store their numbers in ``node``."""
         if self.record is None:
             return subproblems
-        decisions = [None] * len(subproblems) if root else self.splitter.decisions(subproblems)
-        nodes = self.record.add(subproblems.node, subproblems.image, subproblems.goal, decisions)
+        nodes = self.record.add(subproblems.node, subproblems.image, subproblems.goal, decisions(subproblems))
         return replace(subproblems, node=nodes)
 
     def _probe(self, parents: S) -> bool:
@@ -321,14 +368,14 @@ class BranchAndBound(Generic[S, B]):
 
     def _examine(self, subproblems: S) -> None:
         """Bound subproblems, then close them or keep them open with their decision."""
-        every = torch.arange(len(subproblems), device=subproblems.image.device)
-        for index in torch.split(every, self.bounder.at_a_time) if len(every) else ():
-            batch = subproblems.take(index)
+        for part, rest in self._parts(subproblems):
+            batch, begun = subproblems.take(part), now()
             try:
                 self._examine_batch(batch)
             except OutOfTime:
-                self.open = self.open.joined(subproblems.take(every[index[0] :]))
+                self.open.add(subproblems.take(torch.cat([part, rest])))
                 raise
+            self._pace = max(0.5 * self._pace, (now() - begun) / len(part))
             images = set(as_ints(batch.image))
             self._give_up({i for i in images if self.progress.time_left(i) < 0}, "timeout")
             if self.most is not None:
@@ -370,7 +417,7 @@ class BranchAndBound(Generic[S, B]):
         self._close(finished)
         self._close(subproblems, ~keep, bounded, dict(zip(as_ints(index), solved.proofs)) if solved else {})
         if chosen is not None:
-            self.open = self.open.joined(chosen)
+            self.open.add(chosen)
         if solved is not None:
             self._doubt(as_ints(batch.image[index]), solved.undecided)
 
@@ -404,13 +451,12 @@ class BranchAndBound(Generic[S, B]):
         """Close the open subproblems of images that are refuted or given up; their bounds count for the goals."""
         if all(map(self.progress.is_unfinished, range(len(self.problem)))):
             return
-        wanted = self.progress.unfinished(self.open.image)
-        self._close(self.open.take(~wanted))
-        self.open = self.open.take(wanted)
+        for closed in self.open.remove(~self.progress.unfinished(self.open.image)):
+            self._close(closed)
 
     def _close(
         self,
-        subproblems: S,
+        subproblems: OpenSubproblems,
         which: Tensor | None = None,
         bounded: B | None = None,
         solved: dict[int, Proof | None] | None = None,
@@ -433,6 +479,70 @@ class BranchAndBound(Generic[S, B]):
             else:
                 refuted = self.progress.counterexamples[int(subproblems.image[number])] is not None
                 self.record.close(node, bound, "counterexample" if refuted else "given up", None)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    if first.ndim == 2 and first.shape[1] != second.shape[1]:
+        most = max(first.shape[1], second.shape[1])
+        first, second = (F.pad(part, (0, most - part.shape[1])) for part in (first, second))
+    return torch.cat([first, second])
+
+
+class OpenList(Generic[S]):
+    """The open subproblems of a search. Those with the lowest bounds are whole, as far as memory allows; the others are
+    packed, so that the search goes on in bounded memory. Numbers count the whole ones first.
+
+    Args:
+        roots: subproblems in packed form, which gives the type; none of them is in the list.
+        most: bytes for whole subproblems.
+    """
+
+    def __init__(self, bounder: Bounder[S, Any], roots: OpenSubproblems, most: int):
+        self.bounder, self.most = bounder, most
+        self.packed = roots.take(roots.image[:0])
+        self.whole = bounder.restored(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.whole) + len(self.packed)
+
+    @property
+    def image(self) -> Tensor:
+        return torch.cat([self.whole.image, self.packed.image])
+
+    @property
+    def bound(self) -> Tensor:
+        return torch.cat([self.whole.bound, self.packed.bound])
+
+    def add(self, subproblems: S) -> None:
+        self.whole = self.whole.joined(subproblems)
+        most = max(1, self.most // self.whole.bytes_each)
+        if len(self.whole) > most:  # half of the room is left free: packing copies the list
+            order = torch.argsort(self.whole.bound, stable=True)
+            keep, pack = order[: (most + 1) // 2].sort().values, order[(most + 1) // 2 :].sort().values
+            self.add_packed(self.bounder.packed(self.whole.take(pack)))
+            self.whole = self.whole.take(keep)
+
+    def add_packed(self, packed: OpenSubproblems) -> None:
+        self.packed = self.packed.joined(packed)
+
+    def take(self, index: Tensor) -> S:
+        """The subproblems of the numbers ``index``, in its order; packed ones are restored."""
+        first = len(self.whole)
+        if not bool((index >= first).any()):
+            return self.whole.take(index)
+        whole = index < first
+        order = torch.argsort(torch.argsort((~whole).to(torch.uint8), stable=True), stable=True)
+        restored = self.bounder.restored(self.packed.take(index[~whole] - first))
+        return self.whole.take(index[whole]).joined(restored).take(order)
+
+    def remove(self, which: Tensor) -> tuple[OpenSubproblems, OpenSubproblems]:
+        """Remove subproblems, given their numbers or (P,) bool; return the whole and the packed ones among them."""
+        left = torch.ones(len(self), dtype=torch.bool, device=which.device)
+        left[which] = False
+        whole, packed = left[: len(self.whole)], left[len(self.whole) :]
+        removed = self.whole.take(~whole), self.packed.take(~packed)
+        self.whole, self.packed = self.whole.take(whole), self.packed.take(packed)
+        return removed
 
 
 def in_turns(image: Tensor, bound: Tensor, most: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..bounds import forward
+from ..bounds import forward, memory
 from ..bounds.clock import OutOfTime, fitting, look, looking, now, until
 from ..bounds.effort import work_of
 from ..bounds.network import Network
@@ -50,7 +50,8 @@ class FalsifyStage(Stage):
         members, _ = rows_of_clauses(problem.specification.clauses)
         number, clause = (~(known.rows[:, members] > 0).any(-1)).nonzero(as_tuple=True)
         with until(now() + self.seconds):
-            most = fitting(max(1, min(self.most, len(number))), _step_of(known.network))
+            most = min(self.most, _points_at_a_time(known.network, problem.region.images))
+            most = fitting(max(1, min(most, len(number))), _step_of(known.network))
             work = [part for start in range(self.starts) for part in _parts(number, clause, start, most)]
             try:
                 for number, clause, start in looking(work):
@@ -87,6 +88,12 @@ class FalsifyStage(Stage):
             size = 0.25 * 0.04 ** (step / self.steps)
             points = region.nearest(points - size * width * gradient.sign())
         return candidates
+
+
+def _points_at_a_time(network: Network, like: Tensor) -> int:
+    """Number of points whose gradients fit into one round's memory; at least 1."""
+    numbers = 4 * sum(shape.numel() for shape in network.shapes)
+    return max(1, memory.planned(like) // max(1, numbers * like.element_size()))
 
 
 def _step_of(network: Network) -> dict[str, float]:

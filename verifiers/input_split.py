@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bounds import Box
+from ..bounds import Box, memory
 from ..bounds.crown import rows_at_a_time
 from ..typed import as_floats, as_ints
 from .bounds_so_far import BoundsSoFar
@@ -118,7 +118,10 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
         members, _ = rows_of_clauses(problem.specification.clauses)
         self.problem = problem
         self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds)
-        self.boxes = min(batch, rows_at_a_time(known.network, rows.shape[1], known.rows))
+        inputs = int((problem.region.hull.radius > 0).flatten(1).sum(1).max()) if len(problem) else 0
+        lines = 1 + inputs  # of forward bounds, lower and upper ones
+        size = memory.planned(known.rows)
+        self.boxes = min(batch, rows_at_a_time(known.network, max(rows.shape[1], lines), known.rows, size=size))
 
     @property
     def at_a_time(self) -> int:

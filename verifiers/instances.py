@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..bounds.clock import OutOfTime, now, until
+from ..bounds.memory import within
 from ..errors import InputError, check
 from ..run_folder import LineFile
 from .limits import out_of_memory
@@ -56,6 +57,7 @@ def run_instances(
     *,
     timeout: float | None = None,
     arithmetic: Arithmetic = "nearest",
+    memory: int | str | None = None,
     watch: Callable[[int, int, str], object] = lambda number, count, line: None,
 ) -> None:
     """Answer a table's instances in order; append each answer to ``results`` as ``onnx,vnnlib,status,seconds`` as soon
@@ -66,6 +68,7 @@ def run_instances(
 
     Args:
         timeout: limit in seconds for each instance, besides the table's own.
+        memory: limit of the process' memory, as in ``Certify``.
         watch: called with each instance's number, from 1, the number of instances, and a line on its answer.
     Raises:
         InputError: the table cannot be read, or ``results`` holds other lines; it is then left as it was.
@@ -73,7 +76,7 @@ def run_instances(
     check(timeout is None or 0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
     try:
-        with file.exclusive():
+        with within(memory), file.exclusive():
             done = _count_answered(file, instances)
             reader = _NetworkReader(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds
-from ..bounds.crown import crown_bounds, rows_at_a_time
+from ..bounds import Bounds, memory
+from ..bounds.crown import crown_bounds
 from ..bounds.network import Network
 from ..typed import as_bools, as_ints
 from .bounds_so_far import BoundsSoFar
@@ -33,7 +33,7 @@ from .engine import (
     Violates,
 )
 from .lp import LeafSolution, rounded_bound, solve_leaf
-from .optimise import BestParameters, Neurons, Optimised, Subproblems, maximise, starting_slopes
+from .optimise import BestParameters, Neurons, Optimised, Subproblems, ascents_at_a_time, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
@@ -73,7 +73,7 @@ def split_neurons(
     space = SignSpace(problem, known)
     bounder = SignBounder(space, search, recording=record is not None)
     return BranchAndBound(
-        problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
+        problem, known.network, space.worst, space.roots(), bounder, SignSplitter(space, search),
         LinearProgramSolver(space, exact), timeout=timeout, violates=violates, most=search.most, record=record,
     ).run()  # fmt: skip
 
@@ -97,6 +97,19 @@ class SignSubproblems(OpenSubproblems):
     betas: Tensor
 
 
+@dataclass(frozen=True)
+class PackedSigns(OpenSubproblems):
+    """Subproblems by their assumed signs alone.
+
+    Args:
+        branch: as in ``SignSubproblems``.
+        decided: (P, D) int32, the columns with an assumed sign, counted from 1 and multiplied by the sign; 0 for none.
+    """
+
+    branch: Tensor
+    decided: Tensor
+
+
 class SignSpace:
     """Data shared by all subproblems of a batch of problems: columns of unstable neurons, and rows of clauses."""
 
@@ -109,17 +122,35 @@ class SignSpace:
         self.columns = columns_of((self.lower < 0) & (self.upper > 0))
         self.clauses, _ = rows_of_clauses(problem.specification.clauses)
         self.worst = known.rows[:, self.clauses].amax(-1)  # (B, clauses)
+        self.slopes = known.alphas  # (B, R, N) to start from; CROWN's if None
 
-    def roots(self, slopes: Tensor | None) -> SignSubproblems:
-        """The open clauses without assumed signs; ``slopes`` (B, R, N) to start from, CROWN's if None."""
+    def roots(self) -> PackedSigns:
+        """The open clauses without assumed signs."""
         image, clause = (~(self.worst > 0)).nonzero(as_tuple=True)
-        slopes = starting_slopes(self.lower, self.upper, self.rows.shape[1]) if slopes is None else slopes
-        alphas = self.gathered(slopes[image[:, None], self.clauses[clause]], image)
-        lower, upper = (self.gathered(end[image].unsqueeze(1), image)[:, 0] for end in (self.lower, self.upper))
-        signs = torch.zeros(len(image), self.columns.shape[1], dtype=torch.int8, device=image.device)
         none = torch.zeros_like(image)
+        decided = torch.zeros(len(image), 0, dtype=torch.int32, device=image.device)
+        return PackedSigns(image, clause, self.worst[image, clause], none - 1, none, decided)
+
+    def packed(self, some: SignSubproblems) -> PackedSigns:
+        """The subproblems without bounds, slopes and multipliers of their own."""
+        assumed = some.signs != 0
+        most = int(assumed.sum(1).max()) if len(some) else 0
+        columns = torch.argsort(assumed.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
+        decided = (some.signs.gather(1, columns) * (columns + 1)).to(torch.int32)
+        return PackedSigns(some.image, some.goal, some.bound, some.node, some.branch, decided)
+
+    def restored(self, packed: PackedSigns) -> SignSubproblems:
+        """The subproblems with their image's bounds, the slopes to start from, and no multipliers."""
+        image, rows = packed.image, self.clauses[packed.goal]
+        lower, upper = (self.gathered(end[image].unsqueeze(1), image)[:, 0] for end in (self.lower, self.upper))
+        if self.slopes is None:
+            alphas = starting_slopes(lower, upper, rows.shape[1])
+        else:
+            alphas = self.gathered(self.slopes[image[:, None], rows], image)
+        signs = torch.zeros(len(image), self.columns.shape[1] + 1, dtype=torch.int8, device=image.device)
+        signs.scatter_(1, packed.decided.abs().long(), packed.decided.sign().to(torch.int8))
         return SignSubproblems(
-            image, clause, self.worst[image, clause], none - 1, none, signs, lower, upper, alphas,
+            image, packed.goal, packed.bound, packed.node, packed.branch, signs[:, 1:], lower, upper, alphas,
             torch.zeros_like(alphas),
         )  # fmt: skip
 
@@ -206,7 +237,14 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
 
     @property
     def at_a_time(self) -> int:
-        return max(1, min(2 * self.search.batch, rows_at_a_time(self.space.network, 1, self.space.lower)))
+        rows = self.space.clauses.shape[1]
+        return max(1, min(2 * self.search.batch, ascents_at_a_time(self.space.network, rows, self.space.lower)))
+
+    def packed(self, subproblems: SignSubproblems) -> PackedSigns:
+        return self.space.packed(subproblems)
+
+    def restored(self, packed: PackedSigns) -> SignSubproblems:
+        return self.space.restored(packed)
 
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
         some, ends, empty = self._tightened(subproblems)
@@ -249,7 +287,10 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     @property
     def at_a_time(self) -> int:
-        return min(self.search.batch, rows_at_a_time(self.space.network, 2, self.space.lower))
+        """As many as the settings say, if these and their children are a small part of the open ones."""
+        numbers = self.space.columns.shape[1] * (2 + 2 * self.space.clauses.shape[1])
+        most = memory.kept(self.space.lower) // (8 * numbers * self.space.lower.element_size())
+        return max(1, min(self.search.batch, most))
 
     def options(self, bounded: SignBounds) -> Tensor:
         linear = bounded.linear

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds, Region
+from ..bounds import Bounds, Region, memory
 from ..bounds.clock import OutOfTime, look, now
 from ..bounds.crown import LinearBound, backward, relax_all, slack_of
 from ..bounds.network import Network
@@ -109,6 +109,18 @@ class BestParameters:
         self.alphas = alphas.clone() if self.alphas is None else torch.where(improved, alphas, self.alphas)
         if betas is not None:
             self.betas = betas.clone() if self.betas is None else torch.where(improved, betas, self.betas)
+
+
+ASCENT = 12
+"""Arrays of the size of all operations' outputs that ``maximise`` holds at its peak, for each linear form: parameters,
+their gradients and Adam's averages, lines, and what the gradient keeps of the backward pass; measured."""
+
+
+def ascents_at_a_time(network: Network, rows: int, like: Tensor) -> int:
+    """Number of subproblems of so many linear forms that ``maximise`` takes together; 0 if even one is too large for a
+    round. Independent of the memory that is free."""
+    numbers = sum(shape.numel() for shape in network.shapes)
+    return memory.planned(like) // max(1, ASCENT * rows * numbers * like.element_size())
 
 
 def finite(lower: Tensor) -> Tensor:

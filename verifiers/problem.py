@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..bounds import Region
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in
+from ..typed import unique
 
 Status = Literal["verified", "falsified", "misclassified", "unknown", "timeout", "error"]
 
@@ -72,6 +73,11 @@ class Specification:
         """
         best = values.new_full((len(values), int(self.clauses.max()) + 1), -torch.inf)
         return best.scatter_reduce(1, self.clauses.expand(len(values), -1), values, "amax").amin(1)
+
+    def part(self, rows: Tensor) -> Specification:
+        """The specification of some rows (their numbers), without labels: whole clauses, numbered anew."""
+        clauses = torch.searchsorted(unique(self.clauses[rows]), self.clauses[rows])
+        return Specification(self.rows[:, rows], self.offsets[:, rows], clauses)
 
     def subset(self, index: Tensor) -> Specification:
         labels = None if self.labels is None else self.labels[index]

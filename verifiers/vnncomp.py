@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bounds import Box
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.folding import fold
+from ..bounds.memory import within
 from ..errors import InputError, Portable, check
 from ..run_folder import write_atomically
 from ..typed import as_floats, as_ints, unique
@@ -96,6 +97,7 @@ def answer(
     timeout: float = 60.0,
     *,
     arithmetic: Arithmetic = "nearest",
+    memory: int | str | None = None,
     results: str | Path | None = None,
 ) -> Answer:
     """Decide whether a property holds of a network. Both are files, plain or gzipped (``.gz`` may be left out).
@@ -104,6 +106,7 @@ def answer(
         timeout: seconds, including the reading of the files.
         arithmetic: arithmetic of proofs: ``nearest``, for the network with its batch norms folded in float32; the
             others, for each operator as the file has it.
+        memory: limit of the process' memory, as in ``Certify``.
         results: file for the answer in VNN-COMP's form.
     Raises:
         InputError: a file that cannot be read, or does not fit the other; an operator without a rule; ``results`` that
@@ -113,7 +116,7 @@ def answer(
     if results is not None and (not Path(results).parent.is_dir() or Path(results).is_dir()):
         raise InputError(f"{results}: cannot be written; accepted: a file of results, in a folder that is there")
     started = now()
-    with until(started + timeout):
+    with until(started + timeout), within(memory):
         try:
             read = read_onnx(present(network))
             case = read_property(present(property), read.shape.numel(), read.outputs)

@@ -41,6 +41,8 @@ def add(commands) -> None:
     verify.add_argument("--stages", metavar="A,B,…", help="some of ibp, crown_ibp, attack, crown, alpha, lirpa, "
                         "input_split, location, bab")  # fmt: skip
     verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
+    verify.add_argument("--memory", metavar="SIZE", help="limit of the process' memory, such as 2GiB (default: what is "
+                        "free)")  # fmt: skip
     verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
     add_plugins(verify)
     verify.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -91,7 +93,8 @@ def _refuse_more(options: argparse.Namespace, rest: list[str]) -> None:
     given += ["--verifier"] if options.verifier != "embedded" else []
     if rest or given:
         raise InputError(
-            f"{[*map(repr, rest), *given][0]}: cannot be given here; accepted: --timeout, --results, --arithmetic"
+            f"{[*map(repr, rest), *given][0]}: cannot be given here; accepted: --timeout, --results, --arithmetic, "
+            "--memory"
         )
 
 
@@ -104,6 +107,12 @@ def _arithmetic(options: argparse.Namespace) -> Any:
     return options.arithmetic or "nearest"
 
 
+def _memory(options: argparse.Namespace) -> int | None:
+    from ..bounds.memory import size_of
+
+    return None if options.memory is None else size_of(options.memory, "--memory")
+
+
 def _property(options: argparse.Namespace, rest: list[str]) -> int:
     with _says_error():
         from ..errors import InputError
@@ -114,7 +123,8 @@ def _property(options: argparse.Namespace, rest: list[str]) -> int:
             raise InputError("found one file; accepted: --onnx FILE and --vnnlib FILE together")
         seconds = number("--timeout", options.timeout or "60", SECONDS)
         found = answer(
-            options.onnx, options.vnnlib, seconds, arithmetic=_arithmetic(options), results=options.results
+            options.onnx, options.vnnlib, seconds, arithmetic=_arithmetic(options), memory=_memory(options),
+            results=options.results,
         )  # fmt: skip
     print(found)
     return 0
@@ -133,7 +143,7 @@ def _instances(options: argparse.Namespace, rest: list[str]) -> int:
         with StopRequest(at_once=True):
             run_instances(
                 options.instances, options.results, timeout=seconds, arithmetic=_arithmetic(options),
-                watch=lambda place, count, line: print(f"{place}/{count} {line}", flush=True),
+                memory=_memory(options), watch=lambda place, count, line: print(f"{place}/{count} {line}", flush=True),
             )  # fmt: skip
     return 0
 
@@ -166,7 +176,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
             raise InputError(f"--{name}: cannot be changed here; accepted: --certify.field value, see --help")
     if options.results:
         raise InputError("--results: accepted with --onnx or --instances; a run's verdicts stand in its folder")
-    ours = [*overrides, *(name for name in ("stages", "arithmetic") if getattr(options, name) is not None)]
+    ours = [*overrides, *(name for name in ("stages", "arithmetic", "memory") if getattr(options, name) is not None)]
     if options.verifier == "abcrown" and ours:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
@@ -175,7 +185,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     size = run.config.perturbation.size
     given = {
         f"perturbation.{size}": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
-        "certify.arithmetic": options.arithmetic,
+        "certify.arithmetic": options.arithmetic, "certify.memory": options.memory,
     }  # fmt: skip
     overrides |= {name: value for name, value in given.items() if value is not None}
     if options.stages is not None:
