@@ -1,6 +1,6 @@
 """Time the verifier against others in one run: ratios, and both sides' answers.
 
-    python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [limits] [--rounds 3] [--json FILE]
+    python scripts/benchmark_verification.py [CASE …] [--rounds 3] [--json FILE]
     python scripts/benchmark_verification.py run --run RUN_DIR [--images 200]
 
 crown       CROWN on all margins, CNN7 at a quarter of its width, 8 images of CIFAR's size; beside auto_LiRPA where it
@@ -12,6 +12,9 @@ planted     tiny networks with a counterexample that gradients do not see, and r
 limits      time of hard questions under limits of 1, 2, 5 and 12 s: VNN-COMP's front door on convolutional networks,
             and certify on images of a ResNet-18; wall seconds, CPU seconds of the process, and wall / allowed, which is
             n images · limit + 10 % + 1 s. The code that a process' first verification loads is loaded before
+memory      CROWN on a CNN7 and on one of twice the width, CIFAR's size and one image, and then a minute of search, in 2
+            and 4 GiB, each in a process of its own; the radius leaves about half of all neurons open. CROWN takes hours
+            on one core unless --crown-seconds ends it early: then its bounds so far are kept
 run         the first test images of a finished run, up to 60 s each, once as usual and once with every image attacked;
             loading the network and the kernels, and a first image, are not counted
 
@@ -28,7 +31,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 
 import torch
@@ -37,8 +43,10 @@ from torch import Tensor, nn
 
 import certtrain
 from certtrain.bounds import LinfBall
+from certtrain.bounds.clock import until
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
+from certtrain.bounds.memory import within
 from certtrain.models import Cnn7, PreActResNet, initialise_for_ibp
 from certtrain.run_folder import write_atomically
 from certtrain.streams import tolerant_streams
@@ -59,6 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--crown-seconds", type=float, default=float("inf"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -73,6 +82,10 @@ def main() -> None:
     if options.json:
         text = json.dumps({"threads": options.threads, **found}, indent=2) + "\n"
         write_atomically(options.json, lambda temporary: temporary.write_text(text))
+
+
+OPEN_HALF = 12 / 255
+"""Radius at which about half of the neurons of a CNN7 with torch's initial weights are open, by CROWN."""
 
 
 def _network(shape: tuple[int, int, int], **options):
@@ -234,12 +247,43 @@ def _taken(limit: float, ask: Callable[[], str]) -> dict:
     return {"answer": said, "wall": round(wall, 2), "processor": round(processor, 2), "wall / allowed": ratio}
 
 
+def _memory(crown_seconds: float) -> dict:
+    found = {}
+    for width, memory in ((64, "2GiB"), (128, "4GiB")):
+        with ProcessPoolExecutor(1, get_context("spawn")) as processes:
+            measured = processes.submit(_search_in, width, memory, crown_seconds)
+            found[f"CNN7 of width {width} in {memory}"] = measured.result()
+    return found
+
+
+def _search_in(width: int, memory: str, crown_seconds: float, search_seconds: float = 60.0) -> dict:
+    torch.manual_seed(0)
+    model, image, found = Cnn7(width=width).build((3, 32, 32), 10).eval(), torch.rand(1, 3, 32, 32), {}
+    with torch.no_grad(), within(memory):
+        network = fold(model, image.shape[1:])
+        problem = robustness(model, image, model(image).argmax(1), torch.arange(1), 10, LinfBall(OPEN_HALF))
+        known = BoundsSoFar(network, torch.full((1, 9), -torch.inf), {})
+        for name, limit in (("crown", crown_seconds), ("alpha", search_seconds), ("bab", search_seconds)):
+            (stage,) = Certify(stages=(name,), timeout=search_seconds).build(0)[1:]
+            started = time.perf_counter()
+            with until(started + limit):
+                finding = stage(problem, known)
+            known = finding.known
+            found[f"seconds of {name}"] = round(time.perf_counter() - started, 1)
+            found[f"peak GiB after {name}"] = round(getrusage(RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        open_ = [(bounds.lower < 0) & (bounds.upper > 0) for bounds in known.bounds.values()]
+        found["open neurons"] = f"{sum(int(part.sum()) for part in open_)} of {sum(part.numel() for part in open_)}"
+        found["lower bound"], found["reasons"] = round(float(known.rows.min()), 4), finding.reasons
+    return found
+
+
 CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "crown": lambda options: _crown(options.rounds, 8, width=16, hidden=128),
     "full_width": lambda options: _crown(options.rounds, 1),
     "stream": lambda options: _stream(options.rounds),
     "planted": lambda options: _planted(),
     "limits": lambda options: _limits(),
+    "memory": lambda options: _memory(options.crown_seconds),
     "run": lambda options: _run(options.run, options.images),
 }
 
