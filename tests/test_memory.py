@@ -8,12 +8,15 @@ import torch
 from problems import alone
 from test_branch_and_bound import random_problem
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from certtrain.bounds import memory
+from certtrain.bounds import LinfBall, memory
 from certtrain.bounds.clock import until
 from certtrain.bounds.crown import COPIES, crown_bounds, rows_at_a_time
 from certtrain.bounds.folding import fold
 from certtrain.bounds.memory import LEAST, at_once, kept, planned, size_of, within
+from certtrain.command_line import main
 from certtrain.errors import InputError
 from certtrain.verifiers import AlphaStage, BabStage, Certify, CrownStage, Search, run_cascade
 from certtrain.verifiers.cascade import _images_at_a_time
@@ -174,6 +177,34 @@ class TestResults:
         assert [verdict.status for verdict in found] == expected and set(seen) == {1}
 
 
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation returns."""
+
+    bytes_ = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [part for part in tree_leaves(result) if isinstance(part, torch.Tensor)]
+        self.bytes_ = max(self.bytes_, *(part.untyped_storage().nbytes() for part in tensors), 0)
+        return result
+
+
+def test_no_array_of_a_backward_pass_is_larger_than_its_share(monkeypatch):
+    network, images = fold(_network(), torch.Size((1, 8, 8))), torch.rand(32, 1, 8, 8)
+    region, largest = LinfBall(0.5).region(images), []
+    for budget in (COPIES * 4 * 256 * 32 * 2, 1 << 40):
+        monkeypatch.setattr(memory, "CHUNK", budget)
+        with _Largest() as mode:
+            crown_bounds(network, region)
+        largest.append(mode.bytes_)
+    assert largest[0] == 4 * 256 * 32 * 2 and largest[1] > 5 * largest[0]
+
+
+def test_the_command_line_refuses_other_sizes(capsys):
+    assert main(["verify", "--onnx", "net.onnx", "--vnnlib", "one.vnnlib", "--memory", "much"]) == 2
+    assert "--memory: found 'much'; accepted: a size of 256MiB or more" in capsys.readouterr().err
+
+
 def test_packed_subproblems_keep_their_signs():
     problem = random_problem(7, "residual", count=4)
     known = alone(CrownStage(), problem).known
@@ -187,10 +218,6 @@ def test_packed_subproblems_keep_their_signs():
     again = space.restored(space.packed(space.restored(packed)))
     assert torch.equal(again.signs, signs) and torch.equal(again.image, roots.image)
     assert torch.equal(space.restored(packed.joined(space.roots())).signs, torch.cat([signs, torch.zeros_like(signs)]))
-
-
-class _Whole(OpenSubproblems):
-    pass
 
 
 def test_an_open_list_keeps_the_lowest_bounds_whole(monkeypatch):
