@@ -20,7 +20,7 @@ from certtrain.command_line import main
 from certtrain.errors import InputError
 from certtrain.verifiers import AlphaStage, BabStage, Certify, CrownStage, Search, run_cascade
 from certtrain.verifiers.cascade import _images_at_a_time
-from certtrain.verifiers.engine import BranchAndBound, OpenList, OpenSubproblems
+from certtrain.verifiers.engine import ROUND, BranchAndBound, OpenList, OpenSubproblems
 from certtrain.verifiers.neuron_split import SignBounder, SignSpace
 from certtrain.verifiers.optimise import ASCENT, ascents_at_a_time
 
@@ -268,7 +268,7 @@ class TestTime:
         counter, _ = self._search(monkeypatch, 10.0)
         spent = list(itertools.accumulate(counter.sizes))
         for before, size in zip(spent, counter.sizes[1:], strict=False):
-            assert size <= max(1, 0.1 * (60.0 - before))
+            assert size <= max(1, ROUND * (60.0 - before))
         assert counter.time <= 60.0 + 1.0
 
     def test_without_a_limit_the_clock_decides_nothing(self, monkeypatch):

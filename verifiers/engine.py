@@ -70,7 +70,7 @@ class OpenSubproblems:
 S = TypeVar("S", bound=OpenSubproblems)
 P = TypeVar("P", bound=OpenSubproblems)
 
-ROUND = 0.1
+ROUND = 0.25
 """Largest share of the time left, under a time limit, that one batch of subproblems is planned to take: a batch that
 does not end in time is lost, and the processor may become slower meanwhile."""
 
