@@ -98,9 +98,12 @@ class BoxLines(Bounded[Boxes]):
         """The minimisers of the worst clause's linear bound, then the centres of the boxes."""
         some = self.subproblems.take(index)
         region, own = Box(some.lower, some.upper), self.problem.region.take(some.image)
-        form = self.forms[index, self.clauses[index].argmin(1)]
+        form = self.forms[index, self.targets(index)]
         yield own.nearest(torch.where(form > 0, region.lower, torch.where(form < 0, region.upper, region.images)))
         yield own.nearest(region.images)
+
+    def targets(self, index: Tensor) -> Tensor:
+        return self.clauses[index].argmin(1)
 
     def proof(self, number: int) -> Proof:
         return Concretised(self.weights[number])
