@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds, forward
+from ..bounds import Bounds, forward, memory
 from ..bounds.clock import look
 from ..bounds.crown import backward, relax_all, rows_at_a_time
 from ..bounds.network import Network
@@ -133,10 +133,9 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
 
 
 def points_at_a_time(network: Network, specification: Specification, like: Tensor) -> int:
-    """Number of points whose activations, gradients and rows fit into memory together."""
-    widest = max(shape.numel() for shape in network.shapes)
-    rows = -(-specification.rows.shape[1:].numel() // widest)
-    return rows_at_a_time(network, len(network.operations) + rows, like)
+    """Number of points whose activations, gradients and rows fit into a round's memory together; at least 1."""
+    numbers = 4 * sum(shape.numel() for shape in network.shapes) + specification.rows.shape[1:].numel()
+    return max(1, memory.planned(like) // (numbers * like.element_size()))
 
 
 def _largest_row(specification: Specification, members: Tensor, some: Points, logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar, cast
@@ -121,6 +121,14 @@ class Bounder(ABC, Generic[S, B]):
     def restored(self, packed: Any) -> S:
         """Subproblems from their packed form, with the parameters and bounds of their roots in place of their own."""
         return packed
+
+    def prepare(self, subproblems: S) -> None:
+        """Called before subproblems are bounded, ``at_a_time`` of them together: decisions made here do not depend on
+        how many these are.
+
+        Raises:
+            OutOfTime: the clock ran out.
+        """
 
     @abstractmethod
     def bound(self, subproblems: S) -> B:
@@ -383,21 +391,17 @@ class BranchAndBound(Generic[S, B]):
             return most
         return max(1, int(min(most, ROUND * rest / self._pace)))
 
-    def _parts(self, subproblems: OpenSubproblems) -> Iterator[tuple[Tensor, Tensor]]:
-        """(the numbers to bound together, those left for later), until none are left."""
-        rest = torch.arange(len(subproblems), device=subproblems.image.device)
-        while len(rest):
-            size = self._in_time(self.bounder.at_a_time)
-            yield rest[:size], rest[size:]
-            rest = rest[size:]
-
     def _examine_roots(self, roots: OpenSubproblems) -> None:
-        for index, rest in self._parts(roots):
-            try:
+        """Restore and examine roots, as many at a time as are bounded together."""
+        rest = torch.arange(len(roots), device=roots.image.device)
+        try:
+            while len(rest):
+                size = self.bounder.at_a_time
+                index, rest = rest[:size], rest[size:]
                 self._examine(self.bounder.restored(roots.take(index)))
-            except OutOfTime:
-                self.open.add_packed(roots.take(rest))
-                raise
+        except OutOfTime:
+            self.open.add_packed(roots.take(rest))
+            raise
 
     def _recorded(self, subproblems: P, root: bool) -> P:
         """Add subproblems to the record, if there is one, and store their numbers in ``node``."""
@@ -421,19 +425,25 @@ class BranchAndBound(Generic[S, B]):
 
     def _examine(self, subproblems: S) -> None:
         """Bound subproblems, then close them or keep them open with their decision."""
-        for index, rest in self._parts(subproblems):
-            batch, begun = subproblems.take(index), now()
-            try:
+        rest = torch.arange(len(subproblems), device=subproblems.image.device)
+        try:
+            if len(rest):
+                with self.progress.charged(subproblems.image, "bounding"):
+                    self.bounder.prepare(subproblems)
+            while len(rest):
+                index = rest[: self._in_time(self.bounder.at_a_time)]
+                batch, begun = subproblems.take(index), now()
                 self._examine_batch(batch)
-            except OutOfTime:
-                self.open.add(subproblems.take(torch.cat([index, rest])))
-                raise
-            self._pace = max(0.5 * self._pace, (now() - begun) / len(index))
-            images = set(as_ints(batch.image))
-            self._give_up({i for i in images if self.progress.time_left(i) < 0}, "timeout")
-            if self.most is not None:
-                self._give_up({i for i in images if self.progress.splits[i] >= self.most}, f"{self.most} splits")
-            self._drop_finished()
+                self._pace = max(0.5 * self._pace, (now() - begun) / len(index))
+                rest = rest[len(index) :]
+                images = set(as_ints(batch.image))
+                self._give_up({i for i in images if self.progress.time_left(i) < 0}, "timeout")
+                if self.most is not None:
+                    self._give_up({i for i in images if self.progress.splits[i] >= self.most}, f"{self.most} splits")
+                self._drop_finished()
+        except OutOfTime:
+            self.open.add(subproblems.take(rest))
+            raise
 
     def _examine_batch(self, batch: S) -> None:
         """Bound one batch, and solve its leaves. Nothing is closed or kept before all work is done, so that after

@@ -265,11 +265,13 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
     def evaluations(self) -> int:
         return 1 + self.search.steps
 
-    def bound(self, subproblems: SignSubproblems) -> SignBounds:
+    def prepare(self, subproblems: SignSubproblems) -> None:
         due = self.budget.due(subproblems)
         if len(due):
             with part("rebounding"):
                 self.space.tighten(due, self.search.root_steps)
+
+    def bound(self, subproblems: SignSubproblems) -> SignBounds:
         some, ends, empty = self._tightened(subproblems)
         linear = self.space.linear(some)
         best = BestParameters() if self.recording else None

@@ -85,10 +85,11 @@ ASCENT = 12
 their gradients and Adam's averages, lines, and what the gradient keeps of the backward pass; measured."""
 
 
-def ascents_at_a_time(network: Network, rows: int, like: Tensor) -> int:
-    """Number of subproblems of so many linear forms that ``maximise`` takes together; 0 if even one is too large for a
-    round. Independent of the memory that is free."""
-    numbers = sum(shape.numel() for shape in network.shapes)
+def ascents_at_a_time(network: Network, rows: int, like: Tensor, position: int | None = None) -> int:
+    """Number of subproblems, of so many linear forms of an operation's output (the logits by default), that
+    ``maximise`` takes together; 0 if even one is too large for a round. Independent of the memory that is free."""
+    last = len(network.operations) - 1 if position is None else position
+    numbers = sum(shape.numel() for shape in network.shapes[: last + 1])
     return memory.planned(like) // max(1, ASCENT * rows * numbers * like.element_size())
 
 

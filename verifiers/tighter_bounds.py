@@ -10,10 +10,9 @@ import torch
 
 from ..bounds import Bounds, Region
 from ..bounds.clock import OutOfTime
-from ..bounds.crown import rows_at_a_time
 from ..bounds.network import Network
 from .neurons import Columns, Neurons
-from .optimise import Subproblems, maximise, starting_slopes
+from .optimise import Subproblems, ascents_at_a_time, maximise, starting_slopes
 
 STEPS = 5
 """Steps of each ascent. On a ResNet of VNN-COMP (``resnet_4b``) 5, 10 and 20 steps raise the worst margin from -1.94
@@ -52,7 +51,7 @@ def _tightened_at(
     if not most or not columns.real.shape[1]:
         return known
     order = torch.argsort(unstable.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
-    size = max(1, rows_at_a_time(network, len(order), lower) // 8)
+    size = max(1, ascents_at_a_time(network, 2 * len(order), lower, read))
     for part in torch.split(order, size, 1):
         units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
         forms = torch.cat([units, -units], 1).reshape(len(part), -1, *shape)
