@@ -23,7 +23,6 @@ from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
 from .branching import least_point
 from .problem import Problem, Specification
-from .stage import holds
 
 Refute = Callable[[int, Tensor], bool]
 """Replays a candidate (*shape) for the image of the given number; returns whether that image is refuted, by this
@@ -84,7 +83,7 @@ def descend(
             goal = largest.sum()
         wrong = ~(largest.detach() > 0) & ~asked
         if step == steps:
-            wrong = ~holds(problem.specification.subset(active.image), logits.detach())
+            wrong = ~(problem.specification.worst_at(active.image, logits.detach()) > 0)
         asked = asked | wrong
         left = torch.ones_like(asked)
         for number in as_ints(wrong.nonzero()):
@@ -133,8 +132,9 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
 
 
 def points_at_a_time(network: Network, specification: Specification, like: Tensor) -> int:
-    """Number of points whose activations, gradients and rows fit into a round's memory together; at least 1."""
-    numbers = 4 * sum(shape.numel() for shape in network.shapes) + specification.rows.shape[1:].numel()
+    """Number of points whose activations, gradients and clause's rows fit into a round's memory; at least 1."""
+    rows = int(torch.bincount(specification.clauses).max())
+    numbers = 4 * sum(shape.numel() for shape in network.shapes) + rows * specification.rows.shape[2]
     return max(1, memory.planned(like) // (numbers * like.element_size()))
 
 

@@ -494,10 +494,9 @@ class BranchAndBound(Generic[S, B]):
         if not len(index):
             return
         image = bounded.subproblems.image[index]
-        specification = self.problem.specification.subset(image)
         for points in bounded.points(index):
             outputs = self.network(points.to(self.known.dtype))
-            margin = specification.worst(specification.values(outputs))
+            margin = self.problem.specification.worst_at(image, outputs)
             self.descents.note(image, bounded.targets(index), bounded.subproblems.bound[index], points, margin)
             for number in as_ints((~(margin > 0)).nonzero()):
                 self.progress.refute(int(image[number]), points[number])

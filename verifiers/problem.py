@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bounds import Region
+from ..bounds import Region, memory
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in
 from ..typed import unique
@@ -57,16 +57,23 @@ class Specification:
         labels = as_labels(labels)
         classes_in((len(labels), classes))
         check_labels(labels, classes)
-        identity = torch.eye(classes, device=labels.device)
-        margins = identity[labels][:, None] - identity
-        others = ~F.one_hot(labels, classes).bool()
-        rows = margins[others].reshape(len(labels), classes - 1, classes)
+        others = F.one_hot(labels, classes) == 0
+        other = others.nonzero()[:, 1].reshape(len(labels), classes - 1, 1)
+        rows = torch.zeros(len(labels), classes - 1, classes, device=labels.device).scatter_(2, other, -1.0)
+        rows[torch.arange(len(labels), device=labels.device), :, labels] = 1.0
         clauses = torch.arange(classes - 1, device=labels.device)
         return cls(rows, torch.zeros(rows.shape[:2], device=labels.device), clauses, labels)
 
     def values(self, logits: Tensor) -> Tensor:
         """(B, R) values of the rows at logits (B, K)."""
         return (self.rows.to(logits.dtype) @ logits.unsqueeze(-1)).squeeze(-1) + self.offsets
+
+    def worst_at(self, image: Tensor, logits: Tensor) -> Tensor:
+        """(P,) the worst margin of the images ``image`` (P,) at logits (P, K); the images' rows are copied for a part
+        of the points at a time."""
+        size = max(1, memory.planned(logits) // (self.rows.shape[1:].numel() * logits.element_size()))
+        parts = zip(torch.split(image, size), torch.split(logits, size), strict=True)
+        return torch.cat([(some := self.subset(own)).worst(some.values(part)) for own, part in parts])
 
     def worst(self, values: Tensor) -> Tensor:
         """(B,) the minimum over clauses of the largest row in each. Where > 0 the specification holds, if ``values``
