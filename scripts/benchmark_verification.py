@@ -14,7 +14,7 @@ limits      time of hard questions under limits of 1, 2, 5 and 12 s: VNN-COMP's 
             n images · limit + 10 % + 1 s. The code that a process' first verification loads is loaded before
 memory      CROWN on a CNN7 and on one of twice the width, one image of CIFAR's size, then alpha-CROWN and a search of
             60 s each, within 2 and 4 GiB, in a process for each width: seconds, and peak memory so far. About half of
-            all neurons are unstable. CROWN takes long unless --crown-seconds ends it: then its bounds so far are kept
+            all neurons are unstable. On a busy machine --clock processor makes the limits CPU seconds
 first_verdict
             CPU seconds of a process that answers a property of a tiny network by scripts/verify.py, beside one that
             only imports torch, onnx and onnxruntime; medians. Both have their bytecode cached by a first round

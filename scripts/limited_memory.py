@@ -20,11 +20,11 @@ from certtrain.verifiers import Certify
 from certtrain.verifiers.bounds_so_far import BoundsSoFar
 from certtrain.verifiers.cascade import robustness
 
-HALF_UNSTABLE = 12 / 255
-"""Radius at which about half of the neurons of a CNN7 with torch's initial weights are unstable by CROWN."""
-
 LIMITS = {64: "2GiB", 128: "4GiB"}
 """Limits of memory by the width of the CNN7."""
+
+RADIUS = {64: 6 / 255, 128: 5 / 255}
+"""Radius by width at which about half of the neurons are unstable by CROWN, with torch's initial weights."""
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
@@ -39,28 +39,29 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     for width in options.widths:
         limits = (options.crown_seconds, options.search_seconds, options.search_seconds)
         with ProcessPoolExecutor(1, get_context("spawn")) as processes:
-            measured = processes.submit(_measured, width, LIMITS[width], limits, options.threads)
+            measured = processes.submit(_measured, width, limits, options.threads, options.clock)
             found[f"CNN7 of width {width} in {LIMITS[width]}"] = measured.result()
     return found
 
 
-def _measured(width: int, most: str, limits: tuple[float, ...], threads: int) -> dict[str, Any]:
+def _measured(width: int, limits: tuple[float, ...], threads: int, clock: str) -> dict[str, Any]:
     """Seconds and peak memory of this process after each stage."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     model, image, found = Cnn7(width=width).build((3, 32, 32), 10).eval(), torch.rand(1, 3, 32, 32), dict[str, Any]()
-    with torch.no_grad(), within(most):
-        problem = robustness(model, image, model(image).argmax(1), torch.arange(1), 10, LinfBall(HALF_UNSTABLE))
+    seconds = time.process_time if clock == "processor" else time.perf_counter
+    with torch.no_grad(), within(LIMITS[width]), until(now=seconds):
+        problem = robustness(model, image, model(image).argmax(1), torch.arange(1), 10, LinfBall(RADIUS[width]))
         known, finding = BoundsSoFar(fold(model, image.shape[1:]), torch.full((1, 9), -torch.inf), {}), None
         for name, limit in zip(("crown", "alpha", "bab"), limits, strict=True):
             (stage,) = Certify(stages=(name,), timeout=limits[-1]).build(0)[1:]
-            started = time.perf_counter()
-            with until(started + limit):
+            started, begun = time.perf_counter(), time.process_time()
+            with until(seconds() + limit):
                 finding = stage(problem, known)
             known = finding.known
             found[f"{name}: wall, processor, peak GiB"] = (
                 round(time.perf_counter() - started, 1),
-                round(time.process_time(), 1),
+                round(time.process_time() - begun, 1),
                 round(getrusage(RUSAGE_SELF).ru_maxrss / 2**20, 2),
             )
         unstable = [(bounds.lower < 0) & (bounds.upper > 0) for bounds in known.bounds.values()]

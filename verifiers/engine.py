@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bounds import memory
-from ..bounds.clock import OutOfTime, left, look, now, until
+from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
 from ..typed import as_floats, as_ints
 from .descent import points_at_a_time
@@ -73,10 +73,6 @@ class OpenSubproblems:
 S = TypeVar("S", bound=OpenSubproblems)
 P = TypeVar("P", bound=OpenSubproblems)
 
-ROUND = 0.25
-"""Largest share of the time left, under a time limit, that one batch of subproblems is planned to take: a batch that
-does not end in time is lost, and the processor may become slower meanwhile."""
-
 
 @dataclass(frozen=True, eq=False)
 class Bounded(ABC, Generic[S]):
@@ -122,9 +118,9 @@ class Bounder(ABC, Generic[S, B]):
         """Subproblems from their packed form, with the parameters and bounds of their roots in place of their own."""
         return packed
 
-    def prepare(self, subproblems: S) -> None:
-        """Called before subproblems are bounded, ``at_a_time`` of them together: decisions made here do not depend on
-        how many these are.
+    def prepare(self, subproblems: OpenSubproblems) -> None:
+        """Called before subproblems, perhaps packed, are bounded ``at_a_time`` of them together: decisions made here do
+        not depend on how many these are.
 
         Raises:
             OutOfTime: the clock ran out.
@@ -340,7 +336,6 @@ class BranchAndBound(Generic[S, B]):
         self.descents = SearchDescents(problem, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = OpenList(bounder, self.roots, memory.kept(known))
-        self._pace = 0.0  # seconds that the slowest of the last batches took for each of its subproblems
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
 
     def run(self) -> SearchOutcome:
@@ -361,18 +356,17 @@ class BranchAndBound(Generic[S, B]):
         return SearchOutcome(proved, progress.counterexamples, lower, progress.seconds, reasons, statistics)
 
     def _search(self) -> None:
-        self._examine_roots(self._recorded(self.roots, root=True))
+        self._examine(self._recorded(self.roots, root=True), self.bounder.restored, self.open.add_packed)
         while len(self.open):
             look()
-            most = max(1, self._in_time(2 * self.splitter.at_a_time) // 2)
-            chosen = in_turns(self.open.image, self.open.bound, most)
+            chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time)
             if self.leaf.probing and self._probe(self.open.take(chosen)):
                 continue  # an image was refuted: choose again
             parents = self.open.take(chosen)
             self.open.remove(chosen)
             children = self.splitter.children(parents)
             self.progress.count_splits(parents.image, children.image)
-            self._examine(self._recorded(children, root=False))
+            self._examine(self._recorded(children, root=False), lambda batch: batch, self.open.add)
             self._descend()
 
     def _descend(self) -> None:
@@ -382,26 +376,6 @@ class BranchAndBound(Generic[S, B]):
             with self.progress.charged(points.image, "attack"):
                 self.descents.descend(points, self.progress.refute)
             self._drop_finished()
-
-    def _in_time(self, most: int) -> int:
-        """Number of subproblems to bound together: ``most``, or, under a time limit, as many as are expected to take
-        ``ROUND`` of the time left; at least 1."""
-        rest = left()
-        if rest == math.inf or not self._pace:
-            return most
-        return max(1, int(min(most, ROUND * rest / self._pace)))
-
-    def _examine_roots(self, roots: OpenSubproblems) -> None:
-        """Restore and examine roots, as many at a time as are bounded together."""
-        rest = torch.arange(len(roots), device=roots.image.device)
-        try:
-            while len(rest):
-                size = self.bounder.at_a_time
-                index, rest = rest[:size], rest[size:]
-                self._examine(self.bounder.restored(roots.take(index)))
-        except OutOfTime:
-            self.open.add_packed(roots.take(rest))
-            raise
 
     def _recorded(self, subproblems: P, root: bool) -> P:
         """Add subproblems to the record, if there is one, and store their numbers in ``node``."""
@@ -423,18 +397,20 @@ class BranchAndBound(Generic[S, B]):
         self._drop_finished()
         return refuted
 
-    def _examine(self, subproblems: S) -> None:
-        """Bound subproblems, then close them or keep them open with their decision."""
+    def _examine(self, subproblems: P, whole: Callable[[P], S], keep: Callable[[P], object]) -> None:
+        """Bound subproblems, then close them or keep them open with their decision.
+
+        Args:
+            whole: makes a batch of them whole; keep: receives those left when the clock runs out.
+        """
         rest = torch.arange(len(subproblems), device=subproblems.image.device)
         try:
             if len(rest):
                 with self.progress.charged(subproblems.image, "bounding"):
                     self.bounder.prepare(subproblems)
-            while len(rest):
-                index = rest[: self._in_time(self.bounder.at_a_time)]
-                batch, begun = subproblems.take(index), now()
+            for index in torch.split(rest, self.bounder.at_a_time) if len(rest) else ():
+                batch = whole(subproblems.take(index))
                 self._examine_batch(batch)
-                self._pace = max(0.5 * self._pace, (now() - begun) / len(index))
                 rest = rest[len(index) :]
                 images = set(as_ints(batch.image))
                 self._give_up({i for i in images if self.progress.time_left(i) < 0}, "timeout")
@@ -442,7 +418,7 @@ class BranchAndBound(Generic[S, B]):
                     self._give_up({i for i in images if self.progress.splits[i] >= self.most}, f"{self.most} splits")
                 self._drop_finished()
         except OutOfTime:
-            self.open.add(subproblems.take(rest))
+            keep(subproblems.take(rest))
             raise
 
     def _examine_batch(self, batch: S) -> None:

@@ -265,7 +265,7 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
     def evaluations(self) -> int:
         return 1 + self.search.steps
 
-    def prepare(self, subproblems: SignSubproblems) -> None:
+    def prepare(self, subproblems: OpenSubproblems) -> None:
         due = self.budget.due(subproblems)
         if len(due):
             with part("rebounding"):
@@ -328,7 +328,7 @@ class TighteningBudget:
                 self.cost += rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
             self.cost[self.cost == 0] = torch.inf  # no neuron to tighten
 
-    def due(self, subproblems: SignSubproblems) -> Tensor:
+    def due(self, subproblems: OpenSubproblems) -> Tensor:
         """The numbers of the images to tighten before their ``subproblems`` are bounded."""
         work = torch.full((len(subproblems),), self.bounding, dtype=torch.float64, device=self.spent.device)
         self.spent.index_add_(0, subproblems.image, work)
