@@ -17,7 +17,7 @@ from certtrain.bounds.folding import fold
 from certtrain.bounds.memory import LEAST, at_once, kept, planned, size_of, within
 from certtrain.command_line import main
 from certtrain.errors import InputError
-from certtrain.verifiers import AlphaStage, BabStage, Certify, CrownStage, Search, run_cascade
+from certtrain.verifiers import AlphaStage, BabStage, Certify, CrownStage, Search, Specification, run_cascade
 from certtrain.verifiers.cascade import _images_at_a_time
 from certtrain.verifiers.engine import BranchAndBound, OpenList, OpenSubproblems
 from certtrain.verifiers.neuron_split import SignBounder, SignSpace
@@ -93,12 +93,14 @@ class TestBudget:
         }  # fmt: skip
         monkeypatch.setattr(memory, "_read", lambda path: files.get(str(path), ""))
         memory._available.cache_clear()
+        memory._installed.cache_clear()
         assert memory._available(-1) == 2 * GIB and memory._installed() == 3 * GIB
         files["/proc/self/cgroup"] = ""
         assert memory._available(-2) == 4 * GIB
         files.clear()  # a system that says nothing
         assert memory._available(-3) > 1 << 60 and memory._resident() == 0
         memory._available.cache_clear()
+        memory._installed.cache_clear()
 
     def test_rows_are_sized_by_the_layers_before_them(self, monkeypatch):
         network = fold(_network(), torch.Size((1, 8, 8)))
@@ -197,6 +199,21 @@ def test_no_array_of_a_backward_pass_is_larger_than_its_share(monkeypatch):
             crown_bounds(network, region)
         largest.append(mode.bytes_)
     assert largest[0] == 4 * 256 * 32 * 2 and largest[1] > 5 * largest[0]
+
+
+def test_rows_are_copied_for_a_part_of_the_points_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    specification = Specification.robust(torch.randint(0, 30, (5,)), 30)
+    image, logits = torch.randint(0, 5, (64,)), torch.randn(64, 30)
+    some = specification.subset(image)
+    expected, largest = some.worst(some.values(logits)), []
+    for budget in (1, 3 * 29 * 30 * 4, 1 << 40):
+        monkeypatch.setattr(memory, "CHUNK", budget)
+        with _Largest() as mode:
+            assert torch.equal(specification.worst_at(image, logits), expected)
+        largest.append(mode.bytes_)
+    assert largest[:2] == [64 * 30 * 4, 3 * 29 * 30 * 4] and largest[2] == 64 * 29 * 30 * 4
+    assert specification.worst_at(image[:0], logits[:0]).shape == (0,)
 
 
 def test_the_command_line_refuses_other_sizes(capsys):

@@ -70,7 +70,7 @@ def split_inputs(
     roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none)
     bounder = BoxBounder(problem, known, batch)
     return BranchAndBound(
-        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(bounder.boxes), UnsplittableBoxes(),
+        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(batch), UnsplittableBoxes(),
         timeout=timeout, violates=violates, record=record,
     ).run()  # fmt: skip
 
@@ -122,13 +122,13 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
         self.problem = problem
         self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds)
         inputs = int((problem.region.hull.radius > 0).flatten(1).sum(1).max()) if len(problem) else 0
-        lines = 1 + inputs  # of forward bounds, lower and upper ones
+        lines = max(rows.shape[1], 1 + inputs)  # backward, and lower and upper ones forward
         size = memory.planned(known.rows)
-        self.boxes = min(batch, rows_at_a_time(known.network, max(rows.shape[1], lines), known.rows, size=size))
+        self._at_a_time = min(2 * batch, rows_at_a_time(known.network, lines, known.rows, size=size))
 
     @property
     def at_a_time(self) -> int:
-        return 2 * self.boxes
+        return self._at_a_time
 
     def bound(self, subproblems: Boxes) -> BoxLines:
         region = Box(subproblems.lower, subproblems.upper)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -98,6 +98,7 @@ def kept(like: Tensor) -> int:
     return max(1, limit // SHARE)
 
 
+@cache
 def _installed() -> int:
     """Bytes of the machine's memory, or of this process' group where that is less."""
     return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(most for most, _ in _groups()))
