@@ -64,7 +64,7 @@ class TestBudget:
         for free in (1 << 20, GIB, 50 * GIB):
             monkeypatch.setattr(memory, "_available", lambda second, free=free: free)
             found.add((planned(ONE), kept(ONE)))
-        assert found == {(memory.CHUNK, 8 * GIB)}
+        assert found == {(memory.ROUND, 8 * GIB)}
 
     def test_what_is_computed_together_follows_what_is_free(self, monkeypatch):
         for free, size in ((100 * GIB, memory.CHUNK), (4 << 20, 1 << 20), (7 << 20, 1 << 20), (0, 1)):
@@ -110,7 +110,7 @@ class TestBudget:
         assert rows_at_a_time(network, 1, ONE) == 30 and rows_at_a_time(network, 4, ONE) == 7
         assert rows_at_a_time(network, 1, ONE, 0) == 120 and rows_at_a_time(network, 100, ONE) == 1
         assert rows_at_a_time(network, 1, ONE.double()) == 15
-        monkeypatch.setattr(memory, "CHUNK", ASCENT * 4 * sum(widths) * 6)
+        monkeypatch.setattr(memory, "ROUND", ASCENT * 4 * sum(widths) * 6)
         assert [ascents_at_a_time(network, rows, ONE) for rows in (1, 3, 7)] == [6, 2, 0]
 
     def test_images_are_kept_as_fits(self):
@@ -144,7 +144,7 @@ class TestResults:
         problem = random_problem(11, "conv", count=3)
         known = alone(CrownStage(), problem).known
         expected = alone(AlphaStage(), problem, known)
-        monkeypatch.setattr(memory, "CHUNK", 1)
+        monkeypatch.setattr(memory, "ROUND", 1)
         found = alone(AlphaStage(), problem, known)
         assert found.statuses == expected.statuses
         worst = [problem.specification.worst(finding.known.rows) for finding in (found, expected)]
@@ -208,7 +208,7 @@ def test_rows_are_copied_for_a_part_of_the_points_at_a_time(monkeypatch):
     some = specification.subset(image)
     expected, largest = some.worst(some.values(logits)), []
     for budget in (1, 3 * 29 * 30 * 4, 1 << 40):
-        monkeypatch.setattr(memory, "CHUNK", budget)
+        monkeypatch.setattr(memory, "ROUND", budget)
         with _Largest() as mode:
             assert torch.equal(specification.worst_at(image, logits), expected)
         largest.append(mode.bytes_)

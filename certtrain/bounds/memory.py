@@ -26,8 +26,13 @@ CHUNK = 1 << 26
 """Most bytes computed at a time on a CPU. More is slower: CROWN on a CNN7 of a quarter width took 2.4, 2.0 and 1.7 s of
 processor time with 3 times 2^28, 2^26 and 2^24 bytes."""
 
+ROUND = 1 << 29
+"""Most bytes that a round of a search computes at a time on a CPU: 512 subproblems together took 1.54 ms each, 325 took
+1.60 (``oval21`` wide of VNN-COMP)."""
+
 SHARE = 8
-"""The part of all memory that one round, and that the open subproblems of a search, may take: one in ``SHARE``."""
+"""The part of all memory that the open subproblems of a search may take, one in ``SHARE``; a round takes a quarter of
+it at most."""
 
 LEAST = 1 << 28
 """Least limit that can be stated: libraries and weights alone take more on most machines."""
@@ -69,7 +74,7 @@ def size_of(text: int | str, name: str = "memory") -> int:
 
 
 def at_once(like: Tensor) -> int:
-    """Bytes that may be computed together now on the device of ``like``: ``planned``, or less where less is free."""
+    """Bytes that may be computed together now on the device of ``like``: a chunk, or less where less is free."""
     limit = _LIMIT.get()
     if like.is_cuda:
         free, _ = torch.cuda.mem_get_info(like.device)
@@ -80,14 +85,15 @@ def at_once(like: Tensor) -> int:
         free = _available(int(time.monotonic())) if limit is None else limit - _resident()
     if limit is not None:
         free = max(free, limit // 64)  # where libraries and weights alone are above the limit: slowly, not never
-    size = max(1, int(min(free / 4, planned(like))))
-    return size if size == planned(like) else 1 << size.bit_length() - 1  # equal sizes again and again
+    most = planned(like) if like.is_cuda else min(CHUNK, planned(like))
+    size = max(1, int(min(free / 4, most)))
+    return size if size == most else 1 << size.bit_length() - 1  # equal sizes again and again
 
 
 def planned(like: Tensor) -> int:
     """Bytes that one round of a search may take on the device of ``like``; independent of what is free."""
     share = kept(like)
-    return share if like.is_cuda else min(CHUNK, share)
+    return share if like.is_cuda else max(1, min(ROUND, share // 4))
 
 
 def kept(like: Tensor) -> int:
