@@ -12,6 +12,9 @@ planted     tiny networks with a counterexample that gradients do not see, and r
 limits      time of hard questions under limits of 1, 2, 5 and 12 s: VNN-COMP's front door on convolutional networks,
             and certify on images of a ResNet-18; wall seconds, CPU seconds of the process, and wall / allowed, which is
             n images · limit + 10 % + 1 s. The code that a process' first verification loads is loaded before
+memory      CROWN on a CNN7 and on one of twice the width, one image of CIFAR's size, then alpha-CROWN and a search of
+            60 s each, within 2 and 4 GiB, in a process for each width: seconds, and peak memory so far. About half of
+            all neurons are unstable. On a busy machine --clock processor makes the limits CPU seconds
 first_verdict
             CPU seconds of a process that answers a property of a tiny network by scripts/verify.py, beside one that
             only imports torch, onnx and onnxruntime; medians. Both have their bytecode cached by a first round
@@ -50,6 +53,7 @@ from statistics import median
 
 import torch
 from contests import add_options, closed, easy, hard, networks
+from limited_memory import add_memory_options, memory
 from measuring import peak_memory, timed
 from torch import Tensor, nn
 
@@ -80,6 +84,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
+    add_memory_options(parser)
     add_options(parser)
     options = parser.parse_args()
     ready = {name for name in CASES if name not in NEEDS or getattr(options, NEEDS[name].split()[0])}
@@ -294,6 +299,7 @@ CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "stream": lambda options: _stream(options.rounds),
     "planted": lambda options: _planted(),
     "limits": lambda options: _limits(),
+    "memory": memory,
     "first_verdict": lambda options: _first_verdict(options.rounds),
     "run": lambda options: _run(options.run, options.images),
     "hard": hard,

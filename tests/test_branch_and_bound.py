@@ -257,7 +257,8 @@ class TestBatches:
     def test_small_memory(self, monkeypatch):
         problem = random_problem(7, "residual", count=4)
         expected = alone(BabStage(), problem).statuses
-        monkeypatch.setattr("certtrain.bounds.crown.MEMORY", 1)
+        for most in ("CHUNK", "ROUND"):
+            monkeypatch.setattr(f"certtrain.bounds.memory.{most}", 1)
         assert alone(BabStage(), problem).statuses == expected
         check(problem, alone(BabStage(Search(most=20)), problem), truth(problem), complete=False)
 

@@ -12,7 +12,7 @@ from test_folded import LAYERS, MAX_POOLS, SHAPE, build
 from torch import Tensor, nn
 from walking import pairs, walk
 
-from certtrain.bounds import Interval, L2Ball, LinfBall, Network, Region, compute_bounds, compute_rows, crown
+from certtrain.bounds import Interval, L2Ball, LinfBall, Network, Region, compute_bounds, compute_rows, crown, memory
 from certtrain.bounds.crown import backward, bound_forms, crown_bounds, interval_bounds, relax_all
 from certtrain.bounds.folding import fold
 from certtrain.bounds.windows import Windows
@@ -198,7 +198,7 @@ class TestBatches:
         network, slack = fold(model, region.images.shape[1:]), slack_of(model, region)
         expected = crown_bounds(network, region)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(crown, "MEMORY", 1)
+            patch.setattr(memory, "CHUNK", 1)
             assert crown.rows_at_a_time(network, 2, region.images) == 1
             found = crown_bounds(network, region)
         for place, bounds in expected.items():

@@ -58,7 +58,7 @@ class TestNothingIsLost:
             problem = a_problem(seed, kind)
             space = SignSpace(problem, known_of(problem, rounding))
             space.tighten(torch.arange(len(problem)), 4)
-            roots = space.roots(None)
+            roots = space.restored(space.roots())
             if not len(roots):
                 continue
             bounder = SignBounder(space, Search(root_steps=0), recording=False)
@@ -132,7 +132,7 @@ class TestRoom:
         problem = hard_problem()
         space = SignSpace(problem, known_of(problem))
         whole = sum(space.columns.sizes) * 2 * 4 * 8
-        monkeypatch.setattr(room, "LINES", whole)
+        monkeypatch.setattr(room.memory, "kept", lambda like: 2 * whole)
         for image in range(3):
             space.tighten(torch.tensor([image]), 1)
         assert list(space.lines) == [0]

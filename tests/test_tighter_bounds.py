@@ -180,7 +180,7 @@ class TestGains:
         for seed in range(4):
             problem = a_problem(seed, kind, epsilon=0.2)
             space = SignSpace(problem, known_of(problem))
-            roots = space.roots(None)
+            roots = space.restored(space.roots())
             if not len(roots):
                 continue
             columns = space.columns.take(roots.image)
@@ -243,7 +243,7 @@ class TestWork:
     def test_tightened_neurons_bound_open_subproblems_too(self):
         problem = hard_problem()
         space = SignSpace(problem, known_of(problem))
-        roots = space.roots(None)
+        roots = space.restored(space.roots())
         before = SignBounder(space, Search(root_steps=0), recording=False).bound(roots).subproblems.bound
         space.tighten(torch.arange(3), 5)
         after = SignBounder(space, Search(root_steps=0), recording=False).bound(roots).subproblems.bound

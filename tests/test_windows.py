@@ -90,7 +90,7 @@ def test_the_same_bounds_as_whole_passes(name, ball, rounding, monkeypatch):
 def test_small_memory_and_no_images(monkeypatch):
     network, images = folded("residual"), torch.rand(2, *SHAPE, dtype=torch.float64)
     expected = crown_bounds(network, LinfBall(0.1).region(images))
-    monkeypatch.setattr("certtrain.bounds.crown.MEMORY", 20_000)
+    monkeypatch.setattr("certtrain.bounds.memory.CHUNK", 20_000)
     for number, found in crown_bounds(network, LinfBall(0.1).region(images)).items():
         assert torch.allclose(found.lower, expected[number].lower, rtol=0, atol=1e-12)
     for found in crown_bounds(network, LinfBall(0.1).region(images[:0])).values():

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..bounds import LinfBall, PerturbationSet, UnsupportedOperation, checked_logits, trace
+from ..bounds import LinfBall, PerturbationSet, UnsupportedOperation, checked_logits, memory, trace
 from ..bounds.clock import OutOfTime, now, until
 from ..bounds.folding import fold
 from ..bounds.interval import check_pixels
@@ -64,9 +64,19 @@ def run_cascade(
             network, dtype = _folded(problem, arithmetic)
             rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
             everything = torch.arange(len(problem), device=problem.index.device)
-            run.go(everything, BoundsSoFar(network, rows, {}), _stages_for_region(stages, problem))
+            known, stages = BoundsSoFar(network, rows, {}), _stages_for_region(stages, problem)
+            for part in torch.split(everything, _images_at_a_time(network, rows)):
+                run.go(part, known.subset(part), stages)
     precision = str(images.dtype).removeprefix("torch.")
     return run.verdicts(f"nearest {precision}" if arithmetic == "nearest" else arithmetic)
+
+
+def _images_at_a_time(network: Network, rows: Tensor) -> int:
+    """Number of images whose bounds, slopes for ``rows`` (B, R) and intervals are kept together; at least 1."""
+    outputs = sum(shape.numel() for shape in network.shapes)
+    neurons = sum(network.shapes[place].numel() for place in network.nonlinear)
+    numbers = 6 * outputs + (8 + rows.shape[1]) * neurons + rows.shape[1] * network.shapes[-1].numel()
+    return max(1, memory.kept(rows) // max(1, numbers * rows.element_size()))
 
 
 def _stages_for_region(stages: Sequence[Stage], problem: Problem) -> Sequence[Stage]:
@@ -309,7 +319,10 @@ def certify(
             rows = slice(first, first + chosen.batch_size)
             index = torch.arange(first, first + len(x[rows]), device=x.device)
             problem = robustness(model, x[rows], labels[rows], index, classes, ball.take(index))
-            verdicts += run_cascade(problem, chosen.build(seed), Limits(chosen.timeout), arithmetic=chosen.arithmetic)
+            with memory.within(chosen.memory):
+                verdicts += run_cascade(
+                    problem, chosen.build(seed), Limits(chosen.timeout), arithmetic=chosen.arithmetic
+                )
         return verdicts
     finally:
         for module, training in modes.items():

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds, forward
+from ..bounds import Bounds, forward, memory
 from ..bounds.clock import look
 from ..bounds.crown import backward, relax_all, rows_at_a_time
 from ..bounds.network import Network
@@ -23,7 +23,6 @@ from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
 from .branching import least_point
 from .problem import Problem, Specification
-from .stage import holds
 
 Refute = Callable[[int, Tensor], bool]
 """Replays a candidate (*shape) for the image of the given number; returns whether that image is refuted, by this
@@ -84,7 +83,7 @@ def descend(
             goal = largest.sum()
         wrong = ~(largest.detach() > 0) & ~asked
         if step == steps:
-            wrong = ~holds(problem.specification.subset(active.image), logits.detach())
+            wrong = ~(problem.specification.worst_at(active.image, logits.detach()) > 0)
         asked = asked | wrong
         left = torch.ones_like(asked)
         for number in as_ints(wrong.nonzero()):
@@ -133,10 +132,10 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
 
 
 def points_at_a_time(network: Network, specification: Specification, like: Tensor) -> int:
-    """Number of points whose activations, gradients and rows fit into memory together."""
-    widest = max(shape.numel() for shape in network.shapes)
-    rows = -(-specification.rows.shape[1:].numel() // widest)
-    return rows_at_a_time(network, len(network.operations) + rows, like)
+    """Number of points whose activations, gradients and clause's rows fit into a round's memory; at least 1."""
+    rows = int(torch.bincount(specification.clauses).max())
+    numbers = 4 * sum(shape.numel() for shape in network.shapes) + rows * specification.rows.shape[2]
+    return max(1, memory.planned(like) // (numbers * like.element_size()))
 
 
 def _largest_row(specification: Specification, members: Tensor, some: Points, logits: Tensor) -> Tensor:

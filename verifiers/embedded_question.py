@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bounds import PerturbationSet
+from ..bounds import PerturbationSet, memory
 from ..config import unstructure
 from ..data import Split
 from ..ledger import Line, Report, in_fixed_batches
@@ -69,7 +69,8 @@ class EmbeddedQuestion(VerdictQuestion):
         pixels, labels = self.split.pixels(index), self.split.labels[index]
         problem = robustness(self.network, pixels, labels, index, self.classes, self.ball)
         stages, limits = self._stages, Limits(self.settings.timeout, deadline)
-        verdicts = run_cascade(
-            problem, stages, limits, lambda stage, n: report(f"{stage}, {n} images"), self.settings.arithmetic
-        )
+        with memory.within(self.settings.memory):
+            verdicts = run_cascade(
+                problem, stages, limits, lambda stage, n: report(f"{stage}, {n} images"), self.settings.arithmetic
+            )
         yield [{**v.record(), "settings": self.name} for v in verdicts if v.reason != TOTAL_TIMEOUT]

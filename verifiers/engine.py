@@ -16,11 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..bounds import memory
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
 from ..typed import as_floats, as_ints
@@ -63,10 +65,18 @@ class OpenSubproblems:
         return type(self)(**{name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in names})
 
     def joined(self, other: Self) -> Self:
-        return type(self)(**{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)})
+        """Both tables as one; where one's field has fewer columns, these are filled up with 0."""
+        return type(self)(**{f.name: _joined(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of one row, >= 1."""
+        columns: list[Tensor] = [getattr(self, field.name) for field in fields(self)]
+        return max(1, sum(column[0].numel() * column.element_size() for column in columns) if len(self) else 1)
 
 
 S = TypeVar("S", bound=OpenSubproblems)
+P = TypeVar("P", bound=OpenSubproblems)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +114,22 @@ class Bounder(ABC, Generic[S, B]):
     @abstractmethod
     def at_a_time(self) -> int:
         """Number of subproblems bounded together, >= 1."""
+
+    def packed(self, subproblems: S) -> OpenSubproblems:
+        """The subproblems without what can be computed again, for the open list when it outgrows its memory."""
+        return subproblems
+
+    def restored(self, packed: Any) -> S:
+        """Subproblems from their packed form, with the parameters and bounds of their roots in place of their own."""
+        return packed
+
+    def prepare(self, subproblems: OpenSubproblems) -> None:
+        """Called before subproblems, perhaps packed, are bounded ``at_a_time`` of them together: decisions made here do
+        not depend on how many these are.
+
+        Raises:
+            OutOfTime: the clock ran out.
+        """
 
     @abstractmethod
     def bound(self, subproblems: S) -> B:
@@ -283,7 +309,7 @@ class BranchAndBound(Generic[S, B]):
     Args:
         network: the folded network, on which candidates are evaluated before they are replayed.
         known: (B, G) lower bounds of each image's goals before the search.
-        roots: subproblems that cover every goal without a positive bound in ``known``.
+        roots: subproblems that cover every goal without a positive bound in ``known``, in the bounder's packed form.
         timeout: seconds for each image's share of the time. The batch as a whole has as many times ``timeout`` on the
             wall clock as it has images; the clock is checked within rounds, and an unfinished batch stays open.
         most: number of splits after which an image is given up; None for no limit.
@@ -296,7 +322,7 @@ class BranchAndBound(Generic[S, B]):
         problem: Problem,
         network: Network,
         known: Tensor,
-        roots: S,
+        roots: OpenSubproblems,
         bounder: Bounder[S, B],
         splitter: Splitter[S, B],
         leaf: LeafSolver[S, B],
@@ -314,7 +340,7 @@ class BranchAndBound(Generic[S, B]):
         together = points_at_a_time(network, problem.specification, known)
         self.descents = SearchDescents(problem, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
-        self.open = roots.take(roots.image[:0])
+        self.open = OpenList(bounder, self.roots, memory.kept(known))
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
 
     def run(self) -> SearchOutcome:
@@ -335,18 +361,17 @@ class BranchAndBound(Generic[S, B]):
         return SearchOutcome(proved, progress.counterexamples, lower, progress.seconds, reasons, statistics)
 
     def _search(self) -> None:
-        self._examine(self._recorded(self.roots, root=True))
+        self._examine(self._recorded(self.roots, root=True), self.bounder.restored, self.open.add_packed)
         while len(self.open):
             look()
             chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time)
             if self.leaf.probing and self._probe(self.open.take(chosen)):
                 continue  # an image was refuted: choose again
-            left = torch.ones(len(self.open), dtype=torch.bool, device=chosen.device)
-            left[chosen] = False
-            parents, self.open = self.open.take(chosen), self.open.take(left)
+            parents = self.open.take(chosen)
+            self.open.remove(chosen)
             children = self.splitter.children(parents)
             self.progress.count_splits(parents.image, children.image)
-            self._examine(self._recorded(children, root=False))
+            self._examine(self._recorded(children, root=False), lambda batch: batch, self.open.add)
             self._descend()
 
     def _descend(self) -> None:
@@ -357,11 +382,11 @@ class BranchAndBound(Generic[S, B]):
                 self.descents.descend(points, self.progress.refute)
             self._drop_finished()
 
-    def _recorded(self, subproblems: S, root: bool) -> S:
+    def _recorded(self, subproblems: P, root: bool) -> P:
         """Add subproblems to the record, if there is one, and store their numbers in ``node``."""
         if self.record is None:
             return subproblems
-        decisions = [None] * len(subproblems) if root else self.splitter.decisions(subproblems)
+        decisions = [None] * len(subproblems) if root else self.splitter.decisions(cast(S, subproblems))
         nodes = self.record.add(subproblems.node, subproblems.image, subproblems.goal, decisions)
         return replace(subproblems, node=nodes)
 
@@ -377,21 +402,29 @@ class BranchAndBound(Generic[S, B]):
         self._drop_finished()
         return refuted
 
-    def _examine(self, subproblems: S) -> None:
-        """Bound subproblems, then close them or keep them open with their decision."""
-        every = torch.arange(len(subproblems), device=subproblems.image.device)
-        for index in torch.split(every, self.bounder.at_a_time) if len(every) else ():
-            batch = subproblems.take(index)
-            try:
+    def _examine(self, subproblems: P, whole: Callable[[P], S], keep: Callable[[P], object]) -> None:
+        """Bound subproblems, then close them or keep them open with their decision.
+
+        Args:
+            whole: makes a batch of them whole; keep: receives those left when the clock runs out.
+        """
+        rest = torch.arange(len(subproblems), device=subproblems.image.device)
+        try:
+            if len(rest):
+                with self.progress.charged(subproblems.image, "bounding"):
+                    self.bounder.prepare(subproblems)
+            for index in torch.split(rest, self.bounder.at_a_time) if len(rest) else ():
+                batch = whole(subproblems.take(index))
                 self._examine_batch(batch)
-            except OutOfTime:
-                self.open = self.open.joined(subproblems.take(every[index[0] :]))
-                raise
-            images = set(as_ints(batch.image))
-            self._give_up({i for i in images if self.progress.time_left(i) < 0}, "timeout")
-            if self.most is not None:
-                self._give_up({i for i in images if self.progress.splits[i] >= self.most}, f"{self.most} splits")
-            self._drop_finished()
+                rest = rest[len(index) :]
+                images = set(as_ints(batch.image))
+                self._give_up({i for i in images if self.progress.time_left(i) < 0}, "timeout")
+                if self.most is not None:
+                    self._give_up({i for i in images if self.progress.splits[i] >= self.most}, f"{self.most} splits")
+                self._drop_finished()
+        except OutOfTime:
+            keep(subproblems.take(rest))
+            raise
 
     def _examine_batch(self, batch: S) -> None:
         """Bound one batch, and solve its leaves. Nothing is closed or kept before all work is done, so that after
@@ -432,7 +465,7 @@ class BranchAndBound(Generic[S, B]):
         self._close(finished)
         self._close(subproblems, ~keep, bounded, dict(zip(as_ints(index), solved.proofs)) if solved else {})
         if chosen is not None:
-            self.open = self.open.joined(chosen)
+            self.open.add(chosen)
         if solved is not None:
             self._doubt(as_ints(batch.image[index]), solved.undecided)
 
@@ -442,10 +475,9 @@ class BranchAndBound(Generic[S, B]):
         if not len(index):
             return
         image = bounded.subproblems.image[index]
-        specification = self.problem.specification.subset(image)
         for points in bounded.points(index):
             outputs = self.network(points.to(self.known.dtype))
-            margin = specification.worst(specification.values(outputs))
+            margin = self.problem.specification.worst_at(image, outputs)
             self.descents.note(image, bounded.targets(index), bounded.subproblems.bound[index], points, margin)
             for number in as_ints((~(margin > 0)).nonzero()):
                 self.progress.refute(int(image[number]), points[number])
@@ -467,13 +499,12 @@ class BranchAndBound(Generic[S, B]):
         """Close the open subproblems of images that are refuted or given up; their bounds count for the goals."""
         if all(map(self.progress.is_unfinished, range(len(self.problem)))):
             return
-        wanted = self.progress.unfinished(self.open.image)
-        self._close(self.open.take(~wanted))
-        self.open = self.open.take(wanted)
+        for closed in self.open.remove(~self.progress.unfinished(self.open.image)):
+            self._close(closed)
 
     def _close(
         self,
-        subproblems: S,
+        subproblems: OpenSubproblems,
         which: Tensor | None = None,
         bounded: B | None = None,
         solved: dict[int, Proof | None] | None = None,
@@ -499,6 +530,70 @@ class BranchAndBound(Generic[S, B]):
             else:
                 refuted = self.progress.counterexamples[int(subproblems.image[number])] is not None
                 self.record.close(node, bound, "counterexample" if refuted else "given up", None)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    if first.ndim == 2 and first.shape[1] != second.shape[1]:
+        most = max(first.shape[1], second.shape[1])
+        first, second = (F.pad(part, (0, most - part.shape[1])) for part in (first, second))
+    return torch.cat([first, second])
+
+
+class OpenList(Generic[S]):
+    """The open subproblems of a search. Those with the lowest bounds are whole, as far as memory allows; the others are
+    packed, so that the search goes on in bounded memory. Numbers count the whole ones first.
+
+    Args:
+        roots: subproblems in packed form, which gives the type; none of them is in the list.
+        most: bytes for whole subproblems.
+    """
+
+    def __init__(self, bounder: Bounder[S, Any], roots: OpenSubproblems, most: int):
+        self.bounder, self.most = bounder, most
+        self.packed = roots.take(roots.image[:0])
+        self.whole = bounder.restored(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.whole) + len(self.packed)
+
+    @property
+    def image(self) -> Tensor:
+        return torch.cat([self.whole.image, self.packed.image])
+
+    @property
+    def bound(self) -> Tensor:
+        return torch.cat([self.whole.bound, self.packed.bound])
+
+    def add(self, subproblems: S) -> None:
+        self.whole = self.whole.joined(subproblems)
+        most = max(1, self.most // self.whole.bytes_each)
+        if len(self.whole) > most:  # half of the room is left free: packing copies the list
+            order = torch.argsort(self.whole.bound, stable=True)
+            keep, pack = order[: (most + 1) // 2].sort().values, order[(most + 1) // 2 :].sort().values
+            self.add_packed(self.bounder.packed(self.whole.take(pack)))
+            self.whole = self.whole.take(keep)
+
+    def add_packed(self, packed: OpenSubproblems) -> None:
+        self.packed = self.packed.joined(packed)
+
+    def take(self, index: Tensor) -> S:
+        """The subproblems of the numbers ``index``, in its order; packed ones are restored."""
+        first = len(self.whole)
+        if not bool((index >= first).any()):
+            return self.whole.take(index)
+        whole = index < first
+        order = torch.argsort(torch.argsort((~whole).to(torch.uint8), stable=True), stable=True)
+        restored = self.bounder.restored(self.packed.take(index[~whole] - first))
+        return self.whole.take(index[whole]).joined(restored).take(order)
+
+    def remove(self, which: Tensor) -> tuple[OpenSubproblems, OpenSubproblems]:
+        """Remove subproblems, given their numbers or (P,) bool; return the whole and the packed ones among them."""
+        left = torch.ones(len(self), dtype=torch.bool, device=which.device)
+        left[which] = False
+        whole, packed = left[: len(self.whole)], left[len(self.whole) :]
+        removed = self.whole.take(~whole), self.packed.take(~packed)
+        self.whole, self.packed = self.whole.take(whole), self.packed.take(packed)
+        return removed
 
 
 def in_turns(image: Tensor, bound: Tensor, most: int) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bounds import Box
+from ..bounds import Box, memory
 from ..bounds.crown import rows_at_a_time
 from ..typed import as_floats, as_ints
 from .bounds_so_far import BoundsSoFar
@@ -70,7 +70,7 @@ def split_inputs(
     roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none)
     bounder = BoxBounder(problem, known, batch)
     return BranchAndBound(
-        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(bounder.boxes), UnsplittableBoxes(),
+        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(batch), UnsplittableBoxes(),
         timeout=timeout, violates=violates, record=record,
     ).run()  # fmt: skip
 
@@ -121,11 +121,14 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
         members, _ = rows_of_clauses(problem.specification.clauses)
         self.problem = problem
         self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds)
-        self.boxes = min(batch, rows_at_a_time(known.network, rows.shape[1], known.rows))
+        inputs = int((problem.region.hull.radius > 0).flatten(1).sum(1).max()) if len(problem) else 0
+        lines = max(rows.shape[1], 1 + inputs)  # backward, and lower and upper ones forward
+        size = memory.planned(known.rows)
+        self._at_a_time = min(2 * batch, rows_at_a_time(known.network, lines, known.rows, size=size))
 
     @property
     def at_a_time(self) -> int:
-        return 2 * self.boxes
+        return self._at_a_time
 
     def bound(self, subproblems: Boxes) -> BoxLines:
         region = Box(subproblems.lower, subproblems.upper)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds
-from ..bounds.crown import crown_bounds, rows_at_a_time
+from ..bounds import Bounds, memory
+from ..bounds.crown import crown_bounds
 from ..bounds.effort import work_of
 from ..bounds.interval import Interval
 from ..bounds.network import Network
@@ -37,7 +37,7 @@ from .engine import (
 from .lp import LeafSolution, rounded_bound, solve_leaf
 from .neuron_clipping import LEVEL, NeuronLines, scaled
 from .neurons import Columns, Neurons
-from .optimise import BestParameters, Optimised, Subproblems, maximise, starting_slopes
+from .optimise import BestParameters, Optimised, Subproblems, ascents_at_a_time, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
@@ -55,9 +55,6 @@ PROGRAM_EVERY = 8
 """Number of splits after which a subproblem goes to a linear program, whose multipliers are optimal: it finds many
 infeasible subproblems (18 open neurons over 3 inputs: 2 s, not minutes). With 6, hidden counterexamples of networks of
 30 neurons took four times as long."""
-
-LINES = 1 << 29
-"""Most bytes of neurons' linear bounds that are kept, for all images of a search."""
 
 TRIALS, PAYS = 32, 8
 """An image's subproblems go to ``TRIALS`` linear programs, and to more while one in ``PAYS`` closes a subproblem: each
@@ -88,7 +85,7 @@ def split_neurons(
     space = SignSpace(problem, known)
     bounder = SignBounder(space, search, recording=record is not None)
     return BranchAndBound(
-        problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
+        problem, known.network, space.worst, space.roots(), bounder, SignSplitter(space, search),
         LinearProgramSolver(space, exact, search.programs), timeout=timeout, violates=violates, most=search.most,
         record=record, descents=search.descents,
     ).run()  # fmt: skip
@@ -116,6 +113,21 @@ class SignSubproblems(OpenSubproblems):
     level: Tensor
 
 
+@dataclass(frozen=True)
+class PackedSigns(OpenSubproblems):
+    """Subproblems by their assumed signs alone.
+
+    Args:
+        branch: as in ``SignSubproblems``.
+        decided: (P, D) int32, the columns with an assumed sign, counted from 1 and multiplied by the sign; 0 for none.
+        level: as in ``SignSubproblems``.
+    """
+
+    branch: Tensor
+    decided: Tensor
+    level: Tensor
+
+
 class SignSpace:
     """Data shared by all subproblems of a batch of problems: columns of unstable neurons, and rows of clauses."""
 
@@ -136,26 +148,45 @@ class SignSpace:
         self.clauses, _ = rows_of_clauses(problem.specification.clauses)
         self.worst = known.rows[:, self.clauses].amax(-1)  # (B, clauses)
         self.lines = dict[int, NeuronLines]()  # by image
+        self.slopes = known.alphas  # (B, R, N) to start from; CROWN's if None
 
-    def roots(self, slopes: Tensor | None) -> SignSubproblems:
-        """The open clauses without assumed signs; ``slopes`` (B, R, N) to start from, CROWN's if None."""
+    def roots(self) -> PackedSigns:
+        """The open clauses without assumed signs."""
         image, clause = (~(self.worst > 0)).nonzero(as_tuple=True)
-        slopes = starting_slopes(self.lower, self.upper, self.rows.shape[1]) if slopes is None else slopes
-        columns = self.columns.take(image)
-        alphas = columns.gathered(slopes[image[:, None], self.clauses[clause]], 0.0)
-        lower, upper = (columns.gathered(end[image], 0.0) for end in (self.lower, self.upper))
-        signs = torch.zeros(columns.real.shape, dtype=torch.int8, device=image.device)
         none = torch.zeros_like(image)
+        decided = torch.zeros(len(image), 0, dtype=torch.int32, device=image.device)
+        worst = self.worst[image, clause]
+        return PackedSigns(image, clause, worst, none - 1, none, decided, torch.full_like(worst, torch.inf))
+
+    def packed(self, some: SignSubproblems) -> PackedSigns:
+        """The subproblems without bounds, slopes and multipliers of their own."""
+        assumed = some.signs != 0
+        most = int(assumed.sum(1).max()) if len(some) else 0
+        columns = torch.argsort(assumed.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
+        decided = (some.signs.gather(1, columns) * (columns + 1)).to(torch.int32)
+        return PackedSigns(some.image, some.goal, some.bound, some.node, some.branch, decided, some.level)
+
+    def restored(self, packed: PackedSigns) -> SignSubproblems:
+        """The subproblems with their image's bounds, the slopes to start from, and no multipliers."""
+        image, columns, rows = packed.image, self.columns.take(packed.image), self.clauses[packed.goal]
+        lower, upper = (columns.gathered(end[image], 0.0) for end in (self.lower, self.upper))
+        if self.slopes is None:
+            alphas = starting_slopes(lower, upper, rows.shape[1])
+        else:
+            alphas = columns.gathered(self.slopes[image[:, None], rows], 0.0)
+        signs = torch.zeros(len(image), columns.real.shape[1] + 1, dtype=torch.int8, device=image.device)
+        signs.scatter_(1, packed.decided.abs().long(), packed.decided.sign().to(torch.int8))
         return SignSubproblems(
-            image, clause, self.worst[image, clause], none - 1, none, signs, lower, upper, alphas,
-            torch.zeros_like(alphas), torch.full_like(self.worst[image, clause], torch.inf),
+            image, packed.goal, packed.bound, packed.node, packed.branch, signs[:, 1:], lower, upper, alphas,
+            torch.zeros_like(alphas), packed.level,
         )  # fmt: skip
 
     def tighten(self, images: Tensor, steps: int, clip: bool = True) -> None:
         """Tighten the bounds of the neurons of ``images`` (I,) by ascents of ``steps`` steps for each; ``clip`` keeps
         their linear bounds, for ``clipped``."""
         known, region, columns = self.known.subset(images), self.region.take(images), self.columns.take(images)
-        room = LINES - sum(lines.forms.nbytes for lines in self.lines.values()) if clip and region.is_box else 0
+        kept = sum(lines.forms.nbytes for lines in self.lines.values())
+        room = memory.kept(self.lower) // 2 - kept if clip and region.is_box else 0
         bounds, lines = tightened(self.network, region, known.bounds, columns, steps, room=room)
         lower, upper = self.neurons.ends(known.with_bounds(bounds).bounds, known.rows)
         self.lower[images], self.upper[images] = lower, upper
@@ -274,17 +305,26 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
 
     @property
     def at_a_time(self) -> int:
-        return max(1, min(2 * self.search.batch, rows_at_a_time(self.space.network, 1, self.space.lower)))
+        rows = self.space.clauses.shape[1]
+        return max(1, min(2 * self.search.batch, ascents_at_a_time(self.space.network, rows, self.space.lower)))
+
+    def packed(self, subproblems: SignSubproblems) -> PackedSigns:
+        return self.space.packed(subproblems)
+
+    def restored(self, packed: PackedSigns) -> SignSubproblems:
+        return self.space.restored(packed)
 
     @property
     def evaluations(self) -> int:
         return 1 + self.search.steps
 
-    def bound(self, subproblems: SignSubproblems) -> SignBounds:
+    def prepare(self, subproblems: OpenSubproblems) -> None:
         due = self.budget.due(subproblems)
         if len(due):
             with part("rebounding"):
                 self.space.tighten(due, self.search.root_steps, self.search.clip)
+
+    def bound(self, subproblems: SignSubproblems) -> SignBounds:
         some, ends, empty = self._tightened(subproblems)
         linear = self.space.linear(some)
         best = BestParameters() if self.recording else None
@@ -345,7 +385,7 @@ class TighteningBudget:
                 self.cost += rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
             self.cost[self.cost == 0] = torch.inf  # no neuron to tighten
 
-    def due(self, subproblems: SignSubproblems) -> Tensor:
+    def due(self, subproblems: OpenSubproblems) -> Tensor:
         """The numbers of the images to tighten before their ``subproblems`` are bounded."""
         work = torch.full((len(subproblems),), self.bounding, dtype=torch.float64, device=self.spent.device)
         self.spent.index_add_(0, subproblems.image, work)
@@ -370,7 +410,10 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     @property
     def at_a_time(self) -> int:
-        return min(self.search.batch, rows_at_a_time(self.space.network, 2, self.space.lower))
+        """As many as the settings say, if these and their children are a small part of the open ones."""
+        numbers = self.space.columns.real.shape[1] * (2 + 2 * self.space.clauses.shape[1])
+        most = memory.kept(self.space.lower) // (8 * numbers * self.space.lower.element_size())
+        return max(1, min(self.search.batch, most))
 
     def options(self, bounded: SignBounds) -> Tensor:
         some = bounded.subproblems

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds, Region
+from ..bounds import Bounds, Region, memory
 from ..bounds.clock import OutOfTime, look, now
 from ..bounds.crown import AddedForms, backward, relax_all, slack_of
 from ..bounds.network import Network
@@ -81,6 +81,19 @@ class BestParameters:
         self.alphas[index] = torch.where(improved, alphas, self.alphas[index])
         if betas is not None and self.betas is not None:
             self.betas[index] = torch.where(improved, betas, self.betas[index])
+
+
+ASCENT = 12
+"""Arrays of the size of all operations' outputs that ``maximise`` holds at its peak, for each linear form: parameters,
+their gradients and Adam's averages, lines, and what the gradient keeps of the backward pass; measured."""
+
+
+def ascents_at_a_time(network: Network, rows: int, like: Tensor, position: int | None = None) -> int:
+    """Number of subproblems, of so many linear forms of an operation's output (the logits by default), that
+    ``maximise`` takes together; 0 if even one is too large for a round. Independent of the memory that is free."""
+    last = len(network.operations) - 1 if position is None else position
+    numbers = sum(shape.numel() for shape in network.shapes[: last + 1])
+    return memory.planned(like) // max(1, ASCENT * rows * numbers * like.element_size())
 
 
 def finite(lower: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bounds import Region
+from ..bounds import Region, memory
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in
+from ..typed import unique
 from .search_statistics import SearchStatistics, record_of_search, rounded
 
 Status = Literal["verified", "falsified", "misclassified", "unknown", "timeout", "error"]
@@ -56,10 +57,10 @@ class Specification:
         labels = as_labels(labels)
         classes_in((len(labels), classes))
         check_labels(labels, classes)
-        identity = torch.eye(classes, device=labels.device)
-        margins = identity[labels][:, None] - identity
-        others = ~F.one_hot(labels, classes).bool()
-        rows = margins[others].reshape(len(labels), classes - 1, classes)
+        others = F.one_hot(labels, classes) == 0
+        other = others.nonzero()[:, 1].reshape(len(labels), classes - 1, 1)
+        rows = torch.zeros(len(labels), classes - 1, classes, device=labels.device).scatter_(2, other, -1.0)
+        rows[torch.arange(len(labels), device=labels.device), :, labels] = 1.0
         clauses = torch.arange(classes - 1, device=labels.device)
         return cls(rows, torch.zeros(rows.shape[:2], device=labels.device), clauses, labels)
 
@@ -67,12 +68,24 @@ class Specification:
         """(B, R) values of the rows at logits (B, K)."""
         return (self.rows.to(logits.dtype) @ logits.unsqueeze(-1)).squeeze(-1) + self.offsets
 
+    def worst_at(self, image: Tensor, logits: Tensor) -> Tensor:
+        """(P,) the worst margin of the images ``image`` (P,) at logits (P, K); the images' rows are copied for a part
+        of the points at a time."""
+        size = max(1, memory.planned(logits) // (self.rows.shape[1:].numel() * logits.element_size()))
+        parts = zip(torch.split(image, size), torch.split(logits, size), strict=True)
+        return torch.cat([(some := self.subset(own)).worst(some.values(part)) for own, part in parts])
+
     def worst(self, values: Tensor) -> Tensor:
         """(B,) the minimum over clauses of the largest row in each. Where > 0 the specification holds, if ``values``
         (B, R) are row values, and is proved, if they are lower bounds.
         """
         best = values.new_full((len(values), int(self.clauses.max()) + 1), -torch.inf)
         return best.scatter_reduce(1, self.clauses.expand(len(values), -1), values, "amax").amin(1)
+
+    def part(self, rows: Tensor) -> Specification:
+        """The specification of some rows (their numbers), without labels: whole clauses, numbered anew."""
+        clauses = torch.searchsorted(unique(self.clauses[rows]), self.clauses[rows])
+        return Specification(self.rows[:, rows], self.offsets[:, rows], clauses)
 
     def subset(self, index: Tensor) -> Specification:
         labels = None if self.labels is None else self.labels[index]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..attacks import Attack, attack_field, default_attack
 from ..bounds import PerturbationSet
+from ..bounds.memory import size_of
 from ..bounds.rounding import FLOAT32, REAL, Rounding
 from ..errors import InputError, check
 from .lirpa import Method
@@ -39,6 +40,8 @@ class Certify:
         falsifying_share: largest share of an image's time that the stage ``falsify`` takes.
         lirpa: method of the stage ``lirpa``, which needs auto_LiRPA to be installed.
         search: settings of branch and bound, or the name of a preset.
+        memory: limit of the process' memory, such as ``2GiB`` or ``512MiB``, kept by computing less at a time; null for
+            what is free. On a GPU it limits the GPU's memory as well.
         arithmetic: arithmetic in which ``verified`` holds. ``nearest``: of bounds computed with rounding to nearest,
             whose errors are not covered; ``real``: exact arithmetic; ``float32``: every order in which the folded
             network can be evaluated in float32.
@@ -54,6 +57,7 @@ class Certify:
     falsifying_share: float = 1.0
     lirpa: Method = "crown"
     search: Search = Search()
+    memory: int | str | None = None
     arithmetic: Arithmetic = "nearest"
 
     def __post_init__(self) -> None:
@@ -67,6 +71,8 @@ class Certify:
         check(self.images is None or self.images >= 1, "images", self.images, "a whole number >= 1, or null")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
         check(0 < self.timeout < float("inf"), "timeout", self.timeout, "seconds > 0")
+        if self.memory is not None:
+            size_of(self.memory)
         check(self.alpha_steps >= 0, "alpha_steps", self.alpha_steps, "a whole number >= 0")
         check(0 <= self.falsifying_share <= 1, "falsifying_share", self.falsifying_share, "0 to 1")
 

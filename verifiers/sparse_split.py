@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds, Box
+from ..bounds import Bounds, Box, memory
 from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, rows_at_a_time
 from ..bounds.folding import fold
 from ..bounds.sparse import SparseBall
@@ -158,7 +158,8 @@ class PartBounder(Bounder[SparseSubproblems, PartBounds]):
         self.problem, self.known, self.ball = problem, known, ball
         self.images = known.region_of(problem).images
         self.forms, self.offsets = known.rows_of(problem.specification)
-        self._at_a_time = max(1, min(batch, rows_at_a_time(known.network, self.forms.shape[1], known.rows)))
+        size = memory.planned(known.rows)
+        self._at_a_time = max(1, min(batch, rows_at_a_time(known.network, self.forms.shape[1], known.rows, size=size)))
 
     @property
     def at_a_time(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..attacks import Attack, default_attack
-from ..bounds import PerturbationSet, SparseBall, compute_rows, forward
+from ..bounds import PerturbationSet, SparseBall, compute_rows, forward, memory
 from ..bounds.clock import OutOfTime, expected, look, until
 from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.effort import work_of
@@ -24,8 +25,8 @@ from .engine import SearchOutcome
 from .input_split import BATCH, INPUTS, few_inputs, split_inputs
 from .neuron_split import split_neurons
 from .neurons import Neurons
-from .optimise import Subproblems, maximise, starting_slopes, with_offsets
-from .problem import Problem, Status
+from .optimise import Subproblems, ascents_at_a_time, maximise, starting_slopes, with_offsets
+from .problem import Problem, Specification, Status
 from .search import Search
 from .sparse_split import split_locations
 from .stage import Finding, Judge, Stage, TimedStage, holds, proof, undecided, where_true
@@ -196,41 +197,65 @@ class AlphaStage(Stage):
         return replace(self, judge=judge)
 
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
-        neurons, specification = Neurons.of(known.network), problem.specification
         known = known if known.bounds else _with_bounds(problem, known)
-        rows, slopes = list[Tensor](), list[Tensor]()
+        network, count = known.network, problem.specification.rows.shape[1]
+        neurons, best = Neurons.of(network), torch.full_like(known.rows, -torch.inf)
+        size, groups = self._sizes(problem, known)
+        numbers = len(problem) * count * sum(neurons.sizes)
+        keeping = 2 * numbers * best.element_size() <= memory.kept(best)  # else the search starts from CROWN's slopes
+        slopes = best.new_empty(*best.shape, sum(neurons.sizes)) if keeping else None
         counterexamples: list[Tensor | None] = [None] * len(problem)
-        size = rows_at_a_time(known.network, specification.rows.shape[1], known.rows) // 4 or 1
         for part in torch.split(torch.arange(len(problem), device=problem.index.device), size):
-            some, own = problem.subset(part), known.subset(part)
+            own, some = known.subset(part), problem.subset(part)
             lower, upper = neurons.ends(own.bounds, own.rows)
-            region = own.region_of(some)
-            sub = Subproblems(region, *own.rows_of(some.specification), lower, upper)
-            worst = some.specification.worst
-            slopes.append(starting_slopes(lower, upper, sub.forms.shape[1]))
-            try:
-                optimised = maximise(
-                    known.network, sub, slopes[-1], steps=self.steps, rate=self.rate,
-                    done=lambda best, worst=worst: worst(best) > 0,
-                )  # fmt: skip
-            except OutOfTime:
-                rows.append(torch.full_like(sub.offsets, -torch.inf))
-                continue
-            rows.append(optimised.best)
-            slopes[-1] = optimised.alphas
-            point = some.region.nearest(minimiser(optimised, region, optimised.best.argmin(1)))
-            fails = ~holds(some.specification, known.network(point.to(known.rows.dtype)))
-            wrong = fails & ~(worst(optimised.best) > 0)
-            for number in as_ints(wrong.nonzero()):
-                if self.judge(some, number, point[number]):
-                    counterexamples[int(part[number])] = point[number]
-        known = BoundsSoFar(known.network, known.rows, known.bounds, torch.cat(slopes)).with_rows(torch.cat(rows))
+            region, (forms, offsets) = own.region_of(some), own.rows_of(some.specification)
+            for group in groups:
+                at, rows = (part[:, None], group), some.specification.part(group)
+                sub = Subproblems(region, forms[:, group], offsets[:, group], lower, upper)
+                alphas = starting_slopes(lower, upper, len(group))
+                if slopes is not None:
+                    slopes[at] = alphas
+                if len(groups) > 1 and bool((rows.worst(own.rows[:, group]) > 0).all()):
+                    continue
+                try:
+                    optimised = maximise(
+                        network, sub, alphas, steps=self.steps, rate=self.rate,
+                        done=partial(_proves, rows),
+                    )  # fmt: skip
+                except OutOfTime:
+                    continue
+                best[at] = optimised.best
+                if slopes is not None:
+                    slopes[at] = optimised.alphas
+                point = some.region.nearest(minimiser(optimised, region, optimised.best.argmin(1)))
+                fails = ~holds(some.specification, network(point.to(best.dtype)))
+                wrong = fails & ~(rows.worst(optimised.best) > 0)
+                for number in as_ints(wrong.nonzero()):
+                    if self.judge(some, number, point[number]):
+                        counterexamples[int(part[number])] = point[number]
+        known = BoundsSoFar(network, known.rows, known.bounds, slopes).with_rows(best)
         proved = proof(problem, known)
         statuses: list[Status | None] = [
             "falsified" if point is not None else status
             for point, status in zip(counterexamples, proved.statuses, strict=True)
         ]
         return Finding(statuses, known, counterexamples=counterexamples)
+
+    def _sizes(self, problem: Problem, known: BoundsSoFar) -> tuple[int, list[Tensor]]:
+        """(images, groups): the number of images, and the groups of rows, that are optimised together. Only where one
+        image's rows are too many are there several groups, each of whole clauses."""
+        specification = problem.specification
+        size = ascents_at_a_time(known.network, specification.rows.shape[1], known.rows)
+        if size:
+            return size, [torch.arange(specification.rows.shape[1], device=known.rows.device)]
+        groups, most = list[list[int]](), ascents_at_a_time(known.network, 1, known.rows)
+        for clause in range(int(specification.clauses.max()) + 1):
+            rows = as_ints((specification.clauses == clause).nonzero())
+            if groups and len(groups[-1]) + len(rows) <= most:
+                groups[-1] += rows
+            elif rows:
+                groups.append(rows)
+        return 1, [torch.tensor(group, device=known.rows.device) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -325,6 +350,11 @@ class LocationStage(TimedStage):
             problem, known, self.search, self.timeout, lambda number, image: self.judge(problem, number, image)
         )
         return _finding_of_search(known, outcome)
+
+
+def _proves(specification: Specification, lower: Tensor) -> Tensor:
+    """(B,) bool, whether lower bounds (B, R) of the rows prove the specification."""
+    return specification.worst(lower) > 0
 
 
 def _finding_of_search(known: BoundsSoFar, outcome: SearchOutcome) -> Finding:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..bounds import Bounds, Region
 from ..bounds.clock import OutOfTime
-from ..bounds.crown import rows_at_a_time
 from ..bounds.interval import Interval
 from ..bounds.network import Network
 from .neuron_clipping import NeuronLines
 from .neurons import Columns, Neurons
-from .optimise import Subproblems, maximise, starting_slopes
+from .optimise import Subproblems, ascents_at_a_time, maximise, starting_slopes
 
 STEPS = 5
 """Steps of each ascent. On a ResNet of VNN-COMP (``resnet_4b``) 5, 10 and 20 steps raise the worst margin from -1.94
@@ -87,7 +86,7 @@ def _tightened_at(
     if not chosen.shape[1] or (exact and not lines):
         return known, []
     found = list[_Lines]()
-    size = max(1, rows_at_a_time(network, len(chosen), lower) // 8)
+    size = max(1, ascents_at_a_time(network, 2 * len(chosen), lower, read))
     for part, is_real in zip(torch.split(chosen, size, 1), torch.split(real, size, 1), strict=True):
         units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
         forms = torch.cat([units, -units], 1).reshape(len(part), -1, *shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bounds import Box
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.folding import fold
+from ..bounds.memory import within
 from ..environment import peak_memory
 from ..errors import InputError, Portable
 from ..run_folder import write_atomically, write_json
@@ -191,7 +192,7 @@ def check_property(network: OnnxNetwork, property: Property, deadline: float, se
         return Answer("holds", 0.0, "exact", property.remark)
     settings = replace(settings, timeout=max(deadline - started, 1e-9))
     clock = _StageClock()
-    with until(deadline), gathered() as searches:
+    with until(deadline), within(settings.memory), gathered() as searches:
         try:
             found = _check_cases(network, property, deadline, settings, started, clock)
         except OutOfTime:

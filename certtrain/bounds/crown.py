@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import clock
+from . import clock, memory
 from .effort import work_of
 from .interval import Bounds, Interval
 from .network import Network
@@ -22,8 +22,9 @@ from .relaxation import Relaxation
 from .rounding import Slack, interval_of, widened
 from .windows import View, Windows
 
-MEMORY = 1 << 28
-"""Bytes of coefficients held at a time on the CPU; on a GPU a quarter of its free memory is used."""
+COPIES = 12
+"""Arrays of the widest layer's size that a backward pass without gradients holds at its peak, for each linear form:
+forms before and after an operation, its temporaries, and buffers of the library of convolutions; measured."""
 
 
 @dataclass(frozen=True)
@@ -296,9 +297,8 @@ class _Bounding:
             lower.scatter_reduce_(1, part, below, "amax")
             upper.scatter_reduce_(1, part, -above, "amin")
 
-        self._in_chunks(
-            order.T, rows_at_a_time(self.network, len(order), lower) // 2 or 1, work, lambda p: tighten(p.T)
-        )
+        rows = rows_at_a_time(self.network, len(order), lower, position)
+        self._in_chunks(order.T, rows // 2 or 1, work, lambda p: tighten(p.T))
         return Bounds(lower.reshape(shape), upper.reshape(shape))
 
     def _refined_in_windows(self, windows: Windows, known: Bounds, wanted: Tensor) -> Bounds:
@@ -306,7 +306,7 @@ class _Bounding:
         image, entry = wanted.flatten(1).nonzero(as_tuple=True)
         lines, slack = self._lines_and_slack()
         lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
-        size = _budget(lower) // (8 * windows.widest * lower.element_size()) or 1
+        size = memory.at_once(lower) // (2 * COPIES * windows.widest * lower.element_size()) or 1
         work = work_of(self.network, windows.position, lambda number: 2 * windows.shape(number).numel())
 
         def tighten(part: Tensor) -> None:
@@ -334,12 +334,11 @@ class _Bounding:
         return relax_all(self.network, self.bounds), slack
 
 
-def rows_at_a_time(network: Network, batch: int, like: Tensor) -> int:
-    """Number of linear forms of each image that fit into memory together."""
-    widest = max(shape.numel() for shape in network.shapes)
-    return max(1, _budget(like) // max(1, 4 * batch * widest * like.element_size()))
-
-
-def _budget(like: Tensor) -> int:
-    """Bytes for coefficients on the device of ``like``."""
-    return torch.cuda.mem_get_info(like.device)[0] // 4 if like.is_cuda else MEMORY
+def rows_at_a_time(
+    network: Network, batch: int, like: Tensor, position: int | None = None, size: int | None = None
+) -> int:
+    """Number of linear forms of an operation's output (the logits by default), for each image of a batch, that are
+    carried backward together in ``size`` bytes (by default ``memory.at_once``); at least 1."""
+    last = len(network.operations) - 1 if position is None else position
+    widest = max(shape.numel() for shape in network.shapes[: last + 1])
+    return max(1, (size or memory.at_once(like)) // max(1, COPIES * batch * widest * like.element_size()))

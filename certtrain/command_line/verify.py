@@ -48,6 +48,8 @@ def add(commands) -> None:
     verify.add_argument("--stages", metavar="A,B,…", help="some of ibp, crown_ibp, attack, crown, alpha, lirpa, "
                         "input_split, location, bab")  # fmt: skip
     verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
+    verify.add_argument("--memory", metavar="SIZE", help="limit of the process' memory, such as 2GiB (default: what is "
+                        "free)")  # fmt: skip
     verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
     add_plugins(verify)
     verify.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -118,6 +120,7 @@ def _property_settings(options: argparse.Namespace, rest: list[str]) -> tuple[Ce
     Raises:
         InputError: options about a run's images, which do not apply to a property; a bad value.
     """
+    from ..bounds.memory import size_of
     from ..components import load_plugins
     from ..config import override, structure, unstructure
     from ..errors import InputError
@@ -130,7 +133,7 @@ def _property_settings(options: argparse.Namespace, rest: list[str]) -> tuple[Ce
     refused += ["--verifier"] if options.verifier != "embedded" else []
     refused += [f"--{name}" for name in overrides if not _is_for_properties(name)]
     if refused:
-        accepted = "--timeout, --results, --json, --arithmetic, --stages, --plugin, --certify.field value"
+        accepted = "--timeout, --results, --json, --arithmetic, --stages, --memory, --plugin, --certify.field value"
         raise InputError(f"{refused[0]}: cannot be given here; accepted: {accepted}")
     if options.arithmetic not in (None, "nearest", *ROUNDINGS):
         raise InputError(f"--arithmetic: found {options.arithmetic!r}; accepted: nearest, real, float32")
@@ -140,6 +143,8 @@ def _property_settings(options: argparse.Namespace, rest: list[str]) -> tuple[Ce
         overrides["certify.stages"] = f"[{options.stages}]"
     if options.timeout is not None:
         overrides["certify.timeout"] = str(number("--timeout", options.timeout, SECONDS))
+    if options.memory is not None:
+        overrides["certify.memory"] = str(size_of(options.memory, "--memory"))
     load_plugins(options.plugins)
     settings = structure(Certify, override({"certify": unstructure(PROPERTY)}, overrides)["certify"], "certify")
     return settings, settings.timeout if "certify.timeout" in overrides else None
@@ -206,7 +211,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.results or options.json:
         name = "results" if options.results else "json"
         raise InputError(f"--{name}: accepted with --onnx or --instances; a run's verdicts stand in its folder")
-    ours = [*overrides, *(name for name in ("stages", "arithmetic") if getattr(options, name) is not None)]
+    ours = [*overrides, *(name for name in ("stages", "arithmetic", "memory") if getattr(options, name) is not None)]
     if options.verifier == "abcrown" and ours:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
@@ -215,7 +220,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     size = run.config.perturbation.size
     given = {
         f"perturbation.{size}": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
-        "certify.arithmetic": options.arithmetic,
+        "certify.arithmetic": options.arithmetic, "certify.memory": options.memory,
     }  # fmt: skip
     overrides |= {name: value for name, value in given.items() if value is not None}
     if options.stages is not None:
