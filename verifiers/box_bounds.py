@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds, Region
+from ..bounds import Bounds, Box, Region
 from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, slack_of
 from ..bounds.forward_linear import forward_bounds
 from ..bounds.network import Network
+from .clipping import Cuts, rounded_down
 from .optimise import finite, with_offsets
-
-AFFORDABLE = 30
-"""Most unstable neurons, for each input that varies, with which backward passes are made. On ACAS Xu they pay well
-below this; on networks of thousands of neurons and two inputs forward bounds are a hundred times cheaper."""
+from .passes import Passes
 
 WEIGHINGS = 20
 """Number of steps that optimise the weights of a clause's rows."""
@@ -29,14 +27,17 @@ class ClauseBounds:
         clauses: (P, C) the bounds.
         forms: (P, C, *shape) linear forms of the input whose minima they are, constants left out.
         weights: (P, C, G) weights of the clause's rows in the forms, which add up to 1.
+        cuts: all linear bounds that were computed of each clause.
+        forward: (P,) the bounds of the worst clause without backward passes to the neurons.
     """
 
     clauses: Tensor
     forms: Tensor
     weights: Tensor
+    cuts: Cuts
+    forward: Tensor
 
 
-@dataclass(frozen=True)
 class BoxBounds:
     """Bounds the clauses of B problems over boxes within their sets.
 
@@ -46,65 +47,85 @@ class BoxBounds:
         outer: bounds of every non-linear operation's input over each problem's whole set, by position; may be empty.
     """
 
-    network: Network
-    rows: Tensor
-    offsets: Tensor
-    members: Tensor
-    outer: dict[int, Bounds]
+    def __init__(self, network: Network, rows: Tensor, offsets: Tensor, members: Tensor, outer: dict[int, Bounds]):
+        self.network, self.rows, self.offsets, self.members, self.outer = network, rows, offsets, members, outer
+        self.passes = Passes(network)
 
-    def __call__(self, region: Region, image: Tensor) -> ClauseBounds:
-        """Bounds over P boxes ``region`` within the sets of the problems ``image`` (P,)."""
+    def __call__(self, box: Box, image: Tensor, before: Tensor | None = None) -> ClauseBounds:
+        """Bounds over P boxes within the sets of the problems ``image`` (P,).
+
+        Args:
+            before: (P,) the ``forward`` bounds of the boxes that these are parts of; -inf where there are none.
+        """
         outer = {place: Bounds(ends.lower[image], ends.upper[image]) for place, ends in self.outer.items()}
         if self.network.rounding is not None:  # forward bounds do not cover rounding
-            return self._clauses(region, image, crown_bounds(self.network, region, outer))
-        bounds = forward_bounds(self.network, region, outer)
-        by_forward = self._clauses(region, image, bounds)
-        again = ~(by_forward.clauses > 0).all(1) & self._affordable(region, bounds)
-        if not again.any():
-            return by_forward
+            return self._clauses(box, image, crown_bounds(self.network, box, outer))
+        bounds = forward_bounds(self.network, box, outer)
+        found = self._clauses(box, image, bounds)
+        self.passes.saw_forward(found.forward, before, box)
+        found = replace(found, cuts=found.cuts.joined(found.cuts.none()))
+        left = ~(found.clauses > 0).all(1)
+        while len(again := self.passes.chosen(left, found.forward, before, bounds, box).nonzero().flatten()):
+            found = self._by_passes(box, image, bounds, found, again)
+            left[again] = False
+        return found
+
+    def _by_passes(
+        self, box: Box, image: Tensor, bounds: dict[int, Bounds], found: ClauseBounds, again: Tensor
+    ) -> ClauseBounds:
+        """``found`` with those of the boxes ``again`` improved by backward passes."""
         some = {place: Bounds(ends.lower[again], ends.upper[again]) for place, ends in bounds.items()}
-        some = crown_bounds(self.network, region.take(again), some)
-        by_crown = self._clauses(region.take(again), image[again], some)
-        better = by_crown.clauses > by_forward.clauses[again]
-        clauses, forms, weights = by_forward.clauses.clone(), by_forward.forms.clone(), by_forward.weights.clone()
+        some = crown_bounds(self.network, box.take(again), some)
+        by_crown = self._clauses(box.take(again), image[again], some)
+        self.passes.saw_backward(found.forward[again], by_crown.forward)
+        better = by_crown.clauses > found.clauses[again]
+        clauses, forms, weights = found.clauses.clone(), found.forms.clone(), found.weights.clone()
         clauses[again] = torch.where(better, by_crown.clauses, clauses[again])
         weights[again] = torch.where(better.unsqueeze(-1), by_crown.weights, weights[again])
         forms[again] = by_crown.forms
-        return ClauseBounds(clauses, forms, weights)
+        half = by_crown.cuts.least.shape[2]
+        (form, own_form), (least, own_least) = (
+            torch.split(part, half, 2) for part in (found.cuts.forms, found.cuts.least)
+        )
+        cuts = Cuts(form, least).joined(Cuts(own_form, own_least).replaced(again, by_crown.cuts))
+        return ClauseBounds(clauses, forms, weights, cuts, found.forward)
 
-    def _affordable(self, region: Region, bounds: dict[int, Bounds]) -> Tensor:
-        """(P,) bool, the boxes with few enough unstable neurons behind the first layer for backward passes."""
-        wide = (region.hull.radius > 0).flatten(1).sum(1)
-        later = sorted(bounds)[1:]
-        count = sum(((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1) for place in later)
-        return torch.as_tensor(count, device=wide.device) <= AFFORDABLE * (1 + wide)
-
-    def _clauses(self, region: Region, image: Tensor, bounds: dict[int, Bounds]) -> ClauseBounds:
+    def _clauses(self, box: Box, image: Tensor, bounds: dict[int, Bounds]) -> ClauseBounds:
         linear = backward(
             self.network, len(self.network.operations) - 1, self.rows[image], relax_all(self.network, bounds),
-            slack=slack_of(self.network, region, bounds),
+            slack=slack_of(self.network, box, bounds),
         )  # fmt: skip
-        values = finite(with_offsets(self.network, linear.lower(region), self.offsets[image]))
+        offsets = self.offsets[image]
+        values = finite(with_offsets(self.network, linear.lower(box), offsets))
         best, row = values[:, self.members].max(-1)
         forms = linear.forms[:, self.members]  # (P, C, G, *shape)
         own_row = (torch.arange(self.members.shape[1], device=row.device) == row.unsqueeze(-1)).to(best.dtype)
-        single = ClauseBounds(best, _picked(forms, row), own_row)
+        least = (
+            values if linear.slack else rounded_down(values, linear.forms, linear.constants.abs() + offsets.abs(), box)
+        )
+        cuts = Cuts(forms, least[:, self.members])
+        single = ClauseBounds(best, _picked(forms, row), own_row, cuts, best.amin(1))
         if self.members.shape[1] > 1 and linear.slack is None:  # a mean's own rounding is not in the slack
-            return self._weighed(region, linear, forms, self.offsets[image], single)
+            return self._weighed(box, linear, forms, offsets, single)
         return single
 
     def _weighed(
-        self, region: Region, linear: LinearBound, forms: Tensor, offsets: Tensor, single: ClauseBounds
+        self, box: Box, linear: LinearBound, forms: Tensor, offsets: Tensor, single: ClauseBounds
     ) -> ClauseBounds:
         """Replace bounds by single rows with those of a weighted mean of the clause's rows where these are higher."""
         constants = (linear.constants + offsets)[:, self.members]
-        weights, bounds = best_weights(region, forms, constants)
+        weights, bounds = best_weights(box, forms, constants)
         mean = (weights.reshape(*weights.shape, *[1] * (forms.ndim - 3)) * forms).sum(2)
         better = bounds > single.clauses
+        clauses = torch.where(better, bounds, single.clauses)
+        sizes = (weights * (linear.constants.abs() + offsets.abs())[:, self.members]).sum(-1)
+        cut = Cuts(mean.unsqueeze(2), rounded_down(bounds, mean, 2 * sizes, box).unsqueeze(2))
         return ClauseBounds(
-            torch.where(better, bounds, single.clauses),
+            clauses,
             torch.where(better.reshape(*better.shape, *[1] * (mean.ndim - 2)), mean, single.forms),
             torch.where(better.unsqueeze(-1), weights, single.weights),
+            single.cuts.joined(cut),
+            clauses.amin(1),
         )
 
 
