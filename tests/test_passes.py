@@ -12,7 +12,7 @@ from certtrain.bounds.crown import crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.verifiers import Problem, Specification
 from certtrain.verifiers.input_split import split_inputs
-from certtrain.verifiers.passes import TRIALS, Passes
+from certtrain.verifiers.passes import TRIALS, BackwardPasses
 from certtrain.verifiers.search_record import SearchRecord
 
 
@@ -38,7 +38,7 @@ class Asked:
 
     def __init__(self, width: int = 200):
         network = fold(wide_network(width), torch.Size([2]))
-        self.passes, self.box = Passes(network), Box(torch.zeros(3, 2), torch.ones(3, 2))
+        self.passes, self.box = BackwardPasses(network), Box(torch.zeros(3, 2), torch.ones(3, 2))
         one = torch.ones(3, width)
         self.bounds = {place: Bounds(-one, one) for place in network.nonlinear}
 

@@ -13,7 +13,7 @@ from ..bounds.forward_linear import forward_bounds
 from ..bounds.network import Network
 from .clipping import Cuts, rounded_down
 from .optimise import finite, with_offsets
-from .passes import Passes
+from .passes import BackwardPasses
 
 WEIGHINGS = 20
 """Number of steps that optimise the weights of a clause's rows."""
@@ -49,7 +49,7 @@ class BoxBounds:
 
     def __init__(self, network: Network, rows: Tensor, offsets: Tensor, members: Tensor, outer: dict[int, Bounds]):
         self.network, self.rows, self.offsets, self.members, self.outer = network, rows, offsets, members, outer
-        self.passes = Passes(network)
+        self.passes = BackwardPasses(network)
 
     def __call__(self, box: Box, image: Tensor, before: Tensor | None = None) -> ClauseBounds:
         """Bounds over P boxes within the sets of the problems ``image`` (P,).

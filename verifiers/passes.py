@@ -29,7 +29,7 @@ LEVELS = 60.0
 """Most levels of halving that are counted."""
 
 
-class Passes:
+class BackwardPasses:
     """The choice for all boxes of one search."""
 
     def __init__(self, network: Network):
