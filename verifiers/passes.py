@@ -2,7 +2,8 @@
 
 Forward bounds of a box cost one column per varying input, backward passes two rows per unstable neuron. Halving raises
 forward bounds by some amount on average; to rise as far as by backward passes takes as many levels as the one is of
-the other, and twice as many boxes on each. Work is counted in multiplications, never in seconds, so that a search
+the other, and twice as many boxes on each. Passes that prove more boxes than forward bounds for the same work are made
+too: bounds far below 0 rise fast at first. Work is counted in multiplications, never in seconds, so that a search
 repeats exactly.
 """
 
@@ -40,17 +41,21 @@ class BackwardPasses:
         self._row = {place: sum(work_of(network, read[place], numels.__getitem__).values()) for place in self._later}
         self._column = sum(work_of(network, last, numels.__getitem__).values())
         self._by_halving, self._by_passes = _Mean(), _Mean()
+        self._proved, self._work = [0, 0], [0.0, 0.0]  # boxes proved by forward bounds and by passes, and their work
         self._since = 0.0  # work of forward bounds since the last trial of backward passes
 
     def saw_forward(self, bounds: Tensor, before: Tensor | None, box: Box) -> None:
         """Learn from forward bounds (P,) of boxes, and ``before`` of those that were halved."""
         self._since += len(bounds) * self._forward(box)
+        self._proved[0] += int((bounds > 0).sum())
+        self._work[0] += len(bounds) * self._forward(box)
         if before is not None:
             self._by_halving.add((bounds - before)[before > -torch.inf])
 
     def saw_backward(self, before: Tensor, bounds: Tensor) -> None:
         """Learn from the bounds (P,) of boxes by backward passes, and ``before`` by forward bounds."""
         self._by_passes.add(bounds - before)
+        self._proved[1] += int((bounds > 0).sum())
 
     def chosen(
         self, open_: Tensor, forward: Tensor, before: Tensor | None, bounds: Mapping[int, Bounds], box: Box
@@ -75,13 +80,15 @@ class BackwardPasses:
             return cheap
         work = sum(2 * number.double() * self._row[place] for place, number in unstable.items())
         assert isinstance(work, Tensor)
-        pays = dear & (self._boxes() * self._forward(box) > work)
+        more = self._proved[1] * self._work[0] > self._proved[0] * self._work[1]  # boxes proved for the same work
+        pays = dear & (more | (self._boxes() * self._forward(box) > work))
         if not bool(pays.any()):
             worst = torch.where(dear, forward, torch.inf).argmin()
             if not self._by_passes.count or self._since > TRIALS * float(work[worst]):
                 pays[worst] = True
         if bool(pays.any()):
             self._since = 0.0
+            self._work[1] += float(work[pays].sum())
         return cheap | pays
 
     def _forward(self, box: Box) -> float:
