@@ -49,7 +49,7 @@ class Asked:
         ).tolist()  # fmt: skip
 
     def saw(self, by_halving: float, by_passes: float) -> None:
-        zero = torch.zeros(3)
+        zero = torch.full((3,), -100.0)
         self.passes.saw_forward(zero + by_halving, zero, self.box)
         self.passes.saw_backward(zero, zero + by_passes)
 
@@ -79,11 +79,19 @@ class TestChoice:
             asked.saw(by_halving, by_passes)
             assert asked() == [expected] * 3
 
+    def test_passes_that_prove_what_forward_bounds_do_not_are_made(self):
+        """Bounds far below 0 rise fast by halving, too fast to count its levels."""
+        asked = Asked()
+        asked.saw(50.0, 1.0)
+        assert asked() == [False] * 3
+        asked.passes.saw_backward(torch.full((1,), -100.0), torch.ones(1))
+        assert asked() == [True] * 3
+
     def test_passes_are_tried_again(self):
         asked, calls = Asked(), 0
         asked.saw(1.0, 0.5)
         while not any(chosen := asked()):
-            asked.passes.saw_forward(torch.ones(3), torch.zeros(3), asked.box)
+            asked.passes.saw_forward(torch.full((3,), -99.0), torch.full((3,), -100.0), asked.box)
             calls += 1
         assert chosen == [False, True, False]
         assert TRIALS * 100 < 3 * calls < TRIALS * 1000
