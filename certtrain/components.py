@@ -66,6 +66,31 @@ class Component(abc.ABC):
             yield from kind._lineage()
 
 
+class Presets(abc.ABC):
+    """Base of a section with named presets.
+
+    In a recipe the name of one stands for the section (``search: thorough``), or in it as ``preset``, where fields
+    beside it win over the preset's (``search: {preset: thorough, candidates: 4}``).
+    """
+
+    @classmethod
+    @abc.abstractmethod
+    def presets(cls) -> Mapping[str, Self]:
+        """The presets by name."""
+
+    @classmethod
+    def preset(cls, name: object, where: str = "preset") -> Self:
+        """The preset of that name; ``where`` is the field named in the error.
+
+        Raises:
+            InputError: there is no such preset.
+        """
+        presets = cls.presets()
+        if not isinstance(name, str) or name not in presets:
+            raise InputError(f"{where}: found {name!r}; accepted: {', '.join(presets)}")
+        return presets[name]
+
+
 def load_plugins(words: Iterable[str | Path]) -> None:
     """Import the modules or files that the user named, so that recipes can name their classes.
 

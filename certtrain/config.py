@@ -26,7 +26,7 @@ import cattrs
 import yaml
 
 from . import plugins
-from .components import Component, fields_of
+from .components import Component, Presets, fields_of
 from .errors import FieldError, InputError
 
 
@@ -55,6 +55,7 @@ def structure(cls: type, mapping: object, where: str = "") -> Any:
             starts with the field's path, for example ``loss.alpha``.
     """
     prefix = f"{where}." if where else ""
+    mapping = _over_preset(cls, mapping, where)
     if not isinstance(mapping, Mapping):
         raise InputError(f"{where or 'recipe'}: found {mapping!r}; accepted: a mapping of fields")
     values = dict(mapping)
@@ -64,12 +65,13 @@ def structure(cls: type, mapping: object, where: str = "") -> Any:
     fields = {field.name: field for field in fields_of(cls)}
     for key in values:
         if key not in fields:
-            raise InputError(f"{prefix}{key}: no such field; accepted: {', '.join(fields)}")
+            accepted = ["preset", *fields] if issubclass(cls, Presets) else fields
+            raise InputError(f"{prefix}{key}: no such field; accepted: {', '.join(accepted)}")
     for name, field in fields.items():
         if name not in values and _default(field) is dataclasses.MISSING:
             raise InputError(f"{prefix}{name}: must be given; accepted: {_describe(hints[name])}")
     built = {
-        key: _value(hints[key], _over_default(value, _changed(fields[key])), f"{prefix}{key}")
+        key: _value(hints[key], _over_default(value, _changed(fields[key]), f"{prefix}{key}"), f"{prefix}{key}")
         for key, value in values.items()
     }
     try:
@@ -129,23 +131,25 @@ class _Loader(yaml.SafeLoader):
 def override(mapping: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
     """A copy of ``mapping`` changed by ``{"loss.alpha": "0.02", …}``; each value is read as YAML.
 
-    A new ``type`` for a component drops the fields of the old type, because they may not exist in the new one.
+    A new ``type`` for a component drops the fields of the old type, because they may not exist in the new one; a
+    ``preset`` drops the fields that stood there before.
     """
     merged = _copy(mapping)
     words = [(path.split("."), text) for path, text in overrides.items()]
     # types first, outer ones before inner: "--loss.alpha 0.3 --loss.type MtlIbp" means the same in whichever order
-    for (*sections, key), text in sorted(words, key=lambda word: (word[0][-1] != "type", len(word[0]))):
+    for (*sections, key), text in sorted(words, key=lambda word: (word[0][-1] not in ("type", "preset"), len(word[0]))):
         path = ".".join([*sections, key])
         target = merged
         for section in sections:
-            if not isinstance(target.get(section), dict):
-                target[section] = {}
+            old = target.get(section)
+            if not isinstance(old, dict):
+                target[section] = {"preset": old} if isinstance(old, str) else {}
             target = target[section]
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:  # impossible dates raise a bare ValueError
             raise InputError(f"--{path}: found {text!r}; accepted: a value in YAML") from error
-        if key == "type" and target.get("type") != value:
+        if (key == "type" and target.get("type") != value) or _names_preset({key: value}, target):
             target.clear()
         target[key] = value
     return merged
@@ -229,8 +233,19 @@ def _changed(field: dataclasses.Field) -> Any:
     return field.metadata.get("section", _default(field))
 
 
-def _over_default(value: object, default: Any) -> object:
+def _over_preset(kind: type, value: object, where: str) -> object:
+    """A section with all fields of the preset that it names, under its own; any other value as it is."""
+    if not issubclass(kind, Presets):
+        return value
+    if isinstance(value, Mapping) and "preset" in value:
+        named, own = kind.preset(value["preset"], f"{where}.preset"), {k: v for k, v in value.items() if k != "preset"}
+        return _update(unstructure(named), own)
+    return unstructure(kind.preset(value, where)) if isinstance(value, str) else value
+
+
+def _over_default(value: object, default: Any, where: str) -> object:
     """Apply a section without a ``type`` to the field's default; one with a ``type`` stands on its own."""
+    value = _over_preset(type(default), value, where)
     if isinstance(value, Mapping) and "type" not in value and dataclasses.is_dataclass(default):
         return _update(unstructure(default), value)
     return value
@@ -239,9 +254,17 @@ def _over_default(value: object, default: Any) -> object:
 def _update(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "type" not in value
-        merged[key] = _update(merged[key], value) if nested else value
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and "type" not in value:
+            merged[key] = value if _names_preset(value, old) else _update(old, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _names_preset(value: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether ``value`` names a preset for the section ``old``; in a component ``preset`` is a field like others."""
+    return "preset" in value and "type" not in old
 
 
 def _value(kind: Any, value: object, where: str) -> Any:

@@ -1,8 +1,9 @@
-"""Errors caused by a user's input or machine: one line, no traceback, exit code 2."""
+"""Errors that end a command: those of a user's input or machine, in one line and without a traceback, and stops."""
 
 from __future__ import annotations
 
 import pickle
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,21 @@ class FieldError(InputError):
     def __init__(self, field: str, found: object, accepted: str):
         self.field, self.found, self.accepted = field, found, accepted
         super().__init__(f"{field}: found {found!r}; accepted: {accepted}")
+
+
+class Failure(Portable, RuntimeError):
+    """A failure that the input is not to blame for. The command line prints its message and exits with code 1."""
+
+
+class Interrupted(Portable):
+    """A signal stopped the run, which has been saved; ``signal`` is the signal's number.
+
+    Not an ``Exception``, so that no ``except Exception`` takes it for a failure.
+    """
+
+    def __init__(self, number: int):
+        self.signal = number
+        super().__init__(signal.Signals(number).name)
 
 
 def check(condition: object, field: str, found: object, accepted: str) -> None:

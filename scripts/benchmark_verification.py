@@ -1,6 +1,6 @@
 """Time the verifier against others in one run: ratios, and both sides' answers.
 
-    python scripts/benchmark_verification.py [crown] [full_width] [stream] [planted] [limits] [--rounds 3] [--json FILE]
+    python scripts/benchmark_verification.py [CASE…] [--rounds 3] [--json FILE]
     python scripts/benchmark_verification.py run --run RUN_DIR [--images 200]
 
 crown       CROWN on all margins, CNN7 at a quarter of its width, 8 images of CIFAR's size; beside auto_LiRPA where it
@@ -12,8 +12,22 @@ planted     tiny networks with a counterexample that gradients do not see, and r
 limits      time of hard questions under limits of 1, 2, 5 and 12 s: VNN-COMP's front door on convolutional networks,
             and certify on images of a ResNet-18; wall seconds, CPU seconds of the process, and wall / allowed, which is
             n images · limit + 10 % + 1 s. The code that a process' first verification loads is loaded before
+first_verdict
+            CPU seconds of a process that answers a property of a tiny network by scripts/verify.py, beside one that
+            only imports torch, onnx and onnxruntime; medians. Both have their bytecode cached by a first round
 run         the first test images of a finished run, up to 60 s each, once as usual and once with every image attacked;
             loading the network and the kernels, and a first image, are not counted
+hard        a table of VNN-COMP instances (--instances) at --limits 30 120: decided, late, CPU time over the others'
+closed      of the same (--only 6638 …): subproblems closed per CPU second, start-up aside
+networks    the first --images of finished runs (--runs), --seconds each: certified, undecided, total seconds
+easy        samples of tables of easy instances (--folders), --seconds each, --rounds times: what the other checkout
+            decides and this one does not, CPU time over the other's
+
+The last four are contests between processes on one core (--core): this checkout, another one (--tree), and α-β-CROWN
+where CERTTRAIN_ABCROWN_PYTHON and CERTTRAIN_ABCROWN_HOME say where it is. They print a line for each process with its
+CPU seconds, wall seconds and peak memory; on a busy machine --clock processor makes all their clocks count CPU
+seconds. Opposite answers make the exit code 1. scripts/extract_instances.py writes the eleven hard instances from
+clones of the public repositories; docs/vnncomp.md says what is compared.
 
 Contenders take turns in every round; ratios are medians of time / certtrain's. Weights are initialised for IBP and not
 trained: time depends on how many neurons are open, which the output says.
@@ -23,6 +37,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +49,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from contests import add_options, closed, easy, hard, networks
 from measuring import peak_memory, timed
 from torch import Tensor, nn
 
@@ -39,6 +57,7 @@ import certtrain
 from certtrain.bounds import LinfBall
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
+from certtrain.errors import InputError
 from certtrain.models import Cnn7, PreActResNet, initialise_for_ibp
 from certtrain.run_folder import write_atomically
 from certtrain.streams import tolerant_streams
@@ -61,18 +80,27 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
+    add_options(parser)
     options = parser.parse_args()
-    if "run" in options.cases and not options.run:
-        parser.error("run wants --run RUN_DIR, the folder of a finished run")
+    ready = {name for name in CASES if name not in NEEDS or getattr(options, NEEDS[name].split()[0])}
+    for name in options.cases:
+        if name not in ready:
+            parser.error(f"{name} wants --{NEEDS[name]}")
     torch.set_num_threads(options.threads)
     found = {}
     with torch.no_grad():
-        for name in options.cases or [case for case in CASES if case != "run" or options.run]:
-            found[name] = CASES[name](options)
-            print(name, *(f"\n  {key:24s} {value}" for key, value in found[name].items()), flush=True)
-    if options.json:
-        text = json.dumps({"threads": options.threads, **found}, indent=2) + "\n"
-        write_atomically(options.json, lambda temporary: temporary.write_text(text))
+        for name in options.cases or [case for case in CASES if case in ready]:
+            try:
+                found[name] = CASES[name](options)
+            except InputError as error:
+                parser.error(str(error))
+            lines = {key: value for key, value in found[name].items() if key != "rows"}
+            print(name, *(f"\n  {key:24s} {value}" for key, value in lines.items()), flush=True)
+            if options.json:
+                text = json.dumps({"threads": options.threads, **found}, indent=2, ensure_ascii=False) + "\n"
+                write_atomically(options.json, lambda temporary, text=text: temporary.write_text(text))
+    if any(result.get("contradictions") for result in found.values()):
+        raise SystemExit(1)
 
 
 def _network(shape: tuple[int, int, int], **options):
@@ -234,14 +262,50 @@ def _taken(limit: float, ask: Callable[[], str]) -> dict:
     return {"answer": said, "wall": round(wall, 2), "processor": round(processor, 2), "wall / allowed": ratio}
 
 
+def _first_verdict(rounds: int) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(5, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+        image = torch.rand(1, 5)
+        with torch.enable_grad():  # as exporters want it
+            certtrain.export_onnx(model, folder / "tiny.onnx", image)
+        write_property(folder / "tiny.vnnlib", image[0] - 1e-3, image[0] + 1e-3, int(model(image).argmax()), 3)
+        script = str(Path(__file__).with_name("verify.py"))
+        asked = [script, "--onnx", str(folder / "tiny.onnx"), "--vnnlib", str(folder / "tiny.vnnlib")]
+        contenders = {"imports": ["-c", "import torch, onnx, onnxruntime"], "verify.py": asked}
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        environment["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
+        seconds: dict[str, list[float]] = {one: [] for one in contenders}
+        for number in range(rounds + 1):
+            for one, words in contenders.items():
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run([sys.executable, *words], env=environment, stdout=subprocess.DEVNULL, check=True)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                if number:
+                    seconds[one].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    above = median(ours - theirs for theirs, ours in zip(*seconds.values(), strict=True))
+    return {**{one: round(median(times), 3) for one, times in seconds.items()}, "verify.py above": round(above, 3)}
+
+
 CASES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "crown": lambda options: _crown(options.rounds, 8, width=16, hidden=128),
     "full_width": lambda options: _crown(options.rounds, 1),
     "stream": lambda options: _stream(options.rounds),
     "planted": lambda options: _planted(),
     "limits": lambda options: _limits(),
+    "first_verdict": lambda options: _first_verdict(options.rounds),
     "run": lambda options: _run(options.run, options.images),
+    "hard": hard,
+    "closed": closed,
+    "networks": networks,
+    "easy": easy,
 }
+NEEDS = {
+    "run": "run RUN_DIR, the folder of a finished run", "hard": "instances CSV", "closed": "instances CSV",
+    "networks": "runs DIR…, folders of finished runs", "easy": "folders DIR…, with an instances.csv each",
+}  # fmt: skip
+"""The option that a case needs; by default the cases that have what they need are run."""
 
 if __name__ == "__main__":
     with tolerant_streams():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 # one thread for each pytest worker: two workers of two threads on two cores made the suite eight times as slow
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or a second thread spins while another process has its core
 
 import pytest
 import torch

@@ -18,6 +18,7 @@ class forgotten:
     def __enter__(self) -> None:
         self.modules, self.path = set(sys.modules), list(sys.path)
         self.rules = dict(MODULES), dict(FUNCTIONS)
+        gc.freeze()  # so that the collection at the end looks at what came after alone
 
     def __exit__(self, *_: object) -> None:
         sys.path[:] = self.path
@@ -31,6 +32,7 @@ class forgotten:
         plugins._added.clear()
         plugins._digests.clear()
         gc.collect()
+        gc.unfreeze()
 
 
 def written(folder: Path, name: str, text: str) -> Path:

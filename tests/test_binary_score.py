@@ -85,24 +85,24 @@ def test_verdicts_of_linear_scores_by_their_corners(ending):
     picks = torch.tensor(list(itertools.product([False, True], repeat=4)))
     corners = torch.where(picks, upper[:, None], lower[:, None])  # (16, 16, 4)
     seen = set()
-    for seed, label in itertools.product(range(6), (0, 1)):
+    for seed in range(6):
         layer = linear_score(seed)
         weight, bias = (t.detach().clone().double() for t in (layer.weight, layer.bias))
         with torch.no_grad():
             layer.bias += 0 if layers else threshold
         model = BinaryScore(nn.Sequential(nn.Flatten(), layer, *layers), threshold).eval()
-        sign = 2 * label - 1
-        clean, worst = sign * (images.flatten(1).double() @ weight.T + bias)[:, 0], sign * (corners.double() @ weight.T)
-        worst = (worst + sign * bias)[..., 0].amin(1)
+        labels, signs = [0] * 16 + [1] * 16, torch.tensor([[-1.0], [1.0]]).double()
+        clean = (signs * (images.flatten(1).double() @ weight.T + bias)[:, 0]).flatten()
+        worst = (signs[..., None] * (corners.double() @ weight.T + bias)[..., 0]).amin(2).flatten()
         for arithmetic in ("nearest",) if layers else ("nearest", "float32", "real"):  # the others know no sigmoid
-            verdicts = certify(model, images, [label] * 16, epsilon, Certify(arithmetic=arithmetic, timeout=20))
-            for image, verdict in enumerate(verdicts):
-                if min(abs(float(clean[image])), abs(float(worst[image]))) < 1e-5:
+            settings = Certify(arithmetic=arithmetic, timeout=20)
+            verdicts = certify(model, torch.cat([images, images]), labels, epsilon, settings)
+            for label, verdict, right, least in zip(labels, verdicts, clean.tolist(), worst.tolist(), strict=True):
+                if min(abs(right), abs(least)) < 1e-5:
                     continue  # float32 may decide either way
-                right, least = bool(clean[image] > 0), float(worst[image])
-                wanted = "misclassified" if not right else "verified" if least > 0 else "falsified"
+                wanted = "misclassified" if right <= 0 else "verified" if least > 0 else "falsified"
                 assert (verdict.status, verdict.label) == (wanted, label)
-                assert verdict.prediction == (label if right else 1 - label)
+                assert verdict.prediction == (label if right > 0 else 1 - label)
                 if wanted == "falsified":
                     assert int(model(verdict.counterexample[None]).argmax()) != label
                 if not layers and verdict.lower_bound is not None:

@@ -174,7 +174,7 @@ class TestAgainstMilp:
         for seed in range(20, 24):
             problem = random_problem(seed, kind, count=3)
             exact = truth(problem)
-            for search in searches:
+            for search in searches[seed % 2 :: 2]:  # each of them on two
                 check(problem, alone(BabStage(search), problem), exact)
 
     @pytest.mark.parametrize("kind", ["dense", "leaky", "conv"])

@@ -7,6 +7,7 @@ import torch
 from problems import alone, problem_of
 from test_sparse_ball import BALLS, SHAPE, make_images, members_of
 from torch import nn
+from walking import pairs, walk
 
 from certtrain.attacks import SparsePgd
 from certtrain.bounds import SparseBall, compute_bounds
@@ -70,9 +71,7 @@ def refuted(model, points, label):
 
 
 class TestBounds:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-    @pytest.mark.parametrize("first", ["dense", "convolution"])
-    @pytest.mark.parametrize("name", BALLS)
+    @walk("name, first, dtype", pairs(BALLS, ["dense", "convolution"], [torch.float32, torch.float64]))
     def test_every_bound_is_below_every_point(self, name, first, dtype):
         """IBP, CROWN-IBP and CROWN of margins, and of every neuron, over points of every choice of units."""
         ball = BALLS[name].with_epsilon(2 if name in ("pixel", "feature") else 1)

@@ -176,7 +176,7 @@ class TestNetworks:
             zeros = torch.zeros(4, dtype=torch.long)
             nothing = torch.full((4,), -torch.inf, dtype=known.rows.dtype)
             lower, upper = (end.to(known.rows.dtype) for end in (problem.region.lower, problem.region.upper))
-            boxes = Boxes(torch.arange(4), zeros, nothing, zeros - 1, lower, upper, zeros, nothing, -nothing)
+            boxes = Boxes(torch.arange(4), zeros, nothing, zeros - 1, lower, upper, zeros, -nothing)
             found = bounder.bound(boxes)
             some = found.subproblems
             smaller += int(((some.lower > lower) | (some.upper < upper)).flatten(1).any(1).sum())
@@ -198,9 +198,9 @@ class TestNetworks:
         """The same answers from fewer boxes than without clipping."""
         original, counts = BoxBounds.__call__, list[int]()
 
-        def counted(self, box, image, before=None):
+        def counted(self, box, image):
             counts[-1] += len(image)
-            return original(self, box, image, before)
+            return original(self, box, image)
 
         def whole(self, box, open_):
             nothing = torch.zeros(len(open_), dtype=torch.bool)

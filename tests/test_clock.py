@@ -9,6 +9,7 @@ import types
 from dataclasses import dataclass, field, replace
 
 import pytest
+import scipy.optimize
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from problems import alone, linear_model, problem_of, unknown
@@ -42,7 +43,8 @@ from certtrain.verifiers import (
 from certtrain.verifiers.falsify import FalsifyStage
 from certtrain.verifiers.instances import run_instances
 from certtrain.verifiers.limits import TOTAL_TIMEOUT
-from certtrain.verifiers.optimise import Neurons, Subproblems, maximise, starting_slopes
+from certtrain.verifiers.neurons import Neurons
+from certtrain.verifiers.optimise import Subproblems, maximise, starting_slopes
 from certtrain.verifiers.vnncomp import answer
 from certtrain.verifiers.vnnlib import write_property
 
@@ -281,7 +283,7 @@ class TestStages:
         points = [problem.region.nearest(problem.region.hull.lower + torch.rand_like(problem.region.images)
                                          * 2 * problem.region.hull.radius) for _ in range(20)]  # fmt: skip
         looks = counted(monkeypatch)
-        for share in (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
+        for share in (0.0, 0.05, 0.2, 0.6, 0.95):
             looks.clear()
             deadline = max(1.0, share * ticks.time)
             with until(deadline, now=Ticks()) as outer:
@@ -339,6 +341,8 @@ class TestKept:
                 for place, bounds in found.items():
                     assert (bounds.lower >= intervals[place].lower - 1e-6).all()
                     assert (bounds.upper <= intervals[place].upper + 1e-6).all()
+                if finished[-5:] == [len(whole)] * 5:  # all later ones are
+                    break
         assert finished[0] <= 1 and finished[-1] == len(whole) and set(finished) >= set(range(2, len(whole) + 1))
 
     def test_an_ascent_keeps_the_best_of_its_steps(self):
@@ -388,8 +392,10 @@ class TestPrograms:
 
     @pytest.mark.parametrize("given", [math.inf, 100.0, 3.0])
     def test_highs_gets_what_is_left(self, given, monkeypatch):
-        options, original = [], lp.linprog
-        monkeypatch.setattr(lp, "linprog", lambda *a, **k: options.append(k["options"]) or original(*a, **k))
+        options, original = [], scipy.optimize.linprog
+        monkeypatch.setattr(
+            scipy.optimize, "linprog", lambda *a, **k: options.append(k["options"]) or original(*a, **k)
+        )
         hand = Hand(2.0)
         self.program().solve(given)
         assert {option.get("time_limit", math.inf) for option in options} == {given}
@@ -400,7 +406,7 @@ class TestPrograms:
 
     def test_a_program_that_was_cut_short_is_out_of_time_not_undecided(self, monkeypatch):
         cut = types.SimpleNamespace(status=1, x=None)
-        monkeypatch.setattr(lp, "linprog", lambda *a, **k: cut)
+        monkeypatch.setattr(scipy.optimize, "linprog", lambda *a, **k: cut)
         assert self.program().solve(1.0).point is None
         with until(1e9, now=Hand()) as outer:
             assert self.program().solve(1.0).point is None and not outer.late
@@ -469,8 +475,9 @@ class Slow(Stage):
 
 
 class TestCascade:
-    @pytest.mark.parametrize("seconds", [1.0, 5.0, 25.0, 125.0, 625.0])
-    @pytest.mark.parametrize("count", [1, COUNT])
+    @pytest.mark.parametrize(
+        ("seconds", "count"), [(1.0, 1), (5.0, COUNT), (25.0, 1), (25.0, COUNT), (125.0, COUNT), (625.0, 1)]
+    )
     def test_a_call_of_some_images_takes_so_many_times_the_limit_at_most(self, seconds, count):
         some, ticks = problem().subset(torch.arange(count)), Ticks()
         stages = Certify(stages=("ibp", "crown_ibp", "attack", "crown", "alpha", "bab"), timeout=1e9).build(0)
@@ -571,7 +578,7 @@ class TestFrontDoor:
         with until(now=whole):
             full = answer(files / "net.onnx", files / "p.vnnlib", 1e9)
         assert full.word == "holds"
-        for share in (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+        for share in (0.0, 0.01, 0.1, 0.3, 0.5, 0.9):
             ticks = Ticks()
             limit = max(1.0, share * whole.time)
             with until(now=ticks):

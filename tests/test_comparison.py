@@ -7,10 +7,13 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import processes as forks
 import pytest
 import torch
 import yaml
@@ -19,7 +22,7 @@ from PIL import Image
 import certtrain.training.loop as loop_module
 import certtrain.workflows.compare as compare_module
 from certtrain.command_line import main
-from certtrain.comparison import Curve, read_study
+from certtrain.comparison import Curve, processes, read_study
 from certtrain.comparison.curves import value_at
 from certtrain.comparison.figure import against_epsilon, trained_at
 from certtrain.comparison.numbers import Statistic, radius
@@ -314,7 +317,7 @@ class Killed(BaseException):
 def test_goes_on_with_what_was_interrupted(done, checkpoint, tmp_path, monkeypatch):
     """Cut short in its second run; then as if it had never stopped."""
     fast = {**BASE, "training": {**BASE["training"], "checkpoint_seconds": 0.0}}
-    path = written(tmp_path, base=fast, seeds=[0])
+    path = written(tmp_path, base=fast, rows=[ROWS[0], ROWS[1] | {"sweep": {"loss.weight": [3]}}], seeds=[0])
     save, saved = loop_module._save, []
 
     def save_or_die(folder, recipe, position, *rest):
@@ -395,7 +398,19 @@ def test_one_process_at_a_run(tmp_path):
 # --- several processes
 
 
-def test_jobs_make_the_same_networks(done, tmp_path):
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that have their imports behind them, in place of fresh interpreters."""
+
+    def popen(words, *, stdin, stdout, stderr, start_new_session):
+        assert words[:2] == [sys.executable, "-c"] and stdin == subprocess.DEVNULL and start_new_session
+        return forks.start(*words[1:], stdout=stdout.fileno(), stderr=stderr.fileno())
+
+    # of that module alone: the forks' own server is a fresh interpreter
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
+
+
+def test_jobs_make_the_same_networks(done, forked, tmp_path):
     path, out = written(tmp_path, rows=ROWS[1:], seeds=[1]), tmp_path / "out"
     found = compare(path, out=out, jobs=2, command="the call", quiet=True)
     assert found.stages() == {"TRADES weight=3": {1: "evaluated"}, "TRADES weight=6.5": {1: "evaluated"}}
@@ -406,14 +421,14 @@ def test_jobs_make_the_same_networks(done, tmp_path):
     assert list(JsonLines(out / "calls.jsonl")) == [{"command": "the call"}]
 
 
-def test_a_signal_is_handed_on_and_the_runs_are_saved(tmp_path):
+def test_a_signal_is_handed_on_and_the_runs_are_saved(forked, tmp_path):
     training = {**BASE["training"], "epochs": 100_000, "checkpoint_seconds": 1e6}
-    path = written(tmp_path, base={**BASE, "training": training}, rows=ROWS[1:], seeds=[0])
+    path = written(tmp_path, base={**BASE, "training": training}, rows=ROWS[:1], seeds=[0])
     out = tmp_path / "out"
 
     def press():
         deadline = time.monotonic() + 200
-        while len(list(out.glob("*/metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        while len(list(out.glob("*/metrics.jsonl"))) < 1 and time.monotonic() < deadline:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -422,21 +437,36 @@ def test_a_signal_is_handed_on_and_the_runs_are_saved(tmp_path):
     with pytest.raises(Interrupted) as stopped:
         compare(path, out=out, jobs=2, quiet=True)
     thread.join()
-    assert stopped.value.signal == signal.SIGINT and len(list(out.glob("*/resume.pt"))) == 2
+    assert stopped.value.signal == signal.SIGINT and len(list(out.glob("*/resume.pt"))) == 1
     assert compare(path, out=out, report_only=True, quiet=True).stages() == {
-        "TRADES weight=3": {0: "interrupted"}, "TRADES weight=6.5": {0: "interrupted"},
-    }  # fmt: skip
+        "FGSM-RS": {0: "interrupted"},
+    }
 
 
-def test_what_a_process_is_refused_is_told(tmp_path):
-    """The other one is not left behind."""
-    path, out = written(tmp_path, rows=ROWS[:1], seeds=[0]), tmp_path / "out"
-    out.mkdir()
-    with (
-        exclusive(out / ".fgsm-rs-seed0.lock", "it"),
-        pytest.raises(InputError, match=rf"^FGSM-RS, seed 0: \S*: found another process \({os.getpid()} on "),
-    ):
+def test_what_a_process_is_refused_is_told(tmp_path, monkeypatch):
+    """The other one is ended, and not left behind."""
+    path, out, started = written(tmp_path, rows=ROWS, seeds=[0]), tmp_path / "out", []
+    start = processes._start
+    monkeypatch.setattr(processes, "START", REFUSED)
+    monkeypatch.setattr(processes, "_start", lambda *given: started.append(start(*given)) or started[-1])
+    with pytest.raises(InputError, match=r"^FGSM-RS, seed 0: it: found another process; accepted: one at a time$"):
         compare(path, out=out, jobs=2, quiet=True)
+    assert [process.poll() for process in started] == [2, 143]  # the third was not started
+
+
+REFUSED = """
+import signal, sys, time
+from pathlib import Path
+out, only = (Path(sys.argv[sys.argv.index(word) + 1]) for word in ("--out", "--only"))
+if str(only) == "FGSM-RS":
+    while not (out / "at work").exists():
+        time.sleep(0.01)
+    sys.exit(print("error: FGSM-RS, seed 0: it: found another process; accepted: one at a time") or 2)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+(out / "at work").touch()
+time.sleep(100)
+"""
+"""Stands for two processes of a study: the first is refused when the second is at work, which then saves its run."""
 
 
 # --- counting, with planted runs

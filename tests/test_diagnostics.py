@@ -1,5 +1,6 @@
 """Diagnostics against torch itself, brute force and hand computations; they change nothing; figures are figures."""
 
+import ast
 import copy
 import json
 import math
@@ -528,6 +529,19 @@ class TestFigures:
         save(figure, tmp_path / "epochs.png")
         assert_png(tmp_path / "epochs.png")
 
+    def test_no_module_imports_what_keeps_state(self):
+        """Nowhere pyplot, and nothing else of matplotlib where a module is read."""
+        for path in (Path(__file__).parents[1] / "certtrain").rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            names = {
+                node: [node.module or ""] if isinstance(node, ast.ImportFrom) else [part.name for part in node.names]
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Import | ast.ImportFrom)
+            }
+            assert "pyplot" not in str([alias.name for node in names for alias in node.names] + [*names.values()]), path
+            assert not any(name.startswith("matplotlib") for node in tree.body for name in names.get(node, [])), path
+
+    @pytest.mark.slow
     def test_no_shared_state_of_the_library(self):
         code = (
             "import sys, certtrain.workflows.diagnose, certtrain.diagnostics.figures as f\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from walking import walk
 
 import certtrain
 from certtrain.config import structure
@@ -59,8 +60,8 @@ def test_the_walk_finds_them():
     assert {"UnsupportedOperation", "_Refuted", "Unwritable"} <= names
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", own_exceptions(), ids=lambda kind: kind.__name__)
+@walk("way", WAYS)
+@walk("kind", own_exceptions(), ids=lambda kind: kind.__name__)
 def test_survives(kind, way):
     error = made(kind)
     error.add_note("a note")
@@ -71,7 +72,7 @@ def test_survives(kind, way):
         assert getattr(again, name, None) == getattr(error, name, None)
 
 
-@pytest.mark.parametrize("kind", own_exceptions(), ids=lambda kind: kind.__name__)
+@walk("kind", own_exceptions(), ids=lambda kind: kind.__name__)
 def test_is_made_to_survive(kind):
     """A new one that is not cannot be forgotten."""
     assert issubclass(kind, Portable)
@@ -91,15 +92,24 @@ def refuse_a_field(number: int) -> None:
     check(number < 0, "number", number, "a number < 0")
 
 
-@pytest.mark.parametrize("work", [refuse, refuse_a_field])
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_a_settings_error_in_a_worker_reaches_the_caller(work, start):
-    context = multiprocessing.get_context(start)
-    with context.Pool(1) as pool, pytest.raises(InputError, match=r"found -?3; accepted") as one:
-        pool.map_async(work, [3]).get(timeout=120)  # it waited for ever
-    with ProcessPoolExecutor(1, mp_context=context) as pool, pytest.raises(InputError) as two:
-        pool.submit(work, 3).result(timeout=120)
-    assert str(one.value) == str(two.value)
+def test_a_settings_error_in_a_worker_reaches_the_caller():
+    """Forked ones: a spawned one unpickles the same bytes, and imports everything anew."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(1) as first, ProcessPoolExecutor(1, mp_context=context) as second:
+        for work in (refuse, refuse_a_field):
+            with pytest.raises(InputError, match=r"found -?3; accepted") as one:
+                first.map_async(work, [3]).get(timeout=120)  # it waited for ever
+            with pytest.raises(InputError) as two:
+                second.submit(work, 3).result(timeout=120)
+            assert str(one.value) == str(two.value)
+
+
+@pytest.mark.slow
+def test_a_spawned_worker_is_no_different():
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for work in (refuse, refuse_a_field):
+            with pytest.raises(InputError, match=r"found -?3; accepted"):
+                pool.submit(work, 3).result(timeout=120)
 
 
 def test_an_error_of_another_file_keeps_its_name(tmp_path):

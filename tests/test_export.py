@@ -151,6 +151,7 @@ class TestRun:
             assert torch.equal(found.values(logits), expected.values(logits))
             assert torch.equal(found.worst(found.values(logits)), expected.worst(expected.values(logits)))
 
+    @pytest.mark.usefixtures("known")
     def test_again_with_other_words(self, here):
         before, old = everything_in(here.path), description(here)
         for stale in ("0007.vnnlib.compiled", ".0008.vnnlib.77.tmp"):

@@ -123,6 +123,8 @@ MODELS = {
     "attention": (Attention, (1, 8, 8)),
 }
 UNTRACED = {"attention"}
+AGAIN, SLOW = {"residual", "gates", "attention"}, pytest.mark.slow
+"""Networks that are exported twice: folded convolutions, constants of the functions, and one that is not traced."""
 
 
 def build(name: str) -> nn.Module:
@@ -261,10 +263,13 @@ class TestNetwork:
         assert network.shape == exported.images.shape[1:] and network.outputs == expected.shape[1]
         assert (found - expected).abs().max() <= 1e-5 * exported.file.magnitude
 
-    def test_again_the_same_bytes(self, exported, tmp_path):
-        again = export_onnx(exported.model, tmp_path / "again.onnx", exported.images[3:5])
-        assert (tmp_path / "again.onnx").read_bytes() == exported.file.path.read_bytes()
-        assert again.sha256 == exported.file.sha256 and again.images == 2
+    @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in AGAIN else SLOW) for name in MODELS])
+    def test_again_the_same_bytes(self, name, tmp_path):
+        model, images = build(name).train(), digits(MODELS[name][1])
+        one = export_onnx(model, tmp_path / "one.onnx", images)
+        again = export_onnx(model, tmp_path / "again.onnx", images[3:5])
+        assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "one.onnx").read_bytes()
+        assert again.sha256 == one.sha256 and again.images == 2
 
 
 class TestTheModelIsLeftAsItWas:

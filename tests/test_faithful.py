@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from walking import pairs, walk
 
 import certtrain
 from certtrain.bounds import Interval, UnsupportedOperation, checked_logits, compute_bounds, trace
@@ -76,9 +77,7 @@ def refused_everywhere(model, x, tmp_path, match):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("whole", [True, False])
+@walk("dtype, whole, count", pairs([torch.bfloat16, torch.float16], [True, False], [1, 4]))
 def test_autocast_inside_forward_is_refused(dtype, whole, count, tmp_path):
     refused_everywhere(UnderAutocast(dtype, whole), images(count), tmp_path, "traced|onnxruntime")
 

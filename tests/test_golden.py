@@ -12,7 +12,8 @@ from torch import Tensor
 from certtrain.bounds import LinfBall, compute_rows
 from certtrain.bounds.crown import bound_forms, crown_bounds, interval_bounds
 from certtrain.bounds.folding import fold
-from certtrain.verifiers.optimise import Neurons, Subproblems, maximise, starting_slopes
+from certtrain.verifiers.neurons import Neurons
+from certtrain.verifiers.optimise import Subproblems, maximise, starting_slopes
 
 CASES = [(name, size) for name in NETWORKS for size in EPSILONS]
 EVERY = pytest.mark.parametrize(("name", "size"), CASES, ids=[f"{name}, {size}" for name, size in CASES])

@@ -40,7 +40,7 @@ from certtrain.bounds.operations import BatchNorm, Rearrangement
 EPSILONS = st.sampled_from([0.0, 1e-4, 0.05, 0.5])
 SEEDS = st.integers(0, 1000)
 properties = settings(
-    deadline=None, max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+    deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -57,7 +57,7 @@ class TestProperties:
     @given(networks(), EPSILONS, SEEDS)
     @properties
     def test_no_point_of_the_box_leaves_the_bounds(self, model, epsilon, seed):
-        box = Interval.box(make_images(seed=seed), epsilon)
+        box = Interval.box(make_images(4, seed), epsilon)
         bounds, slack = compute_bounds(model, box), rounding(model, box)
         assert (bounds.radius >= 0).all()
         for point in points_inside(model, box):
@@ -69,7 +69,7 @@ class TestProperties:
         """Bounds in float32 against the same network's outputs in float64."""
         single = copy.deepcopy(model).float()
         wide = copy.deepcopy(single).double()
-        box = Interval.box(make_images(seed=seed).float(), epsilon)
+        box = Interval.box(make_images(4, seed).float(), epsilon)
         bounds, slack = compute_bounds(single, box), rounding(single, box, torch.float32)
         for point in points_inside(wide, Interval(box.center.double(), box.radius.double()), count=2):
             assert Interval(bounds.center.double(), bounds.radius.double()).contains(wide(point), slack).all()
@@ -77,14 +77,14 @@ class TestProperties:
     @given(networks(), SEEDS)
     @properties
     def test_a_point_gives_the_output(self, model, seed):
-        images = make_images(seed=seed)
+        images = make_images(4, seed)
         bounds, slack = compute_bounds(model, Interval.point(images)), rounding(model, Interval.point(images))
         assert ((bounds.center - model(images)).abs() <= slack).all() and (bounds.radius <= slack).all()
 
     @given(networks(), st.sampled_from([0.01, 0.2]), SEEDS)
     @properties
     def test_a_smaller_box_gives_smaller_bounds(self, model, epsilon, seed):
-        outer = Interval.box(make_images(seed=seed), epsilon)
+        outer = Interval.box(make_images(4, seed), epsilon)
         torch.manual_seed(seed)
         ends = outer.lower + 2 * outer.radius * torch.rand(2, *outer.radius.shape, dtype=torch.float64)
         inner = Interval.from_bounds(ends.amin(0), ends.amax(0))
@@ -95,12 +95,12 @@ class TestProperties:
     @properties
     def test_margins_and_rows(self, model, epsilon, seed):
         """Sound, at least as tight as the logits' own bounds, and the same by either call."""
-        box = Interval.box(make_images(seed=seed), epsilon)
+        box = Interval.box(make_images(4, seed), epsilon)
         logits, slack = compute_bounds(model, box), rounding(model, box).sum(1, keepdim=True)
         classes = logits.center.shape[1]
-        labels = make_labels(2, classes)
+        labels = make_labels(4, classes)
         found, nothing = compute_margins(model, box, labels)
-        assert found.shape == (2, classes - 1) and nothing.first is None and not nothing.preactivations
+        assert found.shape == (4, classes - 1) and nothing.first is None and not nothing.preactivations
         kept, activity = compute_margins(model, box, labels, keep=True)
         assert ((kept - found).abs() <= slack).all()
         assert all((interval.radius >= 0).all() for interval in activity.preactivations.values())
@@ -115,7 +115,7 @@ class TestProperties:
     @properties
     def test_l2_regions(self, model, epsilon, seed):
         """Sound on the ball, and inside the bounds of its hull."""
-        images, ball = make_images(seed=seed), L2Ball(epsilon)
+        images, ball = make_images(4, seed), L2Ball(epsilon)
         try:
             bounds = compute_bounds(model, ball.region(images))
         except UnsupportedOperation as refusal:
@@ -123,7 +123,7 @@ class TestProperties:
             return
         hull, slack = compute_bounds(model, ball.hull(images)), rounding(model, ball.hull(images)) + 1e-9
         assert (bounds.lower >= hull.lower - slack).all() and (bounds.upper <= hull.upper + slack).all()
-        labels = make_labels(2, bounds.center.shape[1])
+        labels = make_labels(4, bounds.center.shape[1])
         found, _ = compute_margins(model, ball.region(images), labels)
         for point in points_inside(model, ball.hull(images), count=2):
             logits = model(ball.project(images, point))
@@ -133,7 +133,7 @@ class TestProperties:
     @given(networks(), EPSILONS, SEEDS)
     @properties
     def test_linf_regions_are_boxes(self, model, epsilon, seed):
-        images = make_images(seed=seed)
+        images = make_images(4, seed)
         found = compute_bounds(model, LinfBall(epsilon).region(images))
         expected = compute_bounds(model, Interval.box(images, epsilon))
         assert torch.equal(found.center, expected.center) and torch.equal(found.radius, expected.radius)
@@ -141,7 +141,7 @@ class TestProperties:
     @given(networks(), SEEDS)
     @properties
     def test_the_plain_pass_is_the_model(self, model, seed):
-        images = make_images(seed=seed)
+        images = make_images(4, seed)
         found = forward(model, images)
         assert ((found.logits - model(images)).abs() <= rounding(model, Interval.point(images))).all()
         assert found.statistics == {}

@@ -17,6 +17,7 @@ from certtrain.bounds import Box, L2Ball, LinfBall
 from certtrain.bounds.crown import crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.verifiers import CrownStage, InputSplitStage, Judge, Limits, Problem, Specification, falsify, run_cascade
+from certtrain.verifiers import descent as descent_room
 from certtrain.verifiers.falsify import FalsifyStage
 from certtrain.verifiers.input_split import INPUTS, split_inputs
 from certtrain.verifiers.stages import holds
@@ -349,13 +350,13 @@ class TestFalsify:
 
     def test_only_open_clauses_are_tried(self, monkeypatch):
         asked = []
-        original = FalsifyStage._candidates
+        original = falsify.descend
 
-        def watched(self, problem, number, clause, start):
-            asked.extend(zip(number.tolist(), clause.tolist()))
-            return original(self, problem, number, clause, start)
+        def watched(problem, members, start, refute, **settings):
+            asked.extend(zip(start.image.tolist(), start.clause.tolist()))
+            return original(problem, members, start, refute, **settings)
 
-        monkeypatch.setattr(FalsifyStage, "_candidates", watched)
+        monkeypatch.setattr(falsify, "descend", watched)
         rows = torch.tensor([[1.0], [1.0], [-1.0]]).expand(2, -1, -1)
         specification = Specification(rows, torch.full((2, 3), 5.0), torch.tensor([0, 1, 1]))
         problem = Problem(linear_model([[1.0]]), boxes_of((-1.0, 1.0), (-1.0, 1.0)), specification, torch.arange(2))
@@ -368,14 +369,15 @@ class TestFalsify:
 
     def test_the_same_seed_starts_at_the_same_points(self, monkeypatch):
         points: list[Tensor] = []
-        original = falsify.forward
-        monkeypatch.setattr(falsify, "forward", lambda network, x: points.append(x.detach()) or original(network, x))
+        original = descent_room.forward
+        watched = lambda network, x: points.append(x.detach()) or original(network, x)  # noqa: E731
+        monkeypatch.setattr(descent_room, "forward", watched)
         problem = one_row(linear_model([[1.0, 1.0]]), Box(torch.zeros(2, 2), torch.ones(2, 2)), [1.0], 1.0)
         runs = []
         for seed in (0, 0, 1):
             points.clear()
             alone(FalsifyStage(seed=seed, starts=3, steps=0), problem)
-            runs.append(torch.stack(points))
+            runs.append(torch.cat(points).reshape(3, 2, 2))
         assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
         first, *others = runs[0]
         assert (first == 0.5).all() and ((torch.stack(others) >= 0) & (torch.stack(others) <= 1)).all()
@@ -387,7 +389,7 @@ class TestFalsify:
         finding = alone(FalsifyStage(steps=10**7, starts=10**4, seconds=0.2), problem)
         assert finding.statuses == [None] and 0.15 < time.perf_counter() - started < 5.0
         assert alone(
-            FalsifyStage(seconds=-1.0), one_row(linear_model([[1.0]]), boxes_of((-1.0, 1.0)), [1.0])
+            FalsifyStage(seconds=0.0), one_row(linear_model([[1.0]]), boxes_of((-1.0, 1.0)), [1.0])
         ).statuses == [None]
 
     def test_no_gradient_reaches_the_network(self):

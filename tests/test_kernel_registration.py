@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from op_table import DIFFERENTIABLE, NAMES, outcome, table, tensors
+from op_table import DIFFERENTIABLE, NAMES, Call, outcome, table, tensors
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor import config as inductor
 from torch.library import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 from walking import walk
@@ -16,6 +17,13 @@ from certtrain.kernels import convolution, linear, margins, pointwise, registrat
 
 MODULES = (convolution, linear, margins, pointwise, relaxation, sparse)
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+CHECKS = {
+    "cpu": ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+    "reference": ("test_schema", "test_faketensor"),  # the others trace the op alone
+}
+"""opcheck's tests by backend."""
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -70,7 +78,8 @@ def test_opcheck(name, last, backend):
     for func, args in recorded(name, last=last):
         backward = func._schema.name.endswith("_backward")  # its gradient only raises: see test_second_derivative
         with_gradient = table()[name].gradients and not backward
-        torch.library.opcheck(func, tuple(_leaf(a, with_gradient) for a in args))
+        given = tuple(_leaf(a, with_gradient) for a in args)
+        torch.library.opcheck(func, given, test_utils=CHECKS["reference" if last else backend])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -112,12 +121,18 @@ CPP = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 @pytest.mark.skipif(not CPP, reason="needs a C++ compiler for Inductor")
-@pytest.mark.parametrize("name", ["affine relu", "margins"])
-def test_compiled_by_inductor(name):
+def test_compiled_by_inductor():
     torch._dynamo.reset()
-    call = table()[name]
-    compiled = torch.compile(call.run, fullgraph=True)
-    torch.testing.assert_close(outcome(call, compiled), outcome(call), **EXACT)
+    calls = [table()[name] for name in ("affine relu", "margins")]
+    count = len(calls[0].leaves)
+
+    def run(*leaves):
+        return *tensors(calls[0].run(*leaves[:count])), *tensors(calls[1].run(*leaves[count:]))
+
+    both = Call(run, [*calls[0].leaves, *calls[1].leaves])
+    with inductor.patch(compile_threads=1):  # more would each import torch
+        compiled = outcome(both, torch.compile(run, fullgraph=True))
+    torch.testing.assert_close(compiled, outcome(both), **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -171,8 +171,9 @@ def test_resnets_for_large_images_are_torchvisions(depth, make):
     with torch.device("meta"):
         found = size(architecture.build((3, 224, 224), 100))
         assert found == size(make(num_classes=100)) == {18: 11_227_812, 34: 21_335_972, 50: 23_712_932}[depth]
-    torch.manual_seed(0)
-    assert_same_net(architecture.build((3, 70, 49), 7), make(num_classes=7), 3, 70, 49)
+    if depth != 34:  # built of the blocks of 18, more of them
+        torch.manual_seed(0)
+        assert_same_net(architecture.build((3, 70, 49), 7), make(num_classes=7), 3, 70, 49)
 
 
 @pytest.mark.parametrize(("depth", "make"), [(34, zoo.resnet34), (50, zoo.resnet50)])

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from certtrain.bounds import L2Ball, LinfBall, Network, Region
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
-from certtrain.verifiers.optimise import Neurons, Subproblems, maximise, starting_slopes
+from certtrain.verifiers.neurons import Neurons
+from certtrain.verifiers.optimise import Subproblems, maximise, starting_slopes
 
 
 def mlp() -> nn.Module:

@@ -35,7 +35,7 @@ def test_the_wheel_takes_no_bare_name(tmp_path):
     for package in ("kernels", "verifiers"):
         (site / package).mkdir(parents=True)
         (site / package / "__init__.py").write_text(f"whose = 'somebody else’s {package}'\n")
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-compile", "--target", str(site), str(wheel)], check=True)
     code = (
         "import kernels, verifiers, certtrain.kernels, certtrain.verifiers\n"
         "assert 'somebody' in kernels.whose and 'somebody' in verifiers.whose\n"
@@ -57,20 +57,31 @@ def test_the_source_distribution_holds_real_files(tmp_path):
     assert {"certtrain/kernels/cpu/selection.py", "certtrain/verifiers/cascade.py", "certtrain/py.typed"} <= files
 
 
+ONE_WAY = """
+import sys, kernels, verifiers, kernels.linear, verifiers.problem
+from kernels.reference import ibp_relu
+import certtrain.kernels, certtrain.verifiers, certtrain.kernels.reference
+assert kernels is certtrain.kernels and verifiers is certtrain.verifiers
+assert kernels.linear is certtrain.kernels.linear and ibp_relu is certtrain.kernels.reference.ibp_relu
+assert verifiers.Verdict is certtrain.verifiers.Verdict and verifiers.problem.Verdict is verifiers.Verdict
+assert kernels.linear.__spec__.name == 'certtrain.kernels.linear'
+"""
+REVERSE = """
+import certtrain.kernels.linear as a, kernels.linear as b, certtrain.kernels as c, kernels as d
+assert a is b and c is d
+"""
+
+
 def test_in_a_checkout_the_folders_are_one_module_with_the_package():
-    code = (
-        "import sys, kernels, verifiers, kernels.linear, verifiers.problem\n"
-        "from kernels.reference import ibp_relu\n"
-        "import certtrain.kernels, certtrain.verifiers, certtrain.kernels.reference\n"
-        "assert kernels is certtrain.kernels and verifiers is certtrain.verifiers\n"
-        "assert kernels.linear is certtrain.kernels.linear and ibp_relu is certtrain.kernels.reference.ibp_relu\n"
-        "assert verifiers.Verdict is certtrain.verifiers.Verdict and verifiers.problem.Verdict is verifiers.Verdict\n"
-        "assert kernels.linear.__spec__.name == 'certtrain.kernels.linear'\n"
-        "print('one')"
-    )
+    """Each way in a process that has imported neither, forked where the others' imports are done."""
+    code = f"""
+import os, sys, torch
+assert not {{"certtrain", "kernels", "verifiers"}} & set(sys.modules)
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+    exec({REVERSE!r})
+    print("one")
+else:
+    exec({ONE_WAY!r})
+"""
     assert run(code, ROOT, cwd=ROOT) == "one"
-    reverse = (
-        "import certtrain.kernels.linear as a, kernels.linear as b, certtrain.kernels as c, kernels as d\n"
-        "print(a is b and c is d)"
-    )
-    assert run(reverse, ROOT, cwd=ROOT) == "True"

@@ -9,7 +9,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 import types
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import safetensors.torch
 import torch
@@ -120,8 +120,8 @@ RECIPE: dict[str, Any] = {
         "epochs": 2, "batch_size": 100, "milestones": [], "checkpoint_seconds": 0,
         "schedule": {"type": "Smoothed", "start": 1, "length": 1},
     },
-    "certify": {"images": 20, "timeout": 2},
-    "export": {"images": 5},
+    "certify": {"images": 4, "timeout": 2},
+    "export": {"images": 2},
 }  # fmt: skip
 
 
@@ -159,12 +159,6 @@ class in_folder:
 
     def __exit__(self, *_: object) -> None:
         os.chdir(self.before)
-
-
-def python(code: str, cwd: Path, *path: Path, **env: str) -> subprocess.CompletedProcess:
-    """``code`` in a process of its own, which finds certtrain and what ``path`` holds."""
-    found = {**os.environ, "PYTHONPATH": ":".join(map(str, (ROOT, *path))), **env}
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=found, capture_output=True, text=True)
 
 
 def refused(call, *mentions: str) -> str:
@@ -230,12 +224,12 @@ def test_every_command_finds_the_classes_again(finished, work, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     named = ["--plugin", str(work / "own")]
-    assert main(["verify", str(run), *named, "--images", "0:30"]) == 0
+    assert main(["verify", str(run), *named, "--images", "0:6"]) == 0
     assert main(["evaluate", str(run), *named, "--attacks", "pgd-2", "--images", "10"]) == 0
     assert main(["diagnose", str(run), *named, "--images", "10", "--what", "alignment"]) == 0
     assert main(["export", str(run), *named, "--images", "0:3"]) == 0
     assert main(["train", "--resume", str(run), *named]) == 0
-    assert len((run / "verdicts.jsonl").read_text().splitlines()) == 30
+    assert len((run / "verdicts.jsonl").read_text().splitlines()) == 6
     assert json.loads((run / "diagnostics.json").read_text())["perturbation"]["type"] == "own.parts:OwnBall"
 
 
@@ -252,7 +246,7 @@ def test_python_does_the_same(finished, work, tmp_path):
     found, wanted = (safetensors.torch.load_file(p / "model.safetensors") for p in (folder.path, finished))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert isinstance(certtrain.load_model(folder.path)[1].loss, OwnLoss)
-    assert certtrain.verify(folder.path, images="0:25", quiet=True).records
+    assert certtrain.verify(folder.path, images="0:5", quiet=True).records
     assert resume(folder.path, quiet=True).final() == folder.final()
 
 
@@ -317,7 +311,7 @@ def test_a_run_folder_imports_nothing_by_itself(finished, work, tmp_path):
     shutil.copytree(work, tmp_path / "here")
     before = (tmp_path / "here" / "run" / "run.json").read_bytes()
     entry_point(tmp_path / "here")
-    said = python(COMMANDS, tmp_path / "here", PLUGIN_MARK=str(tmp_path / "mark"))
+    said = processes.run(COMMANDS, tmp_path / "here", PLUGIN_MARK=str(tmp_path / "mark"))
     assert said.stdout.split() == ["2"] * 6 + ["refused", "[]"], said.stderr
     lines = said.stderr.splitlines()
     assert len(lines) == 6
@@ -353,7 +347,7 @@ try:
 except certtrain.errors.InputError as error:
     print(error)
 """
-    said = python(code, tmp_path, tmp_path / "site", PLUGIN_MARK=str(tmp_path / "mark"))
+    said = processes.run(code, tmp_path, tmp_path / "site", PLUGIN_MARK=str(tmp_path / "mark"))
     assert said.returncode == 0, said.stderr
     first, second = said.stdout.splitlines()
     assert first == "own.parts" and (tmp_path / "mark").read_text() == "own.parts"
@@ -396,9 +390,8 @@ def script(folder: Path, name: str, condition: str = '__name__ == "__main__"') -
 
 def test_a_scripts_own_classes_are_found_by_its_name(tmp_path):
     file = script(tmp_path, "my-script")
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, file.name, "run"]
-    said = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    as_script = "import runpy, sys; sys.argv = ['my-script.py', 'run']; runpy.run_path(sys.argv[0], None, '__main__')"
+    said = processes.run(as_script, tmp_path)
     assert said.returncode == 0 and "find it only where" not in said.stdout, said.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["loss"]["type"] == "my-script:Scripted"
     run = tmp_path / "run"
@@ -682,7 +675,7 @@ def test_another_text_of_the_network_or_the_set_opens_no_run(finished, work, tmp
 def test_another_text_of_the_loss_verifies_a_finished_run_and_resumes_none(finished, work, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     named = changed(work, tmp_path, "self.factor * found.total", "found.total")
-    assert main(["verify", str(tmp_path / "run"), *named, "--images", "0:20"]) == 0
+    assert main(["verify", str(tmp_path / "run"), *named, "--images", "0:5"]) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:-1]))  # as if it had been killed in certification
     assert main(["train", "--resume", str(tmp_path / "run"), *named]) == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import start
 
 import certtrain
 from certtrain.command_line import main
 from certtrain.config import structure, unstructure
 from certtrain.errors import InputError, Unwritable
+from certtrain.export import run as exported
+from certtrain.export.onnx_file import OnnxFile
 from certtrain.locking import exclusive, lock_of
 from certtrain.recipe import Config, load_config
 from certtrain.run_folder import JsonLines, RunFolder
@@ -36,13 +40,20 @@ with exclusive(Path(sys.argv[1]), "it"):
 """Holds a lock until it is killed; with a second word a forked child lives on, that inherited all descriptors."""
 
 
-def start(code: str, *words: str | Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def holding(*words: str | Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", HOLD, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
-def unfinished(run) -> Path:
-    """Trained, and stopped before its final line."""
+def unfinished(run, smoke, monkeypatch) -> Path:
+    """Trained, and stopped before its final line; an export copies the network's file, as writing it takes seconds."""
+    recorded = RunFolder.open(smoke)[1]["export"]["network"]
+
+    def copied(model, path, images):
+        shutil.copy(smoke / "model.onnx", path)
+        return OnnxFile(**{**recorded, "path": path})
+
+    monkeypatch.setattr(exported, "export_onnx", copied)
     metrics = run / "metrics.jsonl"
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:-1]))
     return run
@@ -64,7 +75,7 @@ class TestLock:
     def test_it_ends_with_its_process(self, words, tmp_path):
         """By SIGKILL, and with a forked child that inherited its descriptors and lives on."""
         lock = tmp_path / ".lock"
-        holder = start(HOLD, lock, *words)
+        holder = holding(lock, *words)
         child = int(holder.stdout.readline())
         try:
             with pytest.raises(InputError, match=rf"another process \({holder.pid} on "), exclusive(lock, "it"):
@@ -172,25 +183,18 @@ def test_what_conflicts_is_refused_and_what_does_not_is_done(call, held, unfinis
 def test_two_that_resume_one_run(tmp_path):
     """The second is refused with one line; the first, killed, is gone on with, and no epoch is there twice."""
     run, words = tmp_path / "run", ["--training.epochs", "400", "--training.checkpoint_seconds", "0.1"]
-    script = [sys.executable, str(ROOT / "scripts" / "train.py")]
-    config = [
-        "--config",
-        str(ROOT / "configs" / "smoke.yaml"),
-        "--certify.enabled",
-        "false",
-        "--export.enabled",
-        "false",
-    ]
-    first = subprocess.Popen([*script, *config, *words, "--out", str(run)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    script = ROOT / "scripts" / "train.py"
+    config = ["--config", ROOT / "configs" / "smoke.yaml", "--certify.enabled", "false", "--export.enabled", "false"]
+    first = start(script, *config, *words, "--out", run)
     while first.poll() is None and not (run / "resume.pt").exists():
         time.sleep(0.02)
-    second = subprocess.run([*script, "--resume", str(run)], cwd=ROOT, capture_output=True, text=True)
+    second = subprocess.run([sys.executable, script, "--resume", run], cwd=ROOT, capture_output=True, text=True)
     assert first.poll() is None, "it was to be running still"
     assert second.returncode == 2 and second.stderr.count("\n") == 1
     assert f"error: {run}: found another process ({first.pid} on " in second.stderr
     first.send_signal(signal.SIGKILL)
     first.wait()
-    third = subprocess.Popen([*script, "--resume", str(run)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    third = start(script, "--resume", run)
     before = len(list(JsonLines(run / "metrics.jsonl")))
     while third.poll() is None and len(list(JsonLines(run / "metrics.jsonl"))) <= before + 2:
         time.sleep(0.02)

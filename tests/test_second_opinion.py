@@ -142,7 +142,7 @@ class TestVerdicts:
         with torch.no_grad():
             predictions = model(test_split.pixels(torch.arange(COUNT))).argmax(1).tolist()
         for number, record in found.items():
-            assert record.keys() == own.keys() | {"said"}
+            assert record.keys() | {"search", "search_seconds", "peak_memory"} == own.keys() | {"said"}
             assert record["prediction"] == predictions[number] and record["label"] == test_split.labels[number]
             assert (record["stage"], record["arithmetic"]) == ("abcrown", "nearest float32")
             assert record["lower_bound"] is None and record["spent"] == {"abcrown": record["seconds"]}

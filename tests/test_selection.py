@@ -18,6 +18,7 @@ from certtrain.losses import Fgsm
 from certtrain.models import SmallCnn
 from certtrain.models.base import Architecture
 from certtrain.recipe import Config
+from certtrain.run_folder import RunFolder
 from certtrain.training import Cycle, Diagnose, Guard, Linear, Select, Sgd, Training
 from certtrain.training import loop as loop_module
 from certtrain.training.evaluation import attacked_accuracy, evaluate
@@ -75,8 +76,14 @@ def test_the_first_of_the_best_is_kept():
     assert (best.epoch, best.score) == (2, 4 / 6) and best.weights["level"] == 0.5
 
 
-def test_a_run_keeps_the_best_of_its_candidates(tmp_path):
-    folder = train(TINY, tmp_path / "run", quiet=True)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> RunFolder:
+    """A run that nothing interrupted, to be read alone."""
+    return train(TINY, tmp_path_factory.mktemp("whole") / "run", quiet=True)
+
+
+def test_a_run_keeps_the_best_of_its_candidates(whole):
+    folder = whole
     scores = [line[SCORE] for line in folder.metrics if line["kind"] == "epoch"]
     assert len(scores) == 4 and len(set(scores)) > 1
     kept = safetensors.torch.load_file(folder.best)
@@ -103,8 +110,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("killed_at", [5, 10, 15, 19])
-def test_resume_keeps_the_best(killed_at, tmp_path, monkeypatch):
-    whole = train(TINY, tmp_path / "whole", quiet=True)
+def test_resume_keeps_the_best(killed_at, whole, tmp_path, monkeypatch):
     save = loop_module._save
 
     def save_or_die(folder, recipe, position, *rest):

@@ -8,10 +8,14 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
+from processes import start
 
 from certtrain.command_line import main
 from certtrain.progress import console
@@ -21,13 +25,12 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 COMMANDS = ("train", "verify", "evaluate", "diagnose", "export", "import-checkpoint", "compare")
 ENCODINGS = {
-    "ascii": {"PYTHONIOENCODING": "ascii"}, "cp1252": {"PYTHONIOENCODING": "cp1252"},
     "latin-1, strict": {"PYTHONIOENCODING": "latin-1:strict"},
     "locale C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
 }  # fmt: skip
 SMALL = [
     "--config", str(ROOT / "configs" / "smoke.yaml"), "--model.type", "Mlp", "--model.hidden", "[8]",
-    "--training.epochs", "2", "--training.schedule.length", "1", "--certify.images", "4", "--export.images", "2",
+    "--training.epochs", "2", "--training.schedule.length", "1", "--certify.images", "4", "--export.enabled", "false",
 ]  # fmt: skip
 
 
@@ -94,40 +97,44 @@ sys.exit(main(["verify", *sys.argv[1:]]))
     assert found.returncode == 2 and found.stderr.startswith(b"error: ") and found.stderr.count(b"\n") == 1
 
 
-def begun(script: str, *words: str, **streams) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPTS / script), *words], cwd=ROOT, stderr=subprocess.PIPE, **streams
-    )
+def real(*words: str | Path, **streams: int) -> subprocess.Popen:
+    """An interpreter of its own, for what its start or its end does; elsewhere ``processes.start`` is enough."""
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, **streams)
 
 
-def left_after(script: str, *words: str, lines: int) -> tuple[int, bytes]:
+def left_after(*words: str | Path, lines: int, begin: Callable = start) -> tuple[int, bytes]:
     """Exit code and stderr of a process whose reader leaves after some lines, as ``head`` does."""
-    process = begun(script, *words, stdout=subprocess.PIPE)
-    for _ in range(lines):
-        assert process.stdout.readline()
-    process.stdout.close()
-    said = process.stderr.read()
-    process.stderr.close()
-    return process.wait(), said
+    (read, write), (errors, stderr) = os.pipe(), os.pipe()
+    with open(read, "rb", buffering=0) as stdout:
+        if not lines:
+            stdout.close()
+        process = begin(*words, stdout=write, stderr=stderr)
+        os.close(write)
+        os.close(stderr)
+        for _ in range(lines):
+            assert stdout.readline()
+    with open(errors, "rb") as said:
+        text = said.read()
+    return process.wait(), text
 
 
-def whole(run: Path, evaluated: bool = False) -> bool:
+def whole(run: Path, exported: bool = False) -> bool:
     final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    names = ["model.safetensors", "resume.pt", "model.onnx", "SHA256SUMS", *(["evaluation.json"] if evaluated else [])]
+    names = ["model.safetensors", "resume.pt", *(["model.onnx", "SHA256SUMS"] if exported else [])]
     return final["kind"] == "final" and all((run / name).exists() for name in names)
 
 
 class TestAReaderThatLeft:
     @pytest.mark.parametrize("lines", [0, 2])
     def test_training_goes_on_to_its_end(self, lines, tmp_path):
-        assert left_after("train.py", *SMALL, "--out", str(tmp_path / "run"), lines=lines) == (0, b"")
+        assert left_after(SCRIPTS / "train.py", *SMALL, "--out", tmp_path / "run", lines=lines) == (0, b"")
         assert whole(tmp_path / "run")
 
     def test_verify_and_evaluate(self, run):
         words = [str(run), "--images", ":30", "--stages", "ibp", "--epsilon", "0.04"]
-        assert left_after("verify.py", *words, lines=0) == (0, b"")
+        assert left_after(SCRIPTS / "verify.py", *words, lines=0) == (0, b"")
         assert len((run / "verdicts" / "embedded-0.04-nearest.jsonl").read_text().splitlines()) == 30
-        assert left_after("evaluate.py", str(run), "--images", "8", "--attacks", "pgd-1", lines=0) == (0, b"")
+        assert left_after(SCRIPTS / "evaluate.py", run, "--images", "8", "--attacks", "pgd-1", lines=0) == (0, b"")
         assert (run / "evaluation.json").exists()
 
     def test_compare_and_what_it_starts(self, tmp_path):
@@ -143,53 +150,70 @@ class TestAReaderThatLeft:
         study = {"name": "pair", "seeds": [0], "base": base, "rows": rows, "evaluate": evaluate}
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
         words = [str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"]
-        assert left_after("compare.py", *words, lines=0) == (0, b"")
+        assert left_after(SCRIPTS / "compare.py", *words, lines=0) == (0, b"")
         assert "2 of 2 runs are trained" in (tmp_path / "out" / "table.md").read_text()
 
-    @pytest.mark.parametrize("words", [("train", "--help"), ("verify", "--help"), ("--help",), ("--version",)])
-    def test_short_commands_end_quietly(self, words):
+    @pytest.mark.parametrize(
+        ("begin", "words"),
+        [(real, ["train", "--help"]), (start, ["verify", "--help"]), (start, ["--help"]), (start, ["--version"])],
+    )
+    def test_short_commands_end_quietly(self, begin, words):
         code = "import sys; from certtrain.command_line import main; sys.exit(main(sys.argv[1:]))"
-        read, write = os.pipe()
-        os.close(read)
-        found = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
-        os.close(write)
-        assert (found.returncode, found.stderr) == (0, b"")
+        assert left_after("-c", code, *words, lines=0, begin=begin) == (0, b"")
 
     def test_a_caller_from_python(self, tmp_path):
         """No command line is there to help."""
+        smoke = yaml.safe_load((ROOT / "configs" / "smoke.yaml").read_text())
+        recipe = {**smoke, "model": {"type": "Mlp", "hidden": [8]}, "certify": {"images": 4}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         code = "import certtrain, sys; certtrain.train(sys.argv[1], out=sys.argv[2])"
-        read, write = os.pipe()
-        os.close(read)
-        words = [str(ROOT / "configs" / "smoke.yaml"), str(tmp_path / "run")]
-        found = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
-        os.close(write)
-        assert (found.returncode, found.stderr) == (0, b"") and whole(tmp_path / "run")
+        words = ["-c", code, tmp_path / "recipe.yaml", tmp_path / "run"]
+        assert left_after(*words, lines=0, begin=real) == (0, b"") and whole(tmp_path / "run", exported=True)
+
+
+REDIRECTIONS = {">&-": {"stdout": None}, "2>&-": {"stderr": None}, "2>/dev/full": {"stderr": "/dev/full"}}
+
+
+def redirected(redirections: str, *words: str | Path) -> tuple[int, bytes, bytes]:
+    """The exit code of a process, and what its stdout and stderr say where they lead anywhere."""
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(tempfile.TemporaryFile("w+b")) for name in ("stdout", "stderr")}
+        for name, place in REDIRECTIONS[redirections].items():
+            files[name] = place and stack.enter_context(open(place, "r+b", buffering=0))
+        code = start(*words, **{name: file and file.fileno() for name, file in files.items()}).wait()
+        said = [b"" if name in REDIRECTIONS[redirections] else _whole(files[name]) for name in ("stdout", "stderr")]
+    return code, *said
+
+
+def _whole(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+# what was to be read is lost: somebody has to hear of it
+LOST = (
+    b"error: standard output: cannot be written (No space left on device); accepted: a place with room; "
+    b"files are written as ever\n"
+)
 
 
 class TestClosedAndFull:
-    @pytest.mark.parametrize(
-        ("redirections", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), ("2>/dev/full", 0), (">/dev/full", 2)]
-    )
-    def test_training(self, redirections, code, tmp_path):
-        command = f'"$0" "$@" {redirections}'
-        words = [sys.executable, str(SCRIPTS / "train.py"), *SMALL, "--out", str(tmp_path / "run")]
-        found = subprocess.run(["bash", "-c", command, *words], cwd=ROOT, capture_output=True, text=True)
-        assert found.returncode == code and whole(tmp_path / "run")
-        if code:  # what was to be read is lost: somebody has to hear of it
-            assert found.stderr == (
-                "error: standard output: cannot be written (No space left on device); accepted: a place with room; "
-                "files are written as ever\n"
-            )
-        else:
-            assert not found.stderr
+    @pytest.mark.parametrize("redirections", [">&-", "2>&-", "2>/dev/full"])
+    def test_training(self, redirections, tmp_path):
+        code, _, said = redirected(redirections, SCRIPTS / "train.py", *SMALL, "--out", tmp_path / "run")
+        assert (code, said) == (0, b"") and whole(tmp_path / "run")
+
+    @pytest.mark.parametrize(("redirections", "code", "said"), [(">&- 2>&- <&-", 0, b""), (">/dev/full", 2, LOST)])
+    def test_training_in_an_interpreter_of_its_own(self, redirections, code, said, tmp_path):
+        words = [sys.executable, SCRIPTS / "train.py", *SMALL, "--out", tmp_path / "run"]
+        found = subprocess.run(["bash", "-c", f'"$0" "$@" {redirections}', *words], cwd=ROOT, capture_output=True)
+        assert (found.returncode, found.stderr) == (code, said) and whole(tmp_path / "run")
 
     @pytest.mark.parametrize("redirections", ["2>&-", "2>/dev/full", ">&-"])
     def test_an_error_keeps_its_exit_code_and_its_stream(self, redirections, tmp_path):
-        words = [sys.executable, str(SCRIPTS / "verify.py"), str(tmp_path / "none")]
-        command = f'"$0" "$@" {redirections}'
-        found = subprocess.run(["bash", "-c", command, *words], cwd=ROOT, capture_output=True, text=True)
-        assert found.returncode == 2 and not found.stdout  # an error is no answer
-        assert found.stderr.startswith("error: ") == (redirections == ">&-")
+        code, out, said = redirected(redirections, SCRIPTS / "verify.py", tmp_path / "none")
+        assert code == 2 and not out  # an error is no answer
+        assert said.startswith(b"error: ") == (redirections == ">&-")
 
     def test_files_do_not_get_the_numbers_of_closed_streams(self, tmp_path):
         """Or a library's warning is written into them."""

@@ -4,6 +4,7 @@ import copy
 import io
 import operator
 import pickle
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from networks import Apply, Residual, small_cnn
 from torch import Tensor, nn
 from walking import walk
 
-from certtrain.bounds import Interval, UnsupportedOperation, compute_bounds, trace
+from certtrain.bounds import Interval, Network, UnsupportedOperation, compute_bounds, trace
 from certtrain.bounds.folding import fold
 from certtrain.bounds.operations import Input
 
@@ -590,3 +591,37 @@ def test_the_supported_layers_are_what_the_message_says():
     assert set(str(raised.value).split("supported: ")[1].split("; ")[0].split(", ")) == set(layers)
     for layer in layers.values():
         assert isinstance(trace(nn.Sequential(nn.ReLU(), layer)).operations[0], Input)
+
+
+class TestThreads:
+    def test_other_threads_run_modules_while_one_traces(self):
+        """torch.fx alone hands their calls to the tracer: NameError, or a proxy where a tensor is expected."""
+        inside, go = threading.Event(), threading.Event()
+
+        class Slow(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 3)
+
+            def forward(self, x):
+                inside.set()
+                assert go.wait(60)
+                return self.layer(x)
+
+        slow, other = Slow(), nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        traced, second = list[Network](), list[Network]()
+        first = threading.Thread(target=lambda: traced.append(trace(slow)))
+        first.start()
+        assert inside.wait(60)
+        x = torch.rand(2, 4)
+        seen = [other(x), slow.layer(x)]
+        assert all(type(value) is torch.Tensor for value in seen)
+        later = threading.Thread(target=lambda: second.append(trace(other)))
+        later.start()  # waits for its turn
+        assert torch.equal(other(x), seen[0])
+        go.set()
+        first.join(60), later.join(60)
+        assert len(traced) == len(second) == 1
+        torch.testing.assert_close(second[0](x), seen[0])
+        torch.testing.assert_close(other(x), seen[0])
+        assert type(other(x)) is torch.Tensor  # nothing of a trace is left behind

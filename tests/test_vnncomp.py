@@ -314,9 +314,7 @@ class TestTime:
 
         original = InputSplitStage.__call__
         monkeypatch.setattr(InputSplitStage, "__call__", call)
-        monkeypatch.setattr(
-            vnncomp, "_stages", lambda problem, judge, left: [vnncomp._last_stage(problem, judge, left)]
-        )
+        monkeypatch.setattr(vnncomp, "STAGES_OF_FEW_INPUTS", ("input_split",))
         parts = " ".join(f"(and {box((f'{n}.0', f'{n}.5'))} (<= Y_0 -1.0))" for n in range(10))
         assert ask(f"(or {parts})")[0].word == "holds"
         assert [count for count, _ in shares] == [10, 1]
@@ -515,8 +513,12 @@ class TestInstances:
 
     def test_times(self, folder, monkeypatch):
         limits = []
-        monkeypatch.setattr(instances, "_answer_instance", lambda reader, folder, instance, limit, arithmetic: (
-            limits.append((limit, arithmetic)), (Answer("holds", 1.0, "nearest"), None))[1])  # fmt: skip
+
+        def answered(reader, folder, instance, settings):
+            limits.append((settings.timeout, settings.arithmetic))
+            return Answer("holds", 1.0, "nearest"), None
+
+        monkeypatch.setattr(instances, "_answer_instance", answered)
         run_instances(folder / "instances.csv", folder / "out.csv", timeout=5.0, arithmetic="real")
         assert limits == [(0.05 if status == "timeout" else 5.0, "real") for _, _, status in ROWS]
         for timeout in (0.0, -1.0, float("nan"), float("inf")):

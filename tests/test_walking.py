@@ -1,7 +1,9 @@
 """One test id for a table: every row is tried, and each failing row is named."""
 
+from itertools import combinations, product
+
 import pytest
-from walking import walk
+from walking import pairs, walk
 
 
 @walk("number", [1, 2, 3])
@@ -46,3 +48,11 @@ def test_wrong_tables_are_refused():
         walk("number", [])
     with pytest.raises(AssertionError, match="takes no"):
         walk("word", "a")(lambda number: None)
+
+
+def test_all_pairs_meet_in_few_rows():
+    axes = "abcd", range(3), [True, False], (0.5, 1.5, 2.5)
+    rows = pairs(*axes)
+    assert set(rows) <= set(product(*axes)) and len(rows) <= 16 < 72 and rows == pairs(*axes)
+    for (i, first), (j, second) in combinations(enumerate(axes), 2):
+        assert {(row[i], row[j]) for row in rows} == set(product(first, second))

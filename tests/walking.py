@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -64,6 +64,19 @@ def walk(names: str | Iterable[str], values: Iterable[Any], ids: Any = None) -> 
         return wrapped
 
     return decorate
+
+
+def pairs(*axes: Iterable[Any]) -> list[tuple]:
+    """Rows of the axes' product such that any two values of two axes meet in a row: few, and always the same ones."""
+    columns = [list(axis) for axis in axes]
+    rows = list(product(*(range(len(column)) for column in columns)))
+    places = [list(combinations(enumerate(row), 2)) for row in rows]
+    missing, chosen = {pair for row in places for pair in row}, []
+    while missing:
+        best = max(range(len(rows)), key=lambda number: sum(pair in missing for pair in places[number]))
+        missing.difference_update(places[best])
+        chosen.append(best)
+    return [tuple(column[i] for column, i in zip(columns, rows[number])) for number in sorted(chosen)]
 
 
 def _with_self(once: Callable) -> Callable:

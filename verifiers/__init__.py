@@ -5,8 +5,9 @@ if __name__ == "verifiers":  # imported by its folder's name in a checkout: hand
 
     hand_over("verifiers")
 else:
+    from typing import TYPE_CHECKING, Any
+
     from .cascade import certify, run_cascade
-    from .embedded_question import EmbeddedQuestion
     from .falsify import FalsifyStage
     from .limits import Limits
     from .lirpa import LirpaStage
@@ -26,8 +27,19 @@ else:
         LocationStage,
     )
 
+    if TYPE_CHECKING:
+        from .embedded_question import EmbeddedQuestion
+
     __all__ = [
         "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownIbpStage", "CrownStage",
         "EmbeddedQuestion", "FalsifyStage", "Finding", "IbpStage", "InputSplitStage", "Judge", "Limits", "LirpaStage",
         "LocationStage", "Problem", "Search", "Specification", "Stage", "Verdict", "certify", "run_cascade",
     ]  # fmt: skip
+
+    def __getattr__(name: str) -> Any:
+        """``EmbeddedQuestion``, imported at its first use: it needs data sets and console, a property neither."""
+        if name != "EmbeddedQuestion":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .embedded_question import EmbeddedQuestion
+
+        return EmbeddedQuestion

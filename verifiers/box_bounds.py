@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from ..bounds.forward_linear import forward_bounds
 from ..bounds.network import Network
 from .clipping import Cuts, rounded_down
 from .optimise import finite, with_offsets
-from .passes import BackwardPasses
+
+AFFORDABLE = 30
+"""Most unstable neurons, for each input that varies, with which backward passes are made. On ACAS Xu they pay well
+below this; on networks of thousands of neurons and two inputs forward bounds are a hundred times cheaper."""
 
 WEIGHINGS = 20
 """Number of steps that optimise the weights of a clause's rows."""
@@ -27,15 +30,13 @@ class ClauseBounds:
         clauses: (P, C) the bounds.
         forms: (P, C, *shape) linear forms of the input whose minima they are, constants left out.
         weights: (P, C, G) weights of the clause's rows in the forms, which add up to 1.
-        cuts: all linear bounds that were computed of each clause.
-        forward: (P,) the bounds of the worst clause without backward passes to the neurons.
+        cuts: linear bounds of each clause's rows, and of the mean with the best weights.
     """
 
     clauses: Tensor
     forms: Tensor
     weights: Tensor
     cuts: Cuts
-    forward: Tensor
 
 
 class BoxBounds:
@@ -49,46 +50,33 @@ class BoxBounds:
 
     def __init__(self, network: Network, rows: Tensor, offsets: Tensor, members: Tensor, outer: dict[int, Bounds]):
         self.network, self.rows, self.offsets, self.members, self.outer = network, rows, offsets, members, outer
-        self.passes = BackwardPasses(network)
 
-    def __call__(self, box: Box, image: Tensor, before: Tensor | None = None) -> ClauseBounds:
-        """Bounds over P boxes within the sets of the problems ``image`` (P,).
-
-        Args:
-            before: (P,) the ``forward`` bounds of the boxes that these are parts of; -inf where there are none.
-        """
+    def __call__(self, box: Box, image: Tensor) -> ClauseBounds:
+        """Bounds over P boxes within the sets of the problems ``image`` (P,)."""
         outer = {place: Bounds(ends.lower[image], ends.upper[image]) for place, ends in self.outer.items()}
         if self.network.rounding is not None:  # forward bounds do not cover rounding
             return self._clauses(box, image, crown_bounds(self.network, box, outer))
         bounds = forward_bounds(self.network, box, outer)
         found = self._clauses(box, image, bounds)
-        self.passes.saw_forward(found.forward, before, box)
-        found = replace(found, cuts=found.cuts.joined(found.cuts.none()))
-        left = ~(found.clauses > 0).all(1)
-        while len(again := self.passes.chosen(left, found.forward, before, bounds, box).nonzero().flatten()):
-            found = self._by_passes(box, image, bounds, found, again)
-            left[again] = False
-        return found
-
-    def _by_passes(
-        self, box: Box, image: Tensor, bounds: dict[int, Bounds], found: ClauseBounds, again: Tensor
-    ) -> ClauseBounds:
-        """``found`` with those of the boxes ``again`` improved by backward passes."""
+        again = (~(found.clauses > 0).all(1) & self._affordable(box, bounds)).nonzero().flatten()
+        if not len(again):
+            return found
         some = {place: Bounds(ends.lower[again], ends.upper[again]) for place, ends in bounds.items()}
         some = crown_bounds(self.network, box.take(again), some)
         by_crown = self._clauses(box.take(again), image[again], some)
-        self.passes.saw_backward(found.forward[again], by_crown.forward)
         better = by_crown.clauses > found.clauses[again]
         clauses, forms, weights = found.clauses.clone(), found.forms.clone(), found.weights.clone()
         clauses[again] = torch.where(better, by_crown.clauses, clauses[again])
         weights[again] = torch.where(better.unsqueeze(-1), by_crown.weights, weights[again])
         forms[again] = by_crown.forms
-        half = by_crown.cuts.least.shape[2]
-        (form, own_form), (least, own_least) = (
-            torch.split(part, half, 2) for part in (found.cuts.forms, found.cuts.least)
-        )
-        cuts = Cuts(form, least).joined(Cuts(own_form, own_least).replaced(again, by_crown.cuts))
-        return ClauseBounds(clauses, forms, weights, cuts, found.forward)
+        return ClauseBounds(clauses, forms, weights, found.cuts.replaced(again, by_crown.cuts))
+
+    def _affordable(self, box: Box, bounds: dict[int, Bounds]) -> Tensor:
+        """(P,) bool, the boxes with few enough unstable neurons behind the first layer for backward passes."""
+        wide = (box.hull.radius > 0).flatten(1).sum(1)
+        later = sorted(bounds)[1:]
+        count = sum(((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1) for place in later)
+        return torch.as_tensor(count, device=wide.device) <= AFFORDABLE * (1 + wide)
 
     def _clauses(self, box: Box, image: Tensor, bounds: dict[int, Bounds]) -> ClauseBounds:
         linear = backward(
@@ -100,11 +88,11 @@ class BoxBounds:
         best, row = values[:, self.members].max(-1)
         forms = linear.forms[:, self.members]  # (P, C, G, *shape)
         own_row = (torch.arange(self.members.shape[1], device=row.device) == row.unsqueeze(-1)).to(best.dtype)
-        least = (
-            values if linear.slack else rounded_down(values, linear.forms, linear.constants.abs() + offsets.abs(), box)
-        )
+        least = values
+        if linear.slack is None:
+            least = rounded_down(values, linear.forms, linear.constants.abs() + offsets.abs(), box)
         cuts = Cuts(forms, least[:, self.members])
-        single = ClauseBounds(best, _picked(forms, row), own_row, cuts, best.amin(1))
+        single = ClauseBounds(best, _picked(forms, row), own_row, cuts)
         if self.members.shape[1] > 1 and linear.slack is None:  # a mean's own rounding is not in the slack
             return self._weighed(box, linear, forms, offsets, single)
         return single
@@ -125,7 +113,6 @@ class BoxBounds:
             torch.where(better.reshape(*better.shape, *[1] * (mean.ndim - 2)), mean, single.forms),
             torch.where(better.unsqueeze(-1), weights, single.weights),
             single.cuts.joined(cut),
-            clauses.amin(1),
         )
 
 

@@ -1,7 +1,10 @@
-"""Scores for the choice of the neuron to split, from a linear bound.
+"""The choice of the neuron to split, from a linear bound.
 
-The upper line of a ReLU lowers a bound by at most |coefficient| · intercept (BaBSR's leading term, arXiv 1909.06588);
-at the bound's minimiser it lowers it by |coefficient| times the line's distance from the function there.
+A linear bound's minimiser x* gives each neuron's input a value v in the network of the lines that the bound uses. Where
+a neuron with coefficient A < 0 is split, its upper line u is replaced by 0 in one half and by the input itself in the
+other: to first order the bound rises by -A u(v) in the first half and by -A (u(v) - v) in the second. Both are upper
+bounds of the rise at the current parameters, for all neurons at once, at the cost of one gradient; filtered smart
+branching (arXiv 2002.10410) bounds both halves of each candidate to learn the same.
 """
 
 from __future__ import annotations
@@ -10,44 +13,52 @@ import torch
 from torch import Tensor
 
 from ..bounds import Region
-from ..bounds.network import Network
-from .optimise import Neurons, Optimised
+from .neurons import Columns
+from .optimise import Optimised
+
+FLOOR = 1e-3
+"""Least gain that a half counts with, relative to the bound: neurons that only help one half are told apart by it."""
 
 
 def minimiser(optimised: Optimised, region: Region, row: Tensor) -> Tensor:
     """(D, *shape) points of the region's hull where the linear bound of row number ``row`` (D,) is smallest."""
+    return least_point(optimised.forms, region, row)
+
+
+def least_point(forms: Tensor, region: Region, row: Tensor) -> Tensor:
+    """(D, *shape) points of the region's hull where the linear form number ``row`` (D,) of ``forms`` (D, R, *shape) is
+    smallest."""
     hull = region.hull
-    chosen = optimised.bound.forms[torch.arange(len(row), device=row.device), row]
+    chosen = forms[torch.arange(len(row), device=row.device), row]
     return torch.where(chosen > 0, hull.lower, torch.where(chosen < 0, hull.upper, hull.center))
 
 
-def scores(network: Network, optimised: Optimised, lower: Tensor, upper: Tensor, row: Tensor, point: Tensor) -> Tensor:
-    """(D, N) score of each neuron: by how much its relaxation lowers the bound at most, plus at the bound's minimiser;
-    -inf for stable neurons.
+def gains(optimised: Optimised, kinks: Tensor, lower: Tensor, upper: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """(negative, positive): by how much at most the bound of row number ``row`` (D,) rises in each half, at the same
+    parameters, (D, U) each, for unstable neurons. To first order it rises by as much.
 
     Args:
-        lower, upper: (D, N) bounds of the neurons' inputs.
-        row: (D,) the row of each subproblem whose bound is to be improved; point: (D, *shape), its minimiser.
+        optimised: with ``values``.
+        kinks: (U,) slopes left of 0.
+        lower, upper: (D, U) bounds of the neurons' inputs.
     """
-    neurons = Neurons.of(network)
-    if not neurons.places:
-        return lower
     each = torch.arange(len(row), device=row.device)
-    forms = torch.cat([optimised.forms[place][each, row].flatten(1) for place in neurons.places], -1)
-    values = network.values(point)
-    inputs = torch.cat([values[network.operations[place].inputs[0]].flatten(1) for place in neurons.places], -1)
-    outputs = torch.cat([values[place].flatten(1) for place in neurons.places], -1)
-    unstable = (lower < 0) & (upper > 0)
-    width = torch.where(unstable, upper - lower, 1.0)
-    kinks = torch.cat([
-        torch.full((shape.numel(),), network.nonlinear_at(place).kink, dtype=lower.dtype)
-        for place, shape in zip(neurons.places, neurons.shapes, strict=True)
-    ]).to(lower.device)  # fmt: skip
-    intercept = (1 - kinks) * -lower * upper / width
-    slope = (upper - kinks * lower) / width
-    over = slope * inputs + intercept - outputs  # the upper line above the function, at the minimiser
-    alphas = optimised.alphas[each, row]
-    under = outputs - torch.where(unstable, alphas, 1.0) * inputs
-    here = torch.where(forms < 0, -forms * over, forms * under.clamp(min=0))
-    worst = -forms.clamp(max=0) * intercept
-    return torch.where(unstable, worst + here.clamp(min=0), -torch.inf)
+    forms, alphas, values = (part[each, row] for part in (optimised.reached, optimised.alphas, optimised.values))
+    width = torch.where((lower < 0) & (upper > 0), upper - lower, 1.0)
+    upper_line = (upper - kinks * lower) / width * values - (1 - kinks) * lower * upper / width
+    line = forms * torch.where(forms < 0, upper_line, torch.maximum(alphas, kinks) * values)
+    return forms * kinks * values - line, forms * values - line
+
+
+def scores(
+    optimised: Optimised, columns: Columns, kinks: Tensor, lower: Tensor, upper: Tensor, row: Tensor, bound: Tensor
+) -> Tensor:
+    """(D, U) score of each neuron in ``columns``, the product of its halves' gains; -inf for stable neurons.
+
+    Args:
+        optimised, kinks, lower, upper, row: as for ``gains``.
+        bound: (D,) the bound that is to be improved.
+    """
+    floor = FLOOR * bound.abs().unsqueeze(1)
+    negative, positive = (gain.clamp(min=0) + floor for gain in gains(optimised, kinks, lower, upper, row))
+    return torch.where((lower < 0) & (upper > 0) & columns.real, negative * positive, -torch.inf)

@@ -18,6 +18,7 @@ from ..bounds.network import Network, NetworkModule
 from ..bounds.operations import Input, Opaque
 from ..bounds.overflow import fits
 from ..bounds.rounding import check as check_rounding
+from ..environment import peak_memory
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in, classes_of
 from ..precision import full_float32
@@ -25,6 +26,7 @@ from ..typed import as_floats, as_ints
 from .bounds_so_far import BoundsSoFar
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
+from .search_statistics import SearchStatistics
 from .settings import ROUNDINGS, Arithmetic, Certify
 from .stage import Finding, Stage
 
@@ -126,6 +128,7 @@ class _BatchProgress:
         self.spent: list[dict[str, float]] = [{} for _ in range(count)]
         self.counterexamples: list[Tensor | None] = [None] * count
         self.reasons: list[str | None] = [None] * count
+        self.search: list[SearchStatistics | None] = [None] * count
         self.cut: dict[int, str] = {}  # images on which a stage ran out of time, and the reason to give
 
     def go(self, left: Tensor, known: BoundsSoFar, stages: Sequence[Stage]) -> None:
@@ -177,6 +180,8 @@ class _BatchProgress:
         for row, number in enumerate(numbers):
             self.lower[number] = max(self.lower[number], worst[row])
             self.reasons[number] = finding.reasons[row] if finding.reasons else None
+            if finding.search is not None:
+                self.search[number] = finding.search[row] + (self.search[number] or SearchStatistics())
             status = finding.statuses[row]
             if status is None:
                 open_.append(row)
@@ -192,7 +197,7 @@ class _BatchProgress:
         for number, why in self.cut.items():
             if self.status[number] == "unknown" and self.reasons[number] != "out of memory":
                 self.status[number], self.reasons[number] = "timeout", why
-        labels = self.problem.specification.labels
+        labels, memory = self.problem.specification.labels, peak_memory()
         return [
             Verdict(
                 index=int(self.problem.index[number]),
@@ -206,6 +211,8 @@ class _BatchProgress:
                 reason=self.reasons[number] if status in UNDECIDED else None,
                 counterexample=self.counterexamples[number],
                 spent=self.spent[number],
+                search=self.search[number],
+                peak_memory=memory,
             )
             for number, status in enumerate(self.status)
         ]

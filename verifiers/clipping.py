@@ -36,10 +36,6 @@ class Cuts:
         """All forms of both."""
         return Cuts(torch.cat([self.forms, other.forms], 2), torch.cat([self.least, other.least], 2))
 
-    def none(self) -> Cuts:
-        """As many forms, which cut nothing."""
-        return Cuts(torch.zeros_like(self.forms), torch.full_like(self.least, -torch.inf))
-
     def replaced(self, index: Tensor, other: Cuts) -> Cuts:
         """The cuts with those of the boxes ``index`` replaced."""
         return Cuts(self.forms.index_copy(0, index, other.forms), self.least.index_copy(0, index, other.least))
@@ -48,12 +44,12 @@ class Cuts:
         """Clip boxes to what may hold a counterexample of one of the clauses ``open_`` (P, C) bool."""
         least = self.least.clamp(max=0)
         level = MARGIN * -least + torch.finfo(least.dtype).tiny
-        lower, upper = (end.unsqueeze(1).expand(-1, least.shape[1], *end.shape[1:]) for end in (box.lower, box.upper))
-        for form, height in zip(self.forms.unbind(2), up(level - self.least).unbind(2)):
-            reach = height.reshape(*height.shape, *[1] * (form.ndim - 2)) / form.abs()
-            reach = up(reach.nan_to_num(torch.inf, torch.inf, -torch.inf))  # NaN: from a form that is not finite
-            upper = torch.where(form > 0, torch.minimum(upper, up(box.lower.unsqueeze(1) + reach)), upper)
-            lower = torch.where(form < 0, torch.maximum(lower, down(box.upper.unsqueeze(1) - reach)), lower)
+        room = up(level - self.least)
+        reach = room.reshape(*room.shape, *[1] * (self.forms.ndim - 3)) / self.forms.abs()
+        reach = up(reach.nan_to_num(torch.inf, torch.inf, -torch.inf))  # NaN: from a form that is not finite
+        first, last = (end[:, None, None] for end in (box.lower, box.upper))
+        upper = torch.where(self.forms > 0, torch.minimum(last, up(first + reach)), last).amin(2)
+        lower = torch.where(self.forms < 0, torch.maximum(first, down(last - reach)), first).amax(2)
         left = open_ & (lower <= upper).flatten(2).all(2)
         outside = ~left.reshape(*left.shape, *[1] * (lower.ndim - 2))
         empty = ~left.any(1)

@@ -11,6 +11,7 @@ Three parts depend on the kind of subproblem: a ``Bounder``, a ``Splitter`` and 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,12 @@ from torch import Tensor
 
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
-from ..typed import as_ints
+from ..typed import as_floats, as_ints
+from .descent import points_at_a_time
 from .problem import Problem
+from .search_descent import SHARE, SearchDescents
 from .search_record import Decision, Proof, SearchRecord
+from .search_statistics import Part, SearchStatistics, measured, note, part
 
 Violates = Callable[[int, Tensor], bool]
 """Whether an input (*shape) is a counterexample for the image of the given number, by replay."""
@@ -71,6 +75,10 @@ class Bounded(ABC, Generic[S]):
         """Candidates for counterexamples in the subproblems ``index``: tensors (len(index), *shape) of points in the
         images' own sets, computed lazily."""
 
+    def targets(self, index: Tensor) -> Tensor:
+        """(len(index),) the clause that points in the subproblems ``index`` are to violate; their goals by default."""
+        return self.subproblems.goal[index]
+
     @abstractmethod
     def proof(self, number: int) -> Proof:
         """The proof of the positive bound of subproblem ``number``. Called only for a search that is recorded."""
@@ -81,6 +89,11 @@ B = TypeVar("B", bound=Bounded[Any])
 
 class Bounder(ABC, Generic[S, B]):
     """Computes lower bounds of batches of subproblems."""
+
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations of the network, forward and backward, that a subproblem's bound costs at least."""
+        return 1
 
     @property
     @abstractmethod
@@ -144,7 +157,7 @@ class LeafSolver(ABC, Generic[S, B]):
     hold a counterexample."""
 
     probing: float = 0.0
-    """Largest share of the search's time spent in ``probe``."""
+    """Share of a round's subproblems that are probed before they are split; one a round at least, if not 0."""
 
     def wants(self, bounded: B) -> Tensor:
         """(P,) bool, the subproblems to solve besides leaves."""
@@ -170,16 +183,39 @@ class ImageProgress:
     """State of the search for each of B images.
 
     Per image: ``counterexamples``; ``reasons`` why it was given up; ``doubts`` why one of its leaves was not proved;
-    ``seconds`` (B,) float64, its share of the time; ``splits``, the number of its subproblems that were split.
+    ``seconds`` (B,) float64, its share of the time, and ``spent``, the same by part; ``rounds``, ``splits`` and
+    ``children`` as in ``SearchStatistics``; ``closed`` (B,) int64 on the search's device, as there.
     """
 
-    def __init__(self, count: int, timeout: float, violates: Violates):
+    def __init__(self, count: int, timeout: float, violates: Violates, device: torch.device):
         self.timeout, self._violates = timeout, violates
         self.counterexamples: list[Tensor | None] = [None] * count
         self.reasons: list[str | None] = [None] * count
         self.doubts: list[str | None] = [None] * count
         self.seconds = torch.zeros(count, dtype=torch.float64)
-        self.splits = [0] * count
+        self.spent: dict[Part, Tensor] = {}
+        self.rounds, self.splits, self.children = [0] * count, [0] * count, [0] * count
+        self.closed = torch.zeros(count, dtype=torch.int64, device=device)
+
+    def statistics(self) -> list[SearchStatistics]:
+        """The statistics of each image."""
+        seconds: dict[Part, list[float]] = {name: as_floats(shares) for name, shares in self.spent.items()}
+        counts = zip(self.rounds, self.splits, self.children, as_ints(self.closed), strict=True)
+        found = list[SearchStatistics]()
+        for image, four in enumerate(counts):
+            own: dict[Part, float] = {name: shares[image] for name, shares in seconds.items() if shares[image] > 0}
+            found.append(SearchStatistics(*four, own))
+        return found
+
+    def count_splits(self, parents: Tensor, children: Tensor) -> None:
+        """Count a round: the images of the subproblems that were split, and of their children."""
+        chosen = as_ints(parents)
+        for image in set(chosen):
+            self.rounds[image] += 1
+        for image in chosen:
+            self.splits[image] += 1
+        for image in as_ints(children):
+            self.children[image] += 1
 
     def is_unfinished(self, image: int) -> bool:
         return self.counterexamples[image] is None and self.reasons[image] is None
@@ -191,22 +227,28 @@ class ImageProgress:
 
     def refute(self, image: int, point: Tensor) -> bool:
         """Replay the candidate ``point`` (*shape) unless the image is refuted; return whether the image is refuted."""
-        if self.counterexamples[image] is None and self._violates(image, point):
-            self.counterexamples[image] = point
+        with part("attack"):
+            if self.counterexamples[image] is None and self._violates(image, point):
+                self.counterexamples[image] = point
         return self.counterexamples[image] is not None
 
     def time_left(self, image: int) -> float:
         return self.timeout - float(self.seconds[image])
 
     @contextmanager
-    def charged(self, images: Tensor) -> Generator[None]:
-        """Charge the time spent inside in equal shares to the images ``images`` (P,) of the subproblems."""
-        started = now()
+    def charged(self, images: Tensor, name: Part) -> Generator[None]:
+        """Charge the time spent inside in equal shares to the images ``images`` (P,) of the subproblems. It counts as
+        the part ``name`` where the inside names no other."""
+        started, spent = now(), dict[Part, float]()
         try:
-            yield
+            with measured(name) as spent:
+                yield
         finally:
-            share = (now() - started) / len(images)
-            self.seconds.index_add_(0, images.cpu(), torch.full((len(images),), share, dtype=torch.float64))
+            seconds = now() - started
+            shares = torch.bincount(images.cpu(), minlength=len(self.seconds)).double() / len(images)
+            self.seconds += seconds * shares
+            for inner, own in spent.items():
+                self.spent[inner] = self.spent.get(inner, torch.zeros_like(shares)) + own * shares
 
 
 @dataclass(frozen=True)
@@ -219,6 +261,7 @@ class SearchOutcome:
         lower: (B,) lower bounds of the worst margin.
         seconds: (B,) float64, each image's share of the search's time.
         reasons: why an image is neither proved nor refuted; None otherwise.
+        statistics: counts and times of each image.
     """
 
     proved: Tensor
@@ -226,6 +269,7 @@ class SearchOutcome:
     lower: Tensor
     seconds: Tensor
     reasons: list[str | None]
+    statistics: list[SearchStatistics]
 
 
 class BranchAndBound(Generic[S, B]):
@@ -239,6 +283,7 @@ class BranchAndBound(Generic[S, B]):
             wall clock as it has images; the clock is checked within rounds, and an unfinished batch stays open.
         most: number of splits after which an image is given up; None for no limit.
         record: receives the tree of subproblems, with the reason and the proof that closed each.
+        descents: share of the evaluations of the network that bounding costs which descents may cost besides.
     """
 
     def __init__(
@@ -255,30 +300,34 @@ class BranchAndBound(Generic[S, B]):
         violates: Violates,
         most: int | None = None,
         record: SearchRecord | None = None,
+        descents: float = SHARE,
     ):
         self.problem, self.network, self.known = problem, network, known
         self.bounder, self.splitter, self.leaf = bounder, splitter, leaf
         self.most, self.record = most, record
-        self.progress = ImageProgress(len(problem), timeout, violates)
+        self.progress = ImageProgress(len(problem), timeout, violates, known.device)
+        together = points_at_a_time(network, problem.specification, known)
+        self.descents = SearchDescents(problem, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = roots.take(roots.image[:0])
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
-        self._started, self._probed = now(), 0.0
 
     def run(self) -> SearchOutcome:
-        self._started = now()
         progress, count = self.progress, len(self.problem)
         try:
-            with until(self._started + progress.timeout * count):
+            with until(now() + progress.timeout * count):
                 self._search()
         except OutOfTime:
             self._give_up(set(as_ints(self.open.image)), "wall clock")
             self._drop_finished()
+        finally:
+            statistics = progress.statistics()
+            note(statistics)
         reasons = [reason or doubt for reason, doubt in zip(progress.reasons, progress.doubts, strict=True)]
         ends = zip(progress.counterexamples, reasons, strict=True)
         proved = torch.tensor([point is None and reason is None for point, reason in ends], dtype=torch.bool)
         lower = torch.maximum(self.known, self._closed).amin(-1)
-        return SearchOutcome(proved, progress.counterexamples, lower, progress.seconds, reasons)
+        return SearchOutcome(proved, progress.counterexamples, lower, progress.seconds, reasons, statistics)
 
     def _search(self) -> None:
         self._examine(self._recorded(self.roots, root=True))
@@ -290,9 +339,18 @@ class BranchAndBound(Generic[S, B]):
             left = torch.ones(len(self.open), dtype=torch.bool, device=chosen.device)
             left[chosen] = False
             parents, self.open = self.open.take(chosen), self.open.take(left)
-            for image in as_ints(parents.image):
-                self.progress.splits[image] += 1
-            self._examine(self._recorded(self.splitter.children(parents), root=False))
+            children = self.splitter.children(parents)
+            self.progress.count_splits(parents.image, children.image)
+            self._examine(self._recorded(children, root=False))
+            self._descend()
+
+    def _descend(self) -> None:
+        """Descend from the points of the worst subproblems of unfinished images, where that is due."""
+        points = self.descents.points(self.progress.is_unfinished)
+        if points is not None:
+            with self.progress.charged(points.image, "attack"):
+                self.descents.descend(points, self.progress.refute)
+            self._drop_finished()
 
     def _recorded(self, subproblems: S, root: bool) -> S:
         """Add subproblems to the record, if there is one, and store their numbers in ``node``."""
@@ -303,19 +361,14 @@ class BranchAndBound(Generic[S, B]):
         return replace(subproblems, node=nodes)
 
     def _probe(self, parents: S) -> bool:
-        """Probe the first of the subproblems, within the solver's share of the time; return whether an image was
-        refuted. Bounds are not changed, so that they do not depend on time."""
-        refuted = False
-        for number, image in enumerate(as_ints(parents.image)):
-            begun = now()
-            if self._probed > self.leaf.probing * (begun - self._started):
-                break
+        """Probe the first of the subproblems; return whether an image was refuted."""
+        refuted, most = False, math.ceil(self.leaf.probing * len(parents))
+        for number, image in enumerate(as_ints(parents.image[:most])):
             if self.progress.is_unfinished(image):
                 one = torch.tensor([number], device=parents.image.device)
-                with self.progress.charged(parents.image[one]):
+                with self.progress.charged(parents.image[one], "programs"):
                     point = self.leaf.probe(parents.take(one))
                     refuted = (point is not None and self.progress.refute(image, point)) or refuted
-                self._probed += now() - begun
         self._drop_finished()
         return refuted
 
@@ -345,18 +398,22 @@ class BranchAndBound(Generic[S, B]):
         if not len(batch):
             self._close(finished)
             return
-        with progress.charged(batch.image):
+        with progress.charged(batch.image, "bounding"):
             bounded = self.bounder.bound(batch)
             open_ = ~(bounded.subproblems.bound > 0)
-            self._try(bounded, open_)
-            options = self.splitter.options(bounded) if bool(open_.any()) else open_.new_zeros(len(batch), 0).double()
+            self.descents.earn(batch.image, self.bounder.evaluations)
+            with part("attack"):
+                self._try(bounded, open_)
+            none = open_.new_zeros(len(batch), 0).double()
+            with part("branching"):
+                options = self.splitter.options(bounded) if bool(open_.any()) else none
         leaf = open_ & ~(options > -torch.inf).any(1)
         asked = leaf | (open_ & self.leaf.wants(bounded))
         index = (asked & progress.unfinished(batch.image)).nonzero().flatten()
         solved = None
         subproblems: S = bounded.subproblems
         if len(index):
-            with progress.charged(batch.image[index]):
+            with progress.charged(batch.image[index], "programs"):
                 solved = self.leaf.solve(bounded, index, leaf[index], progress)
             bound = subproblems.bound.clone()
             bound[index] = torch.maximum(bound[index], solved.bound.to(bound))
@@ -365,7 +422,7 @@ class BranchAndBound(Generic[S, B]):
         keep = ~(subproblems.bound > 0) & ~leaf & progress.unfinished(batch.image)
         kept, chosen = keep.nonzero().flatten(), None
         if len(kept):
-            with progress.charged(batch.image[kept]):
+            with progress.charged(batch.image[kept], "branching"):
                 chosen = self.splitter.decide(bounded, options, kept)
         self._close(finished)
         self._close(subproblems, ~keep, bounded, dict(zip(as_ints(index), solved.proofs)) if solved else {})
@@ -383,8 +440,9 @@ class BranchAndBound(Generic[S, B]):
         specification = self.problem.specification.subset(image)
         for points in bounded.points(index):
             outputs = self.network(points.to(self.known.dtype))
-            wrong = ~(specification.worst(specification.values(outputs)) > 0)
-            for number in as_ints(wrong.nonzero()):
+            margin = specification.worst(specification.values(outputs))
+            self.descents.note(image, bounded.targets(index), bounded.subproblems.bound[index], points, margin)
+            for number in as_ints((~(margin > 0)).nonzero()):
                 self.progress.refute(int(image[number]), points[number])
 
     def _doubt(self, images: Sequence[int], undecided: Sequence[str | None]) -> None:
@@ -423,6 +481,9 @@ class BranchAndBound(Generic[S, B]):
         which = torch.ones_like(subproblems.image, dtype=torch.bool) if which is None else which
         place = subproblems.image[which] * self._closed.shape[1] + subproblems.goal[which]
         self._closed.view(-1).scatter_reduce_(0, place, subproblems.bound[which].to(self._closed), "amin")
+        if bounded is not None:
+            proved = which & (subproblems.bound > 0)
+            self.progress.closed.index_add_(0, subproblems.image, proved.to(torch.int64))
         if self.record is None:
             return
         for number in as_ints(which.nonzero()):

@@ -69,7 +69,7 @@ def split_inputs(
     image = torch.arange(len(problem), device=worst.device)
     none = torch.zeros_like(image)
     inf = torch.full_like(worst, torch.inf)
-    roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none, -inf, inf)
+    roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none, inf)
     bounder = BoxBounder(problem, known, batch)
     return BranchAndBound(
         problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(bounder.boxes), UnsplittableBoxes(),
@@ -83,14 +83,12 @@ class Boxes(OpenSubproblems):
 
     Args:
         cut: (P,) int64, the input to halve them at.
-        forward: (P,) their bounds without backward passes; -inf before they are bounded.
         level: (P,) > 0, lower bounds of the clauses in all that was cut off; inf where nothing was.
     """
 
     lower: Tensor
     upper: Tensor
     cut: Tensor
-    forward: Tensor
     level: Tensor
 
 
@@ -110,9 +108,12 @@ class BoxLines(Bounded[Boxes]):
         """The minimisers of the worst clause's linear bound, then the centres of the boxes."""
         some = self.subproblems.take(index)
         region, own = Box(some.lower, some.upper), self.problem.region.take(some.image)
-        form = self.linear.forms[index, self.linear.clauses[index].argmin(1)]
+        form = self.linear.forms[index, self.targets(index)]
         yield own.nearest(torch.where(form > 0, region.lower, torch.where(form < 0, region.upper, region.images)))
         yield own.nearest(region.images)
+
+    def targets(self, index: Tensor) -> Tensor:
+        return self.linear.clauses[index].argmin(1)
 
     def proof(self, number: int) -> Proof:
         weights = self.linear.weights[number]
@@ -145,7 +146,7 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
 
     def bound(self, subproblems: Boxes) -> BoxLines:
         box = Box(subproblems.lower, subproblems.upper)
-        linear = self.bounds(box, subproblems.image, subproblems.forward)
+        linear = self.bounds(box, subproblems.image)
         bound = torch.maximum(subproblems.bound, torch.minimum(linear.clauses.amin(1), subproblems.level))
         open_ = ~(bound > 0)
         part = linear.cuts.clipped(box, open_.unsqueeze(1) & ~(linear.clauses > 0))
@@ -155,8 +156,7 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
             subproblems.level, torch.where(part.level < torch.inf, part.level.minimum(proved), torch.inf)
         )
         some = replace(
-            subproblems, bound=torch.where(empty, level, bound), lower=part.lower, upper=part.upper,
-            forward=linear.forward, level=level,
+            subproblems, bound=torch.where(empty, level, bound), lower=part.lower, upper=part.upper, level=level
         )  # fmt: skip
         return BoxLines(some, self.problem, linear, empty)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..bounds.clock import OutOfTime, now, until
-from ..errors import InputError, check
-from ..run_folder import LineFile
+from ..errors import InputError
+from ..ledger import mistyped
+from ..run_folder import JsonLines, LineFile
 from .limits import out_of_memory
 from .onnx_network import OnnxNetwork, read_onnx
-from .settings import Arithmetic
-from .vnncomp import RESULTS, Answer, check_property, present
+from .settings import Arithmetic, Certify
+from .vnncomp import PROPERTY, RESULTS, Answer, check_property, present, with_limits
 from .vnnlib_reader import read_property
 
 
@@ -55,7 +57,9 @@ def run_instances(
     results: str | Path,
     *,
     timeout: float | None = None,
-    arithmetic: Arithmetic = "nearest",
+    arithmetic: Arithmetic | None = None,
+    records: str | Path | None = None,
+    certify: Certify = PROPERTY,
     watch: Callable[[int, int, str], object] = lambda number, count, line: None,
 ) -> None:
     """Answer a table's instances in order; append each answer to ``results`` as ``onnx,vnnlib,status,seconds`` as soon
@@ -66,24 +70,53 @@ def run_instances(
 
     Args:
         timeout: limit in seconds for each instance, besides the table's own.
+        arithmetic: arithmetic of proofs; None for that of ``certify``.
+        records: file to which a JSON line is appended for each answer, before its line in ``results``: the names, and
+            ``Answer.record``. Of several lines about an instance the last counts.
+        certify: stages and their settings; its ``timeout`` does not count.
         watch: called with each instance's number, from 1, the number of instances, and a line on its answer.
     Raises:
-        InputError: the table cannot be read, or ``results`` holds other lines; it is then left as it was.
+        InputError: the table cannot be read, or ``results`` or ``records`` holds other lines; it is then left as it
+            was.
     """
-    check(timeout is None or 0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
+    settings = with_limits(certify, timeout, arithmetic)
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
+    lines, where = None if records is None else JsonLines(Path(records)), results
     try:
-        with file.exclusive():
+        with file.exclusive(), contextlib.ExitStack() as stack:
             done = _count_answered(file, instances)
+            if lines is not None:
+                where = lines.path
+                if lines.path.is_dir():
+                    raise InputError(f"{where}: found a folder; accepted: a file of records")
+                _check_records(lines)
+                stack.enter_context(lines.exclusive())
+                lines.drop_half_line()
             reader = _NetworkReader(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):
                 limit = instance.timeout if timeout is None else min(timeout, instance.timeout)
-                answer, why = _answer_instance(reader, folder, instance, limit, arithmetic)
+                answer, why = _answer_instance(reader, folder, instance, replace(settings, timeout=limit))
+                if lines is not None:
+                    lines.append({**_names(instance), **answer.record(), "reason": why})
                 line = f"{_line_start(instance)}{RESULTS[answer.word]},{answer.seconds:.3f}"
                 file.append_text(line + "\n")
                 watch(number, len(instances), f"{line}{'' if why is None else f'  ({why})'}")
     except OSError as error:
-        raise InputError(f"{results}: cannot be written ({error.strerror}); accepted: a file of results") from error
+        raise InputError(f"{where}: cannot be written ({error.strerror}); accepted: a file of results") from error
+
+
+def _names(instance: Instance) -> dict[str, str]:
+    return {"onnx": instance.network, "vnnlib": instance.property}
+
+
+def _check_records(lines: JsonLines) -> None:
+    """
+    Raises:
+        InputError: the file holds a line that is no record of an instance.
+    """
+    for number, line in enumerate(lines, start=1):
+        if fault := mistyped(line, {"onnx": str, "vnnlib": str, "answer": str}):
+            raise InputError(f"{lines.path}, line {number}: {fault}")
 
 
 def _line_start(instance: Instance) -> str:
@@ -130,20 +163,20 @@ class _NetworkReader:
 
 
 def _answer_instance(
-    networks: _NetworkReader, folder: Path, instance: Instance, timeout: float, arithmetic: Arithmetic
+    networks: _NetworkReader, folder: Path, instance: Instance, settings: Certify
 ) -> tuple[Answer, str | None]:
     """(answer, reason): the answer on one instance, and a reason to report; exceptions become answers."""
-    started = now()
+    started, arithmetic = now(), settings.arithmetic
     try:
-        with until(started + timeout):
+        with until(started + settings.timeout):
             network = networks(instance.network)
             path = present(folder / instance.property)
             property = read_property(path, network.shape.numel(), network.outputs)
-            answer = check_property(network, property, started + timeout, arithmetic)
-        return replace(answer, seconds=now() - started), answer.reason
+            answer = check_property(network, property, started + settings.timeout, settings)
+        return answer.finished(started), answer.reason
     except OutOfTime:
-        return Answer("timeout", now() - started, arithmetic, "timeout"), "timeout"
+        return Answer("timeout", 0.0, arithmetic, "timeout").finished(started), "timeout"
     except Exception as error:  # one instance's failure must not stop the others
         why = "out of memory" if out_of_memory(error) else " ".join(f"{error}".split())
-        answer = Answer("unknown" if out_of_memory(error) else "error", now() - started, arithmetic)
+        answer = Answer("unknown" if out_of_memory(error) else "error", 0.0, arithmetic).finished(started)
         return answer, why if isinstance(error, InputError) else f"{type(error).__name__}: {why}"

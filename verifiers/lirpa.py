@@ -31,7 +31,6 @@ from ..bounds import Bounds, Interval, Region
 from ..bounds.clock import OutOfTime, look
 from ..bounds.network import NetworkModule
 from ..errors import InputError, check
-from ..models.base import Normalise
 from ..precision import full_float32
 from ..typed import named_modules
 from .bounds_so_far import BoundsSoFar
@@ -194,6 +193,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _evaluating(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode without ``Dropout``, which makes auto_LiRPA turn training mode on, and with
     ``Normalise`` as a 1 x 1 convolution, because its constants prevent patches mode."""
+    from ..models.base import Normalise  # here, so that other stages need not load the models
+
     twin = copy.deepcopy(_unwrapped(model)).eval().requires_grad_(False)
     for name, module in list(named_modules(twin)):
         if isinstance(module, nn.Dropout):

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 from torch import Tensor
 
 from ..bounds import Bounds, Region, clock
 from ..bounds.crown import backward, relax_all, rows_at_a_time
 from ..bounds.network import Network
 from ..errors import InputError
-from .optimise import Neurons, Subproblems, maximise
+from .neurons import Neurons
+from .optimise import Subproblems, maximise
 
 ROUNDING = 1e-12
 """Amount by which a Lagrangian is lowered, relative to the sum of its terms' absolute values: thousands of float64
@@ -146,6 +146,8 @@ def _highs(cost: np.ndarray, rows: np.ndarray, limits: np.ndarray, time_limit: f
     left = clock.left()
     if min(time_limit, left) < math.inf:
         options["time_limit"] = max(min(time_limit, left), 0.0)
+    from scipy.optimize import linprog  # 0.3 s of a process that may need no linear program
+
     result = linprog(cost, rows, limits, bounds=ends, method="highs", options=options)
     if result.status == 1 and left <= time_limit:
         clock.look(seconds=math.inf)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..bounds import Bounds
 from ..bounds.crown import crown_bounds, rows_at_a_time
+from ..bounds.effort import work_of
 from ..bounds.network import Network
 from ..typed import as_bools, as_ints
 from .bounds_so_far import BoundsSoFar
@@ -33,10 +34,13 @@ from .engine import (
     Violates,
 )
 from .lp import LeafSolution, rounded_bound, solve_leaf
-from .optimise import BestParameters, Neurons, Optimised, Subproblems, maximise, starting_slopes
+from .neurons import Columns, Neurons
+from .optimise import BestParameters, Optimised, Subproblems, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
+from .search_statistics import part
+from .tighter_bounds import tightened
 
 TOLERANCE = 1e-6
 """Relative to the logits' largest absolute value: a leaf whose exact minimum is closer to 0 is left undecided."""
@@ -50,9 +54,9 @@ PROGRAM_EVERY = 8
 infeasible subproblems (18 open neurons over 3 inputs: 2 s, not minutes). With 6, hidden counterexamples of networks of
 30 neurons took four times as long."""
 
-PROBING = 0.25
-"""Share of the time spent in linear programs of open subproblems. Without them networks of 30 neurons with a
-counterexample that gradients do not find take minutes."""
+PROBING = 1 / 32
+"""Share of the subproblems whose linear program is solved before they are split, one a round at least. Without them
+networks of 30 neurons with a counterexample that gradients do not find take minutes."""
 
 
 def split_neurons(
@@ -68,13 +72,16 @@ def split_neurons(
 
     Args:
         exact: the network in float64, for the leaves' linear programs.
-        timeout, violates, record: as in ``BranchAndBound``.
+        timeout, violates, record: as in ``BranchAndBound``. A recorded search does without ``search.root_steps``: the
+            record has no place for their slopes.
     """
+    search = search if record is None else replace(search, root_steps=0)
     space = SignSpace(problem, known)
     bounder = SignBounder(space, search, recording=record is not None)
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(known.alphas), bounder, SignSplitter(space, search),
-        LinearProgramSolver(space, exact), timeout=timeout, violates=violates, most=search.most, record=record,
+        LinearProgramSolver(space, exact, search.programs), timeout=timeout, violates=violates, most=search.most,
+        record=record, descents=search.descents,
     ).run()  # fmt: skip
 
 
@@ -106,7 +113,14 @@ class SignSpace:
         self.rows, self.offsets = known.rows_of(problem.specification)
         self.neurons = Neurons.of(known.network)
         self.lower, self.upper = self.neurons.ends(known.bounds, known.rows)  # (B, N)
-        self.columns = columns_of((self.lower < 0) & (self.upper > 0))
+        self.known = known
+        unstable = (self.lower < 0) & (self.upper > 0)
+        self.columns = Columns.of(self.neurons, unstable)
+        self.stable = tuple(torch.where(unstable, 0.0, end) for end in (self.lower, self.upper))
+        self.kinks = torch.cat([self.lower.new_zeros(0), *(
+            self.lower.new_full((size,), self.network.nonlinear_at(place).kink)
+            for place, size in zip(self.neurons.places, self.columns.sizes, strict=True)
+        )])  # fmt: skip
         self.clauses, _ = rows_of_clauses(problem.specification.clauses)
         self.worst = known.rows[:, self.clauses].amax(-1)  # (B, clauses)
 
@@ -114,43 +128,41 @@ class SignSpace:
         """The open clauses without assumed signs; ``slopes`` (B, R, N) to start from, CROWN's if None."""
         image, clause = (~(self.worst > 0)).nonzero(as_tuple=True)
         slopes = starting_slopes(self.lower, self.upper, self.rows.shape[1]) if slopes is None else slopes
-        alphas = self.gathered(slopes[image[:, None], self.clauses[clause]], image)
-        lower, upper = (self.gathered(end[image].unsqueeze(1), image)[:, 0] for end in (self.lower, self.upper))
-        signs = torch.zeros(len(image), self.columns.shape[1], dtype=torch.int8, device=image.device)
+        columns = self.columns.take(image)
+        alphas = columns.gathered(slopes[image[:, None], self.clauses[clause]], 0.0)
+        lower, upper = (columns.gathered(end[image], 0.0) for end in (self.lower, self.upper))
+        signs = torch.zeros(columns.real.shape, dtype=torch.int8, device=image.device)
         none = torch.zeros_like(image)
         return SignSubproblems(
             image, clause, self.worst[image, clause], none - 1, none, signs, lower, upper, alphas,
             torch.zeros_like(alphas),
         )  # fmt: skip
 
-    def dense(self, some: SignSubproblems) -> tuple[Tensor, Tensor, Tensor]:
-        """(signs, lower, upper) in all neurons, each (D, N)."""
-        signs = self.spread(some.signs.unsqueeze(1), some, 0)[:, 0]
-        lower, upper = (
-            scattered(whole[some.image], self.columns[some.image], part)
-            for whole, part in ((self.lower, some.lower), (self.upper, some.upper))
-        )
-        return signs, lower, upper
+    def tighten(self, images: Tensor, steps: int) -> None:
+        """Tighten the bounds of the neurons of ``images`` (I,) by ascents of ``steps`` steps for each."""
+        known, region = self.known.subset(images), self.region.take(images)
+        bounds = tightened(self.network, region, known.bounds, steps)
+        lower, upper = self.neurons.ends(known.with_bounds(bounds).bounds, known.rows)
+        self.lower[images], self.upper[images] = lower, upper
+
+    def clamped(self, some: SignSubproblems) -> SignSubproblems:
+        """The subproblems with bounds clamped to their image's bounds and to the assumed signs."""
+        columns = self.columns.take(some.image)
+        lower = torch.maximum(some.lower, columns.gathered(self.lower[some.image], 0.0))
+        upper = torch.minimum(some.upper, columns.gathered(self.upper[some.image], 0.0))
+        lower = torch.where(some.signs > 0, lower.clamp(min=0), lower)
+        upper = torch.where(some.signs < 0, upper.clamp(max=0), upper)
+        return replace(some, lower=lower, upper=upper)
 
     def linear(self, some: SignSubproblems) -> Subproblems:
         """The subproblems in all neurons, as ``maximise`` takes them."""
-        signs, lower, upper = self.dense(some)
-        at = (some.image[:, None], self.clauses[some.goal])
+        columns, at = self.columns.take(some.image), (some.image[:, None], self.clauses[some.goal])
+        lower, upper = (
+            columns.added(whole[some.image], part)
+            for whole, part in zip(self.stable, (some.lower, some.upper), strict=True)
+        )
+        signs = columns.added(torch.zeros_like(lower, dtype=torch.int8), some.signs)
         return Subproblems(self.region.take(some.image), self.rows[at], self.offsets[at], lower, upper, signs)
-
-    def parameters(self, some: SignSubproblems) -> tuple[Tensor, Tensor]:
-        """(alphas, betas) in all neurons, each (D, R, N)."""
-        return self.spread(some.alphas, some, 0.5), self.spread(some.betas, some, 0.0)
-
-    def spread(self, values: Tensor, some: SignSubproblems, fill: float) -> Tensor:
-        """Spread columns (D, R, U) over all neurons (D, R, N), with ``fill`` elsewhere."""
-        out = values.new_full((*values.shape[:2], self.lower.shape[1]), fill)
-        return scattered(out, self.columns[some.image].unsqueeze(1).expand_as(values), values)
-
-    def gathered(self, values: Tensor, image: Tensor) -> Tensor:
-        """Gather the columns (D, R, U) from all neurons (D, R, N)."""
-        columns = self.columns[image].unsqueeze(1).expand(-1, values.shape[1], -1)
-        return torch.cat([values, values[..., :1]], -1).gather(2, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,21 +190,24 @@ class SignBounds(Bounded[SignSubproblems]):
         return (self.space.problem.region.take(self.subproblems.image[index]).nearest(self.point[index]),)
 
     def proof(self, number: int) -> Proof:
-        neurons = self.neurons(number)
+        neurons, real = self.neurons(number), self._columns(number).real[0]
         if bool(self.empty[number]):
-            lower, upper = (end[number, : len(neurons)] for end in self.ends)
+            lower, upper = (end[number, real] for end in self.ends)
             worst = int(((lower - upper) / (1 + lower.abs())).argmax())
             return CrossedBounds(int(neurons[worst]), float(lower[worst]), float(upper[worst]))
         assert self.best is not None and self.best.alphas is not None and self.best.betas is not None
         row = int(self.row[number])
         member = int(self.space.clauses[int(self.subproblems.goal[number]), row])
-        slopes, multipliers = (part[number, row, neurons] for part in (self.best.alphas, self.best.betas))
+        slopes, multipliers = (part[number, row, real] for part in (self.best.alphas, self.best.betas))
         return Relaxed(member, neurons, *self.inputs(number), slopes, multipliers)
 
     def neurons(self, number: int) -> Tensor:
-        """The places of the neurons in the columns of one subproblem."""
-        columns = self.space.columns[int(self.subproblems.image[number])]
-        return columns[columns < self.linear.lower.shape[1]]
+        """The neurons in the columns of one subproblem."""
+        columns = self._columns(number)
+        return columns.neurons[0, columns.real[0]]
+
+    def _columns(self, number: int) -> Columns:
+        return self.space.columns.take(self.subproblems.image[number : number + 1])
 
     def inputs(self, number: int) -> tuple[Tensor, Tensor]:
         """(lower, upper) bounds of the inputs of one subproblem's ``neurons``."""
@@ -203,24 +218,33 @@ class SignBounds(Bounded[SignSubproblems]):
 class SignBounder(Bounder[SignSubproblems, SignBounds]):
     def __init__(self, space: SignSpace, search: Search, recording: bool):
         self.space, self.search, self.recording = space, search, recording
+        self.budget = TighteningBudget(space, search)
 
     @property
     def at_a_time(self) -> int:
         return max(1, min(2 * self.search.batch, rows_at_a_time(self.space.network, 1, self.space.lower)))
 
+    @property
+    def evaluations(self) -> int:
+        return 1 + self.search.steps
+
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
+        due = self.budget.due(subproblems)
+        if len(due):
+            with part("rebounding"):
+                self.space.tighten(due, self.search.root_steps)
         some, ends, empty = self._tightened(subproblems)
         linear = self.space.linear(some)
         best = BestParameters() if self.recording else None
         optimised = maximise(
-            self.space.network, linear, *self.space.parameters(some), steps=self.search.steps, rate=self.search.rate,
-            done=lambda best: (best.amax(1) > 0) | empty, kept=best,
+            self.space.network, linear, some.alphas, some.betas, columns=self.space.columns.take(some.image),
+            steps=self.search.steps, rate=self.search.rate, done=lambda best: (best.amax(1) > 0) | empty, kept=best,
+            with_values=True,
         )  # fmt: skip
         assert optimised.betas is not None
         bound = torch.where(empty, torch.inf, torch.maximum(some.bound, optimised.best.amax(1)))
-        alphas, betas = (self.space.gathered(values, some.image) for values in (optimised.alphas, optimised.betas))
         row = optimised.best.argmax(1)
-        some = replace(some, bound=bound, alphas=alphas, betas=betas)
+        some = replace(some, bound=bound, alphas=optimised.alphas, betas=optimised.betas)
         return SignBounds(
             some, self.space, linear, ends, empty, optimised, row, minimiser(optimised, linear.region, row), best
         )  # fmt: skip
@@ -228,19 +252,60 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
     def _tightened(self, some: SignSubproblems) -> tuple[SignSubproblems, tuple[Tensor, Tensor], Tensor]:
         """(subproblems, ends, empty): the subproblems with their neurons' bounds recomputed under their signs; these
         bounds as computed, which may cross; (D,) bool, where they do."""
-        space, some = self.space, _clamped(some)
-        lower, upper = some.lower, some.upper
+        space, some = self.space, self.space.clamped(some)
+        lower, upper, columns = some.lower, some.upper, space.columns.take(some.image)
         if self.search.tighten and bool((some.signs != 0).any()):
-            _, low, up = space.dense(some)
-            lowers, uppers = space.neurons.apart(low), space.neurons.apart(up)
+            linear = space.linear(some)
+            lowers, uppers = space.neurons.apart(linear.lower), space.neurons.apart(linear.upper)
             given = {place: Bounds(lowers[place], uppers[place]) for place in lowers}
-            tighter = crown_bounds(space.network, space.region.take(some.image), given)
+            with part("rebounding"):
+                tighter = crown_bounds(space.network, space.region.take(some.image), given)
             low = space.neurons.together({place: bounds.lower for place, bounds in tighter.items()})
             up = space.neurons.together({place: bounds.upper for place, bounds in tighter.items()})
-            lower, upper = (space.gathered(end.unsqueeze(1), some.image)[:, 0] for end in (low, up))
-        real = space.columns[some.image] < space.lower.shape[1]
-        empty = (real & (lower - upper > EMPTY * (1 + lower.abs()))).any(1)
+            lower, upper = (columns.gathered(end, 0.0) for end in (low, up))
+        empty = (columns.real & (lower - upper > EMPTY * (1 + lower.abs()))).any(1)
         return replace(some, lower=lower, upper=torch.maximum(lower, upper)), (lower, upper), empty
+
+
+class TighteningBudget:
+    """When to tighten the bounds of an image's neurons: once, after its search has cost as much. So it costs easy
+    images nothing, and no image more than twice what was best for it.
+
+    The cost is counted in multiplications of backward passes, so that it does not depend on time.
+    """
+
+    def __init__(self, space: SignSpace, search: Search):
+        network, steps = space.network, search.root_steps
+        images = torch.arange(len(space.lower), device=space.lower.device)
+        self.spent = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+        self.cost = torch.full_like(self.spent, torch.inf)
+        last = len(network.operations) - 1
+        self.bounding = space.clauses.shape[1] * passes(search.steps) * work_of_a_row(network, last)
+        if steps:
+            uppers = space.neurons.apart(space.upper)
+            self.cost.zero_()
+            for place, lower in [*space.neurons.apart(space.lower).items()][1:]:
+                rows = 2 * ((lower < 0) & (uppers[place] > 0)).flatten(1).sum(1)
+                self.cost += rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
+            self.cost[self.cost == 0] = torch.inf  # no neuron to tighten
+
+    def due(self, subproblems: SignSubproblems) -> Tensor:
+        """The numbers of the images to tighten before their ``subproblems`` are bounded."""
+        work = torch.full((len(subproblems),), self.bounding, dtype=torch.float64, device=self.spent.device)
+        self.spent.index_add_(0, subproblems.image, work)
+        due = (self.spent >= self.cost).nonzero().flatten()
+        self.cost[due] = torch.inf
+        return due
+
+
+def passes(steps: int) -> int:
+    """Backward passes that an ascent costs: a gradient costs two."""
+    return 3 * steps + 1
+
+
+def work_of_a_row(network: Network, position: int) -> float:
+    """Multiplications of one linear form's way from an operation's output to the input."""
+    return sum(work_of(network, position, lambda number: network.shapes[number].numel()).values())
 
 
 class SignSplitter(Splitter[SignSubproblems, SignBounds]):
@@ -252,10 +317,10 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
         return min(self.search.batch, rows_at_a_time(self.space.network, 2, self.space.lower))
 
     def options(self, bounded: SignBounds) -> Tensor:
-        linear = bounded.linear
-        cost = scores(self.space.network, bounded.optimised, linear.lower, linear.upper, bounded.row, bounded.point)
-        cost = torch.cat([cost, torch.full_like(cost[:, :1], -torch.inf)], 1)
-        return cost.gather(1, self.space.columns[bounded.subproblems.image])
+        some = bounded.subproblems
+        columns = self.space.columns.take(some.image)
+        space = self.space
+        return scores(bounded.optimised, columns, space.kinks, some.lower, some.upper, bounded.row, some.bound)
 
     def decide(self, bounded: SignBounds, options: Tensor, index: Tensor) -> SignSubproblems:
         """Choose, among the ``search.candidates`` best scores, the neuron with the largest product of its halves' gains
@@ -283,7 +348,7 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     def decisions(self, children: SignSubproblems) -> Sequence[Sign]:
         at = children.branch.unsqueeze(1)
-        neurons = as_ints(self.space.columns[children.image].gather(1, at))
+        neurons = as_ints(self.space.columns.neurons[children.image].gather(1, at))
         return [Sign(neuron, sign) for neuron, sign in zip(neurons, as_ints(children.signs.gather(1, at)))]
 
     def _halves(self, parents: SignSubproblems) -> list[SignSubproblems]:
@@ -292,8 +357,11 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     def _bounds_of(self, some: SignSubproblems) -> Tensor:
         """(D,) bounds at the subproblems' own slopes and multipliers, without optimisation."""
-        some, space = _clamped(some), self.space
-        return maximise(space.network, space.linear(some), *space.parameters(some), steps=0).best.amax(1)
+        space, some = self.space, self.space.clamped(some)
+        columns = space.columns.take(some.image)
+        return maximise(space.network, space.linear(some), some.alphas, some.betas, columns=columns, steps=0).best.amax(
+            1
+        )
 
 
 class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
@@ -302,12 +370,12 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
     ends_search = False
     probing = PROBING
 
-    def __init__(self, space: SignSpace, exact: Network):
-        self.space, self.exact = space, exact
+    def __init__(self, space: SignSpace, exact: Network, programs: int):
+        self.space, self.exact, self.programs = space, exact, programs
 
     def wants(self, bounded: SignBounds) -> Tensor:
         depth = (bounded.subproblems.signs != 0).sum(1)
-        return (depth % PROGRAM_EVERY == 0) & (depth > 0)
+        return (depth % PROGRAM_EVERY == 0) & (depth > 0) & self._small(bounded.subproblems)
 
     def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         bounds, undecided, proofs = list[float](), list[str | None](), list[Proof | None]()
@@ -329,9 +397,15 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
         return SolverResult(torch.tensor(bounds, dtype=torch.float64, device=index.device), undecided, proofs)
 
     def probe(self, one: SignSubproblems) -> Tensor | None:
-        """The linear program's minimiser, which satisfies the assumed signs."""
+        """The linear program's minimiser, which satisfies the assumed signs; None where there are too many neurons."""
+        if not bool(self._small(one)):
+            return None
         point = self._program(one, self.space.linear(one), 0).point
         return None if point is None else self._point(int(one.image), point)
+
+    def _small(self, some: SignSubproblems) -> Tensor:
+        """(P,) bool, whether few enough neurons are open for a linear program."""
+        return ((some.lower < 0) & (some.upper > 0) & (some.signs == 0)).sum(1) <= self.programs
 
     def _program(self, some: SignSubproblems, linear: Subproblems, number: int) -> LeafSolution:
         space, image, at = self.space, int(some.image[number]), self._members(some, number)
@@ -367,29 +441,9 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
         return self.space.problem.specification.clauses == int(some.goal[number])
 
     def _point(self, image: int, point: Tensor) -> Tensor:
-        number = torch.tensor([image], device=self.space.columns.device)
+        number = torch.tensor([image], device=self.space.lower.device)
         return self.space.problem.region.take(number).nearest(point[None])[0]
 
     def _doubt(self, image: int, bound: float) -> str:
         scale = float(self.space.network(self.space.region.images[image : image + 1]).abs().max().clamp(min=1))
         return "within tolerance" if bound > -TOLERANCE * scale else "leaf"
-
-
-def _clamped(some: SignSubproblems) -> SignSubproblems:
-    """The subproblems with bounds clamped to the assumed signs."""
-    lower = torch.where(some.signs > 0, some.lower.clamp(min=0), some.lower)
-    upper = torch.where(some.signs < 0, some.upper.clamp(max=0), some.upper)
-    return replace(some, lower=lower, upper=upper)
-
-
-def columns_of(open_: Tensor) -> Tensor:
-    """(B, U) places of each image's unstable neurons, given (B, N) bool; shorter rows are filled up with N."""
-    most = max(1, int(open_.sum(1).max()) if open_.numel() else 1)
-    order = torch.argsort(open_.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
-    return torch.where(open_.gather(1, order), order, open_.shape[1])
-
-
-def scattered(whole: Tensor, columns: Tensor, part: Tensor) -> Tensor:
-    """A copy of ``whole`` (…, N) with ``part`` written at ``columns``; columns N are ignored."""
-    padded = torch.cat([whole, whole[..., :1]], -1)
-    return padded.scatter(-1, columns, part)[..., :-1]

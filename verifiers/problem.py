@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..bounds import Region
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in
+from .search_statistics import SearchStatistics, record_of_search, rounded
 
 Status = Literal["verified", "falsified", "misclassified", "unknown", "timeout", "error"]
 
@@ -127,6 +128,9 @@ class Verdict:
         reason: why the image is undecided, where a reason is known.
         counterexample: an image of the region on which the specification fails.
         spent: seconds by stage, for the stages that the image went through.
+        search: counts and times of its searches, added up; None without one.
+        peak_memory: largest resident memory in bytes of the process until the verdict was known; None where the system
+            does not tell.
     """
 
     index: int
@@ -140,9 +144,11 @@ class Verdict:
     reason: str | None = None
     counterexample: Tensor | None = None
     spent: Mapping[str, float] = field(default_factory=dict[str, float])
+    search: SearchStatistics | None = None
+    peak_memory: int | None = None
 
     def record(self) -> dict[str, Any]:
         """The verdict as a line of ``verdicts.jsonl``, without the counterexample."""
         values = {key: value for key, value in vars(self).items() if key != "counterexample"}
-        spent = {stage: round(seconds, 6) for stage, seconds in self.spent.items()}
-        return {**values, "seconds": round(self.seconds, 6), "spent": spent}
+        times = {"seconds": round(self.seconds, 6), "spent": rounded(self.spent)}
+        return {**values, **times, **record_of_search(self.search)}

@@ -36,8 +36,9 @@ class Certify:
         timeout: seconds for an image, over all stages, as its share of the time of its batches. Stages check the clock
             between layers and chunks and keep their results so far; n images take at most n times as long.
         alpha_steps: steps of the ascent on slopes in the stage ``alpha``, and in ``lirpa`` with that method.
+        falsifying_share: largest share of an image's time that the stage ``falsify`` takes.
         lirpa: method of the stage ``lirpa``, which needs auto_LiRPA to be installed.
-        search: settings of branch and bound.
+        search: settings of branch and bound, or the name of a preset.
         arithmetic: arithmetic in which ``verified`` holds. ``nearest``: of bounds computed with rounding to nearest,
             whose errors are not covered; ``real``: exact arithmetic; ``float32``: every order in which the folded
             network can be evaluated in float32.
@@ -50,6 +51,7 @@ class Certify:
     batch_size: int = 256
     timeout: float = 60.0
     alpha_steps: int = 20
+    falsifying_share: float = 1.0
     lirpa: Method = "crown"
     search: Search = Search()
     arithmetic: Arithmetic = "nearest"
@@ -66,6 +68,7 @@ class Certify:
         check(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
         check(0 < self.timeout < float("inf"), "timeout", self.timeout, "seconds > 0")
         check(self.alpha_steps >= 0, "alpha_steps", self.alpha_steps, "a whole number >= 0")
+        check(0 <= self.falsifying_share <= 1, "falsifying_share", self.falsifying_share, "0 to 1")
 
     def check_ball(self, ball: PerturbationSet) -> None:
         """
@@ -86,7 +89,11 @@ class Certify:
     def build(self, seed: int, replay: Replay | None = None) -> list[Stage]:
         """The stages, the clean prediction first."""
         judge = Judge(replay)
-        return [self._stage(stage).prepared(seed, judge) for stage in (FIRST, *self.stages)]
+        return [self._stage(FIRST).prepared(seed, judge), *self.stages_for(seed, judge)]
+
+    def stages_for(self, seed: int, judge: Judge) -> list[Stage]:
+        """The stages after the clean prediction, with the judge of their counterexamples."""
+        return [self._stage(stage).prepared(seed, judge) for stage in self.stages]
 
     def has_more_stages(self, had: Certify) -> bool:
         """Whether it has a stage that ``had`` lacks or has with other fields; timeouts are ignored."""

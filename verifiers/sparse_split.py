@@ -137,6 +137,9 @@ class PartBounds(Bounded[SparseSubproblems]):
         point = self.region.take(index).minimiser(self.linear.forms[index, row])
         yield point.to(self.problem.region.images.dtype)
 
+    def targets(self, index: Tensor) -> Tensor:
+        return self.problem.specification.clauses[self.subproblems.rows[index].argmin(1)]
+
     def proof(self, number: int) -> Proof:
         clauses, rows = self.problem.specification.clauses, self.subproblems.rows[number]
         each = torch.arange(int(clauses.max()) + 1, device=clauses.device).unsqueeze(1)

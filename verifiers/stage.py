@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..typed import as_bools
 from .bounds_so_far import BoundsSoFar
 from .problem import Problem, Specification, Status
+from .search_statistics import SearchStatistics
 
 if TYPE_CHECKING:
     from .settings import Certify
@@ -35,6 +36,7 @@ class Finding:
         counterexamples: one for each problem that a counterexample decided.
         seconds: (B,) time spent on each problem; None for equal shares.
         reasons: why problems stay open, where a reason is known.
+        search: counts and times of the search for each problem; None for a stage without a search.
     """
 
     statuses: Sequence[Status | None]
@@ -43,6 +45,7 @@ class Finding:
     counterexamples: Sequence[Tensor | None] | None = None
     seconds: Tensor | None = None
     reasons: Sequence[str | None] | None = None
+    search: Sequence[SearchStatistics] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,17 @@ from ..bounds.clock import OutOfTime, expected, look, until
 from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.effort import work_of
 from ..bounds.folding import fold
-from ..errors import InputError
+from ..errors import InputError, check
 from ..noise import Noise
 from ..step import Batch, Step
 from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
 from .branching import minimiser
 from .engine import SearchOutcome
-from .input_split import INPUTS, few_inputs, split_inputs
+from .input_split import BATCH, INPUTS, few_inputs, split_inputs
 from .neuron_split import split_neurons
-from .optimise import Neurons, Subproblems, maximise, starting_slopes, with_offsets
+from .neurons import Neurons
+from .optimise import Subproblems, maximise, starting_slopes, with_offsets
 from .problem import Problem, Status
 from .search import Search
 from .sparse_split import split_locations
@@ -274,11 +275,16 @@ class InputSplitStage(TimedStage):
 
     Args:
         timeout: seconds for an image.
+        batch: most boxes halved in one round.
     """
 
     name: ClassVar[str] = "input_split"
     timeout: float = 60.0
     judge: Judge = field(default_factory=Judge)
+    batch: int = BATCH
+
+    def __post_init__(self) -> None:
+        check(self.batch >= 1, "batch", self.batch, "a whole number >= 1")
 
     @classmethod
     def from_section(cls, settings: Certify) -> Self:
@@ -287,7 +293,9 @@ class InputSplitStage(TimedStage):
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if not few_inputs(problem):
             return undecided(problem, known, f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most")
-        outcome = split_inputs(problem, known, self.timeout, lambda number, image: self.judge(problem, number, image))
+        outcome = split_inputs(
+            problem, known, self.timeout, lambda number, image: self.judge(problem, number, image), self.batch
+        )
         return _finding_of_search(known, outcome)
 
 
@@ -326,4 +334,6 @@ def _finding_of_search(known: BoundsSoFar, outcome: SearchOutcome) -> Finding:
         refuted = outcome.counterexamples[number] is not None
         proved = bool(outcome.proved[number])
         statuses.append("falsified" if refuted else "verified" if proved else "timeout" if late else None)
-    return Finding(statuses, known, outcome.lower, outcome.counterexamples, outcome.seconds, outcome.reasons)
+    return Finding(
+        statuses, known, outcome.lower, outcome.counterexamples, outcome.seconds, outcome.reasons, outcome.statistics
+    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from time import perf_counter
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,19 +14,18 @@ from torch import Tensor
 from ..bounds import Box
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.folding import fold
-from ..errors import InputError, Portable, check
-from ..run_folder import write_atomically
+from ..environment import peak_memory
+from ..errors import InputError, Portable
+from ..run_folder import write_atomically, write_json
 from ..typed import as_floats, as_ints, unique
 from .cascade import run_cascade
-from .falsify import FalsifyStage
 from .input_split import few_inputs
 from .limits import Limits
 from .onnx_network import OnnxNetwork, read_onnx, replay_session
 from .problem import Problem, Specification, Verdict
-from .search import Search
-from .settings import Arithmetic
+from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
+from .settings import Arithmetic, Certify
 from .stage import Judge, Replay, Stage, holds
-from .stages import AlphaStage, BabStage, CrownIbpStage, CrownStage, IbpStage, InputSplitStage
 from .vnnlib import Case, Property
 from .vnnlib_reader import read_property
 
@@ -36,8 +36,13 @@ RESULTS: dict[Word, str] = {
 }  # fmt: skip
 """Words of VNN-COMP's result files, which answer whether an unsafe point exists."""
 
-FALSIFYING_SHARE = 0.2
-"""Largest share of the time for gradient descents before the last stage."""
+STAGES = ("ibp", "crown_ibp", "falsify", "crown", "alpha", "bab")
+"""Stages of a property, cheapest first."""
+STAGES_OF_FEW_INPUTS = ("ibp", "crown_ibp", "falsify", "crown", "input_split")
+"""Stages that stand for ``STAGES`` where few inputs vary."""
+
+PROPERTY = Certify(stages=STAGES, batch_size=4096, falsifying_share=0.2)
+"""Settings of a property where none are given; its boxes are the images of the section."""
 
 READING_TOLERANCE = 1e-3
 """Largest difference between our network's outputs and onnxruntime's at a point, relative to max(1, largest output);
@@ -48,7 +53,7 @@ RANDOM_POINTS = 3
 besides the lower and the upper corner and the middle, where a centred input is all zeros."""
 
 MOST_ACTIVATIONS = 1 << 24
-"""Most entries of the widest layer's output, over all boxes of one batch; a batch has at most 4096 boxes."""
+"""Most entries of the widest layer's output, over all boxes of one batch."""
 
 
 WITHIN_TOLERANCE = "within tolerance"
@@ -66,6 +71,10 @@ class Answer:
         reason: why the property is undecided, or that it holds because no input satisfies it; None where not known.
         inputs: (N,) the counterexample as decimals, which lie within the property's box.
         outputs: (K,) onnxruntime's outputs, with its default optimisations, at the decimals rounded to float32.
+        stage: the last stage that ran; empty where none did.
+        spent: seconds by stage.
+        search: counts and times of all searches; None without one.
+        peak_memory: largest resident memory of the process so far, in bytes; None where the system does not tell.
     """
 
     word: Word
@@ -74,6 +83,22 @@ class Answer:
     reason: str | None = None
     inputs: Sequence[str] | None = None
     outputs: Tensor | None = None
+    stage: str = ""
+    spent: Mapping[str, float] = field(default_factory=dict[str, float])
+    search: SearchStatistics | None = None
+    peak_memory: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The answer as JSON, without the counterexample: entries as in a verdict's line."""
+        return {
+            "answer": str(self.word), "stage": self.stage, "seconds": round(self.seconds, 6),
+            "arithmetic": self.arithmetic, "reason": self.reason, "spent": rounded(self.spent),
+            **record_of_search(self.search), "peak_memory": self.peak_memory,
+        }  # fmt: skip
+
+    def finished(self, started: float) -> Answer:
+        """The answer with the seconds since ``started``, and the memory so far."""
+        return replace(self, seconds=now() - started, peak_memory=peak_memory())
 
     def __str__(self) -> str:
         """One line: the word, and the reason where it qualifies the word."""
@@ -93,57 +118,100 @@ class Answer:
 def answer(
     network: str | Path,
     property: str | Path,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     *,
-    arithmetic: Arithmetic = "nearest",
+    arithmetic: Arithmetic | None = None,
     results: str | Path | None = None,
+    record: str | Path | None = None,
+    certify: Certify = PROPERTY,
 ) -> Answer:
     """Decide whether a property holds of a network. Both are files, plain or gzipped (``.gz`` may be left out).
 
     Args:
-        timeout: seconds, including the reading of the files.
+        timeout: seconds, including the reading of the files; None for those of ``certify``.
         arithmetic: arithmetic of proofs: ``nearest``, for the network with its batch norms folded in float32; the
-            others, for each operator as the file has it.
+            others, for each operator as the file has it; None for that of ``certify``.
         results: file for the answer in VNN-COMP's form.
+        record: file for the answer, its times and its search's counts (``Answer.record``) as JSON.
+        certify: stages and their settings. ``timeout`` and ``batch_size`` are of the property and its boxes; ``images``
+            and ``enabled`` do not count.
     Raises:
-        InputError: a file that cannot be read, or does not fit the other; an operator without a rule; ``results`` that
-            cannot be written.
+        InputError: a file that cannot be read, or does not fit the other; an operator without a rule; ``results`` or
+            ``record`` that cannot be written.
     """
-    check(0 < timeout < float("inf"), "timeout", timeout, "seconds > 0")
-    if results is not None and (not Path(results).parent.is_dir() or Path(results).is_dir()):
-        raise InputError(f"{results}: cannot be written; accepted: a file of results, in a folder that is there")
+    settings = with_limits(certify, timeout, arithmetic)
+    for file in (results, record):
+        if file is not None and (not Path(file).parent.is_dir() or Path(file).is_dir()):
+            raise InputError(f"{file}: cannot be written; accepted: a file of results, in a folder that is there")
     started = now()
-    with until(started + timeout):
+    with until(started + settings.timeout):
         try:
             read = read_onnx(present(network))
             case = read_property(present(property), read.shape.numel(), read.outputs)
-            decided = check_property(read, case, started + timeout, arithmetic)
+            decided = check_property(read, case, started + settings.timeout, settings)
         except OutOfTime:
-            decided = Answer("timeout", timeout, arithmetic, "timeout")
-    decided = replace(decided, seconds=now() - started)
-    if results is not None:
-        try:
+            decided = Answer("timeout", settings.timeout, settings.arithmetic, "timeout")
+    decided = decided.finished(started)
+    file = results
+    try:
+        if results is not None:
             write_atomically(Path(results), lambda temporary: temporary.write_text(decided.result()))
-        except OSError as error:
-            why = f"cannot be written ({error.strerror})"
-            raise InputError(f"{results}: {why}; accepted: a file of results") from error
+        if (file := record) is not None:
+            write_json(Path(record), {"onnx": str(network), "vnnlib": str(property), **decided.record()})
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror}); accepted: a file of results") from error
     return decided
 
 
-def check_property(network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic) -> Answer:
-    """As ``answer``, for a network and a property already read. ``deadline`` is by ``time.perf_counter``."""
+def with_limits(certify: Certify, timeout: float | None, arithmetic: Arithmetic | None) -> Certify:
+    """The settings with another timeout and arithmetic, where given.
+
+    Raises:
+        InputError: they are out of range.
+    """
+    timeout, arithmetic = timeout if timeout is not None else certify.timeout, arithmetic or certify.arithmetic
+    return replace(certify, timeout=timeout, arithmetic=arithmetic)
+
+
+def check_property(network: OnnxNetwork, property: Property, deadline: float, settings: Certify = PROPERTY) -> Answer:
+    """As ``answer``, for a network and a property already read. ``deadline``, by ``time.perf_counter``, stands for the
+    timeout of ``settings``."""
     started = now()
     if not property.cases:
         return Answer("holds", 0.0, "exact", property.remark)
-    with until(deadline):
+    settings = replace(settings, timeout=max(deadline - started, 1e-9))
+    clock = _StageClock()
+    with until(deadline), gathered() as searches:
         try:
-            return _check_cases(network, property, deadline, arithmetic, started)
+            found = _check_cases(network, property, deadline, settings, started, clock)
         except OutOfTime:
-            return Answer("timeout", now() - started, arithmetic, "timeout")
+            found = Answer("timeout", now() - started, settings.arithmetic, "timeout")
+    search = sum(searches, SearchStatistics()) if searches else None
+    return replace(found, stage=clock.stage, spent=clock.seconds(), search=search)
+
+
+class _StageClock:
+    """Seconds by stage, each from its beginning to that of the next; ``stage`` is the last that began."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self._spent: dict[str, float] = {}
+        self._since = perf_counter()
+
+    def __call__(self, stage: str, images: int) -> None:
+        self.seconds()
+        self.stage = stage
+
+    def seconds(self) -> Mapping[str, float]:
+        """The seconds so far."""
+        before, self._since = self._since, perf_counter()
+        if self.stage:
+            self._spent[self.stage] = self._spent.get(self.stage, 0.0) + self._since - before
+        return self._spent
 
 
 def _check_cases(
-    network: OnnxNetwork, property: Property, deadline: float, arithmetic: Arithmetic, started: float
+    network: OnnxNetwork, property: Property, deadline: float, settings: Certify, started: float, clock: _StageClock
 ) -> Answer:
     look()
     replay = replay_session(network.model)
@@ -156,9 +224,9 @@ def _check_cases(
         for point in points:
             judge.refute(property.cases[0], point)
         widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
-        most = max(1, min(4096, MOST_ACTIVATIONS // widest))
+        most = max(1, min(settings.batch_size, MOST_ACTIVATIONS // widest))
         for numbers in _grouped_by_clauses(property.cases, most):
-            verdicts += _verdicts_of(network, property, numbers, judge, deadline, arithmetic)
+            verdicts += _verdicts_of(network, property, numbers, judge, deadline, settings, clock)
     except _Refuted as end:
         seconds, precision = now() - started, str(end.outputs.dtype).removeprefix("torch.")
         return Answer("violated", seconds, f"onnxruntime {precision}", None, end.inputs, end.outputs)
@@ -215,17 +283,23 @@ def _verdicts_of(
     numbers: list[int],
     judge: _ExactJudge,
     deadline: float,
-    arithmetic: Arithmetic,
+    settings: Certify,
+    clock: _StageClock,
 ) -> list[Verdict]:
     """Verdicts of the cases ``numbers``. Each case gets an equal share of the time; the rest then goes to those that
-    timed out, with the last stage alone."""
+    timed out, with the last stage alone, unless its own timeout is what ended it."""
+    arithmetic = settings.arithmetic
     late = [Verdict(number, None, None, "timeout", "", None, 0.0, arithmetic, "timeout") for number in numbers]
     latest = {verdict.index: verdict for verdict in late}
     stages: list[Stage] = []
     while numbers and (left := deadline - now()) > 0:
         problem = _problem(network, [property.cases[number] for number in numbers], numbers)
-        stages = [_last_stage(problem, judge, left)] if stages else _stages(problem, judge, left)
-        verdicts = run_cascade(problem, stages, Limits(left, deadline), arithmetic=arithmetic)
+        again, stages = bool(stages), _stages(problem, judge, settings)
+        if again:
+            if stages[-1].within(left)[1]:
+                break
+            stages = stages[-1:]
+        verdicts = run_cascade(problem, stages, Limits(left, deadline), clock, arithmetic)
         latest |= {verdict.index: verdict for verdict in verdicts}
         numbers = [verdict.index for verdict in verdicts if verdict.status == "timeout"]
     return list(latest.values())
@@ -301,16 +375,8 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
     )
 
 
-def _stages(problem: Problem, judge: Judge, seconds: float) -> list[Stage]:
-    """The stages for a problem, cheapest first; ``seconds`` are left for the property."""
-    stages: list[Stage] = [
-        IbpStage(), CrownIbpStage(),
-        FalsifyStage(seconds=FALSIFYING_SHARE * seconds, judge=judge), CrownStage(),
-    ]  # fmt: skip
-    if not few_inputs(problem):
-        stages += [AlphaStage(judge=judge)]
-    return [*stages, _last_stage(problem, judge, seconds)]
-
-
-def _last_stage(problem: Problem, judge: Judge, seconds: float) -> Stage:
-    return InputSplitStage(seconds, judge) if few_inputs(problem) else BabStage(Search(), seconds, judge)
+def _stages(problem: Problem, judge: Judge, settings: Certify) -> list[Stage]:
+    """The stages for a problem."""
+    if settings.stages == STAGES and few_inputs(problem):
+        settings = replace(settings, stages=STAGES_OF_FEW_INPUTS)
+    return settings.stages_for(0, judge)

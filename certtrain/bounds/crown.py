@@ -52,12 +52,24 @@ class LinearBound:
         return minimum - self.slack.remainder(self.forms, self.size, region.hull)
 
 
+@dataclass(frozen=True)
+class AddedForms:
+    """Forms (B, R, U) that are added to those of an operation's input, at its flat numbers ``entries`` (B, 1, U)."""
+
+    entries: Tensor
+    forms: Tensor
+
+    def added_to(self, forms: Tensor) -> Tensor:
+        flat = forms.flatten(2)
+        return flat.scatter_add(2, self.entries.expand_as(self.forms), self.forms).reshape(forms.shape)
+
+
 def backward(
     network: Network,
     position: int,
     forms: Tensor,
     lines: Mapping[int, Relaxation],
-    multipliers: Mapping[int, Tensor] | None = None,
+    multipliers: Mapping[int, AddedForms] | None = None,
     reached: dict[int, Tensor] | None = None,
     slack: Slack | None = None,
     view: View | None = None,
@@ -68,8 +80,8 @@ def backward(
     Args:
         position: of the operation; forms: (B, R, *its output's shape).
         lines: relaxations of all non-linear operations that ``position`` depends on.
-        multipliers: (B, R or 1, *shape) by non-linear operation, added to the forms of its input: the Lagrange
-            multipliers of constraints on that input (beta-CROWN, arXiv 2103.06624).
+        multipliers: by non-linear operation, the Lagrange multipliers of constraints on its input (beta-CROWN, arXiv
+            2103.06624).
         reached: a dict to fill with the forms that reach each non-linear operation's output.
         slack: rounding errors to subtract, for networks with a ``rounding``.
         view: the windows to which all forms are confined; not with ``multipliers`` or ``reached``.
@@ -99,7 +111,7 @@ def backward(
         parts, constants = operation.backward(forms, constants, shapes, relaxation)
         if multipliers is not None and number in multipliers:
             (through,) = parts
-            parts = (through + multipliers[number],)
+            parts = (multipliers[number].added_to(through),)
             if slack is not None:
                 constants = constants - slack.charge(number, parts[0])[0]
         for read, part in zip(operation.inputs, parts, strict=True):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -109,6 +110,9 @@ def refuse_hooks(where: str, module: nn.Module) -> None:
 IN_PLACE = {name: getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv")}
 
 
+_TRACING = threading.RLock()
+
+
 class _Proxy(fx.Proxy):
     """Records ``x += y`` as an in-place operation; torch.fx's own proxy would record ``x + y``."""
 
@@ -129,9 +133,33 @@ class _Proxy(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    """Traces modules that have a rule as leaves."""
+    """Traces modules that have a rule as leaves.
+
+    torch.fx replaces ``nn.Module.__call__`` of the whole process while it traces. Other threads' calls go through
+    unchanged here, and they trace in turn: two traces at once would leave each other's replacement behind.
+    """
 
     proxy_buffer_attributes = True  # otherwise values computed from buffers are frozen while tracing
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _TRACING:
+            return super().trace(root, concrete_args)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in MODULES or super().is_leaf_module(m, module_qualified_name)

@@ -43,19 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _guarded(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Run a command and print errors that a user can cause as one line on stderr."""
-    from ..errors import InputError
-    from ..evaluation import Contradiction
-    from ..training import Interrupted, TrainingStopped
+    from ..errors import Failure, InputError, Interrupted
 
     options = argparse.Namespace()
     try:
         options, rest = parser.parse_known_args(words)
         return options.run(options, rest)
-    except (InputError, TrainingStopped, Contradiction, OSError) as error:
+    except (InputError, Failure, OSError) as error:
         if "--debug" in words:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (TrainingStopped, Contradiction)) else 2
+        return 1 if isinstance(error, Failure) else 2
     except Interrupted as stopped:
         print(f"stopped by {stopped}; go on with: {options.go_on}", file=sys.stderr)
         return 128 + stopped.signal

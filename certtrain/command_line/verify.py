@@ -9,30 +9,37 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .tables import agreement, say_where, stages
-from .words import add_plugins, number, one_word_and_pairs
+from .words import add_plugins, number, one_word_and_pairs, pairs
 
 if TYPE_CHECKING:
     from ..recipe import Config
+    from ..verifiers import Certify
     from ..workflows.run import Run
     from ..workflows.verify import Verification
 
 SECONDS = "seconds > 0"
+RUNS_ALONE = ("certify.enabled", "certify.images", "certify.attack")
+"""Fields that say nothing to a property."""
 
 
 def add(commands) -> None:
     verify = commands.add_parser(
         "verify",
         help="certify the test images of a finished run, or answer VNN-COMP's questions",
-        usage="certtrain verify RUN_DIR [options]\n       certtrain verify --onnx FILE --vnnlib FILE [--results FILE]\n"
-        "       certtrain verify --instances CSV --results CSV\n       certtrain verify --check-abcrown",
+        usage="certtrain verify RUN_DIR [options]\n       certtrain verify --onnx FILE --vnnlib FILE [--results FILE] "
+        "[--json FILE] [options]\n       certtrain verify --instances CSV --results CSV [--json FILE] [options]\n"
+        "       certtrain verify --check-abcrown",
         description="Certify the test images of a run whose training is finished. Verdicts are written the moment "
         "their batch is known; killed at any moment, the same call goes on. Decided images stay decided; undecided "
         "ones are tried again where the call offers more: another stage, more seconds. The run's own epsilon writes "
         "RUN_DIR/verdicts.jsonl, another one RUN_DIR/verdicts/embedded-EPSILON-ARITHMETIC.jsonl.",
         epilog="Fields of the recipe's certify section are given as --certify.field value, for example "
-        "--certify.batch_size 64; what is not given is as the run's recipe says.",
+        "--certify.batch_size 64 --certify.search thorough --certify.search.candidates 4, for a run and for a "
+        "property; what is not given is as the run's recipe says, or for a property as listed here.",
         allow_abbrev=False,
+        add_help=False,
     )
+    verify.add_argument("-h", "--help", action="store_true", help="show this, the presets, and a property's settings")
     verify.add_argument("--images", metavar="START:STOP", help="some of the test images (default: all)")
     verify.add_argument("--epsilon", metavar="E", help="another radius, in pixel units of [0, 1], such as 2/255; of "
                         "a sparse set another k")  # fmt: skip
@@ -55,11 +62,15 @@ def add(commands) -> None:
     files.add_argument("--vnnlib", metavar="FILE", help="the property; holds, violated, timeout, unknown is printed")
     files.add_argument("--instances", metavar="CSV", help="instead, a table of onnx,vnnlib,seconds")
     files.add_argument("--results", metavar="FILE", help="where answers are written, in VNN-COMP's form")
+    files.add_argument("--json", metavar="FILE", help="where answers are written with their times and counts, as JSON; "
+                       "with --instances a line for each")  # fmt: skip
     verify.set_defaults(run=_verify, parser=verify)
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     options.go_on = "the same call"
+    if options.help:
+        return _help(options)
     if options.check_abcrown:
         return _check(options)
     if options.instances:
@@ -81,27 +92,57 @@ def _says_error() -> Iterator[None]:
         raise
 
 
-def _refuse_more(options: argparse.Namespace, rest: list[str]) -> None:
-    """Refuse options about a run's images, which do not apply to a property."""
+def _help(options: argparse.Namespace) -> int:
+    from ..config import flatten, unstructure
+    from ..verifiers.search import PRESETS
+    from ..verifiers.vnncomp import PROPERTY
+
+    options.parser.print_help()
+    print("\npresets of the search, and what they change; fields beside a preset win over it:")
+    for name, changes in PRESETS.items():
+        print(f"  --certify.search {name:10s} {', '.join(f'{key} {value}' for key, value in changes.items())}".rstrip())
+    print("\nfields for --onnx and --instances, with their values:")
+    for path, value in flatten({"certify": unstructure(PROPERTY)}).items():
+        if _is_for_properties(path):
+            print(f"  --{path} {value}")
+    return 0
+
+
+def _is_for_properties(path: str) -> bool:
+    return path.startswith("certify.") and ".".join(path.split(".")[:2]) not in RUNS_ALONE
+
+
+def _property_settings(options: argparse.Namespace, rest: list[str]) -> tuple[Certify, float | None]:
+    """(settings, seconds): the settings of a property, and its timeout where one is given.
+
+    Raises:
+        InputError: options about a run's images, which do not apply to a property; a bad value.
+    """
+    from ..components import load_plugins
+    from ..config import override, structure, unstructure
     from ..errors import InputError
+    from ..verifiers.settings import ROUNDINGS, Certify
+    from ..verifiers.vnncomp import PROPERTY
 
-    about_runs = ("images", "epsilon", "total_timeout", "stages", "device", "abcrown_python", "abcrown_home")
-    given = [f"--{name.replace('_', '-')}" for name in about_runs if getattr(options, name) is not None]
-    given += ["--plugin"] if options.plugins else []
-    given += ["--verifier"] if options.verifier != "embedded" else []
-    if rest or given:
-        raise InputError(
-            f"{[*map(repr, rest), *given][0]}: cannot be given here; accepted: --timeout, --results, --arithmetic"
-        )
-
-
-def _arithmetic(options: argparse.Namespace) -> Any:
-    from ..errors import InputError
-    from ..verifiers.settings import ROUNDINGS
-
+    overrides = pairs(rest)
+    about_runs = ("images", "epsilon", "total_timeout", "device", "abcrown_python", "abcrown_home")
+    refused = [f"--{name.replace('_', '-')}" for name in about_runs if getattr(options, name) is not None]
+    refused += ["--verifier"] if options.verifier != "embedded" else []
+    refused += [f"--{name}" for name in overrides if not _is_for_properties(name)]
+    if refused:
+        accepted = "--timeout, --results, --json, --arithmetic, --stages, --plugin, --certify.field value"
+        raise InputError(f"{refused[0]}: cannot be given here; accepted: {accepted}")
     if options.arithmetic not in (None, "nearest", *ROUNDINGS):
         raise InputError(f"--arithmetic: found {options.arithmetic!r}; accepted: nearest, real, float32")
-    return options.arithmetic or "nearest"
+    if options.arithmetic is not None:
+        overrides["certify.arithmetic"] = options.arithmetic
+    if options.stages is not None:
+        overrides["certify.stages"] = f"[{options.stages}]"
+    if options.timeout is not None:
+        overrides["certify.timeout"] = str(number("--timeout", options.timeout, SECONDS))
+    load_plugins(options.plugins)
+    settings = structure(Certify, override({"certify": unstructure(PROPERTY)}, overrides)["certify"], "certify")
+    return settings, settings.timeout if "certify.timeout" in overrides else None
 
 
 def _property(options: argparse.Namespace, rest: list[str]) -> int:
@@ -109,12 +150,11 @@ def _property(options: argparse.Namespace, rest: list[str]) -> int:
         from ..errors import InputError
         from ..verifiers.vnncomp import answer
 
-        _refuse_more(options, rest)
+        settings, _ = _property_settings(options, rest)
         if not (options.onnx and options.vnnlib):
             raise InputError("found one file; accepted: --onnx FILE and --vnnlib FILE together")
-        seconds = number("--timeout", options.timeout or "60", SECONDS)
         found = answer(
-            options.onnx, options.vnnlib, seconds, arithmetic=_arithmetic(options), results=options.results
+            options.onnx, options.vnnlib, results=options.results, record=options.json, certify=settings
         )  # fmt: skip
     print(found)
     return 0
@@ -126,13 +166,12 @@ def _instances(options: argparse.Namespace, rest: list[str]) -> int:
         from ..training import StopRequest
         from ..verifiers.instances import run_instances
 
-        _refuse_more(options, rest)
+        settings, seconds = _property_settings(options, rest)
         if not options.results or options.onnx or options.vnnlib:
             raise InputError("--instances: accepted: --instances CSV and --results CSV, without --onnx and --vnnlib")
-        seconds = None if options.timeout is None else number("--timeout", options.timeout, SECONDS)
         with StopRequest(at_once=True):
             run_instances(
-                options.instances, options.results, timeout=seconds, arithmetic=_arithmetic(options),
+                options.instances, options.results, timeout=seconds, records=options.json, certify=settings,
                 watch=lambda place, count, line: print(f"{place}/{count} {line}", flush=True),
             )  # fmt: skip
     return 0
@@ -164,8 +203,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     for name in overrides:
         if not name.startswith("certify.") or name == "certify.images":
             raise InputError(f"--{name}: cannot be changed here; accepted: --certify.field value, see --help")
-    if options.results:
-        raise InputError("--results: accepted with --onnx or --instances; a run's verdicts stand in its folder")
+    if options.results or options.json:
+        name = "results" if options.results else "json"
+        raise InputError(f"--{name}: accepted with --onnx or --instances; a run's verdicts stand in its folder")
     ours = [*overrides, *(name for name in ("stages", "arithmetic") if getattr(options, name) is not None)]
     if options.verifier == "abcrown" and ours:
         with _says_error():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attacks import in_mode
 from ..bounds import PerturbationSet, sized
 from ..data import Split
-from ..errors import InputError, Portable
+from ..errors import Failure, InputError
 from ..ledger import Ledger, Line
 from ..locking import exclusive, lock_of
 from ..run_folder import RunFolder, sha256, write_json
@@ -227,7 +227,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({error}); accepted: the file as written, or none") from error
 
 
-class Contradiction(Portable, RuntimeError):
+class Contradiction(Failure):
     """A bound and an attack contradict each other."""
 
 

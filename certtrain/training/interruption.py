@@ -6,18 +6,7 @@ import signal
 import threading
 from types import FrameType
 
-from ..errors import Portable
-
-
-class Interrupted(Portable):
-    """A signal stopped the run, which has been saved; ``signal`` is the signal's number.
-
-    Not an ``Exception``, so that no ``except Exception`` takes it for a failure.
-    """
-
-    def __init__(self, number: int):
-        self.signal = number
-        super().__init__(signal.Signals(number).name)
+from ..errors import Interrupted
 
 
 class StopRequest:

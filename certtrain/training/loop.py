@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..bounds import PerturbationSet
 from ..config import unstructure, with_sections
 from ..data import Dataset, Loader
-from ..errors import InputError, Portable
+from ..errors import Failure, InputError
 from ..losses import Loss
 from ..noise import Noise, key_of
 from ..progress import Progress, describe
@@ -32,7 +32,7 @@ from .update import NonFinite
 SHOWN = ("loss", "clean_accuracy", "attacked_accuracy", "verified_accuracy")
 
 
-class TrainingStopped(Portable, RuntimeError):
+class TrainingStopped(Failure):
     """Training cannot go on; the message names the step, the terms and the last good checkpoint."""
 
 
