@@ -447,7 +447,7 @@ class TestBoxes:
             )
             rows, offsets = known.rows_of(problem.specification)
             members, _ = rows_of_clauses(problem.specification.clauses)
-            bounds = BoxBounds(known.network, rows, offsets, members, {})
+            bounds = BoxBounds(known.network, rows, offsets, members, {}, known.region_of(problem))
             for number in found.proved.nonzero().flatten().tolist():
                 assert len(record.roots(number)) == 1
                 for one in record.subproblems:

@@ -62,7 +62,8 @@ def split_inputs(
     """Prove or refute the problems over boxes that ``known`` leaves open.
 
     Args:
-        timeout, violates, record: as in ``BranchAndBound``.
+        timeout, violates, record: as in ``BranchAndBound``. A recorded search never tightens the bounds of the whole
+            set: the record has no place for the slopes.
         batch: most boxes halved in one round.
     """
     worst, hull = problem.specification.worst(known.rows), known.region_of(problem).hull
@@ -70,7 +71,7 @@ def split_inputs(
     none = torch.zeros_like(image)
     inf = torch.full_like(worst, torch.inf)
     roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none, inf)
-    bounder = BoxBounder(problem, known, batch)
+    bounder = BoxBounder(problem, known, batch, tighten=record is None)
     return BranchAndBound(
         problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(bounder.boxes), UnsplittableBoxes(),
         timeout=timeout, violates=violates, record=record,
@@ -131,13 +132,14 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
 
     Args:
         batch: most boxes halved in one round.
+        tighten: as in ``BoxBounds``.
     """
 
-    def __init__(self, problem: Problem, known: BoundsSoFar, batch: int):
+    def __init__(self, problem: Problem, known: BoundsSoFar, batch: int, tighten: bool = False):
         rows, offsets = known.rows_of(problem.specification)
         members, _ = rows_of_clauses(problem.specification.clauses)
-        self.problem = problem
-        self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds)
+        self.problem, region = problem, known.region_of(problem)
+        self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds, region, tighten)
         self.boxes = min(batch, rows_at_a_time(known.network, rows.shape[1], known.rows))
 
     @property

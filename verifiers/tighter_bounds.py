@@ -7,10 +7,12 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ..bounds import Bounds, Region
 from ..bounds.clock import OutOfTime
 from ..bounds.crown import rows_at_a_time
+from ..bounds.effort import work_of
 from ..bounds.network import Network
 from .neurons import Columns, Neurons
 from .optimise import Subproblems, maximise, starting_slopes
@@ -36,6 +38,18 @@ def tightened(
     except OutOfTime:
         pass
     return found
+
+
+def tightening_work(network: Network, bounds: Mapping[int, Bounds], steps: int = STEPS) -> Tensor:
+    """(B,) float64, multiplications that ``tightened`` takes for each image; 0 where no neuron is unstable."""
+    numels = [shape.numel() for shape in network.shapes]
+    work = torch.zeros(len(bounds[network.nonlinear[0]].lower), dtype=torch.float64)
+    for place in network.nonlinear[1:]:
+        (read,) = network.operations[place].inputs
+        row = sum(work_of(network, read, numels.__getitem__).values())
+        unstable = ((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1)
+        work = work.to(unstable.device) + 2 * (3 * steps + 1) * row * unstable  # a step's gradient costs two passes
+    return work
 
 
 def _tightened_at(
