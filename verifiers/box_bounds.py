@@ -9,12 +9,11 @@ from torch import Tensor
 
 from ..bounds import Bounds, Box, Region
 from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, slack_of
-from ..bounds.effort import work_of
 from ..bounds.forward_linear import forward_bounds
 from ..bounds.network import Network
 from .clipping import Cuts, rounded_down
 from .optimise import finite, with_offsets
-from .tighter_bounds import tightened, tightening_work
+from .tighter_bounds import tightened, tightening_work, work_of_a_row
 
 AFFORDABLE = 30
 """Unstable neurons, for each input that varies, with which backward passes are always made. On ACAS Xu they pay well
@@ -63,10 +62,11 @@ class BoxBounds:
     ):  # fmt: skip
         self.network, self.rows, self.offsets, self.members, self.outer = network, rows, offsets, members, dict(outer)
         self.region, self.lower, self.upper = region, region.hull.lower, region.hull.upper
-        numels = [shape.numel() for shape in network.shapes]
-        works = [sum(work_of(network, place, numels.__getitem__).values()) for place in range(len(numels))]
-        self._column = works[-1]
-        self._row = {number: sum(works[i] for i in network.operations[number].inputs) for number in network.nonlinear}
+        self._column = work_of_a_row(network, len(network.operations) - 1)
+        self._row = {
+            number: sum(work_of_a_row(network, read) for read in network.operations[number].inputs)
+            for number in network.nonlinear
+        }
         self._spent = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         self._enough = torch.full_like(self._spent, torch.inf)
         if tighten and outer and network.piecewise_linear and network.rounding is None:

@@ -42,14 +42,17 @@ def tightened(
 
 def tightening_work(network: Network, bounds: Mapping[int, Bounds], steps: int = STEPS) -> Tensor:
     """(B,) float64, multiplications that ``tightened`` takes for each image; 0 where no neuron is unstable."""
-    numels = [shape.numel() for shape in network.shapes]
     work = torch.zeros(len(bounds[network.nonlinear[0]].lower), dtype=torch.float64)
     for place in network.nonlinear[1:]:
-        (read,) = network.operations[place].inputs
-        row = sum(work_of(network, read, numels.__getitem__).values())
         unstable = ((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1)
-        work = work.to(unstable.device) + 2 * (3 * steps + 1) * row * unstable  # a step's gradient costs two passes
+        rows = 2 * (3 * steps + 1) * unstable  # a step's gradient costs two passes
+        work = work.to(rows.device) + rows * work_of_a_row(network, network.operations[place].inputs[0])
     return work
+
+
+def work_of_a_row(network: Network, position: int) -> float:
+    """Multiplications of one linear form's way from an operation's output to the input."""
+    return sum(work_of(network, position, lambda number: network.shapes[number].numel()).values())
 
 
 def _tightened_at(
