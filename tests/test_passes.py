@@ -101,9 +101,9 @@ class TestTightening:
             return original(network, region, bounds, steps)
 
         monkeypatch.setattr(box_bounds, "tightened", counted)
-        early, _ = self.halved(tighten=True, rounds=2)
+        early, _ = self.halved(tighten=True, rounds=1)
         assert not calls
-        late, whole = self.halved(tighten=True, rounds=12)
+        late, whole = self.halved(tighten=True, rounds=6)
         assert calls == [1]
         shares = torch.cat([torch.rand(500, 8), torch.rand(500, 8).round()])
         values = late.network.values(whole.lower + shares * (whole.upper - whole.lower))
@@ -118,7 +118,7 @@ class TestTightening:
 
     def test_a_record_has_no_place_for_it(self, monkeypatch):
         monkeypatch.setattr(box_bounds, "tightened", None)
-        self.halved(tighten=False, rounds=12)
+        self.halved(tighten=False, rounds=6)
 
 
 class TestSearch:
