@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -37,11 +38,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     The mode is that of the replaced file, or of a new file under the umask, whatever mode ``write`` sets.
 
     Raises:
-        Unwritable: names ``path``, which is unchanged; the temporary file is removed.
+        Unwritable: names ``path``, which is unchanged; the temporary file is removed. A device or a pipe, which a
+            rename would destroy, is refused.
     """
     temporary = temporary_of(path)
     try:
         with writing(path, temporary):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise OSError(errno.EINVAL, "no regular file")
             temporary.write_bytes(b"")
             mode = (path if path.is_file() else temporary).stat().st_mode & 0o777
             write(temporary)

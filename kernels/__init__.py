@@ -14,6 +14,7 @@ else:
     from . import reference
     from .checks import check_values
     from .convolution import ibp_conv2d
+    from .cutting import cut_box_minima
     from .dispatch import available_backends, use_backend
     from .linear import ibp_linear
     from .margins import ibp_margins
@@ -22,6 +23,7 @@ else:
     from .sparse import sparse_apply, spgd_step, topk_mask
 
     __all__ = [
-        "available_backends", "batch_statistics_norm", "check_values", "crown_relu_step", "ibp_affine", "ibp_conv2d",
-        "ibp_linear", "ibp_margins", "ibp_relu", "reference", "sparse_apply", "spgd_step", "topk_mask", "use_backend",
+        "available_backends", "batch_statistics_norm", "check_values", "crown_relu_step", "cut_box_minima",
+        "ibp_affine", "ibp_conv2d", "ibp_linear", "ibp_margins", "ibp_relu", "reference", "sparse_apply", "spgd_step",
+        "topk_mask", "use_backend",
     ]  # fmt: skip

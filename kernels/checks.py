@@ -108,3 +108,20 @@ def budget(k: object, rows: Tensor, rows_name: str) -> None:
         raise TypeError(f"k: found {type(k).__name__}; expected an int or an int64 tensor")
     elif k < 0:
         raise ValueError(f"k: found {k}; expected k >= 0")
+
+
+def row_numbers(name: str, rows: Tensor, like: Tensor, items: int) -> None:
+    """Check (P, K) int64 numbers of rows."""
+    if rows.dtype != torch.int64:
+        raise TypeError(f"{name}: found {rows.dtype}; expected torch.int64")
+    same_device(name, rows, like, "forms")
+    if rows.ndim != 2 or len(rows) != items:
+        raise ValueError(f"{name}: found shape {tuple(rows.shape)}; expected ({items}, K)")
+
+
+def row_values(name: str, rows: Tensor, count: int) -> None:
+    """Check numbers of rows for the range [-1, count), inside an op, as ``label_values`` does."""
+    if rows.numel() and (_values or rows.device.type == "cpu"):
+        low, high = int(rows.min()), int(rows.max())
+        if low < -1 or high >= count:
+            raise ValueError(f"{name}: found {low if low < -1 else high}; expected -1 to {count - 1}")

@@ -218,3 +218,10 @@ def test_the_weights_are_what_the_library_writes(tmp_path):
     save_weights(tmp_path / "ours", weights)
     safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "theirs")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Unwritable, match="pipe: cannot be written"):
+        write_atomically(tmp_path / "pipe", lambda temporary: temporary.write_text("new"))
+    assert (tmp_path / "pipe").is_fifo() and [file.name for file in tmp_path.iterdir()] == ["pipe"]

@@ -96,9 +96,9 @@ class TestTightening:
     def test_bounds_of_the_whole_set_are_tightened_once_and_hold(self, monkeypatch):
         calls, original = list[int](), box_bounds.tightened
 
-        def counted(network, region, bounds, steps):
+        def counted(network, region, bounds, columns, steps):
             calls.append(len(region.hull.center))
-            return original(network, region, bounds, steps)
+            return original(network, region, bounds, columns, steps)
 
         monkeypatch.setattr(box_bounds, "tightened", counted)
         early, _ = self.halved(tighten=True, rounds=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -218,13 +219,38 @@ class TestRecords:
         run_instances(table, files / "none.csv")  # and none are written where none are asked for
         assert len(records.read_text().splitlines()) == 2
 
-    @pytest.mark.parametrize("content", ["notes\n", '{"index": 1}\n', "[]\n"])
+    @pytest.mark.parametrize(
+        "content", ["notes\n", '{"index": 1}\n', "[]\n", "notes", '{"index": 1}', '{"onnx": "a"}\nnotes']
+    )
     def test_another_file_is_left_as_it_was(self, files, content):
         (files / "notes.txt").write_text(content)
-        with pytest.raises(InputError, match=r"notes\.txt, line 1"):
+        with pytest.raises(InputError, match=r"notes\.txt, (last )?line"):
             run_instances(files / "table.csv", files / "out.csv", records=files / "notes.txt")
         assert (files / "notes.txt").read_text() == content
         with pytest.raises(InputError, match="folder"):
             run_instances(files / "table.csv", files / "out.csv", records=files)
         with pytest.raises(InputError):
             run_instances(files / "table.csv", files / "out.csv", records=files / "out.csv")
+
+    @pytest.mark.parametrize("option", ["--results", "--json"])
+    @pytest.mark.parametrize("way", ["property", "table"])
+    def test_a_pipe_stays_a_pipe(self, files, capsys, way, option):
+        os.mkfifo(files / "pipe")
+        words = ["--onnx", str(files / "network.onnx"), "--vnnlib", str(files / "safe.vnnlib")]
+        if way == "table":
+            words = ["--instances", str(files / "table.csv")]
+            words += ["--results", str(files / "out.csv")] if option == "--json" else []
+        assert main(["verify", *words, option, str(files / "pipe")]) == 2
+        assert "pipe: cannot be written" in capsys.readouterr().err and (files / "pipe").is_fifo()
+
+    def test_one_file_holds_one_thing(self, files, capsys):
+        one = str(files / "one")
+        words = ["--onnx", str(files / "network.onnx"), "--vnnlib", str(files / "safe.vnnlib")]
+        for question in (words, ["--instances", str(files / "table.csv")]):
+            assert main(["verify", *question, "--results", one, "--json", f"{files}/../{files.name}/one"]) == 2
+            assert "accepted: two files" in capsys.readouterr().err and not Path(one).exists()
+
+    def test_a_link_stays_a_link(self, files):
+        (files / "link").symlink_to(files / "target")
+        answer(files / "network.onnx", files / "safe.vnnlib", record=files / "link")
+        assert (files / "link").is_symlink() and json.loads((files / "target").read_text())["answer"] == "holds"

@@ -71,6 +71,12 @@ def points_of(problem, count=200):
     return hull.lower + shares * (hull.upper - hull.lower)
 
 
+def unstable_of(known):
+    neurons = Neurons.of(known.network)
+    lower, upper = neurons.ends(known.bounds, known.rows)
+    return Columns.of(neurons, (lower < 0) & (upper > 0))
+
+
 class TestTightened:
     @pytest.mark.parametrize("rounding", [None, REAL, FLOAT32], ids=["nearest", "real", "float32"])
     @pytest.mark.parametrize("kind", KINDS)
@@ -80,7 +86,8 @@ class TestTightened:
             problem = a_problem(seed, kind)
             known = known_of(problem, rounding)
             network = known.network
-            found = tightened(network, known.region_of(problem), known.bounds, steps=4)
+            found, lines = tightened(network, known.region_of(problem), known.bounds, unstable_of(known), steps=4)
+            assert not lines  # there was no room for any
             assert found.keys() == known.bounds.keys()
             for place, bounds in found.items():
                 before = known.bounds[place]
@@ -96,10 +103,11 @@ class TestTightened:
     def test_each_image_is_bounded_as_alone(self):
         problem = a_problem(0, "conv", count=4)
         known = known_of(problem)
-        together = tightened(known.network, problem.region, known.bounds)
+        together, _ = tightened(known.network, problem.region, known.bounds, unstable_of(known))
         for number in range(4):
             at = torch.tensor([number])
-            alone = tightened(known.network, problem.region.take(at), known.subset(at).bounds)
+            one = known.subset(at)
+            alone, _ = tightened(known.network, problem.region.take(at), one.bounds, unstable_of(one))
             for place, bounds in alone.items():
                 torch.testing.assert_close(bounds.lower[0], together[place].lower[number], rtol=1e-9, atol=1e-9)
                 torch.testing.assert_close(bounds.upper[0], together[place].upper[number], rtol=1e-9, atol=1e-9)
@@ -216,9 +224,9 @@ class TestWork:
     def test_neurons_are_tightened_once_and_only_where_the_search_has_cost_as_much(self, monkeypatch):
         asked, original = [], SignSpace.tighten
 
-        def watched(self, images, steps):
+        def watched(self, images, steps, clip):
             asked.extend(images.tolist())
-            return original(self, images, steps)
+            return original(self, images, steps, clip)
 
         monkeypatch.setattr(SignSpace, "tighten", watched)
         problem = hard_problem()

@@ -12,6 +12,7 @@ from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, slack
 from ..bounds.forward_linear import forward_bounds
 from ..bounds.network import Network
 from .clipping import Cuts, rounded_down
+from .neurons import Columns, Neurons
 from .optimise import finite, with_offsets
 from .tighter_bounds import tightened, tightening_work, work_of_a_row
 
@@ -101,7 +102,11 @@ class BoxBounds:
         due = (self._spent >= self._enough).nonzero().flatten()
         if len(due):
             some = {place: Bounds(ends.lower[due], ends.upper[due]) for place, ends in self.outer.items()}
-            for place, ends in tightened(self.network, self.region.take(due), some, ROOT_STEPS).items():
+            neurons = Neurons.of(self.network)
+            low, up = neurons.ends(some, self.rows[due])
+            columns = Columns.of(neurons, (low < 0) & (up > 0))
+            tighter, _ = tightened(self.network, self.region.take(due), some, columns, ROOT_STEPS)
+            for place, ends in tighter.items():
                 lower, upper = self.outer[place].lower, self.outer[place].upper
                 self.outer[place] = Bounds(lower.index_copy(0, due, ends.lower), upper.index_copy(0, due, ends.upper))
             self._enough[due] = torch.inf

@@ -57,6 +57,11 @@ class OpenSubproblems:
         """The subproblems selected by ``index``: numbers, or (P,) bool."""
         return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
+    def replaced(self, index: Tensor, other: Self) -> Self:
+        """The subproblems with those of the numbers ``index`` replaced by ``other``."""
+        names = (field.name for field in fields(self))
+        return type(self)(**{name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in names})
+
     def joined(self, other: Self) -> Self:
         return type(self)(**{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)})
 

@@ -17,7 +17,7 @@ from ..run_folder import JsonLines, LineFile
 from .limits import out_of_memory
 from .onnx_network import OnnxNetwork, read_onnx
 from .settings import Arithmetic, Certify
-from .vnncomp import PROPERTY, RESULTS, Answer, check_property, present, with_limits
+from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, present, with_limits
 from .vnnlib_reader import read_property
 
 
@@ -79,6 +79,7 @@ def run_instances(
         InputError: the table cannot be read, or ``results`` or ``records`` holds other lines; it is then left as it
             was.
     """
+    check_files(results, records)
     settings = with_limits(certify, timeout, arithmetic)
     instances, folder, file = read_instances(path), Path(path).parent, LineFile(Path(results))
     lines, where = None if records is None else JsonLines(Path(records)), results
@@ -87,8 +88,6 @@ def run_instances(
             done = _count_answered(file, instances)
             if lines is not None:
                 where = lines.path
-                if lines.path.is_dir():
-                    raise InputError(f"{where}: found a folder; accepted: a file of records")
                 _check_records(lines)
                 stack.enter_context(lines.exclusive())
                 lines.drop_half_line()
@@ -109,11 +108,18 @@ def _names(instance: Instance) -> dict[str, str]:
     return {"onnx": instance.network, "vnnlib": instance.property}
 
 
+RECORD = '{"onnx": '
+"""The beginning of a record's line."""
+
+
 def _check_records(lines: JsonLines) -> None:
     """
     Raises:
-        InputError: the file holds a line that is no record of an instance.
+        InputError: the file holds a line, or the beginning of one, that is no record of an instance.
     """
+    half = lines.path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[2] if lines.path.exists() else ""
+    if not (half.startswith(RECORD) or RECORD.startswith(half)):
+        raise InputError(f"{lines.path}, last line: found {half[:200]!r}; accepted: the file as written")
     for number, line in enumerate(lines, start=1):
         if fault := mistyped(line, {"onnx": str, "vnnlib": str, "answer": str}):
             raise InputError(f"{lines.path}, line {number}: {fault}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..bounds import Bounds
 from ..bounds.crown import crown_bounds, rows_at_a_time
 from ..bounds.effort import work_of
+from ..bounds.interval import Interval
 from ..bounds.network import Network
 from ..typed import as_bools, as_ints
 from .bounds_so_far import BoundsSoFar
@@ -34,6 +35,7 @@ from .engine import (
     Violates,
 )
 from .lp import LeafSolution, rounded_bound, solve_leaf
+from .neuron_clipping import LEVEL, NeuronLines, scaled
 from .neurons import Columns, Neurons
 from .optimise import BestParameters, Optimised, Subproblems, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
@@ -54,7 +56,14 @@ PROGRAM_EVERY = 8
 infeasible subproblems (18 open neurons over 3 inputs: 2 s, not minutes). With 6, hidden counterexamples of networks of
 30 neurons took four times as long."""
 
-PROBING = 1 / 32
+LINES = 1 << 29
+"""Most bytes of neurons' linear bounds that are kept, for all images of a search."""
+
+TRIALS, PAYS = 32, 8
+"""An image's subproblems go to ``TRIALS`` linear programs, and to more while one in ``PAYS`` closes a subproblem: each
+costs as much as bounding dozens of them."""
+
+PROBING = 1 / 64
 """Share of the subproblems whose linear program is solved before they are split, one a round at least. Without them
 networks of 30 neurons with a counterexample that gradients do not find take minutes."""
 
@@ -94,6 +103,8 @@ class SignSubproblems(OpenSubproblems):
         signs: (P, U) int8, the assumed signs: 1, -1, or 0 for none.
         lower, upper: (P, U) bounds of the neurons' inputs.
         alphas, betas: (P, R, U) slopes and multipliers.
+        level: (P,) > 0; signs and bounds hold where each row of the clause is below it, inf if they hold everywhere.
+            No bound above it is claimed.
     """
 
     branch: Tensor
@@ -102,6 +113,7 @@ class SignSubproblems(OpenSubproblems):
     upper: Tensor
     alphas: Tensor
     betas: Tensor
+    level: Tensor
 
 
 class SignSpace:
@@ -123,6 +135,7 @@ class SignSpace:
         )])  # fmt: skip
         self.clauses, _ = rows_of_clauses(problem.specification.clauses)
         self.worst = known.rows[:, self.clauses].amax(-1)  # (B, clauses)
+        self.lines = dict[int, NeuronLines]()  # by image
 
     def roots(self, slopes: Tensor | None) -> SignSubproblems:
         """The open clauses without assumed signs; ``slopes`` (B, R, N) to start from, CROWN's if None."""
@@ -135,15 +148,18 @@ class SignSpace:
         none = torch.zeros_like(image)
         return SignSubproblems(
             image, clause, self.worst[image, clause], none - 1, none, signs, lower, upper, alphas,
-            torch.zeros_like(alphas),
+            torch.zeros_like(alphas), torch.full_like(self.worst[image, clause], torch.inf),
         )  # fmt: skip
 
-    def tighten(self, images: Tensor, steps: int) -> None:
-        """Tighten the bounds of the neurons of ``images`` (I,) by ascents of ``steps`` steps for each."""
-        known, region = self.known.subset(images), self.region.take(images)
-        bounds = tightened(self.network, region, known.bounds, steps)
+    def tighten(self, images: Tensor, steps: int, clip: bool = True) -> None:
+        """Tighten the bounds of the neurons of ``images`` (I,) by ascents of ``steps`` steps for each; ``clip`` keeps
+        their linear bounds, for ``clipped``."""
+        known, region, columns = self.known.subset(images), self.region.take(images), self.columns.take(images)
+        room = LINES - sum(lines.forms.nbytes for lines in self.lines.values()) if clip and region.is_box else 0
+        bounds, lines = tightened(self.network, region, known.bounds, columns, steps, room=room)
         lower, upper = self.neurons.ends(known.with_bounds(bounds).bounds, known.rows)
         self.lower[images], self.upper[images] = lower, upper
+        self.lines.update(zip(as_ints(images), lines, strict=False))  # none, out of time
 
     def clamped(self, some: SignSubproblems) -> SignSubproblems:
         """The subproblems with bounds clamped to their image's bounds and to the assumed signs."""
@@ -153,6 +169,37 @@ class SignSpace:
         lower = torch.where(some.signs > 0, lower.clamp(min=0), lower)
         upper = torch.where(some.signs < 0, upper.clamp(max=0), upper)
         return replace(some, lower=lower, upper=upper)
+
+    def clipped(self, some: SignSubproblems, forms: Tensor, constants: Tensor, used: Tensor) -> SignSubproblems:
+        """Clip the bounds of the open subproblems' neurons to where a row of the clause may be below a small level.
+
+        A neuron that becomes stable takes the sign as one assumed: so a leaf's linear program stays exact. Where
+        nothing is left of a subproblem, its bound becomes the level.
+
+        Args:
+            forms, constants: (P, N) and (P,), a linear bound of a row of each subproblem's clause.
+            used: (P, U) bool, the neurons whose upper lines that bound uses.
+        """
+        open_ = ~(some.bound > 0)
+        for image, lines in self.lines.items():
+            index = (open_ & (some.image == image)).nonzero().flatten()
+            if len(index):
+                hull = self.region.take(some.image[index[:1]]).hull
+                tiny = torch.finfo(some.bound.dtype).tiny
+                level = torch.minimum(some.level[index], (-LEVEL * some.bound[index]).clamp(min=tiny))
+                cuts, offsets = scaled(forms[index], constants[index], Interval(hull.center[0], hull.radius[0]))
+                ends = lines.clipped(cuts, offsets - level, some.lower[index], some.upper[index], used[index])
+                some = some.replaced(index, self._assumed(some.take(index), level, *ends))
+        return some
+
+    def _assumed(self, some: SignSubproblems, level: Tensor, lower: Tensor, upper: Tensor) -> SignSubproblems:
+        """The subproblems with bounds that hold below ``level``, and may cross."""
+        columns = self.columns.take(some.image)
+        bound = torch.where(crossed(columns, lower, upper), level, some.bound)
+        upper = torch.maximum(lower, upper)
+        signs = torch.where((lower >= 0) & (some.lower < 0), 1, torch.where((upper <= 0) & (some.upper > 0), -1, 0))
+        signs = torch.where((some.signs == 0) & columns.real, signs.to(some.signs.dtype), some.signs)
+        return replace(some, bound=bound, signs=signs, lower=lower, upper=upper, level=level)
 
     def linear(self, some: SignSubproblems) -> Subproblems:
         """The subproblems in all neurons, as ``maximise`` takes them."""
@@ -165,12 +212,17 @@ class SignSpace:
         return Subproblems(self.region.take(some.image), self.rows[at], self.offsets[at], lower, upper, signs)
 
 
+def crossed(columns: Columns, lower: Tensor, upper: Tensor) -> Tensor:
+    """(P,) bool, where bounds (P, U) of a neuron's input cross by more than rounding errors."""
+    return (columns.real & (lower - upper > EMPTY * (1 + lower.abs()))).any(1)
+
+
 @dataclass(frozen=True, eq=False)
 class SignBounds(Bounded[SignSubproblems]):
     """Linear bounds of D subproblems.
 
     Args:
-        linear: the subproblems in all neurons.
+        linear: the subproblems in all neurons, before they were clipped.
         ends: (D, U) each, lower and upper bounds of the neurons' inputs as computed, which may cross.
         empty: (D,) bool, where they cross, so that nothing satisfies the signs.
         row: (D,) the row of the clause with the highest bound; point: (D, *shape), where that bound is smallest.
@@ -232,7 +284,7 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         due = self.budget.due(subproblems)
         if len(due):
             with part("rebounding"):
-                self.space.tighten(due, self.search.root_steps)
+                self.space.tighten(due, self.search.root_steps, self.search.clip)
         some, ends, empty = self._tightened(subproblems)
         linear = self.space.linear(some)
         best = BestParameters() if self.recording else None
@@ -244,7 +296,11 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         assert optimised.betas is not None
         bound = torch.where(empty, torch.inf, torch.maximum(some.bound, optimised.best.amax(1)))
         row = optimised.best.argmax(1)
+        bound = torch.minimum(bound, some.level)
         some = replace(some, bound=bound, alphas=optimised.alphas, betas=optimised.betas)
+        each = torch.arange(len(row), device=row.device)
+        forms, constants, reached = (p[each, row] for p in (optimised.forms, optimised.constants, optimised.reached))
+        some = self.space.clipped(some, forms.flatten(1), constants, reached < 0)
         return SignBounds(
             some, self.space, linear, ends, empty, optimised, row, minimiser(optimised, linear.region, row), best
         )  # fmt: skip
@@ -263,7 +319,7 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
             low = space.neurons.together({place: bounds.lower for place, bounds in tighter.items()})
             up = space.neurons.together({place: bounds.upper for place, bounds in tighter.items()})
             lower, upper = (columns.gathered(end, 0.0) for end in (low, up))
-        empty = (columns.real & (lower - upper > EMPTY * (1 + lower.abs()))).any(1)
+        empty = crossed(columns, lower, upper)
         return replace(some, lower=lower, upper=torch.maximum(lower, upper)), (lower, upper), empty
 
 
@@ -372,10 +428,15 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
 
     def __init__(self, space: SignSpace, exact: Network, programs: int):
         self.space, self.exact, self.programs = space, exact, programs
+        self.asked, self.closed = (
+            [0] * len(space.lower) for _ in range(2)
+        )  # by image, of subproblems that are no leaf
 
     def wants(self, bounded: SignBounds) -> Tensor:
         depth = (bounded.subproblems.signs != 0).sum(1)
-        return (depth % PROGRAM_EVERY == 0) & (depth > 0) & self._small(bounded.subproblems)
+        pays = [asked < TRIALS or PAYS * closed >= asked for asked, closed in zip(self.asked, self.closed, strict=True)]
+        paying = torch.tensor(pays, device=depth.device)[bounded.subproblems.image]
+        return paying & (depth % PROGRAM_EVERY == 0) & (depth > 0) & self._small(bounded.subproblems)
 
     def solve(self, bounded: SignBounds, index: Tensor, leaf: Tensor, progress: ImageProgress) -> SolverResult:
         bounds, undecided, proofs = list[float](), list[str | None](), list[Proof | None]()
@@ -383,10 +444,14 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
         for image, number, last in zip(images, as_ints(index), as_bools(leaf), strict=True):
             bound, why, proof = -math.inf, None, None
             if progress.is_unfinished(image):
-                solution = self._program(bounded.subproblems, bounded.linear, number)
+                one = bounded.subproblems.take(torch.tensor([number], device=index.device))
+                linear = self.space.linear(one)
+                solution = self._program(one, linear)
                 if solution.point is not None:
                     progress.refute(image, self._point(image, solution.point))
-                bound = self._bound_of(bounded, number, solution)
+                bound = min(self._bound_of(one, linear, solution), float(one.level))
+                self.asked[image] += not last
+                self.closed[image] += bound > 0 and not last
                 if bound > 0:
                     proof = self._proof(bounded, number, solution)
                 elif last and progress.is_unfinished(image):
@@ -400,33 +465,28 @@ class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):
         """The linear program's minimiser, which satisfies the assumed signs; None where there are too many neurons."""
         if not bool(self._small(one)):
             return None
-        point = self._program(one, self.space.linear(one), 0).point
+        point = self._program(one, self.space.linear(one)).point
         return None if point is None else self._point(int(one.image), point)
 
     def _small(self, some: SignSubproblems) -> Tensor:
         """(P,) bool, whether few enough neurons are open for a linear program."""
         return ((some.lower < 0) & (some.upper > 0) & (some.signs == 0)).sum(1) <= self.programs
 
-    def _program(self, some: SignSubproblems, linear: Subproblems, number: int) -> LeafSolution:
-        space, image, at = self.space, int(some.image[number]), self._members(some, number)
-        region = space.problem.region.take(some.image[number : number + 1]).to(torch.float64)
+    def _program(self, one: SignSubproblems, linear: Subproblems) -> LeafSolution:
+        space, image, at = self.space, int(one.image), self._members(one, 0)
+        region = space.problem.region.take(one.image).to(torch.float64)
         assert linear.signs is not None
         return solve_leaf(
             self.exact, region, space.rows[image, at].double(), space.offsets[image, at].double(),
-            linear.lower[number].double(), linear.upper[number].double(), linear.signs[number],
+            linear.lower[0].double(), linear.upper[0].double(), linear.signs[0],
         )  # fmt: skip
 
-    def _bound_of(self, bounded: SignBounds, number: int, solution: LeafSolution) -> float:
+    def _bound_of(self, one: SignSubproblems, linear: Subproblems, solution: LeafSolution) -> float:
         """The solution's bound in the arithmetic of the search."""
         if self.space.network.rounding is None:
             return solution.bound
-        space, linear, some = self.space, bounded.linear, bounded.subproblems
-        image, at, one = int(some.image[number]), self._members(some, number), slice(number, number + 1)
-        assert linear.signs is not None
-        inside = Subproblems(
-            space.region.take(some.image[one]), space.rows[image, at][None], space.offsets[image, at][None],
-            linear.lower[one], linear.upper[one], linear.signs[one],
-        )  # fmt: skip
+        space, image, at = self.space, int(one.image), self._members(one, 0)
+        inside = replace(linear, forms=space.rows[image, at][None], offsets=space.offsets[image, at][None])
         return rounded_bound(space.network, inside, solution)
 
     def _proof(self, bounded: SignBounds, number: int, solution: LeafSolution) -> Proof:

@@ -47,7 +47,9 @@ class Optimised:
     Args:
         best: (D, R) best lower bounds of all iterates, offsets included.
         alphas, betas: (D, R, U) slopes and multipliers of the last iterate, in columns.
-        forms: (D, R, *shape) forms of the linear bound of the last evaluated iterate.
+        forms, constants: (D, R, *shape) and (D, R), the linear bound forms · x + constants of the last iterate that
+            was evaluated, offsets included. In networks with a ``rounding`` the constants pay for the errors of
+            evaluating it in float64.
         reached: (D, R, U) the coefficients of the neurons' outputs in it.
         values: (D, R, U) inputs of the neurons at its minimiser, in the network of the lines that it uses; 0 where
             they were not computed.
@@ -57,6 +59,7 @@ class Optimised:
     alphas: Tensor
     betas: Tensor | None
     forms: Tensor
+    constants: Tensor
     reached: Tensor
     values: Tensor
 
@@ -178,7 +181,7 @@ class _Evaluation:
     """One evaluation of A subproblems.
 
     Args:
-        lower: (A, R) bounds; forms: (A, R, *shape), the linear forms of the input whose minima they are.
+        lower: (A, R) bounds; forms, constants: (A, R, *shape) and (A, R), the linear bound whose minima they are.
         reached: (A, R, U) coefficients of the neurons' outputs.
         sizes: for each operation (A, R, its columns), the largest coefficient of its columns' outputs.
         values: (A, R, U) as in ``Optimised``.
@@ -188,6 +191,7 @@ class _Evaluation:
 
     lower: Tensor
     forms: Tensor
+    constants: Tensor
     reached: Tensor
     values: Tensor
     sizes: Sequence[Tensor] = ()
@@ -196,7 +200,9 @@ class _Evaluation:
     graph: Tensor | None = None
 
     def take(self, index: Tensor) -> _Evaluation:
-        return _Evaluation(self.lower[index], self.forms[index], self.reached[index], self.values[index])
+        return _Evaluation(*(
+            part[index] for part in (self.lower, self.forms, self.constants, self.reached, self.values)
+        ))  # fmt: skip
 
     def with_values(self) -> _Evaluation:
         """The iterate with its ``values``: the derivatives by what is added to the forms of the neurons' inputs."""
@@ -357,8 +363,9 @@ class _Ascent:
         graph = lower if gradient and self.places and lower.requires_grad else None
         coefficients = torch.cat(reached, 2)
         return _Evaluation(
-            lower.detach(), linear.forms.detach(), coefficients, torch.zeros_like(coefficients), sizes, slopes, pushed,
-            graph,
+            lower.detach(), linear.forms.detach(),
+            with_offsets(self.network, linear.safe_constants(self.sub.region).detach(), self.sub.offsets),
+            coefficients, torch.zeros_like(coefficients), sizes, slopes, pushed, graph,
         )  # fmt: skip
 
     def step(self, iterate: _Evaluation, rate: float, number: int) -> _Ascent:
@@ -401,15 +408,17 @@ def _joined(best: Tensor, parts: Sequence[tuple[_Ascent, _Evaluation]]) -> Optim
     """The results of all subproblems, whose ascents ended at different steps."""
     if len(parts) == 1:
         ((ascent, iterate),) = parts
-        return Optimised(best, ascent.alphas, ascent.betas, iterate.forms, iterate.reached, iterate.values)
+        return Optimised(
+            best, ascent.alphas, ascent.betas, iterate.forms, iterate.constants, iterate.reached, iterate.values
+        )
     order = torch.argsort(torch.cat([ascent.index for ascent, _ in parts]))
     iterates = [iterate for _, iterate in parts]
-    alphas, forms, reached, values = (
+    alphas, forms, constants, reached, values = (
         torch.cat(tensors)[order]
         for tensors in (
-            [ascent.alphas for ascent, _ in parts], [i.forms for i in iterates], [i.reached for i in iterates],
-            [i.values for i in iterates],
+            [ascent.alphas for ascent, _ in parts], [i.forms for i in iterates], [i.constants for i in iterates],
+            [i.reached for i in iterates], [i.values for i in iterates],
         )
     )  # fmt: skip
     betas = [ascent.betas for ascent, _ in parts if ascent.betas is not None]
-    return Optimised(best, alphas, torch.cat(betas)[order] if betas else None, forms, reached, values)
+    return Optimised(best, alphas, torch.cat(betas)[order] if betas else None, forms, constants, reached, values)

@@ -21,6 +21,7 @@ class Search(Presets):
         tighten: whether each split recomputes the bounds of all later neurons.
         root_steps: steps of the ascents that tighten the bounds of all neurons once, when the search has cost as much;
             0 for none.
+        clip: whether these ascents' linear bounds clip neurons' bounds to where a subproblem may hold a counterexample.
         programs: most open neurons of a subproblem that is solved by a linear program before it is a leaf.
         most: number of splits after which an image is given up; None for no limit.
         descents: gradient steps towards counterexamples, as a share of the evaluations of the network that bounding
@@ -33,6 +34,7 @@ class Search(Presets):
     candidates: int = 1
     tighten: bool = False
     root_steps: int = 5
+    clip: bool = True
     programs: int = 64
     most: int | None = None
     descents: float = 0.1

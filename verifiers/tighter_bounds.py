@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from ..bounds import Bounds, Region
 from ..bounds.clock import OutOfTime
 from ..bounds.crown import rows_at_a_time
 from ..bounds.effort import work_of
+from ..bounds.interval import Interval
 from ..bounds.network import Network
+from .neuron_clipping import NeuronLines
 from .neurons import Columns, Neurons
 from .optimise import Subproblems, maximise, starting_slopes
 
@@ -23,21 +26,50 @@ to -1.47, -1.42 and -1.38."""
 
 
 def tightened(
-    network: Network, region: Region, bounds: Mapping[int, Bounds], steps: int = STEPS, rate: float = 0.25
-) -> dict[int, Bounds]:
-    """``bounds`` of every non-linear operation's input, by position, tightened where a neuron is unstable; out of
-    time, the layers so far are.
+    network: Network, region: Region, bounds: Mapping[int, Bounds], columns: Columns, steps: int = STEPS,
+    rate: float = 0.25, room: int = 0,
+) -> tuple[dict[int, Bounds], list[NeuronLines]]:  # fmt: skip
+    """``bounds`` of every non-linear operation's input, by position, tightened for the neurons in ``columns``; out of
+    time, those of the layers so far are.
 
     Args:
         network: piecewise linear.
+        columns: of ``Neurons.of(network)``.
+        room: bytes for linear bounds. They are kept of whole operations, from the last to the first.
+    Returns:
+        the bounds, and for each image its linear bounds (over boxes): none out of time, or without room for an
+        operation.
     """
-    found = dict(bounds)
+    neurons, found, inputs = Neurons.of(network), dict(bounds), network.shapes[0].numel()
+    each = 2 * inputs * region.hull.center.element_size() * len(columns.neurons)
+    kept, places = len(columns.sizes), list[_Lines]()
+    while kept and sum(columns.sizes[kept - 1 :]) * each <= room:
+        kept -= 1
+    first_neuron = first = 0
     try:
-        for place in network.nonlinear[1:]:
-            found[place] = _tightened_at(network, region, found, place, steps, rate)
+        for number, (place, size) in enumerate(zip(neurons.places, columns.sizes, strict=True)):
+            part = slice(first, first + size)
+            local, real = columns.neurons[:, part] - first_neuron, columns.real[:, part]
+            found[place], lines = _tightened_at(network, region, found, place, local, real, steps, rate, number >= kept)
+            places += lines
+            first_neuron, first = first_neuron + neurons.sizes[number], first + size
     except OutOfTime:
-        pass
-    return found
+        return found, []
+    if not places:
+        return found, []
+    start, hull = sum(columns.sizes[:kept]), region.hull
+    below, above, below_constants, above_constants = (torch.cat(parts, 1) for parts in zip(*places, strict=True))
+    return found, [
+        NeuronLines.of(
+            Interval(hull.center[image], hull.radius[image]), below[image], above[image], below_constants[image],
+            above_constants[image], start,
+        )
+        for image in range(len(below))
+    ]  # fmt: skip
+
+
+_Lines: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Linear lower bounds of some neurons' inputs, and of minus their inputs: forms (B, M, N), then constants (B, M)."""
 
 
 def tightening_work(network: Network, bounds: Mapping[int, Bounds], steps: int = STEPS) -> Tensor:
@@ -56,29 +88,34 @@ def work_of_a_row(network: Network, position: int) -> float:
 
 
 def _tightened_at(
-    network: Network, region: Region, bounds: Mapping[int, Bounds], place: int, steps: int, rate: float
-) -> Bounds:
+    network: Network, region: Region, bounds: Mapping[int, Bounds], place: int, chosen: Tensor, real: Tensor,
+    steps: int, rate: float, lines: bool,
+) -> tuple[Bounds, list[_Lines]]:  # fmt: skip
+    """The bounds of one operation's input, tightened at its neurons ``chosen`` (B, M) where ``real``; and linear
+    bounds of these, if ``lines``."""
     (read,) = network.operations[place].inputs
     known, shape = bounds[place], network.shapes[read]
     lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
-    unstable = (lower < 0) & (upper > 0)
-    most = int(unstable.sum(1).max()) if unstable.numel() else 0
     neurons = Neurons.of(network, read)
     low, up = neurons.ends(bounds, lower)
     columns = Columns.of(neurons, (low < 0) & (up > 0))
-    if not most or not columns.real.shape[1]:
-        return known
-    order = torch.argsort(unstable.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
-    size = max(1, rows_at_a_time(network, len(order), lower) // 8)
-    for part in torch.split(order, size, 1):
+    exact = not columns.real.shape[1]  # the operation reads a linear function of the inputs
+    if not chosen.shape[1] or (exact and not lines):
+        return known, []
+    found = list[_Lines]()
+    size = max(1, rows_at_a_time(network, len(chosen), lower) // 8)
+    for part, is_real in zip(torch.split(chosen, size, 1), torch.split(real, size, 1), strict=True):
         units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
         forms = torch.cat([units, -units], 1).reshape(len(part), -1, *shape)
         sub = Subproblems(region, forms, forms.new_zeros(forms.shape[:2]), low, up, position=read)
         slopes = columns.gathered(starting_slopes(low, up, forms.shape[1]), 0.0)
-        best = maximise(network, sub, slopes, columns=columns, steps=steps, rate=rate).best
-        below, above = torch.split(best, part.shape[1], 1)
-        real = unstable.gather(1, part)
-        below, above = (torch.where(real, end, -math.inf) for end in (below, above))
+        ascent = maximise(network, sub, slopes, columns=columns, steps=0 if exact else steps, rate=rate)
+        if lines:
+            found.append((
+                *torch.split(ascent.forms.flatten(2), part.shape[1], 1),
+                *torch.split(ascent.constants, part.shape[1], 1),
+            ))  # fmt: skip
+        below, above = (torch.where(is_real, end, -math.inf) for end in torch.split(ascent.best, part.shape[1], 1))
         lower.scatter_reduce_(1, part, below, "amax")
         upper.scatter_reduce_(1, part, -above, "amin")
-    return Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape))
+    return Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape)), found

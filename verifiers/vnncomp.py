@@ -140,9 +140,7 @@ def answer(
             ``record`` that cannot be written.
     """
     settings = with_limits(certify, timeout, arithmetic)
-    for file in (results, record):
-        if file is not None and (not Path(file).parent.is_dir() or Path(file).is_dir()):
-            raise InputError(f"{file}: cannot be written; accepted: a file of results, in a folder that is there")
+    check_files(results, record)
     started = now()
     with until(started + settings.timeout):
         try:
@@ -155,12 +153,24 @@ def answer(
     file = results
     try:
         if results is not None:
-            write_atomically(Path(results), lambda temporary: temporary.write_text(decided.result()))
+            write_atomically(Path(results).resolve(), lambda temporary: temporary.write_text(decided.result()))
         if (file := record) is not None:
-            write_json(Path(record), {"onnx": str(network), "vnnlib": str(property), **decided.record()})
+            write_json(Path(record).resolve(), {"onnx": str(network), "vnnlib": str(property), **decided.record()})
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}); accepted: a file of results") from error
     return decided
+
+
+def check_files(results: str | Path | None, record: str | Path | None) -> None:
+    """
+    Raises:
+        InputError: a place where no file can be, a folder or a device; one file for both.
+    """
+    for file in (results, record):
+        if file is not None and (not Path(file).parent.is_dir() or (Path(file).exists() and not Path(file).is_file())):
+            raise InputError(f"{file}: cannot be written; accepted: a file of results, in a folder that is there")
+    if results is not None and record is not None and Path(results).resolve() == Path(record).resolve():
+        raise InputError(f"{record}: found as the file of results and of records; accepted: two files")
 
 
 def with_limits(certify: Certify, timeout: float | None, arithmetic: Arithmetic | None) -> Certify:

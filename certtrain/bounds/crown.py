@@ -47,9 +47,17 @@ class LinearBound:
         """(B, R), the bound's minimum over the region; with a ``slack``, lowered by the float64 rounding errors."""
         minimum = region.concretise(self.forms) + self.constants
         minimum = minimum if self.floor is None else torch.maximum(minimum, self.floor)
+        return minimum - self._remainder(region)
+
+    def safe_constants(self, region: Region) -> Tensor:
+        """(B, R), the constants; with a ``slack``, lowered by twice the float64 rounding errors that the minimum over
+        the region pays for once: enough for forms in other coordinates of its box, and for a multiple of their sums."""
+        return self.constants - 2 * self._remainder(region)
+
+    def _remainder(self, region: Region) -> Tensor | float:
         if self.slack is None or self.size is None:
-            return minimum
-        return minimum - self.slack.remainder(self.forms, self.size, region.hull)
+            return 0.0
+        return self.slack.remainder(self.forms, self.size, region.hull)
 
 
 @dataclass(frozen=True)

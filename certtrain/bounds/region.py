@@ -168,6 +168,7 @@ class Box(Region):
     lower: Tensor
     upper: Tensor
     images: Tensor = field(init=False)
+    _hull: Interval | None = field(init=False, default=None, repr=False, compare=False)  # computed at its first use
 
     def __post_init__(self) -> None:
         same = self.lower.shape == self.upper.shape and self.lower.dtype == self.upper.dtype
@@ -180,7 +181,12 @@ class Box(Region):
 
     @property
     def hull(self) -> Interval:
-        return Interval.from_bounds(self.lower, self.upper)
+        if self._hull is not None:
+            return self._hull
+        hull = Interval.from_bounds(self.lower, self.upper)
+        if not hull.center.requires_grad:  # each use is to have a gradient graph of its own
+            object.__setattr__(self, "_hull", hull)
+        return hull
 
     @property
     def is_box(self) -> bool:

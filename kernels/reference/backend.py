@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import packed
-from . import interval, relaxation, sparse
+from . import cutting, interval, relaxation, sparse
 
 
 def pointwise(
@@ -135,3 +135,7 @@ def spgd_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     budget = k if rows is None else rows
     return sparse.spgd_step(gradient, p, m, x, mask, budget, alpha=alpha, beta=beta, projected=projected)
+
+
+def cut_box_minima(forms: Tensor, constants: Tensor, cuts: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
+    return cutting.cut_box_minima(forms, constants, cuts, offsets, rows)
