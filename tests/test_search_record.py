@@ -3,6 +3,7 @@ computed again from decisions, slopes and multipliers."""
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from certtrain.bounds.folding import fold
 from certtrain.bounds.sparse_part import SparsePart
 from certtrain.verifiers import Judge, Problem, Search, Specification
 from certtrain.verifiers.bounds_so_far import BoundsSoFar
-from certtrain.verifiers.box_bounds import BoxBounds
+from certtrain.verifiers.box_bounds import BoxBounds, ClauseBounds
 from certtrain.verifiers.engine import SearchOutcome
 from certtrain.verifiers.input_split import split_inputs
 from certtrain.verifiers.lp import leaf_program
@@ -28,6 +29,8 @@ from certtrain.verifiers.neurons import Neurons
 from certtrain.verifiers.optimise import Subproblems, maximise
 from certtrain.verifiers.problem import rows_of_clauses
 from certtrain.verifiers.search_record import (
+    Clip,
+    Clipped,
     Concretised,
     CrossedBounds,
     Multipliers,
@@ -435,7 +438,7 @@ def boxes_problem(seed: int) -> Problem:
 
 class TestBoxes:
     def test_boxes_cover_and_are_bounded_again(self):
-        splits = 0
+        splits = clipped = 0
         for seed in range(6):
             problem, record, judge = boxes_problem(seed), SearchRecord(), Judge()
             known = unknown(problem)
@@ -444,36 +447,83 @@ class TestBoxes:
             )
             rows, offsets = known.rows_of(problem.specification)
             members, _ = rows_of_clauses(problem.specification.clauses)
-            bounds = BoxBounds(known.network, rows, offsets, members, {})
+            bounds = BoxBounds(known.network, rows, offsets, members, {}, known.region_of(problem))
             for number in found.proved.nonzero().flatten().tolist():
                 assert len(record.roots(number)) == 1
                 for one in record.subproblems:
                     if one.image == number and one.children:
-                        assert_halves(problem, record, one)
+                        clipped += assert_halves(problem, record, one, bounds)
                         splits += 1
                 for leaf in record.leaves(number):
-                    assert isinstance(leaf.proof, Concretised) and leaf.reason == "bounded"
                     lower, upper = box_of(problem, record.path(leaf))
                     again = bounds(Box(lower, upper), torch.tensor([number]))
-                    assert float(again.clauses.amin()) >= leaf.bound - FINE > 0
+                    if isinstance(leaf.proof, Clipped):
+                        assert leaf.reason == "infeasible" and leaf.bound > 0
+                        assert nothing_left(leaf.proof.clip, again, lower[0].flatten(), upper[0].flatten())
+                        continue
+                    assert isinstance(leaf.proof, Concretised) and leaf.reason == "bounded"
+                    assert float(again.clauses.amin()) >= leaf.bound - FINE and leaf.bound > 0
                     assert torch.allclose(again.weights[0], leaf.proof.rows)
                     assert torch.allclose(leaf.proof.rows.sum(1), torch.ones(2, dtype=torch.float64))
-        assert splits >= 10
+        assert splits >= 10 and clipped >= 5
+
+
+def double(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def box_of(problem: Problem, path: list[RecordedSubproblem]) -> tuple[torch.Tensor, torch.Tensor]:
-    ends = problem.region.hull.lower[path[0].image].clone(), problem.region.hull.upper[path[0].image].clone()
+    lower, upper = (end[path[0].image].clone() for end in (problem.region.hull.lower, problem.region.hull.upper))
     for one in path[1:]:
-        for end, value in zip(ends, (one.decision.lower, one.decision.upper), strict=True):
+        clip = one.decision.clip
+        assert (double(clip.lower) >= lower.flatten()).all() and (double(clip.upper) <= upper.flatten()).all()
+        for end, ends, value in (
+            (lower, clip.lower, one.decision.lower), (upper, clip.upper, one.decision.upper)
+        ):  # fmt: skip
+            end.view(-1)[:] = double(ends)
             end.view(-1)[one.decision.input] = value
-    return ends[0][None], ends[1][None]
+    return lower[None], upper[None]
 
 
-def assert_halves(problem: Problem, record: SearchRecord, one: RecordedSubproblem) -> None:
+def assert_halves(problem: Problem, record: SearchRecord, one: RecordedSubproblem, bounds: BoxBounds) -> bool:
+    """The children are the halves of a clipped box, outside of which the lines, computed again, are positive; whether
+    the box is smaller than before."""
     first, second = (record.subproblems[number].decision for number in one.children)
-    lower, upper = (end.flatten() for end in box_of(problem, record.path(one)))
-    assert first.input == second.input and first.upper == second.lower
-    assert first.lower == lower[first.input] and second.upper == upper[second.input]
+    clip = first.clip
+    assert first.input == second.input and first.upper == second.lower and second.clip is clip
+    assert first.lower == clip.lower[first.input] and second.upper == clip.upper[second.input]
+    whole = box_of(problem, record.path(one))
+    again = bounds(Box(*whole), torch.tensor([one.image]))
+    lower, upper = (end[0].flatten() for end in whole)
+    assert_lines(clip, again)
+    for clause in clip.clauses:
+        ends = ends_by_lines(clip, clause, lower, upper)
+        if (ends[0] <= ends[1]).all():
+            assert (double(clip.lower) <= ends[0]).all() and (double(clip.upper) >= ends[1]).all()
+    return clip.lower != tuple(lower.tolist()) or clip.upper != tuple(upper.tolist())
+
+
+def assert_lines(clip: Clip, again: ClauseBounds) -> None:
+    assert torch.allclose(clip.forms, again.cuts.forms[0].flatten(2), atol=FINE)
+    assert torch.allclose(clip.least, again.cuts.least[0], atol=FINE)
+    proved = [clause for clause, bound in enumerate(again.clauses[0].tolist()) if bound > 0]
+    assert sorted([*proved, *clip.clauses]) == list(range(len(again.clauses[0])))
+
+
+def ends_by_lines(
+    clip: Clip, clause: int, lower: torch.Tensor, upper: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where all lines of a clause may be <= 0, input by input."""
+    forms, reach = clip.forms[clause], -clip.least[clause].unsqueeze(1) / clip.forms[clause].abs()
+    above = torch.where(forms > 0, lower + reach, torch.inf).amin(0)
+    below = torch.where(forms < 0, upper - reach, -torch.inf).amax(0)
+    return torch.maximum(lower, below), torch.minimum(upper, above)
+
+
+def nothing_left(clip: Clip, again: ClauseBounds, lower: torch.Tensor, upper: torch.Tensor) -> bool:
+    assert_lines(clip, again)
+    ends = (ends_by_lines(clip, clause, lower, upper) for clause in clip.clauses)
+    return all(bool((below > above).any()) for below, above in ends)
 
 
 class TestUnits:

@@ -1,7 +1,8 @@
 """Branch and bound on the input box: for networks of few inputs, as in control, it takes far fewer subproblems than
 splitting neurons.
 
-A subproblem is a box, bounded by CROWN and halved at the input through which its linear bound varies most.
+A subproblem is a box, bounded by ``BoxBounds``, clipped to the part in which its linear bounds allow a counterexample,
+and halved at the input through which they vary most.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..bounds import Box, memory
 from ..bounds.crown import rows_at_a_time
 from ..typed import as_floats, as_ints
 from .bounds_so_far import BoundsSoFar
-from .box_bounds import BoxBounds
+from .box_bounds import BoxBounds, ClauseBounds
 from .engine import (
     Bounded,
     Bounder,
@@ -30,7 +31,7 @@ from .engine import (
     Violates,
 )
 from .problem import Problem, rows_of_clauses
-from .search_record import Concretised, Proof, Range, SearchRecord
+from .search_record import Clip, Clipped, Concretised, Proof, Range, SearchRecord
 
 INPUTS = 20
 """Most inputs that may vary: with more, half a box is hardly easier than the box. With 14 inputs and 64 ReLUs (the GCAS
@@ -61,14 +62,16 @@ def split_inputs(
     """Prove or refute the problems over boxes that ``known`` leaves open.
 
     Args:
-        timeout, violates, record: as in ``BranchAndBound``.
+        timeout, violates, record: as in ``BranchAndBound``. A recorded search never tightens the bounds of the whole
+            set: the record has no place for the slopes.
         batch: most boxes halved in one round.
     """
     worst, hull = problem.specification.worst(known.rows), known.region_of(problem).hull
     image = torch.arange(len(problem), device=worst.device)
     none = torch.zeros_like(image)
-    roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none)
-    bounder = BoxBounder(problem, known, batch)
+    inf = torch.full_like(worst, torch.inf)
+    roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none, inf)
+    bounder = BoxBounder(problem, known, batch, tighten=record is None)
     return BranchAndBound(
         problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(batch), UnsplittableBoxes(),
         timeout=timeout, violates=violates, record=record,
@@ -77,36 +80,51 @@ def split_inputs(
 
 @dataclass(frozen=True)
 class Boxes(OpenSubproblems):
-    """Boxes from ``lower`` to ``upper`` (P, *shape); ``cut`` (P,) int64 is the input to halve them at."""
+    """Boxes from ``lower`` to ``upper`` (P, *shape), clipped once they are bounded.
+
+    Args:
+        cut: (P,) int64, the input to halve them at.
+        level: (P,) > 0, lower bounds of the clauses in all that was cut off; inf where nothing was.
+    """
 
     lower: Tensor
     upper: Tensor
     cut: Tensor
+    level: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class BoxLines(Bounded[Boxes]):
-    """Linear bounds of P boxes; ``clauses`` (P, C), ``forms`` (P, C, *shape) and ``weights`` (P, C, G) are as in
-    ``ClauseBounds``."""
+    """Linear bounds of P boxes, before they were clipped.
+
+    Args:
+        empty: (P,) bool, the boxes of which clipping left nothing.
+    """
 
     problem: Problem
-    clauses: Tensor
-    forms: Tensor
-    weights: Tensor
+    linear: ClauseBounds
+    empty: Tensor
 
     def points(self, index: Tensor) -> Iterator[Tensor]:
         """The minimisers of the worst clause's linear bound, then the centres of the boxes."""
         some = self.subproblems.take(index)
         region, own = Box(some.lower, some.upper), self.problem.region.take(some.image)
-        form = self.forms[index, self.targets(index)]
+        form = self.linear.forms[index, self.targets(index)]
         yield own.nearest(torch.where(form > 0, region.lower, torch.where(form < 0, region.upper, region.images)))
         yield own.nearest(region.images)
 
     def targets(self, index: Tensor) -> Tensor:
-        return self.clauses[index].argmin(1)
+        return self.linear.clauses[index].argmin(1)
 
     def proof(self, number: int) -> Proof:
-        return Concretised(self.weights[number])
+        weights = self.linear.weights[number]
+        return Clipped(weights, self.clip(number)) if bool(self.empty[number]) else Concretised(weights)
+
+    def clip(self, number: int) -> Clip:
+        some, cuts = self.subproblems, self.linear.cuts
+        lower, upper = (tuple(as_floats(end[number].flatten())) for end in (some.lower, some.upper))
+        open_ = tuple(as_ints((~(self.linear.clauses[number] > 0)).nonzero()))
+        return Clip(lower, upper, open_, cuts.forms[number].flatten(2), cuts.least[number])
 
 
 class BoxBounder(Bounder[Boxes, BoxLines]):
@@ -114,13 +132,14 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
 
     Args:
         batch: most boxes halved in one round.
+        tighten: as in ``BoxBounds``.
     """
 
-    def __init__(self, problem: Problem, known: BoundsSoFar, batch: int):
+    def __init__(self, problem: Problem, known: BoundsSoFar, batch: int, tighten: bool = False):
         rows, offsets = known.rows_of(problem.specification)
         members, _ = rows_of_clauses(problem.specification.clauses)
-        self.problem = problem
-        self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds)
+        self.problem, region = problem, known.region_of(problem)
+        self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds, region, tighten)
         inputs = int((problem.region.hull.radius > 0).flatten(1).sum(1).max()) if len(problem) else 0
         lines = max(rows.shape[1], 1 + inputs)  # backward, and lower and upper ones forward
         size = memory.planned(known.rows)
@@ -131,10 +150,20 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
         return self._at_a_time
 
     def bound(self, subproblems: Boxes) -> BoxLines:
-        region = Box(subproblems.lower, subproblems.upper)
-        linear = self.bounds(region, subproblems.image)
-        bound = torch.maximum(subproblems.bound, linear.clauses.amin(1))
-        return BoxLines(replace(subproblems, bound=bound), self.problem, linear.clauses, linear.forms, linear.weights)
+        box = Box(subproblems.lower, subproblems.upper)
+        linear = self.bounds(box, subproblems.image)
+        bound = torch.maximum(subproblems.bound, torch.minimum(linear.clauses.amin(1), subproblems.level))
+        open_ = ~(bound > 0)
+        part = linear.cuts.clipped(box, open_.unsqueeze(1) & ~(linear.clauses > 0))
+        empty = part.empty & open_  # the others are proved as they are
+        proved = linear.clauses.masked_fill(~(linear.clauses > 0), torch.inf).amin(1)  # there too
+        level = torch.minimum(
+            subproblems.level, torch.where(part.level < torch.inf, part.level.minimum(proved), torch.inf)
+        )
+        some = replace(
+            subproblems, bound=torch.where(empty, level, bound), lower=part.lower, upper=part.upper, level=level
+        )  # fmt: skip
+        return BoxLines(some, self.problem, linear, empty)
 
 
 class BoxSplitter(Splitter[Boxes, BoxLines]):
@@ -142,6 +171,7 @@ class BoxSplitter(Splitter[Boxes, BoxLines]):
 
     def __init__(self, at_a_time: int):
         self._at_a_time = at_a_time
+        self._clips: dict[int, Clip] = {}  # of the boxes to be halved, by their numbers in the record
 
     @property
     def at_a_time(self) -> int:
@@ -152,14 +182,17 @@ class BoxSplitter(Splitter[Boxes, BoxLines]):
         lower, upper = bounded.subproblems.lower.flatten(1), bounded.subproblems.upper.flatten(1)
         middle = _middle(lower, upper)
         splittable = (lower < middle) & (middle < upper)
-        slope = (bounded.forms.flatten(2).abs() * ~(bounded.clauses > 0).unsqueeze(-1)).sum(1)
+        linear = bounded.linear
+        slope = (linear.forms.flatten(2).abs() * ~(linear.clauses > 0).unsqueeze(-1)).sum(1)
         slope = torch.maximum(slope, FLOOR * slope.amax(1, keepdim=True))
         variation = slope * (upper - lower)
         # a bound that does not vary gives no choice: then the widest input
         return torch.where(splittable, variation.nan_to_num(0.0) + 1e-30 * (upper - lower), -torch.inf)
 
     def decide(self, bounded: BoxLines, options: Tensor, index: Tensor) -> Boxes:
-        return replace(bounded.subproblems.take(index), cut=options[index].argmax(1))
+        some = replace(bounded.subproblems.take(index), cut=options[index].argmax(1))
+        self._clips |= {node: bounded.clip(i) for node, i in zip(as_ints(some.node), as_ints(index)) if node >= 0}
+        return some
 
     def children(self, parents: Boxes) -> Boxes:
         lower, upper = parents.lower.flatten(1), parents.upper.flatten(1)
@@ -171,7 +204,8 @@ class BoxSplitter(Splitter[Boxes, BoxLines]):
     def decisions(self, children: Boxes) -> Sequence[Range]:
         at = children.cut.unsqueeze(1)
         lower, upper = (as_floats(end.flatten(1).gather(1, at)) for end in (children.lower, children.upper))
-        return [Range(*one) for one in zip(as_ints(children.cut), lower, upper)]
+        clips = [self._clips[node] for node in as_ints(children.node)]
+        return [Range(*one) for one in zip(as_ints(children.cut), lower, upper, clips)]
 
 
 class UnsplittableBoxes(LeafSolver[Boxes, BoxLines]):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..bounds import Bounds, memory
 from ..bounds.crown import crown_bounds
-from ..bounds.effort import work_of
 from ..bounds.interval import Interval
 from ..bounds.network import Network
 from ..typed import as_bools, as_ints
@@ -42,7 +41,7 @@ from .problem import Problem, rows_of_clauses
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
 from .search_statistics import part
-from .tighter_bounds import tightened
+from .tighter_bounds import passes, tightened, tightening_work, work_of_a_row
 
 TOLERANCE = 1e-6
 """Relative to the logits' largest absolute value: a leaf whose exact minimum is closer to 0 is left undecided."""
@@ -372,18 +371,13 @@ class TighteningBudget:
 
     def __init__(self, space: SignSpace, search: Search):
         network, steps = space.network, search.root_steps
-        images = torch.arange(len(space.lower), device=space.lower.device)
-        self.spent = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+        self.spent = torch.zeros(len(space.lower), dtype=torch.float64, device=space.lower.device)
         self.cost = torch.full_like(self.spent, torch.inf)
-        last = len(network.operations) - 1
-        self.bounding = space.clauses.shape[1] * passes(search.steps) * work_of_a_row(network, last)
-        if steps:
-            uppers = space.neurons.apart(space.upper)
-            self.cost.zero_()
-            for place, lower in [*space.neurons.apart(space.lower).items()][1:]:
-                rows = 2 * ((lower < 0) & (uppers[place] > 0)).flatten(1).sum(1)
-                self.cost += rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
-            self.cost[self.cost == 0] = torch.inf  # no neuron to tighten
+        a_row = work_of_a_row(network, len(network.operations) - 1)
+        self.bounding = space.clauses.shape[1] * passes(search.steps) * a_row
+        if steps and network.nonlinear:
+            work = tightening_work(network, space.known.bounds, steps)
+            self.cost = torch.where(work > 0, work, torch.inf)
 
     def due(self, subproblems: OpenSubproblems) -> Tensor:
         """The numbers of the images to tighten before their ``subproblems`` are bounded."""
@@ -392,16 +386,6 @@ class TighteningBudget:
         due = (self.spent >= self.cost).nonzero().flatten()
         self.cost[due] = torch.inf
         return due
-
-
-def passes(steps: int) -> int:
-    """Backward passes that an ascent costs: a gradient costs two."""
-    return 3 * steps + 1
-
-
-def work_of_a_row(network: Network, position: int) -> float:
-    """Multiplications of one linear form's way from an operation's output to the input."""
-    return sum(work_of(network, position, lambda number: network.shapes[number].numel()).values())
 
 
 class SignSplitter(Splitter[SignSubproblems, SignBounds]):

@@ -29,13 +29,32 @@ class Sign(Decision):
     sign: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """The part of a box that may hold a counterexample, by linear bounds over the box (``clipping.Cuts``).
+
+    Args:
+        lower, upper: ends of all N inputs.
+        clauses: numbers of the clauses that are not proved over the box.
+        forms: (C, K, N), linear lower bounds of rows of each clause and of weighted means of its rows, constants left
+            out; least: (C, K), lower bounds of their minima over the box, constants included.
+    """
+
+    lower: tuple[float, ...]
+    upper: tuple[float, ...]
+    clauses: tuple[int, ...]
+    forms: Tensor
+    least: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Range(Decision):
-    """One entry of the input, by its place in the flattened image, is in [lower, upper]."""
+    """The parent's box is clipped, and one of its inputs, by its place in the flattened image, is in [lower, upper]."""
 
     input: int
     lower: float
     upper: float
+    clip: Clip
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,19 @@ class Concretised(Proof):
     """
 
     rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Clipped(Concretised):
+    """Linear bounds that exclude a counterexample of any clause: some are positive, those of each other clause leave
+    nothing of the box.
+
+    Args:
+        clip: its ends are those of the whole box.
+    """
+
+    reason: ClassVar[Reason] = "infeasible"
+    clip: Clip
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import Attack, default_attack
-from ..bounds import PerturbationSet, SparseBall, compute_rows, forward, memory
+from ..bounds import Bounds, PerturbationSet, Region, SparseBall, compute_rows, forward, memory
 from ..bounds.clock import OutOfTime, expected, look, until
 from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.effort import work_of
 from ..bounds.folding import fold
+from ..bounds.forward_linear import forward_bounds
+from ..bounds.network import Network
 from ..errors import InputError, check
 from ..noise import Noise
 from ..step import Batch, Step
@@ -139,8 +141,25 @@ def _with_bounds(problem: Problem, known: BoundsSoFar, refine: bool = True) -> B
     that uses them is kept back from the clock."""
     network, numbers = known.network, problem.specification.rows.shape[:2].numel()
     work = work_of(network, len(network.operations) - 1, lambda number: numbers * network.shapes[number].numel())
+    region = known.region_of(problem)
     with until(keep=expected(work)):
-        return known.with_bounds((crown_bounds if refine else interval_bounds)(network, known.region_of(problem)))
+        if not refine:
+            return known.with_bounds(interval_bounds(network, region))
+        closer = few_inputs(problem) and network.rounding is None  # forward bounds do not cover rounding
+        return known.with_bounds(crown_bounds(network, region, _by_forward_lines(network, region) if closer else None))
+
+
+def _by_forward_lines(network: Network, region: Region) -> dict[int, Bounds]:
+    """Forward bounds over boxes in which few inputs vary, as many boxes at a time as fit into memory.
+
+    Backward passes that start from them are fewer and tighter: intervals forget that all outputs of a layer depend on
+    the same few inputs.
+    """
+    size = rows_at_a_time(network, INPUTS + 1, region.hull.center)
+    every = torch.arange(len(region.hull.center), device=region.hull.center.device)
+    parts = [forward_bounds(network, region.take(part)) for part in torch.split(every, size)]
+    ends = {place: [(part[place].lower, part[place].upper) for part in parts] for place in parts[0]}
+    return {place: Bounds(*map(torch.cat, zip(*own, strict=True))) for place, own in ends.items()}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bounds import Bounds, Region
 from ..bounds.clock import OutOfTime
+from ..bounds.effort import work_of
 from ..bounds.interval import Interval
 from ..bounds.network import Network
 from .neuron_clipping import NeuronLines
@@ -68,6 +69,26 @@ def tightened(
 
 _Lines: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """Linear lower bounds of some neurons' inputs, and of minus their inputs: forms (B, M, N), then constants (B, M)."""
+
+
+def tightening_work(network: Network, bounds: Mapping[int, Bounds], steps: int = STEPS) -> Tensor:
+    """(B,) float64, multiplications that ``tightened`` takes for each image; 0 where no neuron is unstable."""
+    work = torch.zeros(len(bounds[network.nonlinear[0]].lower), dtype=torch.float64)
+    for place in network.nonlinear[1:]:
+        unstable = ((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1)
+        rows = 2 * unstable
+        work = work.to(rows.device) + rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
+    return work
+
+
+def passes(steps: int) -> int:
+    """Backward passes that an ascent costs: a gradient costs two."""
+    return 3 * steps + 1
+
+
+def work_of_a_row(network: Network, position: int) -> float:
+    """Multiplications of one linear form's way from an operation's output to the input."""
+    return sum(work_of(network, position, lambda number: network.shapes[number].numel()).values())
 
 
 def _tightened_at(
