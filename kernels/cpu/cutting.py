@@ -34,22 +34,30 @@ def _norms(
 
 @jit(reassociate=True)
 def _minima(
-    first: int, last: int, forms: Array, constants: Array, cuts: Array, offsets: Array, rows: Array, out: Array,
-    multiples: Array, fifth: float, zero: float, infinity: float,
+    first: int, last: int, forms: Array, constants: Array, sizes: Array, cuts: Array, offsets: Array, rows: Array,
+    out: Array, multiples: Array, fifth: float, zero: float, infinity: float,
 ) -> None:  # fmt: skip
-    """Items are entries of ``rows``. Comparisons leave out duals that are not finite."""
+    """Items are entries of ``rows``. Comparisons leave out duals that are not finite.
+
+    ``sizes`` are the forms' norms, or -1 where none is known yet: threads that meet there write the same number.
+    """
     count = rows.shape[1]
+    item, k = first // count, first % count - 1
     before, cut, offset, norm = -1, cuts[0], zero, zero
-    for number in range(first, last):
-        item, k = number // count, number % count
+    for _ in range(first, last):
+        k += 1
+        if k == count:
+            item, k = item + 1, 0
         row = rows[item, k]
         if row < 0:
             continue
         if item != before:
             before, cut, offset = item, cuts[item], offsets[item]
             norm = _norm(cut, zero)
-        form = forms[row]
-        size = _norm(form, zero)
+        form, size = forms[row], sizes[row]
+        if size < zero:
+            size = _norm(form, zero)
+            sizes[row] = size
         best = -size
         if norm > zero and size > zero:
             unit = size / norm
@@ -85,8 +93,9 @@ def _minima(
 
 def cut_box_minima(forms: Tensor, constants: Tensor, cuts: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
     out = constants.new_full(rows.shape, -torch.inf)
+    sizes = torch.full_like(constants, -1)
     kind = np.float32 if forms.dtype == torch.float32 else np.float64
-    arrays = [array(t, *t.shape) for t in (forms, constants, cuts, offsets, rows, out)]
+    arrays = [array(t, *t.shape) for t in (forms, constants, sizes, cuts, offsets, rows, out)]
     multiples, numbers = np.array([*FIRST, LAST], dtype=kind), (kind(0.2), kind(0), kind(np.inf))
     run(_minima, rows.numel(), rows.numel() * forms.shape[1] * 16, *arrays, multiples, *numbers)
     return out
