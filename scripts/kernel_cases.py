@@ -136,6 +136,20 @@ def crown_relu_step(make: Maker, B: int, R: int, N: int) -> Case:
     )  # fmt: skip
 
 
+def cut_box_minima(make: Maker, J: int, N: int, P: int, K: int) -> Case:
+    forms, constants, cuts = make.normal(J, N), make.normal(J), make.normal(P, N)
+    offsets = cuts.abs().sum(1) / 4
+    rows = torch.arange(P * K, device=make.device).reshape(P, K) % J
+    return Case(
+        "cut_box_minima", f"J={J},N={N},P={P},K={K}",
+        {  # a compiler unrolls the formula's loop over cuts
+            "certtrain": lambda: kernels.cut_box_minima(forms, constants, cuts, offsets, rows),
+            "eager": lambda: reference.cut_box_minima(forms, constants, cuts, offsets, rows),
+            "breakpoints": lambda: rivals.sorted_breakpoints(forms, constants, cuts, offsets, rows),
+        },
+    )  # fmt: skip
+
+
 def topk_mask(make: Maker, B: int, N: int, k: int) -> Case:
     scores = make.normal(B, N)
     return Case(
@@ -238,6 +252,7 @@ CASES: dict[str, tuple[Callable[..., Case], list[dict[str, int]]]] = {
     "batch_statistics_norm": (batch_statistics_norm, [{"B": 32, "C": 64, "H": 32}]),
     "ibp_margins": (ibp_margins, [{"B": 256, "K": 200, "D": 512}, {"B": 256, "K": 1000, "D": 512}]),
     "crown_relu_step": (crown_relu_step, [{"B": 32, "R": 9, "N": 16384}, {"B": 1, "R": 512, "N": 32768}]),
+    "cut_box_minima": (cut_box_minima, [{"J": 512, "N": 3072, "P": 64, "K": 32}, {"J": 64, "N": 5, "P": 256, "K": 32}]),
     "topk_mask": (topk_mask, [{"B": 256, "N": 1024, "k": 20}, {"B": 32, "N": 50176, "k": 200}]),
     "sparse_apply": (sparse_apply, [{"B": 256, "N": 1024, "k": 20}]),
     "spgd_step": (spgd_step, [{"B": 256, "N": 1024, "k": 20}]),

@@ -107,6 +107,21 @@ def clamped_crown(a: Tensor, bias: Tensor, low: Tensor, up: Tensor, intercept: T
     return plus * low[:, None] + minus * up[:, None], bias + (minus @ intercept[:, :, None]).squeeze(-1)
 
 
+def sorted_breakpoints(forms: Tensor, constants: Tensor, cuts: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
+    """The exact minima over cut boxes, where the sorted breakpoints of the dual turn its slope (arXiv 2512.11087)."""
+    found = []
+    for cut, offset, own in zip(cuts, offsets, rows, strict=True):
+        form = forms[own]
+        falls = form * cut < 0
+        t, order = torch.where(falls, -form / cut, 0).sort(dim=1)
+        rises = torch.where(falls, -cut.abs(), cut.abs()).sum(1, keepdim=True)
+        slopes = offset - rises - torch.where(falls, 2 * cut.abs(), 0).gather(1, order).cumsum(1)
+        best = t.gather(1, (slopes > 0).sum(1, keepdim=True).clamp(max=t.shape[1] - 1))
+        dual = best.squeeze(1) * offset - (form + best * cut).abs().sum(1)
+        found.append(constants[own] + torch.maximum(dual, -form.abs().sum(1)))
+    return torch.stack(found)
+
+
 def auto_lirpa(model: nn.Module, images: Tensor, lower: Tensor, upper: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm  # type: ignore[import-not-found]
 

@@ -53,6 +53,9 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[JITFunction, tuple, dict]]:
     for lines in ([shared] * 3, [forms, shared, shared]):
         gpu.crown(forms, *lines, False)
         gpu.crown_backward(forms, forms[..., 0], forms, *lines, False)
+    cuts, chosen = torch.zeros(16, 3072, dtype=dtype), torch.zeros(16, 8).long()
+    gpu.cut_box_minima(cuts, cuts[:, 0], cuts, cuts[:, 0], chosen)
+    gpu.cut_box_minima(cuts[:, :5], cuts[:, 0], cuts[:, :5], cuts[:, 0], chosen[:, :1])
     budgets = torch.zeros(8).long()
     for pixels in (49, 1024, 4096, 50176):
         p, m = torch.zeros(8, 3, pixels, dtype=dtype), torch.zeros(8, pixels, dtype=dtype)

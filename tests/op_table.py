@@ -44,6 +44,7 @@ def table(dtype: torch.dtype = torch.float64, last: bool = False) -> dict[str, C
     own = lines[0], positive(2, 3, 4, 2), positive(2, 3, 4, 2)
     x, p, scores = positive(2, 3, 4, 5).clamp(max=1), normal(2, 3, 4, 5), normal(2, 4, 5)
     p = torch.minimum(torch.maximum(p.clamp(-1, 1), -x), 1 - x)
+    rows = torch.tensor([[2, -1, 0, 1], [1, 1, 3, 2], [-1, 3, 0, 0]])
     mask, budgets = (torch.arange(40).reshape(2, 4, 5) % 7 == 0).to(torch.uint8), torch.tensor([3, 25])
 
     k, grouped = kernels, {"stride": (2, 1), "padding": (0, 1), "groups": 2}
@@ -79,6 +80,10 @@ def table(dtype: torch.dtype = torch.float64, last: bool = False) -> dict[str, C
         "margins bare": Call(lambda c, r, w: k.ibp_margins(c, r, w, None, labels), (*flat, weight), formula=False),
         "crown lower": Call(k.crown_relu_step, (*forms, *lines)),
         "crown upper": Call(lambda *given: k.crown_relu_step(*given, upper=True), (*forms, *own)),
+        "cut": Call(
+            lambda *given: k.cut_box_minima(*given, rows), (normal(4, 9), normal(4), normal(3, 9), normal(3)), False,
+            formula=False,
+        ),
         "topk": Call(lambda s: k.topk_mask(s, 6), (scores,), False, formula=False),
         "topk rows": Call(lambda s: k.topk_mask(s, budgets), (scores,), False, formula=False),
         "apply": Call(lambda *given: k.sparse_apply(*given, 6), (x, p, scores), exact=False, formula=False),

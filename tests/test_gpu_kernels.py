@@ -196,6 +196,35 @@ def test_crown(shape, upper, dtype, own):
     )  # fmt: skip
 
 
+@walk(
+    "shape, layout, dtype",
+    rows([(5, 7, 3, 6), (3, 1100, 2, 1), (4, 300, 3, 5), (2, 1, 1, 2), (2, 0, 2, 3)], LAYOUTS, TOLERANCE),
+)
+def test_cut_box_minima(shape, layout, dtype):
+    count, entries, items, each = shape
+    forms = laid_out(randn(count, entries, dtype=dtype), layout)
+    constants, cuts = randn(count, dtype=dtype, seed=1), laid_out(randn(items, entries, dtype=dtype, seed=2), layout)
+    offsets = cuts.abs().sum(1) * torch.linspace(-0.1, 0.6, items, device=DEVICE, dtype=dtype)
+    chosen = (torch.arange(items * each, device=DEVICE) * 5 % (count + 1) - 1).reshape(items, each)
+    found = kernels.cut_box_minima(forms, constants, cuts, offsets, chosen)
+    given = [t.double() for t in (forms, constants, cuts, offsets)]
+    expected = reference.cut_box_minima(*given, chosen)
+    assert found.dtype == dtype and torch.equal(found == -torch.inf, chosen < 0)
+    tolerance = 4 * TOLERANCE[dtype] * (1 + float(given[0].abs().sum(1).max()))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@DTYPES
+def test_cut_box_minima_of_numbers_that_are_not_finite(dtype):
+    forms = torch.tensor([[1.0, 2], [torch.nan, 0], [torch.inf, 0], [1, -1]]).to(DEVICE, dtype)
+    constants = torch.tensor([1.0, 1, 1, torch.inf]).to(DEVICE, dtype)
+    cuts = torch.tensor([[1.0, 1], [torch.nan, 1], [torch.inf, 1], [0, 0], [1, 1], [1, 1]]).to(DEVICE, dtype)
+    offsets = torch.tensor([0.0, 0, 0, 1, torch.inf, torch.nan]).to(DEVICE, dtype)
+    found = kernels.cut_box_minima(forms, constants, cuts, offsets, torch.arange(4, device=DEVICE).expand(6, 4))
+    assert (found[:, 1:] == -torch.inf).all() and (found[:, 0] == -2).all()
+
+
 def awkward_rows(entries: int, dtype: torch.dtype) -> Tensor:
     """Random; rounded to many ties; all equal; signed zeros; NaN and infinities; ascending."""
     rows = randn(6, entries, dtype=dtype)
@@ -293,6 +322,7 @@ def test_no_op_waits_for_the_device():
     for _ in range(2):  # the first time compiles
         kernels.ibp_margins(center, center.abs(), weight, None, labels)
         kernels.topk_mask(center, 3)
+        kernels.cut_box_minima(weight, weight[:, 0], center, center[:, 0], labels[:, None])
         kernels.spgd_step(x, x, x[:, 0], x, mask, 3, alpha=0.1, beta=0.1, projected=True)
         torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")

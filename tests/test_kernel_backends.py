@@ -213,8 +213,12 @@ def test_one_thread_and_two_give_the_same_bits():
             hidden, weight, labels = tensor(61, 101), tensor(307, 101, seed=3), torch.arange(61) * 5
             forms, lines = tensor(3, 7, 5303), [tensor(3, 5303, seed=s).abs() for s in (4, 5, 6)]
             pictures, scores = tensor(9, 3, 6007).sigmoid(), tensor(9, 6007)
-            mask = (scores > 2).to(torch.uint8)
+            mask, chosen = (scores > 2).to(torch.uint8), torch.arange(7 * 13).reshape(7, 13) % 29 - 1
             return [
+                (
+                    lambda *a: kernels.cut_box_minima(*a, chosen),
+                    tensor(28, 197), tensor(28, seed=1), tensor(7, 197, seed=2), tensor(7, seed=3),
+                ),
                 (kernels.ibp_relu, image, image.abs()),
                 (lambda *a: kernels.ibp_affine(*a, relu=True), image, image.abs(), *vectors),
                 (lambda *a: kernels.ibp_affine(*a, relu=True), last, last.abs(), *vectors),

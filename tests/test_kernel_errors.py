@@ -12,12 +12,16 @@ def _calls():
     c, r, image = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, 4, 4)
     w, kernel, v, labels = torch.zeros(5, 3), torch.zeros(5, 3, 2, 2), torch.zeros(5), torch.tensor([0, 1])
     forms, constants, line = torch.zeros(2, 4, 3), torch.zeros(2, 4), torch.zeros(2, 3)
+    cut = {"forms": w, "constants": v, "cuts": c, "offsets": v[:2], "rows": torch.tensor([[0, 4, -1]] * 2)}
     scores, mask = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8)
     k = kernels
 
     def step(**changed):
         given = {"gradient": image, "p": image, "m": scores, "x": image, "mask": mask, "k": 1} | changed
         return k.spgd_step(**given, alpha=1, beta=1, projected=True)
+
+    def minima(**changed):
+        return k.cut_box_minima(**(cut | changed))
 
     shapes = [
         ("radius", lambda: k.ibp_relu(c, r[:1])),
@@ -58,6 +62,14 @@ def _calls():
         ("lower_slope", lambda: k.crown_relu_step(forms, constants, line[:1], line, line)),
         ("upper_slope", lambda: k.crown_relu_step(forms, constants, line, line[:, :2], line)),
         ("upper_intercept", lambda: k.crown_relu_step(forms, constants, line, line, forms[:, :1])),
+        ("forms", lambda: minima(forms=v)),
+        ("constants", lambda: minima(constants=v[:1])),
+        ("cuts", lambda: minima(cuts=v)),
+        ("cuts", lambda: minima(cuts=c[:, :2])),
+        ("offsets", lambda: minima(offsets=v)),
+        ("rows", lambda: minima(rows=cut["rows"][:1])),
+        ("rows", lambda: minima(rows=cut["rows"][0])),
+        ("rows", lambda: minima(rows=cut["rows"].to("meta"))),
         ("scores", lambda: k.topk_mask(v.sum(), 1)),
         ("x", lambda: k.sparse_apply(v, v, v, 1)),
         ("p", lambda: k.sparse_apply(image, image[:1], scores, 1)),
@@ -87,6 +99,11 @@ def _calls():
         ("coefficients", lambda: k.crown_relu_step(forms.int(), constants, line, line, line)),
         ("bias", lambda: k.crown_relu_step(forms, constants.to(d), line, line, line)),
         ("upper_slope", lambda: k.crown_relu_step(forms, constants, line, line.to(d), line)),
+        ("forms", lambda: minima(forms=w.int())),
+        ("constants", lambda: minima(constants=v.to(d))),
+        ("cuts", lambda: minima(cuts=c.to(d))),
+        ("offsets", lambda: minima(offsets=v[:2].to(d))),
+        ("rows", lambda: minima(rows=cut["rows"].int())),
         ("scores", lambda: k.topk_mask(labels[None], 1)),
         ("p", lambda: k.sparse_apply(image, image.to(d), scores, 1)),
         ("scores", lambda: k.sparse_apply(image, image, scores.to(d), 1)),
@@ -139,6 +156,14 @@ def test_labels_that_are_no_classes(backend, label):
     center, labels = torch.zeros(3, 4), torch.tensor([0, label, 4])
     with kernels.use_backend(backend), pytest.raises(ValueError, match=f"^labels: found {label}; expected 0 to 4"):
         kernels.ibp_margins(center, center, torch.zeros(5, 4), None, labels)
+
+
+@pytest.mark.parametrize("row", [-2, 5, 1 << 40])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_that_are_no_forms(backend, row):
+    forms, cuts, rows = torch.zeros(5, 3), torch.zeros(2, 3), torch.tensor([[0, -1], [4, row]])
+    with kernels.use_backend(backend), pytest.raises(ValueError, match=f"^rows: found {row}; expected -1 to 4"):
+        kernels.cut_box_minima(forms, forms[:, 0], cuts, cuts[:, 0], rows)
 
 
 @pytest.mark.parametrize("name", NAMES)

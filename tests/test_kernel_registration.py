@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from walking import walk
 
 from certtrain import kernels
-from certtrain.kernels import convolution, linear, margins, pointwise, registration, relaxation, sparse
+from certtrain.kernels import convolution, cutting, linear, margins, pointwise, registration, relaxation, sparse
 
-MODULES = (convolution, linear, margins, pointwise, relaxation, sparse)
+MODULES = (convolution, cutting, linear, margins, pointwise, relaxation, sparse)
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 

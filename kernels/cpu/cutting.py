@@ -9,7 +9,16 @@ from .threads import Array, array, jit, run
 
 
 @jit(reassociate=True, inline=True)
-def _sizes(
+def _norm(values: Array, zero: float) -> float:
+    """|values|_1."""
+    total = zero
+    for i in range(values.shape[0]):
+        total += abs(values[i])
+    return total
+
+
+@jit(reassociate=True, inline=True)
+def _norms(
     form: Array, cut: Array, one: float, two: float, three: float, four: float, zero: float
 ) -> tuple[float, float, float, float]:
     """|form + t cut|_1 for four numbers t."""
@@ -25,49 +34,68 @@ def _sizes(
 
 @jit(reassociate=True)
 def _minima(
-    first: int, last: int, forms: Array, constants: Array, sizes: Array, cuts: Array, offsets: Array, norms: Array,
-    rows: Array, out: Array, multiples: Array, fifth: float, zero: float,
+    first: int, last: int, forms: Array, constants: Array, sizes: Array, cuts: Array, offsets: Array, rows: Array,
+    out: Array, multiples: Array, fifth: float, zero: float, infinity: float,
 ) -> None:  # fmt: skip
-    """Items are cuts."""
-    for item in range(first, last):
-        cut, offset, norm = cuts[item], offsets[item], norms[item]
-        for k in range(rows.shape[1]):
-            row = rows[item, k]
-            if row < 0:
-                continue
-            form, constant, size = forms[row], constants[row], sizes[row]
-            best = constant - size
-            if norm > zero and size > zero:
-                unit = size / norm
-                one, two, three, four = (
-                    unit * multiples[0], unit * multiples[1], unit * multiples[2], unit * multiples[3]
-                )  # fmt: skip
-                a, b, c, d = _sizes(form, cut, one, two, three, four, zero)
+    """Items are entries of ``rows``. Comparisons leave out duals that are not finite.
+
+    ``sizes`` are the forms' norms, or -1 where none is known yet: threads that meet there write the same number.
+    """
+    count = rows.shape[1]
+    item, k = first // count, first % count - 1
+    before, cut, offset, norm = -1, cuts[0], zero, zero
+    for _ in range(first, last):
+        k += 1
+        if k == count:
+            item, k = item + 1, 0
+        row = rows[item, k]
+        if row < 0:
+            continue
+        if item != before:
+            before, cut, offset = item, cuts[item], offsets[item]
+            norm = _norm(cut, zero)
+        form, size = forms[row], sizes[row]
+        if size < zero:
+            size = _norm(form, zero)
+            sizes[row] = size
+        best = -size
+        if norm > zero and size > zero:
+            unit = size / norm
+            one, two, three, four = (
+                unit * multiples[0], unit * multiples[1], unit * multiples[2], unit * multiples[3]
+            )  # fmt: skip
+            a, b, c, d = _norms(form, cut, one, two, three, four, zero)
+            a, b, c, d = one * offset - a, two * offset - b, three * offset - c, four * offset - d
+            low, high = zero, zero
+            if best < a < infinity:
+                best, low, high = a, zero, two
+            if best < b < infinity:
+                best, low, high = b, one, three
+            if best < c < infinity:
+                best, low, high = c, two, four
+            if best < d < infinity:
+                best, low, high = d, three, unit * multiples[4]
+            if high > zero:
+                step = (high - low) * fifth
+                one = low + step  # an int times float32 would be float64
+                two = one + step
+                three = two + step
+                four = three + step
+                a, b, c, d = _norms(form, cut, one, two, three, four, zero)
                 a, b, c, d = one * offset - a, two * offset - b, three * offset - c, four * offset - d
-                top = max(max(a, b), max(c, d))
-                if constant + top > best:
-                    best = constant + top
-                    if top == a:
-                        low, high = zero, two
-                    elif top == b:
-                        low, high = one, three
-                    elif top == c:
-                        low, high = two, four
-                    else:
-                        low, high = three, unit * multiples[4]
-                    step = (high - low) * fifth
-                    one, two, three, four = low + step, low + 2 * step, low + 3 * step, low + 4 * step
-                    a, b, c, d = _sizes(form, cut, one, two, three, four, zero)
-                    a, b, c, d = one * offset - a, two * offset - b, three * offset - c, four * offset - d
-                    best = max(best, constant + max(max(a, b), max(c, d)))
+                for value in (a, b, c, d):
+                    if best < value < infinity:
+                        best = value
+        best += constants[row]
+        if best < infinity:
             out[item, k] = best
 
 
 def cut_box_minima(forms: Tensor, constants: Tensor, cuts: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
     out = constants.new_full(rows.shape, -torch.inf)
+    sizes = torch.full_like(constants, -1)
     kind = np.float32 if forms.dtype == torch.float32 else np.float64
-    sizes, norms = forms.abs().sum(1), cuts.abs().sum(1)
-    arrays = [array(t, *t.shape) for t in (forms, constants, sizes, cuts, offsets, norms, rows, out)]
-    multiples = np.array([*FIRST, LAST], dtype=kind)
-    run(_minima, len(rows), rows.numel() * forms.shape[1] * 16, *arrays, multiples, kind(0.2), kind(0))
+    arrays = [array(t, *t.shape) for t in (forms, constants, sizes, cuts, offsets, rows, out)]
+    multiples, numbers = np.array([*FIRST, LAST], dtype=kind), (kind(0.2), kind(0), kind(np.inf))
+    run(_minima, rows.numel(), rows.numel() * forms.shape[1] * 16, *arrays, multiples, *numbers)
     return out
