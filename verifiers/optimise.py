@@ -213,9 +213,9 @@ class _Evaluation:
     graph: Tensor | None = None
 
     def take(self, index: Tensor) -> _Evaluation:
-        return _Evaluation(*(
-            part[index] for part in (self.lower, self.forms, self.constants, self.reached, self.values)
-        ))  # fmt: skip
+        return _Evaluation(
+            self.lower[index], self.forms[index], self.constants[index], self.reached[index], self.values[index]
+        )
 
     def with_values(self) -> _Evaluation:
         """The iterate with its ``values``: the derivatives by what is added to the forms of the neurons' inputs."""

@@ -114,12 +114,11 @@ def _tightened_at(
         sub = Subproblems(region, forms, forms.new_zeros(forms.shape[:2]), low, up, position=read)
         slopes = columns.gathered(starting_slopes(low, up, forms.shape[1]), 0.0)
         ascent = maximise(network, sub, slopes, columns=columns, steps=0 if exact else steps, rate=rate)
+        count = part.shape[1]
         if lines:
-            found.append((
-                *torch.split(ascent.forms.flatten(2), part.shape[1], 1),
-                *torch.split(ascent.constants, part.shape[1], 1),
-            ))  # fmt: skip
-        below, above = (torch.where(is_real, end, -math.inf) for end in torch.split(ascent.best, part.shape[1], 1))
+            flat, constants = ascent.forms.flatten(2), ascent.constants
+            found.append((flat[:, :count], flat[:, count:], constants[:, :count], constants[:, count:]))
+        below, above = (torch.where(is_real, end, -math.inf) for end in torch.split(ascent.best, count, 1))
         lower.scatter_reduce_(1, part, below, "amax")
         upper.scatter_reduce_(1, part, -above, "amin")
     return Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape)), found
