@@ -109,12 +109,10 @@ class TestNothingIsLost:
             z = torch.where(hull.radius > 0, (point - hull.center) / hull.radius, 0).flatten(1)
             for image, own in enumerate(lines):
                 columns = space.columns.take(torch.tensor([image]))
-                values = flat[image, columns.neurons[0]]
-                found = own.forms @ z[image] + own.constants
-                low, high = found.split(len(found) // 2)
-                real = columns.real[0]
-                assert own.first == 0
-                assert (low <= values + SIZES)[real].all() and (values <= -high + SIZES)[real].all()
+                assert own.columns.tolist() == columns.real[0].nonzero().flatten().tolist()
+                values = flat[image, columns.neurons[0, own.columns]]
+                low, high = (own.forms @ z[image] + own.constants).split(len(values))
+                assert (low <= values + SIZES).all() and (values <= -high + SIZES).all()
 
 
 class TestRoom:
@@ -127,13 +125,13 @@ class TestRoom:
         for count in range(len(sizes) + 1):
             needed = sum(sizes[count:]) * each
             _, lines = tightened(known.network, space.region, known.bounds, space.columns, steps=1, room=needed)
-            firsts = {own.first for own in lines}
-            assert firsts == ({sum(sizes[:count])} if count < len(sizes) else set())
+            firsts = [int(own.columns[0]) for own in lines]
+            assert firsts == ([sum(sizes[:count])] * len(problem) if count < len(sizes) else [])
 
     def test_no_more_is_kept_than_there_is_room_for(self, monkeypatch):
         problem = hard_problem()
         space = SignSpace(problem, known_of(problem))
-        whole = sum(space.columns.sizes) * 2 * 4 * 8
+        whole = int(space.columns.real[0].sum()) * 2 * 4 * 8
         monkeypatch.setattr(room.memory, "kept", lambda like: 2 * whole)
         for image in range(3):
             space.tighten(torch.tensor([image]), 1)
@@ -207,9 +205,8 @@ class TestNeuronLines:
         torch.testing.assert_close(own[0] @ ((x - center) / radius) + own[1], forms @ x + constants)
 
     def test_only_wanted_unstable_neurons_are_clipped(self):
-        box = Interval(torch.zeros(1), torch.ones(1))
         forms = torch.ones(3, 1)
-        lines = NeuronLines.of(box, forms, -forms, torch.zeros(3), torch.zeros(3), first=1)
+        lines = NeuronLines(torch.cat([forms, -forms]), torch.zeros(6), torch.tensor([1, 2, 3]))
         lower, upper = torch.tensor([[-5.0, -1.0, -1.0, 0.0]]), torch.tensor([[5.0, 1.0, 1.0, 1.0]])
         wanted = torch.tensor([[True, True, False, True]])
         cut, offset = torch.tensor([[1.0]]), torch.tensor([0.5])  # z <= -0.5

@@ -30,19 +30,12 @@ class NeuronLines:
     Args:
         forms, constants: (2C, N) and (2C,): forms · z + constants is a lower bound of a neuron's input, for the second
             half of the rows of minus its input.
-        first: the neurons' first column.
+        columns: (C,) int64, the neurons' columns.
     """
 
     forms: Tensor
     constants: Tensor
-    first: int
-
-    @classmethod
-    def of(cls, box: Interval, below: Tensor, above: Tensor, below_constants: Tensor, above_constants: Tensor,
-           first: int) -> NeuronLines:  # fmt: skip
-        """Lines from linear lower bounds of the inputs and of minus the inputs, (C, N) and (C,) each."""
-        forms, constants = torch.cat([below, above]), torch.cat([below_constants, above_constants])
-        return cls(*scaled(forms, constants, box), first)
+    columns: Tensor
 
     def clipped(
         self, cuts: Tensor, offsets: Tensor, lower: Tensor, upper: Tensor, wanted: Tensor
@@ -56,13 +49,13 @@ class NeuronLines:
             wanted: (P, U) bool, the neurons to clip, if they are unstable. With those alone whose upper lines a bound
                 uses, half as many, a search of 19,000 subproblems had as many and took 24 in place of 27 s.
         """
-        low, high = lower[:, self.first :], upper[:, self.first :]
-        open_ = (low < 0) & (high > 0) & wanted[:, self.first :]
+        low, high = lower[:, self.columns], upper[:, self.columns]
+        open_ = (low < 0) & (high > 0) & wanted[:, self.columns]
         most = int(open_.sum(1).max())
-        columns = torch.argsort(open_.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
-        chosen = open_.gather(1, columns)
-        rows = torch.cat([columns, columns + low.shape[1]], 1).masked_fill(~torch.cat([chosen, chosen], 1), -1)
-        found, columns = cut_box_minima(self.forms, self.constants, cuts, offsets, rows), columns + self.first
+        chosen = torch.argsort(open_.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
+        none = ~open_.gather(1, chosen)
+        rows = torch.cat([chosen, chosen + len(self.columns)], 1).masked_fill(torch.cat([none, none], 1), -1)
+        found, columns = cut_box_minima(self.forms, self.constants, cuts, offsets, rows), self.columns[chosen]
         below, above = found[:, :most], -found[:, most:]
         return lower.scatter_reduce(1, columns, below, "amax"), upper.scatter_reduce(1, columns, above, "amin")
 

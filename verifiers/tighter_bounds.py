@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..bounds.clock import OutOfTime
 from ..bounds.effort import work_of
 from ..bounds.interval import Interval
 from ..bounds.network import Network
-from .neuron_clipping import NeuronLines
+from .neuron_clipping import NeuronLines, scaled
 from .neurons import Columns, Neurons
 from .optimise import Subproblems, ascents_at_a_time, maximise, starting_slopes
 
@@ -33,42 +33,58 @@ def tightened(
 
     Args:
         network: piecewise linear.
-        columns: of ``Neurons.of(network)``.
+        columns: of ``Neurons.of(network)``; an operation's padding comes after its neurons.
         room: bytes for linear bounds. They are kept of whole operations, from the last to the first.
     Returns:
         the bounds, and for each image its linear bounds (over boxes): none out of time, or without room for an
         operation.
     """
     neurons, found, inputs = Neurons.of(network), dict(bounds), network.shapes[0].numel()
+    reals = torch.split(columns.real, columns.sizes, 1)
+    counts = [int(real.sum(1).max()) if real.numel() else 0 for real in reals]  # without what is padding in all images
     each = 2 * inputs * region.hull.center.element_size() * len(columns.neurons)
-    kept, places = len(columns.sizes), list[_Lines]()
-    while kept and sum(columns.sizes[kept - 1 :]) * each <= room:
+    kept, lines = len(counts), list[_Lines]()
+    while kept and sum(counts[kept - 1 :]) * each <= room:
         kept -= 1
     first_neuron = first = 0
     try:
-        for number, (place, size) in enumerate(zip(neurons.places, columns.sizes, strict=True)):
-            part = slice(first, first + size)
+        for number, (place, count) in enumerate(zip(neurons.places, counts, strict=True)):
+            part = slice(first, first + count)
             local, real = columns.neurons[:, part] - first_neuron, columns.real[:, part]
-            found[place], lines = _tightened_at(network, region, found, place, local, real, steps, rate, number >= kept)
-            places += lines
-            first_neuron, first = first_neuron + neurons.sizes[number], first + size
+            found[place], own = _tightened_at(network, region, found, place, local, real, steps, rate, number >= kept)
+            if own is not None:
+                lines.append(replace(own, columns=own.columns + first))
+            first_neuron, first = first_neuron + neurons.sizes[number], first + columns.sizes[number]
     except OutOfTime:
         return found, []
-    if not places:
-        return found, []
-    start, hull = sum(columns.sizes[:kept]), region.hull
-    below, above, below_constants, above_constants = (torch.cat(parts, 1) for parts in zip(*places, strict=True))
-    return found, [
-        NeuronLines.of(
-            Interval(hull.center[image], hull.radius[image]), below[image], above[image], below_constants[image],
-            above_constants[image], start,
-        )
-        for image in range(len(below))
-    ]  # fmt: skip
+    return found, [_of_image(lines, columns.real, region.hull, image) for image in range(len(region))] if lines else []
 
 
-_Lines: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Linear lower bounds of some neurons' inputs, and of minus their inputs: forms (B, M, N), then constants (B, M)."""
+@dataclass(frozen=True, eq=False)
+class _Lines:
+    """Linear lower bounds of neurons' inputs, and of minus their inputs, over a region around B images.
+
+    Args:
+        below, above: (B, C, N) each; below_constants, above_constants: (B, C) each.
+        columns: (C,) the neurons' columns.
+    """
+
+    below: Tensor
+    above: Tensor
+    below_constants: Tensor
+    above_constants: Tensor
+    columns: Tensor
+
+
+def _of_image(lines: Sequence[_Lines], real: Tensor, hull: Interval, image: int) -> NeuronLines:
+    columns = torch.cat([own.columns for own in lines])
+    chosen = real[image, columns]
+    forms, constants = (
+        torch.cat([torch.cat([getattr(own, name)[image] for own in lines])[chosen] for name in names])
+        for names in (("below", "above"), ("below_constants", "above_constants"))
+    )
+    box = Interval(hull.center[image], hull.radius[image])
+    return NeuronLines(*scaled(forms, constants, box), columns[chosen])
 
 
 def tightening_work(network: Network, bounds: Mapping[int, Bounds], steps: int = STEPS) -> Tensor:
@@ -94,7 +110,7 @@ def work_of_a_row(network: Network, position: int) -> float:
 def _tightened_at(
     network: Network, region: Region, bounds: Mapping[int, Bounds], place: int, chosen: Tensor, real: Tensor,
     steps: int, rate: float, lines: bool,
-) -> tuple[Bounds, list[_Lines]]:  # fmt: skip
+) -> tuple[Bounds, _Lines | None]:  # fmt: skip
     """The bounds of one operation's input, tightened at its neurons ``chosen`` (B, M) where ``real``; and linear
     bounds of these, if ``lines``."""
     (read,) = network.operations[place].inputs
@@ -105,8 +121,8 @@ def _tightened_at(
     columns = Columns.of(neurons, (low < 0) & (up > 0))
     exact = not columns.real.shape[1]  # the operation reads a linear function of the inputs
     if not chosen.shape[1] or (exact and not lines):
-        return known, []
-    found = list[_Lines]()
+        return known, None
+    found = list[Sequence[Tensor]]()
     size = max(1, ascents_at_a_time(network, 2 * len(chosen), lower, read))
     for part, is_real in zip(torch.split(chosen, size, 1), torch.split(real, size, 1), strict=True):
         units = lower.new_zeros(*part.shape, lower.shape[1]).scatter_(2, part.unsqueeze(-1), 1.0)
@@ -121,4 +137,9 @@ def _tightened_at(
         below, above = (torch.where(is_real, end, -math.inf) for end in torch.split(ascent.best, count, 1))
         lower.scatter_reduce_(1, part, below, "amax")
         upper.scatter_reduce_(1, part, -above, "amin")
-    return Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape)), found
+    tighter = Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape))
+    if not lines:
+        return tighter, None
+    below, above, below_constants, above_constants = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    every = torch.arange(chosen.shape[1], device=chosen.device)
+    return tighter, _Lines(below, above, below_constants, above_constants, every)
