@@ -183,13 +183,14 @@ class SignSpace:
     def tighten(self, images: Tensor, steps: int, clip: bool = True) -> None:
         """Tighten the bounds of the neurons of ``images`` (I,) by ascents of ``steps`` steps for each; ``clip`` keeps
         their linear bounds, for ``clipped``. One image after the other: some have many times others' neurons."""
-        for image in images.split(1):
+        for image in torch.split(images, 1):
             known, region, columns = self.known.subset(image), self.region.take(image), self.columns.take(image)
             kept = sum(lines.forms.nbytes for lines in self.lines.values())
             room = memory.kept(self.lower) // 2 - kept if clip and region.is_box else 0
             bounds, lines = tightened(self.network, region, known.bounds, columns, steps, room=room)
             self.lower[image], self.upper[image] = self.neurons.ends(known.with_bounds(bounds).bounds, known.rows)
-            self.lines.update({int(image): own for own in lines})
+            for own in lines:
+                self.lines[int(image)] = own
 
     def clamped(self, some: SignSubproblems) -> SignSubproblems:
         """The subproblems with bounds clamped to their image's bounds and to the assumed signs."""

@@ -40,7 +40,7 @@ def tightened(
         operation.
     """
     neurons, found, inputs = Neurons.of(network), dict(bounds), network.shapes[0].numel()
-    reals = torch.split(columns.real, columns.sizes, 1)
+    reals = torch.split(columns.real, list(columns.sizes), 1)
     counts = [int(real.sum(1).max()) if real.numel() else 0 for real in reals]  # without what is padding in all images
     each = 2 * inputs * region.hull.center.element_size() * len(columns.neurons)
     kept, lines = len(counts), list[_Lines]()
