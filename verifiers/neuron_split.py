@@ -36,8 +36,9 @@ from .engine import (
 from .lp import LeafSolution, rounded_bound, solve_leaf
 from .neuron_clipping import LEVEL, NeuronLines, scaled
 from .neurons import Columns, Neurons
-from .optimise import BestParameters, Optimised, Subproblems, ascents_at_a_time, maximise, starting_slopes
+from .optimise import BestParameters, Optimised, Subproblems, ascents_at_a_time, joined, maximise, starting_slopes
 from .problem import Problem, rows_of_clauses
+from .reduced import Reduced, reduced
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
 from .search_statistics import part
@@ -147,6 +148,7 @@ class SignSpace:
         self.clauses, _ = rows_of_clauses(problem.specification.clauses)
         self.worst = known.rows[:, self.clauses].amax(-1)  # (B, clauses)
         self.lines = dict[int, NeuronLines]()  # by image
+        self.reduced = dict[int, Reduced]()  # by image
         self.slopes = known.alphas  # (B, R, N) to start from; CROWN's if None
 
     def roots(self) -> PackedSigns:
@@ -188,9 +190,13 @@ class SignSpace:
             kept = sum(lines.forms.nbytes for lines in self.lines.values())
             room = memory.kept(self.lower) // 2 - kept if clip and region.is_box else 0
             bounds, lines = tightened(self.network, region, known.bounds, columns, steps, room=room)
-            self.lower[image], self.upper[image] = self.neurons.ends(known.with_bounds(bounds).bounds, known.rows)
+            tighter = known.with_bounds(bounds).bounds
+            self.lower[image], self.upper[image] = self.neurons.ends(tighter, known.rows)
             for own in lines:
                 self.lines[int(image)] = own
+            small = reduced(self.network, region, tighter, columns) if self.network.rounding is None else None
+            if small is not None:
+                self.reduced[int(image)] = small
 
     def clamped(self, some: SignSubproblems) -> SignSubproblems:
         """The subproblems with bounds clamped to their image's bounds and to the assumed signs."""
@@ -253,7 +259,7 @@ class SignBounds(Bounded[SignSubproblems]):
     """Linear bounds of D subproblems.
 
     Args:
-        linear: the subproblems in all neurons, before they were clipped.
+        linear: the subproblems in all neurons, for a search that is recorded.
         ends: (D, U) each, lower and upper bounds of the neurons' inputs as computed, which may cross.
         empty: (D,) bool, where they cross, so that nothing satisfies the signs.
         row: (D,) the row of the clause with the highest bound; point: (D, *shape), where that bound is smallest.
@@ -261,7 +267,7 @@ class SignBounds(Bounded[SignSubproblems]):
     """
 
     space: SignSpace
-    linear: Subproblems
+    linear: Subproblems | None
     ends: tuple[Tensor, Tensor]
     empty: Tensor
     optimised: Optimised
@@ -295,6 +301,7 @@ class SignBounds(Bounded[SignSubproblems]):
     def inputs(self, number: int) -> tuple[Tensor, Tensor]:
         """(lower, upper) bounds of the inputs of one subproblem's ``neurons``."""
         neurons = self.neurons(number)
+        assert self.linear is not None
         return self.linear.lower[number, neurons], self.linear.upper[number, neurons]
 
 
@@ -326,13 +333,9 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
 
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
         some, ends, empty = self._tightened(subproblems)
-        linear = self.space.linear(some)
+        linear = self.space.linear(some) if self.recording else None
         best = BestParameters() if self.recording else None
-        optimised = maximise(
-            self.space.network, linear, some.alphas, some.betas, columns=self.space.columns.take(some.image),
-            steps=self.search.steps, rate=self.search.rate, done=lambda best: (best.amax(1) > 0) | empty, kept=best,
-            with_values=True,
-        )  # fmt: skip
+        optimised = self._maximised(some, empty, best)
         assert optimised.betas is not None
         bound = torch.where(empty, torch.inf, torch.maximum(some.bound, optimised.best.amax(1)))
         row = optimised.best.argmax(1)
@@ -341,8 +344,59 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         each = torch.arange(len(row), device=row.device)
         forms, constants, reached = (p[each, row] for p in (optimised.forms, optimised.constants, optimised.reached))
         some = self.space.clipped(some, forms.flatten(1), constants, reached < 0)
-        return SignBounds(
-            some, self.space, linear, ends, empty, optimised, row, minimiser(optimised, linear.region, row), best
+        point = minimiser(optimised, self.space.region.take(some.image), row)
+        return SignBounds(some, self.space, linear, ends, empty, optimised, row, point, best)
+
+    def _maximised(self, some: SignSubproblems, empty: Tensor, best: BestParameters | None) -> Optimised:
+        """Ascents from the subproblems' slopes and multipliers, over their image's reduced network where it has one."""
+        space, whole, parts = (
+            self.space,
+            torch.ones_like(some.image, dtype=torch.bool),
+            list[tuple[Tensor, Optimised]](),
+        )
+        for image, small in space.reduced.items():
+            index = (some.image == image).nonzero().flatten()
+            if len(index):
+                whole[index] = False
+                own, mine, columns = some.take(index), empty[index], small.columns
+                at = (own.image[:, None], space.clauses[own.goal])
+                sub = Subproblems(
+                    small.box.take(torch.zeros_like(index)), space.rows[at], space.offsets[at], own.lower[:, columns],
+                    own.upper[:, columns], own.signs[:, columns],
+                )  # fmt: skip
+                found = self._ascent(small.network, sub, own.alphas[..., columns], own.betas[..., columns], mine)
+                parts.append((index, self._in_all_columns(found, own, columns)))
+        index = whole.nonzero().flatten()
+        if len(index):
+            own, mine = some.take(index), empty[index]
+            columns = space.columns.take(own.image)
+            found = self._ascent(space.network, space.linear(own), own.alphas, own.betas, mine, columns, best)
+            if len(index) == len(some):
+                return found
+            parts.append((index, found))
+        return joined([index for index, _ in parts], [found for _, found in parts])
+
+    def _ascent(
+        self, network: Network, sub: Subproblems, alphas: Tensor, betas: Tensor, empty: Tensor,
+        columns: Columns | None = None, best: BestParameters | None = None,
+    ) -> Optimised:  # fmt: skip
+        return maximise(
+            network, sub, alphas, betas, columns=columns, steps=self.search.steps, rate=self.search.rate,
+            done=lambda best: (best.amax(1) > 0) | empty, kept=best, with_values=True,
+        )  # fmt: skip
+
+    def _in_all_columns(self, found: Optimised, some: SignSubproblems, columns: Tensor) -> Optimised:
+        """Results over a reduced network as over the whole one."""
+
+        def spread(values: Tensor, onto: Tensor) -> Tensor:
+            return onto.index_copy(2, columns, values)
+
+        assert found.betas is not None
+        zero = torch.zeros_like(some.alphas)
+        return replace(
+            found, alphas=spread(found.alphas, some.alphas), betas=spread(found.betas, some.betas),
+            forms=found.forms.reshape(*found.forms.shape[:2], *self.space.network.shapes[0]),
+            reached=spread(found.reached, zero), values=spread(found.values, zero),
         )  # fmt: skip
 
     def _tightened(self, some: SignSubproblems) -> tuple[SignSubproblems, tuple[Tensor, Tensor], Tensor]:

@@ -435,3 +435,15 @@ def _joined(best: Tensor, parts: Sequence[tuple[_Ascent, _Evaluation]]) -> Optim
     )  # fmt: skip
     betas = [ascent.betas for ascent, _ in parts if ascent.betas is not None]
     return Optimised(best, alphas, torch.cat(betas)[order] if betas else None, forms, constants, reached, values)
+
+
+def joined(numbers: Sequence[Tensor], parts: Sequence[Optimised]) -> Optimised:
+    """The results of parts of a batch, in the order of the subproblems' ``numbers`` in it."""
+    order = torch.argsort(torch.cat(list(numbers)))
+
+    def column(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])[order]
+
+    betas = column("betas") if all(part.betas is not None for part in parts) else None
+    names = ("forms", "constants", "reached", "values")
+    return Optimised(column("best"), column("alphas"), betas, *(column(name) for name in names))
