@@ -57,7 +57,7 @@ def structure(cls: type, mapping: object, where: str = "") -> Any:
     prefix = f"{where}." if where else ""
     mapping = _over_preset(cls, mapping, where)
     if not isinstance(mapping, Mapping):
-        raise InputError(f"{where or 'recipe'}: found {mapping!r}; accepted: a mapping of fields")
+        raise InputError(f"{where or 'recipe'}: found {mapping!r}; accepted: {_describe(cls)}")
     values = dict(mapping)
     if issubclass(cls, Component):
         cls = cls.member(values.pop("type", None), where)
@@ -329,6 +329,9 @@ def _describe(kind: Any) -> str:
         return f"a list ({_describe(typing.get_args(kind)[0])})"
     if isinstance(kind, type) and issubclass(kind, Component):
         return f"a mapping with type {', '.join(kind.members())}"
+    if isinstance(kind, type) and issubclass(kind, Presets):
+        fields = ["preset", *(field.name for field in fields_of(kind))]
+        return f"{', '.join(kind.presets())} or a mapping of {', '.join(fields)}"
     if dataclasses.is_dataclass(kind):
         return f"a mapping of {', '.join(field.name for field in dataclasses.fields(kind))}"
     names = {float: "a finite number or a fraction such as 2/255", int: "a whole number", bool: "true or false",

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -129,6 +130,35 @@ def test_a_process_without_room(tmp_path):
     words = [sys.executable, "-c", LIMITED, "5000", "train", "--config", SMOKE, "--out", str(run)]
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert_refused(run, found.returncode, found.stderr)
+
+
+KERNEL = """
+from certtrain.kernels.cpu.threads import jit
+
+@jit
+def kernel(x):
+    return x + {number}
+"""
+
+
+@pytest.mark.parametrize("room", [100, 1500])
+def test_a_kernel_is_compiled_without_room_for_its_cache(room, tmp_path, monkeypatch):
+    """And never taken from the cache of an older version, whose file it was about to replace."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", "")
+    path = tmp_path / "kernels.py"
+
+    def compiled(number: int) -> int:
+        path.write_text(KERNEL.format(number=number))
+        os.utime(path, (number, number))
+        return runpy.run_path(str(path))["kernel"](1)
+
+    with no_file_longer_than(room):
+        assert compiled(1) == 2
+    assert not list(tmp_path.rglob("*.nb*"))
+    assert compiled(2) == 3 and list(tmp_path.rglob("*.nbc"))
+    with no_file_longer_than(room):
+        assert compiled(3) == 4
+    assert compiled(3) == 4
 
 
 @pytest.mark.parametrize("call", ["verify", "evaluate", "diagnose", "export"])

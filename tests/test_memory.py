@@ -45,7 +45,7 @@ class TestSizes:
     @pytest.mark.parametrize(
         "text",
         ["", "GiB", "2GiBs", "-2GiB", "nan", "inf", "1e12", "1_000_000_000", "2.5.1GB", "255MiB", "0", True, 2.0e9 * 0,
-         "9" * 400, "2 GiB 3"],
+         "9" * 400, "2 GiB 3", "２GiB"],
     )  # fmt: skip
     def test_others_are_refused(self, text):
         with pytest.raises(InputError, match="accepted: a size of 256MiB or more, such as 2GiB, 512MiB"):

@@ -81,7 +81,8 @@ class TestPresets:
             ({"search": "quick"}, "certify.search: found 'quick'; accepted: fast, default, thorough"),
             ({"search__preset": "quick"}, "certify.search.preset: found 'quick'; accepted: fast, default, thorough"),
             ({"search__preset": "3"}, "certify.search.preset: found 3; accepted: fast, default, thorough"),
-            ({"search": "3"}, "certify.search: found 3; accepted"),
+            ({"search": "3"}, "certify.search: found 3; accepted: fast, default, thorough or a mapping of preset"),
+            ({"search": ""}, "certify.search: found None; accepted: fast, default, thorough or a mapping of preset"),
             ({"search__speed": "3"}, "certify.search.speed: no such field; accepted: preset, batch"),
             ({"search": "{preset: fast, batch: 0}"}, "certify.search.batch: found 0"),
         ],
@@ -156,6 +157,9 @@ class TestProperties:
             (["--certify.timeout", "0"], "certify.timeout: found 0"),
             (["--certify.falsifying_share", "2"], "certify.falsifying_share: found 2"),
             (["--stages", "ibp,none"], "certify.stages: found 'none'"),
+            (["--stages", " "], "--stages: found ' '; accepted: names of stages"),
+            (["--certify.stages", "[]"], "certify.stages: found (); accepted: one stage or more"),
+            (["--memory", ""], "--memory: found ''; accepted: a size of 256MiB or more"),
             (["--certify.stages", "[ibp, {type: FalsifyStage, starts: 0}]"], "certify.stages[1].starts: found 0"),
             (["--json", "none/a.json"], "none/a.json: cannot be written"),
         ],
@@ -188,6 +192,13 @@ class TestProperties:
         out = capsys.readouterr().out
         assert "--certify.search thorough" in out and "--certify.falsifying_share 0.2" in out
         assert "certify.images" not in out
+
+    @pytest.mark.parametrize("words", [["--stages", ""], ["--memory", ""], ["--memory", "null"]])
+    def test_words_that_name_nothing_are_refused_of_runs_too(self, run, capsys, words):
+        before = (run / "verdicts.jsonl").read_bytes()
+        assert main(["verify", str(run), *words]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {words[0]}: found {words[1]!r}; accepted: ")
+        assert (run / "verdicts.jsonl").read_bytes() == before
 
     def test_a_run_has_no_json(self, tmp_path, capsys):
         assert main(["verify", str(tmp_path), "--json", "a.json"]) == 2

@@ -16,7 +16,7 @@ from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.folding import fold
 from ..bounds.memory import within
 from ..environment import peak_memory
-from ..errors import InputError, Portable
+from ..errors import InputError, Portable, check
 from ..run_folder import write_atomically, write_json
 from ..typed import as_floats, as_ints, unique
 from .cascade import run_cascade
@@ -178,8 +178,9 @@ def with_limits(certify: Certify, timeout: float | None, arithmetic: Arithmetic 
     """The settings with another timeout and arithmetic, where given.
 
     Raises:
-        InputError: they are out of range.
+        InputError: they are out of range, or there is no stage.
     """
+    check(bool(certify.stages), "certify.stages", certify.stages, "one stage or more")
     timeout, arithmetic = timeout if timeout is not None else certify.timeout, arithmetic or certify.arithmetic
     return replace(certify, timeout=timeout, arithmetic=arithmetic)
 

@@ -65,7 +65,7 @@ def size_of(text: int | str, name: str = "memory") -> int:
     Raises:
         InputError: another text, or less than ``LEAST``; ``name`` is named in it.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", str(text).strip().lower())
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)", str(text).strip().lower())
     unit = _UNITS.get(found[2]) if found else None
     size = int(float(found[1]) * unit) if found and unit and len(found[1]) < 30 else 0
     accepted = "a size of 256MiB or more, such as 2GiB, 512MiB, 1.5GB or a number of bytes"

@@ -120,7 +120,6 @@ def _property_settings(options: argparse.Namespace, rest: list[str]) -> tuple[Ce
     Raises:
         InputError: options about a run's images, which do not apply to a property; a bad value.
     """
-    from ..bounds.memory import size_of
     from ..components import load_plugins
     from ..config import override, structure, unstructure
     from ..errors import InputError
@@ -139,15 +138,31 @@ def _property_settings(options: argparse.Namespace, rest: list[str]) -> tuple[Ce
         raise InputError(f"--arithmetic: found {options.arithmetic!r}; accepted: nearest, real, float32")
     if options.arithmetic is not None:
         overrides["certify.arithmetic"] = options.arithmetic
-    if options.stages is not None:
-        overrides["certify.stages"] = f"[{options.stages}]"
+    overrides |= _stages_and_memory(options)
     if options.timeout is not None:
         overrides["certify.timeout"] = str(number("--timeout", options.timeout, SECONDS))
-    if options.memory is not None:
-        overrides["certify.memory"] = str(size_of(options.memory, "--memory"))
     load_plugins(options.plugins)
     settings = structure(Certify, override({"certify": unstructure(PROPERTY)}, overrides)["certify"], "certify")
     return settings, settings.timeout if "certify.timeout" in overrides else None
+
+
+def _stages_and_memory(options: argparse.Namespace) -> dict[str, str]:
+    """``--stages`` and ``--memory``, where given, as fields of the recipe.
+
+    Raises:
+        InputError: no stage, or what is no size.
+    """
+    from ..bounds.memory import size_of
+    from ..errors import InputError
+
+    fields: dict[str, str] = {}
+    if options.stages is not None:
+        if not options.stages.strip():
+            raise InputError(f"--stages: found {options.stages!r}; accepted: names of stages, such as ibp,crown,bab")
+        fields["certify.stages"] = f"[{options.stages}]"
+    if options.memory is not None:
+        fields["certify.memory"] = str(size_of(options.memory, "--memory"))
+    return fields
 
 
 def _property(options: argparse.Namespace, rest: list[str]) -> int:
@@ -220,11 +235,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     size = run.config.perturbation.size
     given = {
         f"perturbation.{size}": options.epsilon, "certify.timeout": options.timeout, "device": options.device,
-        "certify.arithmetic": options.arithmetic, "certify.memory": options.memory,
+        "certify.arithmetic": options.arithmetic,
     }  # fmt: skip
-    overrides |= {name: value for name, value in given.items() if value is not None}
-    if options.stages is not None:
-        overrides["certify.stages"] = f"[{options.stages}]"
+    overrides |= {name: value for name, value in given.items() if value is not None} | _stages_and_memory(options)
     config = structure(Config, override(unstructure(run.config), overrides))
     seconds = options.total_timeout
     limits = {

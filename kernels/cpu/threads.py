@@ -6,6 +6,7 @@ each operation, and other threads would compete with them for the cores. numba's
 two Python threads or after a fork. A forked child has none of its parent's threads and computes on one.
 """
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 import numba
 import numpy.typing as npt
 import torch
+from numba.core.caching import FunctionCache
 from torch import Tensor
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -28,6 +30,26 @@ GRAIN = 1 << 21
 
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _forked = False
+
+
+class _Cache(FunctionCache):
+    """numba's cache of compiled kernels on disk. Where it cannot be read or written, as on a full disk, kernels are
+    compiled without it."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        numbas: Any = super()
+        with contextlib.suppress(OSError):
+            return numbas.load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        numbas: Any = super()
+        try:
+            numbas.save_overload(sig, data)
+        except OSError:
+            self.disable()
+            files: Any = self._cache_file
+            with contextlib.suppress(OSError):  # the index may name a file of older code, which was to be replaced
+                os.unlink(files._index_path)
 
 
 def jit(function: Callable[..., Any] | None = None, *, reassociate: bool = False, inline: bool = False) -> Any:
@@ -42,10 +64,10 @@ def jit(function: Callable[..., Any] | None = None, *, reassociate: bool = False
         "nogil": True, "error_model": "numpy", "inline": "always" if inline else "never",
         "fastmath": {"reassoc", "contract", "nsz"} if reassociate else {"contract"},
     }  # fmt: skip
-    try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # no cache: neither the package's folder nor the user's is writable
-        return numba.njit(function, **options)
+    kernel: Any = numba.njit(function, **options)
+    with contextlib.suppress(RuntimeError):  # no cache: neither the package's folder nor the user's is writable
+        kernel._cache = _Cache(function)  # what cache=True does, with numba's own class
+    return kernel
 
 
 def run(kernel: Callable[..., Any], items: int, work: int, *arguments: Any) -> None:
