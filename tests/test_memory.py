@@ -10,18 +10,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from certtrain.bounds import LinfBall, memory
+from certtrain.bounds import Box, LinfBall, memory
 from certtrain.bounds.clock import until
 from certtrain.bounds.crown import COPIES, crown_bounds, rows_at_a_time
 from certtrain.bounds.folding import fold
+from certtrain.bounds.forward_linear import forward_bounds
 from certtrain.bounds.memory import LEAST, at_once, kept, planned, size_of, within
 from certtrain.command_line import main
 from certtrain.errors import InputError
 from certtrain.verifiers import AlphaStage, BabStage, Certify, CrownStage, Search, Specification, run_cascade
 from certtrain.verifiers.cascade import _images_at_a_time
 from certtrain.verifiers.engine import BranchAndBound, OpenList, OpenSubproblems
+from certtrain.verifiers.input_split import INPUTS
 from certtrain.verifiers.neuron_split import SignBounder, SignSpace
 from certtrain.verifiers.optimise import ASCENT, ascents_at_a_time
+from certtrain.verifiers.stages import _by_forward_lines
 
 ONE = torch.zeros(1)
 GIB = 1 << 30
@@ -293,3 +296,18 @@ class TestTime:
                 counter, finding = self._search(patch, math.inf, slow)
             runs.append((counter.sizes, finding.statuses, finding.lower.tolist()))
         assert runs[0] == runs[1] == runs[2]
+
+
+def test_forward_bounds_of_sets_that_vary_in_different_inputs_keep_their_share(monkeypatch):
+    """Lines have a column for each input that varies in any set of the batch."""
+    network, images = fold(_network(), torch.Size((1, 8, 8))), torch.rand(60, 1, 8, 8)
+    radius = (torch.rand(60, 64).argsort(1) < INPUTS).float().reshape(images.shape)
+    region = Box(images - radius, images + radius)
+    monkeypatch.setattr(memory, "CHUNK", COPIES * 4 * 256 * 2 * (1 + 64))
+    expected = forward_bounds(network, region)
+    with _Largest() as mode:
+        found = _by_forward_lines(network, region)
+    assert mode.bytes_ <= 4 * 256 * 2 * (1 + 64)
+    for place, bounds in found.items():
+        torch.testing.assert_close(bounds.lower, expected[place].lower)
+        torch.testing.assert_close(bounds.upper, expected[place].upper)

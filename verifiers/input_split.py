@@ -140,7 +140,7 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
         members, _ = rows_of_clauses(problem.specification.clauses)
         self.problem, region = problem, known.region_of(problem)
         self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds, region, tighten)
-        inputs = int((problem.region.hull.radius > 0).flatten(1).sum(1).max()) if len(problem) else 0
+        inputs = int((problem.region.hull.radius > 0).flatten(1).any(0).sum())  # that vary in any of the sets
         lines = max(rows.shape[1], 1 + inputs)  # backward, and lower and upper ones forward
         size = memory.planned(known.rows)
         self._at_a_time = min(2 * batch, rows_at_a_time(known.network, lines, known.rows, size=size))

@@ -155,7 +155,8 @@ def _by_forward_lines(network: Network, region: Region) -> dict[int, Bounds]:
     Backward passes that start from them are fewer and tighter: intervals forget that all outputs of a layer depend on
     the same few inputs.
     """
-    size = rows_at_a_time(network, INPUTS + 1, region.hull.center)
+    columns = int((region.hull.radius > 0).flatten(1).any(0).sum())  # one for each input that varies in any box
+    size = rows_at_a_time(network, 1 + max(INPUTS, columns), region.hull.center)
     every = torch.arange(len(region.hull.center), device=region.hull.center.device)
     parts = [forward_bounds(network, region.take(part)) for part in torch.split(every, size)]
     ends = {place: [(part[place].lower, part[place].upper) for part in parts] for place in parts[0]}
