@@ -234,9 +234,14 @@ class SignSpace:
         columns = self.columns.take(some.image)
         bound = torch.where(crossed(columns, lower, upper), level, some.bound)
         upper = torch.maximum(lower, upper)
-        signs = torch.where((lower >= 0) & (some.lower < 0), 1, torch.where((upper <= 0) & (some.upper > 0), -1, 0))
-        signs = torch.where((some.signs == 0) & columns.real, signs.to(some.signs.dtype), some.signs)
+        signs = self.signs_of(some, lower, upper)
         return replace(some, bound=bound, signs=signs, lower=lower, upper=upper, level=level)
+
+    def signs_of(self, some: SignSubproblems, lower: Tensor, upper: Tensor) -> Tensor:
+        """(P, U) the assumed signs, and those of the neurons that new bounds make stable."""
+        signs = torch.where((lower >= 0) & (some.lower < 0), 1, torch.where((upper <= 0) & (some.upper > 0), -1, 0))
+        new = (some.signs == 0) & self.columns.take(some.image).real
+        return torch.where(new, signs.to(some.signs.dtype), some.signs)
 
     def linear(self, some: SignSubproblems) -> Subproblems:
         """The subproblems in all neurons, as ``maximise`` takes them."""
@@ -259,7 +264,6 @@ class SignBounds(Bounded[SignSubproblems]):
     """Linear bounds of D subproblems.
 
     Args:
-        linear: the subproblems in all neurons, for a search that is recorded.
         ends: (D, U) each, lower and upper bounds of the neurons' inputs as computed, which may cross.
         empty: (D,) bool, where they cross, so that nothing satisfies the signs.
         row: (D,) the row of the clause with the highest bound; point: (D, *shape), where that bound is smallest.
@@ -267,7 +271,6 @@ class SignBounds(Bounded[SignSubproblems]):
     """
 
     space: SignSpace
-    linear: Subproblems | None
     ends: tuple[Tensor, Tensor]
     empty: Tensor
     optimised: Optimised
@@ -300,9 +303,8 @@ class SignBounds(Bounded[SignSubproblems]):
 
     def inputs(self, number: int) -> tuple[Tensor, Tensor]:
         """(lower, upper) bounds of the inputs of one subproblem's ``neurons``."""
-        neurons = self.neurons(number)
-        assert self.linear is not None
-        return self.linear.lower[number, neurons], self.linear.upper[number, neurons]
+        real = self._columns(number).real[0]
+        return self.subproblems.lower[number, real], self.subproblems.upper[number, real]
 
 
 class SignBounder(Bounder[SignSubproblems, SignBounds]):
@@ -333,7 +335,6 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
 
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
         some, ends, empty = self._tightened(subproblems)
-        linear = self.space.linear(some) if self.recording else None
         best = BestParameters() if self.recording else None
         optimised = self._maximised(some, empty, best)
         assert optimised.betas is not None
@@ -345,7 +346,7 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         forms, constants, reached = (p[each, row] for p in (optimised.forms, optimised.constants, optimised.reached))
         some = self.space.clipped(some, forms.flatten(1), constants, reached < 0)
         point = minimiser(optimised, self.space.region.take(some.image), row)
-        return SignBounds(some, self.space, linear, ends, empty, optimised, row, point, best)
+        return SignBounds(some, self.space, ends, empty, optimised, row, point, best)
 
     def _maximised(self, some: SignSubproblems, empty: Tensor, best: BestParameters | None) -> Optimised:
         """Ascents from the subproblems' slopes and multipliers, over their image's reduced network where it has one."""
@@ -413,8 +414,11 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
             low = space.neurons.together({place: bounds.lower for place, bounds in tighter.items()})
             up = space.neurons.together({place: bounds.upper for place, bounds in tighter.items()})
             lower, upper = (columns.gathered(end, 0.0) for end in (low, up))
-        empty = crossed(columns, lower, upper)
-        return replace(some, lower=lower, upper=torch.maximum(lower, upper)), (lower, upper), empty
+        empty, ends, upper = crossed(columns, lower, upper), (lower, upper), torch.maximum(lower, upper)
+        if self.search.tighten:  # clipped bounds may have made more neurons stable
+            signs = torch.where(some.level.isfinite().unsqueeze(1), self.space.signs_of(some, lower, upper), some.signs)
+            some = replace(some, signs=signs)
+        return replace(some, lower=lower, upper=upper), ends, empty
 
 
 class TighteningBudget:

@@ -17,7 +17,7 @@ from ..bounds import Bounds, Box, Region
 from ..bounds.crown import backward, rows_at_a_time
 from ..bounds.network import Network, with_inputs
 from ..bounds.operations import Dense, Input, Operation, Sum, Weights
-from ..bounds.relaxation import Lines, Relaxation
+from ..bounds.relaxation import Lines
 from .neurons import Columns, Neurons
 from .tighter_bounds import work_of_a_row
 
@@ -28,9 +28,11 @@ matrices, which are faster than convolutions."""
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
-    """Args:
-    network: of flat inputs, with the same outputs over the box; box: (1, inputs).
-    columns: (C,) the columns of its neurons.
+    """A reduced network over one image's box.
+
+    Args:
+        network: of flat inputs, with the same outputs over the box; box: (1, inputs).
+        columns: (C,) the columns of its neurons.
     """
 
     network: Network
@@ -82,9 +84,9 @@ def _worth_while(network: Network, counts: list[int]) -> bool:
     return work <= FASTER * work_of_a_row(network, len(network.operations) - 1)
 
 
-def _linear_part(network: Network, place: int, bounds: Bounds, unstable: Tensor) -> Relaxation:
+def _linear_part(network: Network, place: int, bounds: Bounds, unstable: Tensor) -> Lines:
     """Lines that equal an operation where its neurons are stable, and are 0 for the unstable ones."""
-    slope = torch.where(bounds.lower >= 0, 1.0, network.nonlinear_at(place).kink).to(bounds.lower.dtype)
+    slope = torch.ones_like(bounds.lower).masked_fill(~(bounds.lower >= 0), network.nonlinear_at(place).kink)
     slope.view(-1)[unstable] = 0.0
     return Lines(slope, slope, torch.zeros_like(slope), rising=True)
 
@@ -92,7 +94,7 @@ def _linear_part(network: Network, place: int, bounds: Bounds, unstable: Tensor)
 class _Builder:
     """The operations of the reduced network so far."""
 
-    def __init__(self, network: Network, lines: Mapping[int, Relaxation], numbers: Mapping[int, Tensor]):
+    def __init__(self, network: Network, lines: Mapping[int, Lines], numbers: Mapping[int, Tensor]):
         self.network, self.lines, self.numbers = network, lines, numbers
         self.operations: list[Operation] = [Input("input", ())]
         self.shapes = [torch.Size([network.shapes[0].numel()])]
@@ -118,14 +120,19 @@ class _Builder:
         return len(self.operations) - 1
 
     def _coefficients(self, position: int, entries: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        shape, rows = self.network.shapes[position], list[tuple[Tensor, Tensor, dict[int, Tensor]]]()
+        shape = self.network.shapes[position]
+        weights, biases, from_neurons = list[Tensor](), list[Tensor](), list[dict[int, Tensor]]()
         like = next(iter(self.lines.values())).lower_slope
         for part in torch.split(entries, rows_at_a_time(self.network, 1, like)):
             units = like.new_zeros(len(part), shape.numel()).scatter_(1, part.unsqueeze(1), 1.0)
             reached = dict[int, Tensor]()
             linear = backward(self.network, position, units.reshape(1, len(part), *shape), self.lines, reached=reached)
-            own = {place: forms[0].flatten(1)[:, self.numbers[place]] for place, forms in reached.items()}
-            rows.append((linear.forms[0].flatten(1), linear.constants[0], own))
-        weights, bias = (torch.cat([row[i] for row in rows]) for i in (0, 1))
-        places = [place for place in self.outputs if place in rows[0][2]]
-        return weights, bias, {place: torch.cat([row[2][place] for row in rows]) for place in places}
+            weights.append(linear.forms[0].flatten(1))
+            biases.append(linear.constants[0])
+            from_neurons.append({at: forms[0].flatten(1)[:, self.numbers[at]] for at, forms in reached.items()})
+        places = [at for at in self.outputs if at in from_neurons[0]]
+        return (
+            torch.cat(weights),
+            torch.cat(biases),
+            {at: torch.cat([own[at] for own in from_neurons]) for at in places},
+        )
