@@ -22,8 +22,9 @@ from certtrain.verifiers import AlphaStage, BabStage, Certify, CrownStage, Searc
 from certtrain.verifiers.cascade import _images_at_a_time
 from certtrain.verifiers.engine import BranchAndBound, OpenList, OpenSubproblems
 from certtrain.verifiers.input_split import INPUTS
-from certtrain.verifiers.neuron_split import SignBounder, SignSpace
+from certtrain.verifiers.neuron_split import SignBounder
 from certtrain.verifiers.optimise import ASCENT, ascents_at_a_time
+from certtrain.verifiers.sign_space import SignSpace
 from certtrain.verifiers.stages import _by_forward_lines
 
 ONE = torch.zeros(1)

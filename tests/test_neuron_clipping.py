@@ -15,8 +15,9 @@ from certtrain.bounds.rounding import FLOAT32, REAL
 from certtrain.verifiers import Search
 from certtrain.verifiers import neuron_split as room
 from certtrain.verifiers.neuron_clipping import NeuronLines, scaled
-from certtrain.verifiers.neuron_split import SignBounder, SignSpace
+from certtrain.verifiers.neuron_split import SignBounder
 from certtrain.verifiers.neurons import Neurons
+from certtrain.verifiers.sign_space import SignSpace
 from certtrain.verifiers.tighter_bounds import tightened, tightening_work
 
 SIZES = 1e-9  # rounding of float64, by sums of some hundred terms of size 1

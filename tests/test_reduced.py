@@ -8,10 +8,11 @@ from planted import KINDS
 from test_tighter_bounds import a_problem, a_search, hard_problem, known_of, points_of
 
 from certtrain.bounds.rounding import REAL
-from certtrain.verifiers import Search, neuron_split
+from certtrain.verifiers import Search, neuron_split, sign_space
 from certtrain.verifiers import reduced as room
-from certtrain.verifiers.neuron_split import SignBounder, SignSpace
+from certtrain.verifiers.neuron_split import SignBounder
 from certtrain.verifiers.neurons import Neurons
+from certtrain.verifiers.sign_space import SignSpace
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +103,7 @@ class TestSearch:
         problem = hard_problem()
         with_it = a_search(problem, Search(batch=4))
         assert sum(used) > 0.5 * len(used)
-        monkeypatch.setattr(neuron_split, "reduced", lambda *_: None)
+        monkeypatch.setattr(sign_space, "reduced", lambda *_: None)
         without = a_search(problem, Search(batch=4))
         assert with_it.proved.all() and without.proved.all()
 

@@ -15,9 +15,10 @@ from certtrain.bounds.rounding import FLOAT32, REAL
 from certtrain.verifiers import Judge, Search
 from certtrain.verifiers import neuron_split as room
 from certtrain.verifiers.branching import gains
-from certtrain.verifiers.neuron_split import SignBounder, SignSpace, SignSplitter, split_neurons
+from certtrain.verifiers.neuron_split import SignBounder, SignSplitter, split_neurons
 from certtrain.verifiers.neurons import Columns, Neurons
 from certtrain.verifiers.optimise import Subproblems, maximise, starting_slopes
+from certtrain.verifiers.sign_space import SignSpace
 from certtrain.verifiers.tighter_bounds import tightened
 
 
