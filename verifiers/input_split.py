@@ -22,14 +22,13 @@ from .engine import (
     Bounded,
     Bounder,
     BranchAndBound,
-    ImageProgress,
     LeafSolver,
     OpenSubproblems,
     SearchOutcome,
     SolverResult,
     Splitter,
-    Violates,
 )
+from .image_progress import ImageProgress, Violates
 from .problem import Problem, rows_of_clauses
 from .search_record import Clip, Clipped, Concretised, Proof, Range, SearchRecord
 

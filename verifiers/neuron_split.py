@@ -24,14 +24,13 @@ from .engine import (
     Bounded,
     Bounder,
     BranchAndBound,
-    ImageProgress,
     LeafSolver,
     OpenSubproblems,
     SearchOutcome,
     SolverResult,
     Splitter,
-    Violates,
 )
+from .image_progress import ImageProgress, Violates
 from .lp import LeafSolution, rounded_bound, solve_leaf
 from .neurons import Columns
 from .optimise import BestParameters, Optimised, Subproblems, ascents_at_a_time, joined, maximise

@@ -27,14 +27,13 @@ from .engine import (
     Bounded,
     Bounder,
     BranchAndBound,
-    ImageProgress,
     LeafSolver,
     OpenSubproblems,
     SearchOutcome,
     SolverResult,
     Splitter,
-    Violates,
 )
+from .image_progress import ImageProgress, Violates
 from .input_split import INPUTS, split_inputs
 from .neuron_split import split_neurons
 from .optimise import finite, with_offsets
