@@ -208,6 +208,8 @@ REFUSED = {
                ["Resize 'here'", "keep_aspect_ratio_policy", "stretch"]),
     "twice": (named("ScatterND", integers([0, 1], [0, 1]), weights(2), opset=18), ROW,
               ["ScatterND 'here'", "an index that occurs twice", "each index once"]),
+    "short kernel": (transposed(kernel=(1, 1), strides=[2, 2], auto_pad="SAME_UPPER"), IMAGE,
+                     ["ConvTranspose", "auto_pad=SAME_UPPER, for which onnxruntime gives", "of the standard"]),
     "added": (named("ScatterND", integers([0, 1]), weights(1), opset=18, reduction="add"), ROW,
               ["ScatterND 'here'", "reduction=add", "none"]),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from networks import Apply
 from torch import Tensor, nn
 from walking import walk
 
-from certtrain.bounds import LinfBall, UnsupportedOperation, compute_bounds, trace
+from certtrain.bounds import L2Ball, LinfBall, UnsupportedOperation, compute_bounds, trace
 from certtrain.bounds.crown import bound_forms, crown_bounds, interval_bounds
 from certtrain.bounds.folding import fold
 from certtrain.bounds.forward import forward
@@ -119,6 +119,7 @@ FORWARDS: dict[str, Callable[[], nn.Module]] = {
     "size of another": lambda: last(lambda m, x: x.view(x.size(0), x.size(1), x.size(2) * x.size(3)).view(x.size())),
     "pool of the image's size": lambda: last(lambda m, x: F.avg_pool2d(x, (x.size()[2], x.size(3)))),
     "options": WithFeatures,
+    "comparison of sizes": lambda: last(lambda m, x: x if x.shape != x[:, 1:].shape and x.shape == (-x).shape else -x),
     "shortcut": residual,
     "interpolate": lambda: last(lambda m, x: F.interpolate(x, scale_factor=2)),
     "interpolate to sizes": lambda: last(lambda m, x: F.interpolate(x, size=(7, 4), mode="nearest")),
@@ -242,6 +243,10 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], list[str]]] = {
     "bicubic": (lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic"), ["bicubic", "nearest"]),
     "a branch on values": (lambda m, x: x if x.sum() > 0 else -x, ["cannot be traced|all dimensions", "export_onnx"]),
     "a computed weight": (lambda m, x: F.linear(x, x[:, 0, 0]), ["linear", "computed from the images"]),
+    "comparison with a batch": (
+        lambda m, x: x if x.shape == (2, 4, 4, 6) else -x,
+        ["compared with a number|comparison of"],
+    ),
     "another precision": (lambda m, x: x.to(torch.float16), ["float16", "float32"]),
 }
 
@@ -254,6 +259,25 @@ def test_refusals_name_what_is_accepted(name):
     assert "\n" not in str(raised.value)
     for mention in mentions:
         raised.match(mention)
+
+
+FIRST = [lambda x: x[:, :1], lambda x: x[:, 0], lambda x: F.pad(x, (1, 1)), lambda x: F.pad(x, (1, 1), value=0.5),
+         lambda x: x.permute(0, 2, 3, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FIRST)
+def test_first_layers_over_sets_that_are_no_boxes(function):
+    """The layer that the images reach unchanged but for their places, over an l2 ball: enclosed, or refused."""
+    x = torch.rand(3, *IMAGE)
+    model = Apply(lambda m, x: m.linear(function(x).flatten(1)), linear=nn.Linear(function(x).flatten(1).shape[1], 3))
+    region = L2Ball(0.2).region(x)
+    try:
+        found = compute_bounds(model.eval(), region)
+    except UnsupportedOperation:
+        return
+    for _ in range(50):
+        step = F.normalize(torch.randn(3, x[0].numel()), dim=1).reshape(x.shape) * 0.2
+        assert found.contains(model((x + step).clamp(0, 1)), 1e-5).all()
 
 
 CHANGED = {

@@ -151,6 +151,18 @@ class _Sizes(Sequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(self.whole)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both have the same numbers behind the batch's; two batches of one forward are of one size.
+
+        Raises:
+            UnsupportedOperation: the other is of numbers alone.
+        """
+        if isinstance(other, _Sizes):
+            return self.whole[1:] == other.whole[1:]
+        raise UnsupportedOperation(
+            "found a comparison of the batch's size with a number; accepted: of the sizes behind"
+        )
+
     def __fx_create_arg__(self, tracer: fx.Tracer) -> Any:
         return tracer.create_arg(self.whole)
 

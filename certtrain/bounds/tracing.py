@@ -95,7 +95,8 @@ def _following_modes(model: nn.Module) -> Generator[None]:
     """Context manager for evaluation mode in which options that follow a module's mode are known as such."""
     with evaluation_mode(model):
         for module in model.modules():
-            module.training = cast(bool, EvaluationMode(module))
+            if not type(module).__module__.startswith("torch.nn."):  # torch's own may run in other threads meanwhile
+                module.training = cast(bool, EvaluationMode(module))
         yield
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..interval import Interval
-from .base import UnsupportedOperation
+from .base import Function, UnsupportedOperation
 from .options import beyond_batch, options, refuse
 from .pooling import AveragePool
 from .rearrangement import Copies, Rearrangement
@@ -23,6 +23,9 @@ class Reduction(AveragePool):
 
     def roundings(self, shape: torch.Size) -> int:
         return shape.numel() + 1
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return Function(self.function)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,9 @@ class Resampling(AveragePool):
 
     def roundings(self, shape: torch.Size) -> int:
         return 8 * (sum(shape[1:]) + 2)
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return Function(self.function)
 
 
 @from_function("mean", "sum")
