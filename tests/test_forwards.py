@@ -120,6 +120,9 @@ FORWARDS: dict[str, Callable[[], nn.Module]] = {
     "pool of the image's size": lambda: last(lambda m, x: F.avg_pool2d(x, (x.size()[2], x.size(3)))),
     "options": WithFeatures,
     "comparison of sizes": lambda: last(lambda m, x: x if x.shape != x[:, 1:].shape and x.shape == (-x).shape else -x),
+    "shapes of others": lambda: last(lambda m, x: x.flatten(1).view_as(x) + x.mean(axis=1, keepdim=True).expand_as(x)),
+    "stacked channels": lambda: last(lambda m, x: torch.stack([c.mT for c in x.unbind(1)][::-1], -2) - m.b.mean(),
+                                     b=torch.rand(2, 3)),
     "shortcut": residual,
     "interpolate": lambda: last(lambda m, x: F.interpolate(x, scale_factor=2)),
     "interpolate to sizes": lambda: last(lambda m, x: F.interpolate(x, size=(7, 4), mode="nearest")),
@@ -190,8 +193,8 @@ def test_gradients_reach_every_weight(name):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-EXPORTED = {"chunk and split", "expand to a shape", "F.linear", "interpolate between", "options", "pad with a number",
-            "permute", "pixel shuffle", "shortcut", "sizes", "transposed convolution"}  # fmt: skip
+EXPORTED = {"F.linear", "interpolate between", "pad with a number", "sizes", "stacked channels",
+            "transposed convolution"}  # fmt: skip
 
 
 @pytest.mark.parametrize("names", [EXPORTED, pytest.param(FORWARDS.keys() - EXPORTED, marks=pytest.mark.slow)])
@@ -247,6 +250,8 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], list[str]]] = {
         lambda m, x: x if x.shape == (2, 4, 4, 6) else -x,
         ["compared with a number|comparison of"],
     ),
+    "stacked batches": (lambda m, x: torch.stack([x, x]), ["stack", "dim=0", "behind the batch's"]),
+    "stacked batches, from the end": (lambda m, x: torch.stack([x, x], -5), [r"stack", r"\[-5\] of 5"]),
     "another precision": (lambda m, x: x.to(torch.float16), ["float16", "float32"]),
 }
 

@@ -186,6 +186,16 @@ class _Proxy(fx.Proxy):
     def ndim(self) -> int:
         return len(self.shape)
 
+    @property
+    def mT(self) -> Any:  # torch's name
+        return cast(Any, self).transpose(-2, -1)
+
+    def expand_as(self, other: fx.Proxy) -> Any:
+        return cast(Any, self).expand(other.shape)
+
+    def view_as(self, other: fx.Proxy) -> Any:
+        return cast(Any, self).view(other.shape)
+
     def dim(self) -> int:
         return len(self.shape)
 

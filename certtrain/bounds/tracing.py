@@ -24,7 +24,7 @@ from .graph import (
 )
 from .network import Network, NetworkModule, ending_with
 from .operations import Input, Operation, Rearrangement, Scale, Sum, UnsupportedOperation
-from .operations.concat import concat
+from .operations.concat import concat, stack
 from .operations.options import OTHER_WAY
 from .operations.registry import FUNCTIONS, BatchSize, Constant, EvaluationMode, Pieces, rule_of, supported
 from .operations.scale import Coefficients
@@ -101,7 +101,7 @@ def _following_modes(model: nn.Module) -> Generator[None]:
 
 
 _CONSTANT_FUNCTIONS = ("view", "reshape", "unsqueeze", "squeeze", "getitem", "exp", "sqrt", "reciprocal", "neg",
-                       "abs", "float", "permute", "transpose", "expand", "flatten", "t")  # fmt: skip
+                       "abs", "float", "permute", "transpose", "expand", "flatten", "t", "mean", "sum")  # fmt: skip
 
 
 _ARITHMETIC: tuple[Any, ...] = (
@@ -196,6 +196,8 @@ class _Tracing:
             return self._computed(node)
         if name in ("cat", "concat", "concatenate"):
             return concat(self, node)
+        if name == "stack":
+            return stack(self, node)
         if name in FUNCTIONS:
             return FUNCTIONS[name](self, node, self.position(node, first))
         raise UnsupportedOperation(f"{name} at {_place(node)} has no bound rule; supported: {supported()}; {OTHER_WAY}")

@@ -51,7 +51,8 @@ class Resampling(AveragePool):
 
 @from_function("mean", "sum")
 def _reduced(tracing: Tracing, node: fx.Node, source: int) -> int:
-    dims, keepdim, dtype = options(tracing, node, dim=None, keepdim=False, dtype=None)
+    dims, keepdim, dtype, axis = options(tracing, node, dim=None, keepdim=False, dtype=None, axis=None)
+    dims = axis if dims is None else dims
     if dims is None or dims == () or dims == [] or dtype is not None:
         found = "all dimensions" if dtype is None else f"dtype={dtype}"
         refuse(node, found, "dim, which numbers dimensions behind the batch's, and keepdim")

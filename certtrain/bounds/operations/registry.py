@@ -123,6 +123,6 @@ def supported() -> str:
     modules = ", ".join(kind.__name__ for kind in MODULES)
     functions = ", ".join(name for name in FUNCTIONS if not name.endswith("_"))
     return (
-        f"{modules}; the functions {functions} that keep the batch dimension, cat of computed values along any other, "
-        "and + - * / with another computed value (+ and - only) or with constants"
+        f"{modules}; the functions {functions} that keep the batch dimension, cat and stack of computed values along "
+        "any other, and + - * / with another computed value (+ and - only) or with constants"
     )
