@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeGuard, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 def as_ints(values: Tensor) -> list[int]:
@@ -38,6 +38,10 @@ def is_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
     return isinstance(value, tuple)
 
 
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
 def is_slice(value: object) -> TypeGuard[slice[Any, Any, Any]]:
     return isinstance(value, slice)
 
@@ -48,6 +52,11 @@ def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
 
 def is_sequence_or_set(value: object) -> TypeGuard[Collection[Any]]:
     return isinstance(value, (list, tuple, set, frozenset))
+
+
+def map_arg(arguments: Any, function: Callable[[fx.Node], Any]) -> Any:
+    """As ``torch.fx.map_arg``: nested arguments with each step of a graph replaced."""
+    return cast(Any, fx).map_arg(arguments, function)
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 from torch import Tensor
 
@@ -30,7 +31,12 @@ from .onnx_operators import RULES
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 
 SUPPORTED = ", ".join(RULES)
-HINT = " (cut it off: the scores before it have the same order)"
+CUT = " (cut it off: the scores before it have the same order)"
+HINTS = {
+    "Softmax": CUT, "LogSoftmax": CUT, "ArgMax": " (cut it off, and compare the scores before it in the property)",
+    "QuantizeLinear": " (of constants alone: it is a step function)", "DynamicQuantizeLinear": " (a step function)",
+}  # fmt: skip
+"""Advice on operators without a rule; that on softmax is for one at the end."""
 # their results differ from call to call, or they contain operators that read names from outside
 NOT_CONSTANT = {"Bernoulli", "Dropout", "If", "Loop", "Multinomial", "RandomNormal", "RandomNormalLike",
                 "RandomUniform", "RandomUniformLike", "Scan", "SequenceMap"}  # fmt: skip
@@ -101,16 +107,17 @@ def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
     """
     plain = session(model)
     name, shape = _input(model, Path())
+    kind = _element_type(model)
     runs = [plain]
     try:
         optimised = session(model, optimised=True)
-        optimised.run(None, {name: np.zeros(shape, np.float32)})
+        optimised.run(None, {name: np.zeros(shape, kind)})
         runs.append(optimised)
     except Exception:  # onnxruntime's exceptions have no common base class
         pass
 
     def replay(image: Tensor) -> Tensor:
-        given = {name: image.detach().cpu().float().numpy().reshape(shape)}
+        given = {name: image.detach().cpu().float().numpy().astype(kind).reshape(shape)}
         return torch.as_tensor(np.stack([np.asarray(run.run(None, given)[0]).reshape(-1) for run in runs]))
 
     return replay
@@ -143,15 +150,22 @@ def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
         raise InputError(f"{path}: found {len(inputs)} inputs ({names}); accepted: one")
     (given,) = inputs
     kind, place = given.type.tensor_type, f"{path}: input {given.name!r}"
-    if kind.elem_type != onnx.TensorProto.FLOAT:
+    if kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
         found = onnx.TensorProto.DataType.Name(kind.elem_type)
-        raise InputError(f"{place}: found elements of type {found}; accepted: FLOAT, which is float32")
+        raise InputError(f"{place}: found elements of type {found}; accepted: FLOAT, which is float32, or DOUBLE")
     sizes = [size.dim_value for size in kind.shape.dim]  # 0 where it is dynamic
     names = [size.dim_param or "?" if size.dim_value < 1 else str(size.dim_value) for size in kind.shape.dim]
     if not sizes or min(sizes[1:], default=sizes[0]) < 1:
         accepted = "sizes that are known, but for a batch dimension in front"
         raise InputError(f"{place}: found shape ({', '.join(names)}); accepted: {accepted}")
     return given.name, (max(sizes[0], 1), *sizes[1:])
+
+
+def _element_type(model: onnx.ModelProto) -> np.dtype[Any]:
+    """The element type of the network's input: float32 or float64."""
+    weights = {weight.name for weight in model.graph.initializer}
+    (given,) = (given for given in model.graph.input if given.name not in weights)
+    return helper.tensor_dtype_to_np_dtype(given.type.tensor_type.elem_type)
 
 
 def _live(nodes: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
@@ -186,7 +200,7 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
             raise UnsupportedOperation(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
     computed = _live(computed, model.graph.output[0].name)
     for node in (node for node in computed if node.op_type not in RULES):
-        hint = HINT if node.op_type in ("Softmax", "LogSoftmax") and node is computed[-1] else ""
+        hint = HINTS.get(node.op_type, "") if node is computed[-1] or HINTS.get(node.op_type) != CUT else ""
         raise UnsupportedOperation(
             f"{_place(node, path)}: found an operator without a bound rule{hint}; accepted: {SUPPORTED}"
         )
@@ -202,8 +216,9 @@ def _construction(
     readers = Counter([output, *(read for node in nodes for read in node.input)])
     weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
     names = sorted(readers.keys() - weights.keys() - {name, ""})
+    kind = _element_type(model)
     try:
-        arrays = dict(zip(names, evaluate(model, np.zeros(shape, np.float32), names)))
+        arrays = dict(zip(names, evaluate(model, np.zeros(shape, kind), names)))
     except Exception as error:  # onnxruntime's exceptions have no common base class
         message = " ".join(str(error).split())
         raise InputError(
@@ -211,8 +226,9 @@ def _construction(
         ) from error
     computed = {output for node in nodes for output in node.output}
     shapes = {read: array.shape for read, array in arrays.items() if read in computed}
+    kinds = {name: kind} | {read: array.dtype for read, array in arrays.items() if read in computed}
     constants = weights | {read: array for read, array in arrays.items() if read not in computed}
-    return Construction(str(path), model, shapes, constants, readers, [Input(name, ())], {name: Value(0, shape)})
+    return Construction(str(path), model, shapes, kinds, constants, readers, [Input(name, ())], {name: Value(0, shape)})
 
 
 def _place(node: onnx.NodeProto, path: Path) -> str:

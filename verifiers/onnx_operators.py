@@ -7,16 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import onnx
 import torch
 import torch.nn.functional as F
-from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from ..bounds.operations import (
     AveragePool,
     BatchNorm,
-    Concat,
     Convolution,
     Dense,
     LeakyRelu,
@@ -28,8 +25,8 @@ from ..bounds.operations import (
     Tanh,
 )  # fmt: skip
 from ..typed import as_ints
-from . import onnx_gates
-from .onnx_steps import OnnxStep, Pair, Shape, Value, evaluate, fixed, numbers
+from . import onnx_gates, onnx_moves
+from .onnx_steps import OnnxStep, Pair, Shape, Value, fixed, numbers
 
 
 def _reshape(step: OnnxStep) -> Value:
@@ -45,53 +42,12 @@ def _dropout(step: OnnxStep) -> Value:
     return _reshape(step)
 
 
-def _cast(step: OnnxStep) -> Value:
-    if step.attributes["to"] != onnx.TensorProto.FLOAT:
-        step.refuse(f"to={onnx.TensorProto.DataType.Name(step.attributes['to'])}", "FLOAT")
-    return _reshape(step)
-
-
-def _copied(step: OnnxStep) -> Value:
-    """A rule for operators that move entries: onnxruntime runs them on the entries' numbers."""
-    value, (name, *others) = step.value(0), step.node.input
-    if math.prod(value.shape) >= 2**24:
-        step.refuse(f"{math.prod(value.shape)} entries", f"fewer than {2**24}, which float32 can number")
-    weights = {other: step.constant(i).numpy() for i, other in enumerate(others, start=1) if other}
-    graph = helper.make_graph(
-        [step.node], "one", [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape)], [],
-        [numpy_helper.from_array(weight, other) for other, weight in weights.items()],
-    )  # fmt: skip
-    versions = {"opset_imports": step.run.model.opset_import, "ir_version": max(step.run.model.ir_version, 4)}
-    model, image = helper.make_model(graph, **versions), numbers(value.shape).float().numpy()
-    (moved,), (zeros,) = (evaluate(model, given, [step.output]) for given in (image, 0 * image))
-    if zeros.any():
-        step.refuse("padding other than 0", "0")
-    return step.picked(value, torch.tensor(moved).long())
-
-
 def _concat(step: OnnxStep) -> Value:
     axis: int = step.attributes["axis"] % len(step.shape)
     count = len(step.node.input)
-    computed = [number for number in range(count) if step.computed(number)]
-    if len(computed) == count and step.shape[0] == 1 and axis > 0:  # along a dimension that operations hold
-        return _joined(step, [step.value(number) for number in computed], step.shape, axis)
-    # join the computed parts as flat rows, then move their entries to their places, with 0 at those of constants
-    rows = [step.reshaped(step.value(number), (1, math.prod(step.value(number).shape))) for number in computed]
-    start, total, places, shift = 0, 0, torch.zeros(step.shape, dtype=torch.long), torch.zeros(step.shape)
-    for number in range(count):
-        is_computed = number in computed
-        part = numbers(step.value(number).shape) + total if is_computed else step.constant(number)
-        width = part.shape[axis]
-        (places if is_computed else shift).narrow(axis, start, width).copy_(part)
-        start, total = start + width, total + part.numel() * is_computed
-    joined = step.picked(_joined(step, rows, (1, total), 1), places)
-    return step.scaled(joined, 1.0, shift) if shift.any() else joined
-
-
-def _joined(step: OnnxStep, values: list[Value], shape: Shape, axis: int) -> Value:
-    """Concatenate values of ONNX shapes (1, …) along dimension ``axis`` > 0."""
-    step.run.operations.append(Concat(step.path, tuple(value.position for value in values), axis))
-    return Value(len(step.run.operations) - 1, shape)
+    if all(step.computed(number) for number in range(count)) and step.shape[0] == 1 and axis > 0:
+        return step.joined([step.value(number) for number in range(count)], step.shape, axis)
+    return onnx_moves.moved(*range(count))(step)
 
 
 def _arithmetic(step: OnnxStep) -> Value:
@@ -120,7 +76,7 @@ def _arithmetic(step: OnnxStep) -> Value:
 
 def _matmul(step: OnnxStep) -> Value:
     left = step.computed(0)
-    value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
+    value, matrix = (step.value(0), step.weight(1)) if left else (step.value(1), step.weight(0))
     if matrix.ndim == 1:
         matrix = matrix[:, None] if left else matrix[None]
     if matrix.shape[:-2].numel() != 1:
@@ -135,7 +91,7 @@ def _matmul(step: OnnxStep) -> Value:
 
 def _gemm(step: OnnxStep) -> Value:
     left, attributes = step.computed(0), step.attributes
-    value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
+    value, matrix = (step.value(0), step.weight(1)) if left else (step.value(1), step.weight(0))
     own, other = ("transA", "transB") if left else ("transB", "transA")
     matrix = matrix.T if attributes.get(other) else matrix
     if bool(attributes.get(own)) == left:
@@ -193,7 +149,7 @@ def _windows(step: OnnxStep, kernel: list[int]) -> tuple[Value, _Windows]:
 
 
 def _conv(step: OnnxStep) -> Value:
-    weight, groups = step.constant(1), step.attributes.get("group", 1)
+    weight, groups = step.weight(1), step.attributes.get("group", 1)
     value, windows = _windows(step, list(weight.shape[2:]))
     weight = weight.reshape(*weight.shape[:2], *windows.kernel)
     padding = windows.begin
@@ -205,7 +161,7 @@ def _conv(step: OnnxStep) -> Value:
     geometry = windows.stride, padding, windows.dilation, groups
     layer = nn.Conv2d(weight.shape[1] * groups, len(weight), windows.kernel, *geometry, bias=False, device="meta")
     layer.weight = fixed(weight)
-    layer.register_parameter("bias", fixed(step.constant(2)) if step.has(2) else None)
+    layer.register_parameter("bias", fixed(step.weight(2)) if step.has(2) else None)
     return step.reshaped(step.append(Convolution, value, (1, len(weight), *windows.output), layer, *geometry))
 
 
@@ -261,7 +217,7 @@ def _batch_norm(step: OnnxStep) -> Value:
     if step.attributes.get("training_mode") or not step.attributes.get("spatial", 1):
         step.refuse("training_mode, or statistics of every place", "a batch norm in evaluation mode, of channels")
     value, epsilon = step.value(0), step.attributes.get("epsilon", 1e-5)
-    weight, bias, mean, variance = (step.constant(number) for number in range(1, 5))
+    weight, bias, mean, variance = (step.weight(number) for number in range(1, 5))
     before = step.run.operations[value.position]
     linear = isinstance(before, Dense)
     rank = len(value.shape)
@@ -290,15 +246,19 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Add": _arithmetic,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
-    "Cast": _cast,
+    "Cast": onnx_moves.cast,
     "Concat": _concat,
     "Conv": _conv,
-    "DepthToSpace": _copied,
+    "ConvTranspose": onnx_moves.transposed_convolution,
+    "DepthToSpace": onnx_moves.moved(0),
     "Div": _arithmetic,
     "Dropout": _dropout,
     "Erf": onnx_gates.error_function,
+    "Expand": onnx_moves.moved(0),
     "Flatten": _reshape,
-    "Gather": _copied,
+    "Gather": onnx_moves.moved(0),
+    "GatherElements": onnx_moves.moved(0),
+    "GatherND": onnx_moves.moved(0),
     "Gelu": onnx_gates.gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _reduced,
@@ -308,19 +268,26 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "MaxPool": _max_pool,
     "Mul": _arithmetic,
     "Neg": lambda step: step.scaled(step.value(0), -1.0, 0.0),
-    "Pad": _copied,
+    "Pad": onnx_moves.pad,
     "Pow": onnx_gates.power,
     "ReduceMean": _reduced,
     "ReduceSum": _reduced,
     "Relu": _activation(Relu),
     "Reshape": _reshape,
+    "Resize": onnx_moves.resize,
+    "ScatterElements": onnx_moves.scatter,
+    "ScatterND": onnx_moves.scatter,
     "Sigmoid": _activation(Sigmoid),
-    "Slice": _copied,
-    "SpaceToDepth": _copied,
-    "Split": _copied,
+    "Slice": onnx_moves.moved(0),
+    "SpaceToDepth": onnx_moves.moved(0),
+    "Split": onnx_moves.moved(0),
     "Squeeze": _reshape,
     "Sub": _arithmetic,
     "Tanh": _activation(Tanh),
-    "Transpose": _copied,
+    "Tile": onnx_moves.moved(0),
+    "Transpose": onnx_moves.moved(0),
+    "Trilu": onnx_moves.moved(0),
     "Unsqueeze": _reshape,
+    "Upsample": onnx_moves.resize,
+    "Where": onnx_moves.where,
 }

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from ..bounds.operations import (
     Affine,
+    Concat,
     Convolution,
+    Copies,
     Dense,
     Operation,
     Rearrangement,
     Scale,
-    Selection,
     Sum,
     UnsupportedOperation,
 )  # fmt: skip
@@ -80,7 +81,7 @@ class Construction:
 
     Args:
         path: the file, for errors. model: its content.
-        shapes: ONNX shapes of the values that depend on the network's input.
+        shapes, kinds: ONNX shapes and element types of the values that depend on the network's input.
         constants: values that do not.
         readers: number of operator inputs and network outputs that read a name.
         operations: the operations so far. values: computed values so far, by name.
@@ -89,6 +90,7 @@ class Construction:
     path: str
     model: onnx.ModelProto
     shapes: Mapping[str, Shape]
+    kinds: Mapping[str, np.dtype[Any]]
     constants: Mapping[str, np.ndarray]
     readers: Mapping[str, int]
     operations: list[Operation]
@@ -135,6 +137,22 @@ class OnnxStep:
             self.refuse(f"input {number} computed from the network's input", "a constant")
         return torch.tensor(self.run.constants[self.node.input[number]])
 
+    def weight(self, number: int) -> Tensor:
+        """A constant in float32, which has to hold it exactly."""
+        constant = self.constant(number)
+        if not torch.equal(constant.float().to(constant.dtype), constant) and not constant.isnan().any():
+            self.refuse(f"weights of {constant.dtype} as input {number}", "weights that float32 holds exactly")
+        return constant.float()
+
+    def kind(self, number: int) -> np.dtype[Any]:
+        """The element type of a computed input in the file."""
+        return self.run.kinds[self.node.input[number]]
+
+    def joined(self, values: list[Value], shape: Shape, axis: int) -> Value:
+        """Concatenate values of ONNX shapes (1, …) along dimension ``axis`` > 0."""
+        self.run.operations.append(Concat(self.path, tuple(value.position for value in values), axis))
+        return Value(len(self.run.operations) - 1, shape)
+
     def append(self, kind: type[Operation], value: Value, shape: Shape, *fields: Any) -> Value:
         self.run.operations.append(kind(self.path, (value.position,), *fields))
         return Value(len(self.run.operations) - 1, shape)
@@ -148,11 +166,9 @@ class OnnxStep:
 
     def picked(self, value: Value, index: Tensor) -> Value:
         """Entries of ``value`` by their numbers in ``index``, counted from 1; 0 gives a zero."""
-        shape, size, flat = tuple(index.shape), math.prod(value.shape), index.flatten()
-        if torch.equal(flat, torch.arange(1, size + 1)):
+        shape, flat = tuple(index.shape), index.flatten()
+        if torch.equal(flat, torch.arange(1, math.prod(value.shape) + 1)):
             return self.reshaped(value, shape)
-        if flat.bincount(minlength=2)[1:].max() > size:  # the adjoint would add more terms than roundings are known for
-            self.refuse(f"an entry that is copied more than {size} times", "as many copies as there are entries")
         target = held(shape)
 
         def pick(x: Tensor) -> Tensor:
@@ -160,7 +176,7 @@ class OnnxStep:
             picked = F.pad(x.flatten(1), (1, 0)).gather(1, flat.to(x.device).expand(x.shape[0], -1))
             return torch.unflatten(picked, 1, target)
 
-        return self.append(Selection, value, shape, pick)
+        return self.append(Copies, value, shape, pick)
 
     def transposed(self, value: Value) -> Value:
         """The value with its last two dimensions swapped."""

@@ -9,18 +9,55 @@ from .dropout import Dropout
 from .entrywise import Entrywise
 from .gated import Gelu, GeluTanh, Silu
 from .linear import Dense
+from .means import Reduction, Resampling
+from .moves import ConstantPad
 from .opaque import Opaque
 from .pooling import AveragePool, MaxPool
-from .rearrangement import Rearrangement, Selection
+from .rearrangement import Copies, Rearrangement, Selection
 from .registry import from_function, from_module
 from .relu import LeakyRelu, Relu
 from .scale import Constants, Scale
 from .sigmoid import Sigmoid, Tanh
 from .sum import Sum
+from .transposed_convolution import TransposedConvolution
 
 __all__ = [
-    "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Concat", "Constants", "Convolution", "Dense",
-    "Dropout", "Entrywise", "Function", "Gelu", "GeluTanh", "Input", "LeakyRelu", "LinearOperation", "MaxPool",
-    "Nonlinear", "Opaque", "Operation", "Rearrangement", "Relu", "Scale", "Selection", "Sigmoid", "Silu", "Sum",
-    "Tanh", "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
+    "Affine",
+    "AveragePool",
+    "BatchNorm",
+    "BatchStatistics",
+    "Concat",
+    "ConstantPad",
+    "Constants",
+    "Convolution",
+    "Copies",
+    "Dense",
+    "Dropout",
+    "Entrywise",
+    "Function",
+    "Gelu",
+    "GeluTanh",
+    "Input",
+    "LeakyRelu",
+    "LinearOperation",
+    "MaxPool",
+    "Nonlinear",
+    "Opaque",
+    "Operation",
+    "Rearrangement",
+    "Reduction",
+    "Relu",
+    "Resampling",
+    "Scale",
+    "Selection",
+    "Sigmoid",
+    "Silu",
+    "Sum",
+    "Tanh",
+    "TransposedConvolution",
+    "Unbounded",
+    "UnsupportedOperation",
+    "Weights",
+    "from_function",
+    "from_module",
 ]  # fmt: skip
