@@ -415,7 +415,8 @@ def _other():
 
 
 REFUSED = {  # model, what the message names
-    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Mish())), ["Mish", "'1.0'", "Conv1d"]),
+    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LogSigmoid())),
+                      ["LogSigmoid", "'1.0'", "Conv1d"]),
     "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=1)), ["Softmax", "'1'", "Conv1d"]),
     "F.softmax": (lambda: head(lambda m, x: F.softmax(x, 1)), ["softmax", "Conv1d"]),
     "random pooling": (lambda: Apply(lambda m, x: F.fractional_max_pool2d(x, 2, 1)), ["fractional_max_pool2d"]),
@@ -584,10 +585,13 @@ def test_the_supported_layers_are_what_the_message_says():
         "AvgPool2d": nn.AvgPool2d(2), "AdaptiveAvgPool1d": nn.AdaptiveAvgPool1d(1), "Identity": nn.Identity(),
         "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d(1), "AdaptiveMaxPool1d": nn.AdaptiveMaxPool1d(1),
         "AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d(1), "ChannelShuffle": nn.ChannelShuffle(2),
-        "Dropout1d": nn.Dropout1d(), "Dropout2d": nn.Dropout2d(),
+        "Dropout1d": nn.Dropout1d(), "Dropout2d": nn.Dropout2d(), "ReLU6": nn.ReLU6(), "Hardtanh": nn.Hardtanh(),
+        "Hardsigmoid": nn.Hardsigmoid(), "PReLU": nn.PReLU(), "Softplus": nn.Softplus(), "Softsign": nn.Softsign(),
+        "ELU": nn.ELU(), "CELU": nn.CELU(), "SELU": nn.SELU(), "Hardswish": nn.Hardswish(), "Mish": nn.Mish(),
+        "Threshold": nn.Threshold(1, 0),
     }  # fmt: skip
     with pytest.raises(UnsupportedOperation) as raised:
-        trace(nn.Sequential(nn.Softplus()))
+        trace(nn.Sequential(nn.LogSigmoid()))
     assert set(str(raised.value).split("supported: ")[1].split("; ")[0].split(", ")) == set(layers)
     for layer in layers.values():
         assert isinstance(trace(nn.Sequential(nn.ReLU(), layer)).operations[0], Input)

@@ -28,7 +28,7 @@ from ..bounds.operations import (
     Tanh,
 )  # fmt: skip
 from ..typed import as_ints
-from . import onnx_gates
+from . import onnx_gates, onnx_scalar
 from .onnx_steps import OnnxStep, Pair, Shape, Value, evaluate, fixed, numbers
 
 
@@ -296,7 +296,6 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "DepthToSpace": _copied,
     "Div": _arithmetic,
     "Dropout": _dropout,
-    "Erf": onnx_gates.error_function,
     "Flatten": _reshape,
     "Gather": _copied,
     "Gelu": onnx_gates.gelu,
@@ -309,7 +308,6 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Mul": _arithmetic,
     "Neg": lambda step: step.scaled(step.value(0), -1.0, 0.0),
     "Pad": _copied,
-    "Pow": onnx_gates.power,
     "ReduceMean": _reduced,
     "ReduceSum": _reduced,
     "Relu": _activation(Relu),
@@ -323,4 +321,5 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Tanh": _activation(Tanh),
     "Transpose": _copied,
     "Unsqueeze": _reshape,
+    **onnx_scalar.RULES,
 }

@@ -5,22 +5,30 @@ from .base import Function, Input, LinearOperation, Nonlinear, Operation, Unboun
 from .batch_norm import BatchNorm, BatchStatistics
 from .concat import Concat
 from .convolution import Convolution
+from .curves import Piece, ScalarCurve
 from .dropout import Dropout
+from .elementary import Cos, Erf, Exp, Log, Power, Reciprocal, Sin, Sqrt
 from .entrywise import Entrywise
 from .gated import Gelu, GeluTanh, Silu
 from .linear import Dense
 from .opaque import Opaque
+from .piecewise import Abs, Clamp, Maximum, PiecewiseLinear, PRelu
 from .pooling import AveragePool, MaxPool
 from .rearrangement import Rearrangement, Selection
 from .registry import from_function, from_module
 from .relu import LeakyRelu, Relu
 from .scale import Constants, Scale
 from .sigmoid import Sigmoid, Tanh
+from .smooth import Celu, Elu, Hardswish, Mish, Selu, Softplus, Softsign, ThresholdedRelu
+from .steps import Ceil, Floor, Round, Signum
 from .sum import Sum
 
 __all__ = [
-    "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Concat", "Constants", "Convolution", "Dense",
-    "Dropout", "Entrywise", "Function", "Gelu", "GeluTanh", "Input", "LeakyRelu", "LinearOperation", "MaxPool",
-    "Nonlinear", "Opaque", "Operation", "Rearrangement", "Relu", "Scale", "Selection", "Sigmoid", "Silu", "Sum",
-    "Tanh", "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
+    "Abs", "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Ceil", "Celu", "Clamp", "Concat", "Constants",
+    "Convolution", "Cos", "Dense", "Dropout", "Elu", "Entrywise", "Erf", "Exp", "Floor", "Function", "Gelu",
+    "GeluTanh", "Hardswish", "Input", "LeakyRelu", "LinearOperation", "Log", "MaxPool", "Maximum", "Mish",
+    "Nonlinear", "Opaque", "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power", "Rearrangement", "Reciprocal",
+    "Relu", "Round", "ScalarCurve", "Scale", "Selection", "Selu", "Sigmoid", "Signum", "Silu", "Sin", "Softplus",
+    "Softsign", "Sqrt", "Sum", "Tanh", "ThresholdedRelu", "Unbounded", "UnsupportedOperation", "Weights",
+    "from_function", "from_module",
 ]  # fmt: skip
