@@ -130,7 +130,7 @@ class Sqrt(Power):
     exponent: float = 0.5
 
     kind: ClassVar[str] = "sqrt"
-    error: ClassVar[float] = 1
+    error: ClassVar[float] = 2
 
     def value(self, x: Tensor) -> Tensor:
         return torch.sqrt(x)
@@ -143,7 +143,7 @@ class Reciprocal(Power):
     exponent: float = -1.0
 
     kind: ClassVar[str] = "reciprocal"
-    error: ClassVar[float] = 1
+    error: ClassVar[float] = 2
 
     def value(self, x: Tensor) -> Tensor:
         return torch.reciprocal(x)
