@@ -42,7 +42,6 @@ NARROW = {
     "ShuffleNetV2": ShuffleNetV2(width=4, last=8),
 }
 REFUSED = {
-    "Softplus": (PreActResNet(width=2, activation="softplus"), "Softplus at '1.entry.1' has no bound rule"),
     "SeNet": (SeNet(width=2), "mul at 'mul' in SqueezeExcitation at '3.branch.4' has no bound rule"),
     "FLC": (PreActResNet(width=2, downsampling="flc"), "frequency_low_cut at .* in FrequencyLowCut at '3.branch.0.0'"),
 }

@@ -419,7 +419,8 @@ def _other():
 
 
 REFUSED = {  # model, what the message names
-    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Mish())), ["Mish", "'1.0'", "Conv1d"]),
+    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LogSigmoid())),
+                      ["LogSigmoid", "'1.0'", "Conv1d"]),
     "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=1)), ["Softmax", "'1'", "Conv1d"]),
     "F.softmax": (lambda: head(lambda m, x: F.softmax(x, 1)), ["softmax", "Conv1d"]),
     "random pooling": (lambda: Apply(lambda m, x: F.fractional_max_pool2d(x, 2, 1)), ["fractional_max_pool2d"]),
@@ -593,9 +594,13 @@ def test_the_supported_layers_are_what_the_message_says():
         "ReflectionPad2d": nn.ReflectionPad2d(1), "ReplicationPad1d": nn.ReplicationPad1d(1),
         "ReplicationPad2d": nn.ReplicationPad2d(1), "CircularPad1d": nn.CircularPad1d(1),
         "CircularPad2d": nn.CircularPad2d(1),
+        "ReLU6": nn.ReLU6(), "Hardtanh": nn.Hardtanh(),
+        "Hardsigmoid": nn.Hardsigmoid(), "PReLU": nn.PReLU(), "Softplus": nn.Softplus(), "Softsign": nn.Softsign(),
+        "ELU": nn.ELU(), "CELU": nn.CELU(), "SELU": nn.SELU(), "Hardswish": nn.Hardswish(), "Mish": nn.Mish(),
+        "Threshold": nn.Threshold(1, 0),
     }  # fmt: skip
     with pytest.raises(UnsupportedOperation) as raised:
-        trace(nn.Sequential(nn.Softplus()))
+        trace(nn.Sequential(nn.LogSigmoid()))
     assert set(str(raised.value).split("supported: ")[1].split("; ")[0].split(", ")) == set(layers)
     for layer in layers.values():
         assert isinstance(trace(nn.Sequential(nn.ReLU(), layer)).operations[0], Input)

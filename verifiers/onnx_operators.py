@@ -25,7 +25,7 @@ from ..bounds.operations import (
     Tanh,
 )  # fmt: skip
 from ..typed import as_ints
-from . import onnx_gates, onnx_moves
+from . import onnx_gates, onnx_moves, onnx_scalar
 from .onnx_steps import OnnxStep, Pair, Shape, Value, fixed, numbers
 
 
@@ -253,7 +253,6 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "DepthToSpace": onnx_moves.moved(0),
     "Div": _arithmetic,
     "Dropout": _dropout,
-    "Erf": onnx_gates.error_function,
     "Expand": onnx_moves.moved(0),
     "Flatten": _reshape,
     "Gather": onnx_moves.moved(0),
@@ -269,7 +268,6 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Mul": _arithmetic,
     "Neg": lambda step: step.scaled(step.value(0), -1.0, 0.0),
     "Pad": onnx_moves.pad,
-    "Pow": onnx_gates.power,
     "ReduceMean": _reduced,
     "ReduceSum": _reduced,
     "Relu": _activation(Relu),
@@ -290,4 +288,5 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Unsqueeze": _reshape,
     "Upsample": onnx_moves.resize,
     "Where": onnx_moves.where,
+    **onnx_scalar.RULES,
 }

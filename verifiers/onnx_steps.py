@@ -198,7 +198,7 @@ class OnnxStep:
         if math.prod(self.shape) != math.prod(value.shape):
             self.refuse(f"a constant that widens shape {value.shape} to {self.shape}", "one that keeps the shape")
         value = self.reshaped(value)
-        scale, shift = (self._against(torch.as_tensor(constant, dtype=torch.float64)) for constant in (scale, shift))
+        scale, shift = (self.against(torch.as_tensor(constant, dtype=torch.float64)) for constant in (scale, shift))
         before = self.run.operations[value.position]
         if isinstance(before, Affine) and before.bias is None and (scale == 1).all() and self.run.has_one_reader(value):
             features = shift.shape[1 if isinstance(before, Convolution) else -1]
@@ -210,7 +210,7 @@ class OnnxStep:
         constants = ScaleConstants(scale, shift)
         return self.append(Scale, value, self.shape, constants, constants.exact, roundings)
 
-    def _against(self, constant: Tensor) -> Tensor:
+    def against(self, constant: Tensor) -> Tensor:
         """Reshape a constant that broadcasts against ``self.shape`` to one that does against (1, *held)."""
         full = (*[1] * (len(self.shape) - constant.ndim), *constant.shape)
         return constant.reshape(full if len(held(self.shape)) < len(full) else (1, *full))

@@ -5,59 +5,33 @@ from .base import Function, Input, LinearOperation, Nonlinear, Operation, Unboun
 from .batch_norm import BatchNorm, BatchStatistics
 from .concat import Concat
 from .convolution import Convolution
+from .curves import Piece, ScalarCurve
 from .dropout import Dropout
+from .elementary import Cos, Erf, Exp, Log, Power, Reciprocal, Sin, Sqrt
 from .entrywise import Entrywise
 from .gated import Gelu, GeluTanh, Silu
 from .linear import Dense
 from .means import Reduction, Resampling
 from .moves import ConstantPad
 from .opaque import Opaque
+from .piecewise import Abs, Clamp, Maximum, PiecewiseLinear, PRelu
 from .pooling import AveragePool, MaxPool
 from .rearrangement import Copies, Rearrangement, Selection
 from .registry import from_function, from_module
 from .relu import LeakyRelu, Relu
 from .scale import Constants, Scale
 from .sigmoid import Sigmoid, Tanh
+from .smooth import Celu, Elu, Hardswish, Mish, Selu, Softplus, Softsign, ThresholdedRelu
+from .steps import Ceil, Floor, Round, Signum
 from .sum import Sum
 from .transposed_convolution import TransposedConvolution
 
 __all__ = [
-    "Affine",
-    "AveragePool",
-    "BatchNorm",
-    "BatchStatistics",
-    "Concat",
-    "ConstantPad",
-    "Constants",
-    "Convolution",
-    "Copies",
-    "Dense",
-    "Dropout",
-    "Entrywise",
-    "Function",
-    "Gelu",
-    "GeluTanh",
-    "Input",
-    "LeakyRelu",
-    "LinearOperation",
-    "MaxPool",
-    "Nonlinear",
-    "Opaque",
-    "Operation",
-    "Rearrangement",
-    "Reduction",
-    "Relu",
-    "Resampling",
-    "Scale",
-    "Selection",
-    "Sigmoid",
-    "Silu",
-    "Sum",
-    "Tanh",
-    "TransposedConvolution",
-    "Unbounded",
-    "UnsupportedOperation",
-    "Weights",
-    "from_function",
-    "from_module",
+    "Abs", "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Ceil", "Celu", "Clamp", "Concat",
+    "ConstantPad", "Constants", "Convolution", "Copies", "Cos", "Dense", "Dropout", "Elu", "Entrywise", "Erf",
+    "Exp", "Floor", "Function", "Gelu", "GeluTanh", "Hardswish", "Input", "LeakyRelu", "LinearOperation", "Log",
+    "MaxPool", "Maximum", "Mish", "Nonlinear", "Opaque", "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power",
+    "Rearrangement", "Reciprocal", "Reduction", "Relu", "Resampling", "Round", "ScalarCurve", "Scale", "Selection",
+    "Selu", "Sigmoid", "Signum", "Silu", "Sin", "Softplus", "Softsign", "Sqrt", "Sum", "Tanh", "ThresholdedRelu",
+    "TransposedConvolution", "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
 ]  # fmt: skip

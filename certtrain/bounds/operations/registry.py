@@ -118,6 +118,32 @@ def rule_of(module: nn.Module) -> ModuleRule | None:
     return next((MODULES[kind] for kind in type(module).__mro__ if kind in MODULES), None)
 
 
+def number(node: fx.Node, place: int, name: str, missing: float | None = None) -> float:
+    """A number among a function's arguments, by its place or its name; ``missing`` where it is left out or None.
+
+    Raises:
+        UnsupportedOperation: it is something else, or required.
+    """
+    found: Any = node.kwargs.get(name, node.args[place] if len(node.args) > place else None)
+    found = missing if found is None else found
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise UnsupportedOperation(f"{node.name!r}: found {name}={found}; accepted: a number")
+    return float(found)
+
+
+def entrywise(kind: Callable[[str, tuple[int, ...]], Operation]) -> FunctionRule:
+    """The rule of a function without options."""
+
+    def rule(tracing: Tracing, node: fx.Node, source: int) -> int:
+        options = [str(option) for option in node.args[1:]] + [f"{k}={v}" for k, v in node.kwargs.items()
+                                                               if k not in ("input", "inplace")]  # fmt: skip
+        if options:
+            raise UnsupportedOperation(f"{node.name!r}: found {', '.join(options)}; accepted: no options")
+        return tracing.append(kind(node.name, (source,)))
+
+    return rule
+
+
 def supported() -> str:
     """A list of all modules and functions that have a rule, for messages."""
     modules = ", ".join(kind.__name__ for kind in MODULES)
