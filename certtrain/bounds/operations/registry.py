@@ -80,5 +80,5 @@ def supported() -> str:
     functions = ", ".join(name for name in FUNCTIONS if not name.endswith("_"))
     return (
         f"{modules}; the functions {functions} that keep the batch dimension, cat of computed values along any other, "
-        "and + - * / with another computed value (+ and - only) or with constants"
+        "and + - * / with another computed value or with constants"
     )
