@@ -24,6 +24,22 @@ def as_bools(values: Tensor) -> list[bool]:
     return cast(Any, values.flatten()).tolist()
 
 
+def broadcast_shape(*shapes: torch.Size | tuple[int, ...]) -> torch.Size:
+    """The shape of values of these shapes that broadcast against each other."""
+    return cast(Any, torch).broadcast_shapes(*shapes)
+
+
+def split(values: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
+    """Parts of ``size`` entries along a dimension, the last of the rest."""
+    return cast(Any, values).split(size, dim)
+
+
+def is_integers(value: object) -> TypeGuard[Collection[int]]:
+    """Whether it is a non-empty list or tuple of whole numbers."""
+    values = cast(list[object], value) if isinstance(value, (list, tuple)) else []
+    return len(values) > 0 and all(type(one) is int for one in values)
+
+
 def norm(values: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
     """The Euclidean norm along a dimension."""
     return cast(Any, values).norm(dim=dim, keepdim=keepdim)

@@ -143,7 +143,7 @@ class Product(Nonlinear):
         return Function(torch.mul)
 
 
-@from_function("mul")
+@from_function("multiply")
 def product(tracing, node, source):
     return tracing.append(Product(node.name, (source, tracing.position(node, node.args[1]))))
 '''
@@ -165,7 +165,9 @@ def with_log_sigmoid() -> nn.Module:
 
 def with_product() -> nn.Module:
     layers = {"first": nn.Linear(64, 8), "second": nn.Linear(64, 8), "last": nn.Linear(8, 3)}
-    return Apply(lambda m, x: m.last(torch.relu(m.first(x.flatten(1)) * m.second(x.flatten(1)))), **layers)
+    return Apply(
+        lambda m, x: m.last(torch.relu(torch.multiply(m.first(x.flatten(1)), m.second(x.flatten(1))))), **layers
+    )
 
 
 CASES = {"log_sigmoid": (LOG_SIGMOID, with_log_sigmoid), "product": (PRODUCT, with_product)}

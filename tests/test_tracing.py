@@ -263,7 +263,7 @@ class TestModules:
         before, names = [m.training for m in model.modules()], set(model.state_dict())
         trace(model)
         assert [m.training for m in model.modules()] == before and set(model.state_dict()) == names
-        broken = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)).train()
+        broken = nn.Sequential(nn.Linear(4, 4), nn.LogSigmoid()).train()
         with pytest.raises(UnsupportedOperation):
             trace(broken)
         assert all(m.training for m in broken.modules())
@@ -421,8 +421,10 @@ def _other():
 REFUSED = {  # model, what the message names
     "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LogSigmoid())),
                       ["LogSigmoid", "'1.0'", "Conv1d"]),
-    "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=1)), ["Softmax", "'1'", "Conv1d"]),
-    "F.softmax": (lambda: head(lambda m, x: F.softmax(x, 1)), ["softmax", "Conv1d"]),
+    "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=0)), ["1", "dim=0", "behind the batch"]),
+    "softmax of no dimension": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax()), ["1", "dim=None"]),
+    "F.softmax": (lambda: head(lambda m, x: F.softmax(x, -2)), ["softmax", "dim=-2 of 2", "behind the batch"]),
+    "softmax in float64": (lambda: head(lambda m, x: F.softmax(x, 1, dtype=torch.float64)), ["softmax", "dtype"]),
     "random pooling": (lambda: Apply(lambda m, x: F.fractional_max_pool2d(x, 2, 1)), ["fractional_max_pool2d"]),
     "pooling of volumes": (lambda: Apply(lambda m, x: F.max_pool3d(x, 2)), ["max_pool3d", "MaxPool1d"]),
     "adaptive max pooling with indices": (lambda: nn.AdaptiveMaxPool2d(2, return_indices=True), ["AdaptiveMaxPool2d"]),
@@ -434,8 +436,16 @@ REFUSED = {  # model, what the message names
     "cat into": (lambda: head(lambda m, x: torch.cat([x, x], 1, out=x)), ["cat", "out", "accepted"]),
     "sequence without batch": (lambda: nn.Conv1d(3, 4, 1), ["Conv1d", "2 dimensions", "accepted"]),
     "max pooling with indices": (lambda: nn.MaxPool2d(2, return_indices=True), ["MaxPool2d"]),
+    "sum": (lambda: head(lambda m, x: x.sum(0)), ["sum", r"dimensions \[0\]", "behind the batch"]),
+    "sum of all": (lambda: head(lambda m, x: x.sum()), ["sum", "all dimensions", "behind the batch"]),
+    "median": (lambda: head(lambda m, x: x.median(1)[0]), ["median|getitem", "Conv1d|accepted"]),
     "transpose": (lambda: head(lambda m, x: x.T), ["accepted|supported"]),
-    "product": (lambda: head(lambda m, x: x * F.relu(x)), ["mul", "supported"]),
+    "rounded quotient": (
+        lambda: head(lambda m, x: torch.div(x, F.relu(x) + 1, rounding_mode="floor")), ["div", "accepted"],
+    ),
+    "matrix product of a constant": (
+        lambda: head(lambda m, x: torch.matmul(x, m.b), b=torch.ones(4, 4)), ["matmul", "computed from the images"],
+    ),
     "quotient": (lambda: head(lambda m, x: 1 / x), ["div", "supported"]),
     "scaled sum": (lambda: head(lambda m, x: torch.add(x, x, alpha=2)), ["add", "accepted"]),
     "sum into": (lambda: head(lambda m, x: torch.add(x, 1, out=x)), ["add", "accepted"]),
@@ -598,6 +608,9 @@ def test_the_supported_layers_are_what_the_message_says():
         "Hardsigmoid": nn.Hardsigmoid(), "PReLU": nn.PReLU(), "Softplus": nn.Softplus(), "Softsign": nn.Softsign(),
         "ELU": nn.ELU(), "CELU": nn.CELU(), "SELU": nn.SELU(), "Hardswish": nn.Hardswish(), "Mish": nn.Mish(),
         "Threshold": nn.Threshold(1, 0),
+        "Softmax": nn.Softmax(1),
+        "LogSoftmax": nn.LogSoftmax(1), "LayerNorm": nn.LayerNorm(4), "RMSNorm": nn.RMSNorm(4, eps=1e-5),
+        "GroupNorm": nn.GroupNorm(2, 4), "InstanceNorm1d": nn.InstanceNorm1d(2), "InstanceNorm2d": nn.InstanceNorm2d(2),
     }  # fmt: skip
     with pytest.raises(UnsupportedOperation) as raised:
         trace(nn.Sequential(nn.LogSigmoid()))

@@ -31,12 +31,11 @@ from .onnx_operators import RULES
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 
 SUPPORTED = ", ".join(RULES)
-CUT = " (cut it off: the scores before it have the same order)"
 HINTS = {
-    "Softmax": CUT, "LogSoftmax": CUT, "ArgMax": " (cut it off, and compare the scores before it in the property)",
+    "ArgMax": " (cut it off, and compare the scores before it in the property)",
     "QuantizeLinear": " (of constants alone: it is a step function)", "DynamicQuantizeLinear": " (a step function)",
 }  # fmt: skip
-"""Advice on operators without a rule; that on softmax is for one at the end."""
+"""Advice on operators without a rule."""
 # their results differ from call to call, or they contain operators that read names from outside
 NOT_CONSTANT = {"Bernoulli", "Dropout", "If", "Loop", "Multinomial", "RandomNormal", "RandomNormalLike",
                 "RandomUniform", "RandomUniformLike", "Scan", "SequenceMap"}  # fmt: skip
@@ -200,10 +199,8 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
             raise UnsupportedOperation(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
     computed = _live(computed, model.graph.output[0].name)
     for node in (node for node in computed if node.op_type not in RULES):
-        hint = HINTS.get(node.op_type, "") if node is computed[-1] or HINTS.get(node.op_type) != CUT else ""
-        raise UnsupportedOperation(
-            f"{_place(node, path)}: found an operator without a bound rule{hint}; accepted: {SUPPORTED}"
-        )
+        found = f"an operator without a bound rule{HINTS.get(node.op_type, '')}"
+        raise UnsupportedOperation(f"{_place(node, path)}: found {found}; accepted: {SUPPORTED}")
     return computed
 
 

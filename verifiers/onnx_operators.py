@@ -24,9 +24,8 @@ from ..bounds.operations import (
     Sigmoid,
     Tanh,
 )  # fmt: skip
-from ..typed import as_ints
-from . import onnx_gates, onnx_moves, onnx_scalar
-from .onnx_steps import OnnxStep, Pair, Shape, Value, fixed, numbers
+from . import onnx_gates, onnx_moves, onnx_norms, onnx_products, onnx_scalar
+from .onnx_steps import OnnxStep, Pair, Shape, Value, fixed
 
 
 def _reshape(step: OnnxStep) -> Value:
@@ -52,14 +51,8 @@ def _concat(step: OnnxStep) -> Value:
 
 def _arithmetic(step: OnnxStep) -> Value:
     kind, left, right = step.node.op_type, step.computed(0), step.computed(1)
-    if left and right and kind == "Mul" and (activated := onnx_gates.product(step)) is not None:
-        return activated
     if left and right:
-        values = [step.value(0), step.value(1)]
-        if kind in ("Mul", "Div") or any(math.prod(value.shape) != math.prod(step.shape) for value in values):
-            found = f"two computed values, of shapes {values[0].shape} and {values[1].shape}"
-            step.refuse(found, "a constant among them, or Add and Sub of the same shape")
-        return step.add([step.reshaped(value) for value in values], -1.0 if kind == "Sub" else 1.0)
+        return onnx_products.arithmetic(step)
     value, constant = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
     match kind:
         case "Add":
@@ -76,6 +69,8 @@ def _arithmetic(step: OnnxStep) -> Value:
 
 def _matmul(step: OnnxStep) -> Value:
     left = step.computed(0)
+    if left and step.computed(1):
+        return onnx_products.matrix_product(step)
     value, matrix = (step.value(0), step.weight(1)) if left else (step.value(1), step.weight(0))
     if matrix.ndim == 1:
         matrix = matrix[:, None] if left else matrix[None]
@@ -198,16 +193,7 @@ def _average_pool(step: OnnxStep) -> Value:
 
 def _reduced(step: OnnxStep) -> Value:
     """A rule for means and sums over some dimensions, which are moved to the end and joined."""
-    value, rank = step.value(0), len(step.value(0).shape)
-    axes = step.attributes.get("axes", as_ints(step.constant(1)) if step.has(1) else [])
-    if step.node.op_type == "GlobalAveragePool":
-        axes = list(range(2, rank))
-    elif not axes:
-        axes = [] if step.attributes.get("noop_with_empty_axes") else list(range(rank))
-    gone = {axis % rank for axis in axes}
-    kept = [axis for axis in range(rank) if axis not in gone]
-    moved = numbers(value.shape).permute(*kept, *gone).reshape(*(value.shape[axis] for axis in kept), -1)
-    value = step.picked(value, moved)
+    value = onnx_products.reduced_last(step)
     function = torch.sum if step.node.op_type == "ReduceSum" else torch.mean
     reduced = (*value.shape[:-1], 1)
     return step.reshaped(step.append(AveragePool, value, reduced, partial(function, dim=-1, keepdim=True)))
@@ -289,4 +275,6 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Upsample": onnx_moves.resize,
     "Where": onnx_moves.where,
     **onnx_scalar.RULES,
+    **onnx_products.RULES,
+    **onnx_norms.RULES,
 }

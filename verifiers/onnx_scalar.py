@@ -38,7 +38,7 @@ from ..bounds.operations import (
     Sqrt,
     ThresholdedRelu,
 )  # fmt: skip
-from ..typed import as_floats
+from ..typed import as_floats, broadcast_shape
 from .onnx_steps import OnnxStep, Value, fixed
 
 Rule = Callable[[OnnxStep], Value]
@@ -108,15 +108,14 @@ def _larger(step: OnnxStep) -> Value:
     places = range(len(step.node.input))
     constants = [step.constant(place).double() for place in places if not step.computed(place)]
     values = [step.value(place) for place in places if step.computed(place)]
-    for value in values:
-        if math.prod(value.shape) != math.prod(step.shape):
-            step.refuse(f"a computed value of shape {value.shape}, widened to {step.shape}", "shapes that are equal")
-    found = step.reshaped(values[0])
-    for value in values[1:]:
-        step.run.operations.append(Maximum(step.path, (found.position, step.reshaped(value).position), sign))
-        found = Value(len(step.run.operations) - 1, step.shape)
+    found = step.aligned(values[0])
+    for value in map(step.aligned, values[1:]):
+        step.run.operations.append(Maximum(step.path, (found.position, value.position), sign))
+        found = Value(len(step.run.operations) - 1, tuple(broadcast_shape(found.shape, value.shape)))
     if not constants:
-        return found
+        return step.reshaped(found)
+    if found.shape != step.shape:
+        step.refuse(f"a constant that widens shape {found.shape} to {step.shape}", "one that keeps the shape")
     constant = constants[0]
     for other in constants[1:]:
         constant = (torch.maximum if sign > 0 else torch.minimum)(constant, other)

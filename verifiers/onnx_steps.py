@@ -116,6 +116,7 @@ class OnnxStep:
         self.run, self.node, self.output = run, node, output
         self.path, self.shape = node.name or output, run.shapes[output]
         self.attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        self.opset = next(known.version for known in run.model.opset_import if known.domain in ("", "ai.onnx"))
 
     def refuse(self, found: str, accepted: str) -> NoReturn:
         place = f"{self.run.path}: {self.node.op_type} {self.path!r}"
@@ -164,6 +165,18 @@ class OnnxStep:
     def reshaped(self, value: Value, shape: Shape | None = None) -> Value:
         return self.run.reshaped(value, self.shape if shape is None else shape, self.path)
 
+    def aligned(self, value: Value) -> Value:
+        """The value with as many dimensions as the step's output, and held like it: then operations broadcast it."""
+        rank = len(self.shape)
+        shape = (*[1] * (rank - len(value.shape)), *value.shape)
+        whole = rank > 1 and len(held(self.shape)) == rank  # the first dimension is held
+        return Value(self.reshaped(value, (1, *shape) if whole else shape).position, shape)
+
+    def times(self, value: Value, factor: float) -> Value:
+        """The value times a number, in its own shape."""
+        constants = ScaleConstants(*(torch.tensor(number, dtype=torch.float64) for number in (factor, 0.0)))
+        return self.append(Scale, value, value.shape, constants, constants.exact)
+
     def picked(self, value: Value, index: Tensor) -> Value:
         """Entries of ``value`` by their numbers in ``index``, counted from 1; 0 gives a zero."""
         shape, flat = tuple(index.shape), index.flatten()
@@ -195,12 +208,12 @@ class OnnxStep:
         Args:
             roundings: most float32 roundings of one output, relative to |scale value| + |shift|.
         """
-        if math.prod(self.shape) != math.prod(value.shape):
-            self.refuse(f"a constant that widens shape {value.shape} to {self.shape}", "one that keeps the shape")
-        value = self.reshaped(value)
+        widens = math.prod(self.shape) != math.prod(value.shape)
+        value = self.aligned(value) if widens else self.reshaped(value)
         scale, shift = (self.against(torch.as_tensor(constant, dtype=torch.float64)) for constant in (scale, shift))
         before = self.run.operations[value.position]
-        if isinstance(before, Affine) and before.bias is None and (scale == 1).all() and self.run.has_one_reader(value):
+        alone = (scale == 1).all() and not widens and self.run.has_one_reader(value)
+        if isinstance(before, Affine) and before.bias is None and alone:
             features = shift.shape[1 if isinstance(before, Convolution) else -1]
             if shift.numel() == features and torch.equal(shift.float().double(), shift):
                 bias = fixed(shift.float().flatten().expand(len(before.weight)))

@@ -295,8 +295,3 @@ def _pow(tracing: Tracing, node: fx.Node, source: int) -> int:
 @from_function("rsqrt")
 def _rsqrt(tracing: Tracing, node: fx.Node, source: int) -> int:
     return tracing.append(Reciprocal(node.name, (tracing.append(Sqrt(node.name, (source,))),)))
-
-
-@from_function("neg", "negative")
-def _neg(tracing: Tracing, node: fx.Node, source: int) -> int:
-    return tracing.append(Scale(node.name, (source,), lambda: (-1.0, 0.0)))

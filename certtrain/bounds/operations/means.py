@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..interval import Interval
 from .base import Function, UnsupportedOperation
-from .options import beyond_batch, options, refuse
+from .options import dimensions, options
 from .pooling import AveragePool
 from .rearrangement import Copies, Rearrangement
 from .registry import Tracing, from_function, from_module
@@ -19,10 +20,19 @@ from .registry import Tracing, from_function, from_module
 
 @dataclass(frozen=True, eq=False)
 class Reduction(AveragePool):
-    """Sums, or means, over any dimensions but the batch's."""
+    """Sums, or means, over any dimensions but the batch's.
+
+    Args:
+        count: the shape of a value → the number of entries of one sum.
+    """
+
+    count: Callable[[torch.Size], int]
 
     def roundings(self, shape: torch.Size) -> int:
-        return shape.numel() + 1
+        return self.count(shape) + 1
+
+    def terms(self, shape: torch.Size) -> int:
+        return self.count(shape) + 1
 
     def module(self, shape: torch.Size) -> nn.Module:
         return Function(self.function)
@@ -51,18 +61,14 @@ class Resampling(AveragePool):
 
 @from_function("mean", "sum")
 def _reduced(tracing: Tracing, node: fx.Node, source: int) -> int:
-    dims, keepdim, dtype, axis = options(tracing, node, dim=None, keepdim=False, dtype=None, axis=None)
-    dims = axis if dims is None else dims
-    if dims is None or dims == () or dims == [] or dtype is not None:
-        found = "all dimensions" if dtype is None else f"dtype={dtype}"
-        refuse(node, found, "dim, which numbers dimensions behind the batch's, and keepdim")
+    over, keepdim = dimensions(tracing, node)
     total = (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")) == "sum"
 
     def reduce(x: Tensor) -> Tensor:
-        gone = beyond_batch(node, dims, x.ndim)
+        gone = over.of(x.ndim)
         return x.sum(gone, keepdim=keepdim) if total else x.mean(gone, keepdim=keepdim)
 
-    return tracing.append(Reduction(node.name, (source,), reduce))
+    return tracing.append(Reduction(node.name, (source,), reduce, over.count))
 
 
 def _resized(tracing: Tracing, path: str, source: int, mode: str, settings: dict[str, Any]) -> int:

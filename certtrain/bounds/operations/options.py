@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, fx
 
 from ...typed import is_list, is_tuple
@@ -75,6 +77,62 @@ def beyond_batch(node: fx.Node, dims: Any, rank: int) -> list[int]:
     if any(not 1 <= dim < rank for dim in found):
         refuse(node, f"dimensions {counted} of {rank}", "those behind the batch's, which is 0")
     return found
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Dimensions of values (B, *shape), without the batch's.
+
+    Args:
+        node: the function's call, for errors.
+        dims: as in torch, negative ones from the end.
+    """
+
+    node: fx.Node
+    dims: Any
+
+    def of(self, rank: int) -> tuple[int, ...]:
+        """They as numbers >= 1 in order, for values with ``rank`` dimensions.
+
+        Raises:
+            UnsupportedOperation: the batch is among them, or they are out of range.
+        """
+        return tuple(sorted(set(beyond_batch(self.node, self.dims, rank))))
+
+    def last(self, x: Tensor) -> Tensor:
+        """``x`` with these dimensions joined, as the last one."""
+        gone = self.of(x.ndim)
+        kept = [number for number in range(x.ndim) if number not in gone]
+        return x.permute(*kept, *gone).flatten(len(kept))
+
+    def back(self, x: Tensor) -> Tensor:
+        """Reductions of ``last``, (…, 1), with these dimensions of size 1 in their places."""
+        x = x.squeeze(-1)
+        for number in self.of(x.ndim + (1 if isinstance(self.dims, int) else len(set(self.dims)))):
+            x = x.unsqueeze(number)
+        return x
+
+    def squeezed(self, x: Tensor) -> Tensor:
+        """``x`` without these dimensions, which have size 1."""
+        return x.squeeze(self.of(x.ndim))
+
+    def count(self, shape: torch.Size) -> int:
+        """The number of entries of one place over these dimensions, for values (B, *shape)."""
+        return torch.Size(shape[number - 1] for number in self.of(1 + len(shape))).numel()
+
+
+def dimensions(tracing: Tracing, node: fx.Node) -> tuple[Dimensions, bool]:
+    """(dimensions, whether they stay with size 1): the arguments of a function that reduces.
+
+    Raises:
+        UnsupportedOperation: no dimensions, so that the batch would be reduced, too; or a dtype.
+    """
+    dims, keepdim, dtype, axis = options(tracing, node, dim=None, keepdim=False, dtype=None, axis=None)
+    dims = axis if dims is None else dims
+    if dims is None or dims == () or dims == [] or dtype is not None:
+        found = "all dimensions" if dtype is None else f"dtype={dtype}"
+        refuse(node, found, "dim, which numbers dimensions behind the batch's, and keepdim")
+    return Dimensions(node, dims), bool(keepdim)
 
 
 def behind_batch(node: fx.Node, dim: Any, rank: int) -> int:

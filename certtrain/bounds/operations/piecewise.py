@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
+from ...typed import broadcast_shape
 from ..interval import Bounds, Interval
+from ..window import Window
 from .affine import Weights
 from .base import Folding, Function, Operation, Unbounded, UnsupportedOperation
+from .rearrangement import Copies
 from .registry import Tracing, entrywise, from_function, from_module, number
 from .relu import Relu
 from .scale import Constants, Scale
@@ -107,7 +110,7 @@ class Clamp(PiecewiseLinear):
 
 @dataclass(frozen=True, eq=False)
 class Maximum(PiecewiseLinear):
-    """The larger of two values of equal shape; with a ``sign`` of -1 the smaller."""
+    """The larger of two values, entry by entry; with a ``sign`` of -1 the smaller."""
 
     sign: float = 1.0
 
@@ -122,10 +125,21 @@ class Maximum(PiecewiseLinear):
 
     def as_relus(self, folding: Folding, *sources: int) -> int:
         """max(x, y) = y + relu(x - y), min(x, y) = -max(-x, -y)."""
-        x, y = sources if self.sign > 0 else (negated(folding, source, self.path) for source in sources)
+        shape = broadcast_shape(*(folding.shapes[source] for source in sources))
+        x, y = (self._expanded(folding, source, shape) for source in sources)
+        if self.sign < 0:
+            x, y = negated(folding, x, self.path), negated(folding, y, self.path)
         above = folding.append(Relu(self.path, (folding.append(Sum(self.path, (x, y), -1.0)),)))
         larger = folding.append(Sum(self.path, (y, above), maximum_of=(x, y)))
         return larger if self.sign > 0 else negated(folding, larger, self.path)
+
+    def _expanded(self, folding: Folding, source: int, shape: torch.Size) -> int:
+        if folding.shapes[source] == shape:
+            return source
+        return folding.append(Copies(self.path, (source,), lambda x: x.expand(x.shape[0], *shape)))
+
+    def window(self, window: Window, shapes: Sequence[torch.Size]) -> Window | None:
+        return window if all(shape == shapes[0] for shape in shapes) else None
 
 
 def negated(folding: Folding, source: int, path: str) -> int:

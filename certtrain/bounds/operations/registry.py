@@ -150,5 +150,5 @@ def supported() -> str:
     functions = ", ".join(name for name in FUNCTIONS if not name.endswith("_"))
     return (
         f"{modules}; the functions {functions} that keep the batch dimension, cat and stack of computed values along "
-        "any other, and + - * / with another computed value (+ and - only) or with constants"
+        "any other, and + - * / with another computed value or with constants"
     )
