@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..bounds import Bounds, Box, Region
-from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, slack_of
+from ..bounds.crown import LinearBound, backward_rows, crown_bounds, relax_all, slack_of
 from ..bounds.forward_linear import forward_bounds
 from ..bounds.network import Network
+from ..bounds.rows import Rows
 from .clipping import Cuts, rounded_down
 from .neurons import Columns, Neurons
 from .optimise import finite, with_offsets
@@ -61,17 +62,18 @@ class BoxBounds:
     """
 
     def __init__(
-        self, network: Network, rows: Tensor, offsets: Tensor, members: Tensor, outer: dict[int, Bounds],
+        self, network: Network, rows: Tensor | Rows, offsets: Tensor, members: Tensor, outer: dict[int, Bounds],
         region: Region, tighten: bool = False,
     ):  # fmt: skip
-        self.network, self.rows, self.offsets, self.members, self.outer = network, rows, offsets, members, dict(outer)
+        self.network, self.rows, self.offsets, self.members = network, Rows.of(rows), offsets, members
+        self.outer = dict(outer)
         self.region, self.lower, self.upper = region, region.hull.lower, region.hull.upper
         self._column = work_of_a_row(network, len(network.operations) - 1)
         self._row = {
             number: sum(work_of_a_row(network, read) for read in network.operations[number].inputs)
             for number in network.nonlinear
         }
-        self._spent = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        self._spent = torch.zeros(len(offsets), dtype=torch.float64, device=offsets.device)
         self._enough = torch.full_like(self._spent, torch.inf)
         if tighten and outer and network.piecewise_linear and network.rounding is None:
             self._enough = TIGHTENING * tightening_work(network, outer, ROOT_STEPS)
@@ -103,7 +105,7 @@ class BoxBounds:
         if len(due):
             some = {place: Bounds(ends.lower[due], ends.upper[due]) for place, ends in self.outer.items()}
             neurons = Neurons.of(self.network)
-            low, up = neurons.ends(some, self.rows[due])
+            low, up = neurons.ends(some, self.offsets[due])
             columns = Columns.of(neurons, (low < 0) & (up > 0))
             tighter, _ = tightened(self.network, self.region.take(due), some, columns, ROOT_STEPS)
             for place, ends in tighter.items():
@@ -128,11 +130,9 @@ class BoxBounds:
         return open_ & few | many
 
     def _clauses(self, box: Box, image: Tensor, bounds: dict[int, Bounds]) -> ClauseBounds:
-        linear = backward(
-            self.network, len(self.network.operations) - 1, self.rows[image], relax_all(self.network, bounds),
-            slack=slack_of(self.network, box, bounds),
-        )  # fmt: skip
         offsets = self.offsets[image]
+        lines, slack = relax_all(self.network, bounds), slack_of(self.network, box, bounds)
+        linear = backward_rows(self.network, self.rows.take(image), offsets, lines, slack)
         values = finite(with_offsets(self.network, linear.lower(box), offsets))
         best, row = values[:, self.members].max(-1)
         forms = linear.forms[:, self.members]  # (P, C, G, *shape)

@@ -135,7 +135,7 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
     """
 
     def __init__(self, problem: Problem, known: BoundsSoFar, batch: int, tighten: bool = False):
-        rows, offsets = known.rows_of(problem.specification)
+        rows, offsets = known.forms_of(problem.specification)
         members, _ = rows_of_clauses(problem.specification.clauses)
         self.problem, region = problem, known.region_of(problem)
         self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds, region, tighten)

@@ -20,6 +20,7 @@ from .operations import Dense, Nonlinear, Sum
 from .region import Region, least
 from .relaxation import Relaxation
 from .rounding import Slack, interval_of, widened
+from .rows import Rows
 from .windows import View, Windows
 
 COPIES = 12
@@ -59,6 +60,19 @@ class LinearBound:
         if self.slack is None or self.size is None:
             return 0.0
         return self.slack.remainder(self.forms, self.size, region.hull)
+
+
+def joined(parts: Sequence[LinearBound]) -> LinearBound:
+    """The bounds of all forms (B, R, *shape) from those of parts of them, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    slack = parts[0].slack
+    sizes = [part.size for part in parts if part.size is not None]
+    floors = [part.floor for part in parts if part.floor is not None]
+    return LinearBound(
+        torch.cat([part.forms for part in parts], 1), torch.cat([part.constants for part in parts], 1), slack,
+        torch.cat(sizes, 1) if sizes else None, torch.cat(floors, 1) if floors else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -157,23 +171,51 @@ def bound_forms(
     return backward(network, position, forms, relax_all(network, bounds), slack=slack).lower(region)
 
 
+def backward_rows(
+    network: Network, rows: Rows, like: Tensor, lines: Mapping[int, Relaxation], slack: Slack | None = None
+) -> LinearBound:
+    """``backward`` of rows of the logits, of as many at a time as fit into a search's round (``memory.planned``)."""
+    size = rows_at_a_time(network, rows.shape[0], like, size=memory.planned(like))
+    last = len(network.operations) - 1
+    return joined([backward(network, last, part.dense(), lines, slack=slack) for part in rows.windows(size)])
+
+
 def interval_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
     """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone; forms are merged into the last
     layer if it is dense."""
-    walk = _Bounding(network, region, refine=False)
-    walk.run()
-    number, slack = len(network.operations) - 1, None
-    cost = size = constants = forms.new_zeros(forms.shape[:2])
-    if network.rounding is not None:
-        slack = Slack.of(network, walk.intervals)
-        cost, size = slack.charge(number, forms)
-    if isinstance(operation := network.operations[number], Dense):
-        (read,) = operation.inputs
-        constants = constants + operation.constant(forms)
-        (forms,), number = operation.adjoints(forms, network.shapes[read]), read
-    box = walk.intervals[number]
-    lower = least(forms, box) + constants - cost
-    return lower if slack is None else lower - slack.remainder(forms, size, box)
+    return _IntervalForms(network, region)(forms)
+
+
+def interval_rows(network: Network, region: Region, rows: Rows) -> Tensor:
+    """``interval_forms`` of rows, of as many at a time as fit into memory."""
+    lower_bounds, like = _IntervalForms(network, region), region.images
+    widest = network.shapes[-1].numel() + 3 * max(network.shapes[read].numel() for read in lower_bounds.last.inputs)
+    size = memory.at_once(like) // max(1, len(like) * widest * like.element_size())
+    return torch.cat([lower_bounds(part.dense()) for part in rows.windows(max(1, size))], 1)
+
+
+class _IntervalForms:
+    """Lower bounds of linear forms of the logits by the intervals of one walk."""
+
+    def __init__(self, network: Network, region: Region):
+        self.network, self.last = network, network.operations[-1]
+        walk = _Bounding(network, region, refine=False)
+        walk.run()
+        self.intervals = walk.intervals
+        self.slack = None if network.rounding is None else Slack.of(network, walk.intervals)
+
+    def __call__(self, forms: Tensor) -> Tensor:
+        number = len(self.network.operations) - 1
+        cost = size = constants = forms.new_zeros(forms.shape[:2])
+        if self.slack is not None:
+            cost, size = self.slack.charge(number, forms)
+        if isinstance(self.last, Dense):
+            (read,) = self.last.inputs
+            constants = constants + self.last.constant(forms)
+            (forms,), number = self.last.adjoints(forms, self.network.shapes[read]), read
+        box = self.intervals[number]
+        lower = least(forms, box) + constants - cost
+        return lower if self.slack is None else lower - self.slack.remainder(forms, size, box)
 
 
 def slack_of(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Slack | None:

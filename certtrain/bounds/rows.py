@@ -1,0 +1,174 @@
+"""Linear forms of a network's outputs, kept in little memory and made dense for a part of them at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Rows(ABC):
+    """R linear forms of K outputs for each of B images.
+
+    ``rows[image, row]`` is (\\*, K), the forms of these numbers densely: tensors and numbers that index the first two
+    dimensions of ``dense()``.
+    """
+
+    @staticmethod
+    def of(rows: Tensor | Rows) -> Rows:
+        """Rows from a tensor (B, R, K), or the rows themselves."""
+        return DenseRows(rows) if isinstance(rows, Tensor) else rows
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """(B, R, K)."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> int:
+        """Numbers that the rows of one image take in ``take``, or that their values take, whichever is more."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same rows in another dtype."""
+
+    @abstractmethod
+    def take(self, index: Tensor) -> Self:
+        """The rows of the images ``index``."""
+
+    @abstractmethod
+    def part(self, numbers: Tensor) -> Self:
+        """The rows ``numbers`` of every image."""
+
+    @abstractmethod
+    def windows(self, size: int) -> Iterator[Self]:
+        """All rows in order, ``size`` of each image at a time."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """(B, R, K)."""
+
+    @abstractmethod
+    def __getitem__(self, at: tuple[Tensor | int, Tensor | int]) -> Tensor:
+        """The rows at[1] of the images at[0], (\\*, K)."""
+
+    @abstractmethod
+    def values(self, outputs: Tensor) -> Tensor:
+        """(B, R) values at outputs (B, K), in the outputs' dtype; NaN where an output with a coefficient of 0 is not
+        finite."""
+
+    @abstractmethod
+    def through(self, weight: Tensor) -> Tensor:
+        """The rows as forms of the input of a linear map of ``weight`` (K, \\*): (B, R, \\*)."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRows(Rows):
+    """Any rows, as a tensor (B, R, K)."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def numbers(self) -> int:
+        return self.tensor.shape[1:].numel()
+
+    def to(self, dtype: torch.dtype) -> DenseRows:
+        return DenseRows(self.tensor.to(dtype))
+
+    def take(self, index: Tensor) -> DenseRows:
+        return DenseRows(self.tensor[index])
+
+    def part(self, numbers: Tensor) -> DenseRows:
+        return DenseRows(self.tensor[:, numbers])
+
+    def windows(self, size: int) -> Iterator[DenseRows]:
+        yield from map(DenseRows, torch.split(self.tensor, size, 1))
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+    def __getitem__(self, at: tuple[Tensor | int, Tensor | int]) -> Tensor:
+        return self.tensor[at]
+
+    def values(self, outputs: Tensor) -> Tensor:
+        return (self.tensor.to(outputs.dtype) @ outputs.unsqueeze(-1)).squeeze(-1)
+
+    def through(self, weight: Tensor) -> Tensor:
+        return self.tensor @ weight
+
+
+@dataclass(frozen=True, eq=False)
+class Margins(Rows):
+    """Rows e_y - e_j, the lead of an image's label y over another class j: memory linear in K, not K^2 for each image.
+
+    Args:
+        labels: (B,) int64, the label of each image.
+        others: (R,) int64, places of the classes j among those other than the label, which are in increasing order.
+        classes: K.
+        dtype: of dense rows.
+    """
+
+    labels: Tensor
+    others: Tensor
+    classes: int
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of_labels(cls, labels: Tensor, classes: int) -> Margins:
+        """The rows for all other classes."""
+        return cls(labels, torch.arange(classes - 1, device=labels.device), classes)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.labels), len(self.others), self.classes))
+
+    @property
+    def numbers(self) -> int:
+        return 4 * len(self.others)  # two numbers and one of int64
+
+    def to(self, dtype: torch.dtype) -> Margins:
+        return replace(self, dtype=dtype)
+
+    def take(self, index: Tensor) -> Margins:
+        return replace(self, labels=self.labels[index])
+
+    def part(self, numbers: Tensor) -> Margins:
+        return replace(self, others=self.others[numbers])
+
+    def windows(self, size: int) -> Iterator[Margins]:
+        for others in torch.split(self.others, size):
+            yield replace(self, others=others)
+
+    def dense(self) -> Tensor:
+        every = torch.arange(len(self.labels), device=self.labels.device)
+        return self[every.unsqueeze(1), torch.arange(len(self.others), device=self.others.device)]
+
+    def __getitem__(self, at: tuple[Tensor | int, Tensor | int]) -> Tensor:
+        label, other = self._classes(self.labels[at[0]], self.others[at[1]])
+        rows = torch.zeros(*other.shape, self.classes, dtype=self.dtype, device=other.device)
+        rows.scatter_(-1, label.expand_as(other).unsqueeze(-1), 1.0)
+        return rows.scatter_(-1, other.unsqueeze(-1), -1.0)
+
+    def values(self, outputs: Tensor) -> Tensor:
+        label, other = self._classes(self.labels.unsqueeze(1), self.others)
+        values, wrong = outputs.gather(1, label) - outputs.gather(1, other), ~outputs.isfinite()
+        apart = wrong.sum(1, keepdim=True) > wrong.gather(1, label).int() + wrong.gather(1, other).int()
+        return torch.where(apart, torch.nan, values)
+
+    def through(self, weight: Tensor) -> Tensor:
+        label, other = self._classes(self.labels.unsqueeze(1), self.others)
+        return weight[label] - weight[other]
+
+    @staticmethod
+    def _classes(label: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """The labels, and the classes at places among the others of each; both broadcast to the classes' shape."""
+        return label, other + (other >= label)
