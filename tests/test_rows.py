@@ -13,10 +13,11 @@ from torch import nn
 from walking import walk
 
 from certtrain.bounds import LinfBall, SparseBall, compute_rows, memory
-from certtrain.bounds.crown import backward, backward_rows, bound_forms, crown_bounds, interval_rows, joined, relax_all
+from certtrain.bounds.crown import backward, backward_rows, bound_forms, crown_bounds, interval_forms, joined, relax_all
 from certtrain.bounds.folding import fold
 from certtrain.bounds.rounding import REAL
 from certtrain.bounds.rows import DenseRows, Margins
+from certtrain.losses.crown_ibp import fused_loss
 from certtrain.verifiers import (
     AlphaStage,
     AttackStage,
@@ -198,7 +199,7 @@ def test_windows_change_no_bound():
             bounds = crown_bounds(network, region)
             linear = backward_rows(network, rows, problem.specification.offsets, relax_all(network, bounds))
             torch.testing.assert_close(linear.lower(region), bound_forms(network, region, rows.dense(), bounds))
-            intervals = compute_rows(problem.network, region, rows), interval_rows(careful, wide, forms)
+            intervals = compute_rows(problem.network, region, rows), interval_forms(careful, wide, forms)
             found.append((linear.forms, *intervals))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
@@ -236,3 +237,23 @@ def test_a_cascade_of_a_thousand_classes():
         verdicts = run_cascade(problem, Certify(stages=("attack", "ibp", "crown")).build(0))
     assert mode.bytes_ <= 1 << 20
     assert [verdict.status for verdict in verdicts].count("misclassified") == 1
+
+
+class TestFusedLoss:
+    @walk("best_layer", [False, True])
+    def test_of_margins_is_that_of_dense_rows(self, best_layer):
+        problem = a_problem(11, LinfBall(0.1), convolution=True)
+        network, rows = fold(problem.network.double(), (1, 3, 3)), problem.specification.forms.to(torch.float64)
+        region, found = problem.region.to(torch.float64), []
+        for given in (rows, rows.dense()):
+            loss = fused_loss(network, region, given, best_layer).sum()
+            found.append((loss, *torch.autograd.grad(loss, list(problem.network.parameters()))))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        assert found[0][1].abs().max() > 0
+
+    def test_sums_of_rows(self):
+        margins = Margins.of_labels(torch.tensor([0, 3]), 4).part(torch.tensor([2, 0])).to(torch.float64)
+        weights = torch.tensor([[1.0, 10.0], [2.0, 5.0]], dtype=torch.float64)
+        assert margins.weighted(weights).tolist() == [[11, -10, 0, -1], [-5, 0, -2, 7]]
+        assert torch.equal(DenseRows(margins.dense()).weighted(weights), margins.weighted(weights))

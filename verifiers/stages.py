@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attacks import Attack, default_attack
 from ..bounds import Bounds, PerturbationSet, Region, SparseBall, compute_rows, forward, memory
 from ..bounds.clock import OutOfTime, expected, look, until
-from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_rows, rows_at_a_time
+from ..bounds.crown import bound_forms, crown_bounds, interval_bounds, interval_forms, rows_at_a_time
 from ..bounds.effort import work_of
 from ..bounds.folding import fold
 from ..bounds.forward_linear import forward_bounds
@@ -132,7 +132,7 @@ class IbpStage(Stage):
         if known.network.rounding is None:  # the layers' fused kernels are 1.6 times as fast
             rows = compute_rows(problem.network, problem.region, forms)
         else:
-            rows = interval_rows(known.network, known.region_of(problem), forms)
+            rows = interval_forms(known.network, known.region_of(problem), forms)
         return proof(problem, known.with_rows(with_offsets(known.network, rows, offsets)))
 
 

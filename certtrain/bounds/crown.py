@@ -180,42 +180,50 @@ def backward_rows(
     return joined([backward(network, last, part.dense(), lines, slack=slack) for part in rows.windows(size)])
 
 
-def interval_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
-    """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone; forms are merged into the last
-    layer if it is dense."""
-    return _IntervalForms(network, region)(forms)
+def interval_forms(network: Network, region: Region, rows: Tensor | Rows) -> Tensor:
+    """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone, of as many at a time as fit into
+    memory; forms are merged into the last layer if it is dense."""
+    walk = _Bounding(network, region, refine=False)
+    walk.run()
+    number, last, rows = len(network.operations) - 1, network.operations[-1], Rows.of(rows)
+    slack = None if network.rounding is None else Slack.of(network, walk.intervals)
 
-
-def interval_rows(network: Network, region: Region, rows: Rows) -> Tensor:
-    """``interval_forms`` of rows, of as many at a time as fit into memory."""
-    lower_bounds, like = _IntervalForms(network, region), region.images
-    widest = network.shapes[-1].numel() + 3 * max(network.shapes[read].numel() for read in lower_bounds.last.inputs)
-    size = memory.at_once(like) // max(1, len(like) * widest * like.element_size())
-    return torch.cat([lower_bounds(part.dense()) for part in rows.windows(max(1, size))], 1)
-
-
-class _IntervalForms:
-    """Lower bounds of linear forms of the logits by the intervals of one walk."""
-
-    def __init__(self, network: Network, region: Region):
-        self.network, self.last = network, network.operations[-1]
-        walk = _Bounding(network, region, refine=False)
-        walk.run()
-        self.intervals = walk.intervals
-        self.slack = None if network.rounding is None else Slack.of(network, walk.intervals)
-
-    def __call__(self, forms: Tensor) -> Tensor:
-        number = len(self.network.operations) - 1
+    def lower(forms: Tensor) -> Tensor:
         cost = size = constants = forms.new_zeros(forms.shape[:2])
-        if self.slack is not None:
-            cost, size = self.slack.charge(number, forms)
-        if isinstance(self.last, Dense):
-            (read,) = self.last.inputs
-            constants = constants + self.last.constant(forms)
-            (forms,), number = self.last.adjoints(forms, self.network.shapes[read]), read
-        box = self.intervals[number]
-        lower = least(forms, box) + constants - cost
-        return lower if self.slack is None else lower - self.slack.remainder(forms, size, box)
+        if slack is not None:
+            cost, size = slack.charge(number, forms)
+        box = walk.intervals[number]
+        if isinstance(last, Dense):
+            (read,) = last.inputs
+            constants, box = constants + last.constant(forms), walk.intervals[read]
+            (forms,) = last.adjoints(forms, network.shapes[read])
+        bound = least(forms, box) + constants - cost
+        return bound if slack is None else bound - slack.remainder(forms, size, box)
+
+    return torch.cat([lower(part.dense()) for part in rows.windows(_rows_of_intervals(network, walk))], 1)
+
+
+def interval_ends(network: Network, region: Region, rows: Rows) -> tuple[Tensor, Tensor]:
+    """(lower, upper), each (B, R): ``interval_forms`` of rows of the logits from below and above, for networks without
+    a ``rounding``. Differentiable."""
+    walk = _Bounding(network, region, refine=False)
+    walk.run()
+    number, last, constants = len(network.operations) - 1, network.operations[-1], 0.0
+    if isinstance(last, Dense):
+        forms, (number,) = rows.through(last.weight), last.inputs
+        constants = 0.0 if last.bias is None else rows.through(last.bias)
+    else:
+        forms = rows.dense()
+    box = walk.intervals[number]
+    return least(forms, box) + constants, constants - least(-forms, box)
+
+
+def _rows_of_intervals(network: Network, walk: _Bounding) -> int:
+    """Number of linear forms of the logits, for each image, that go through the last layer together; at least 1."""
+    like = walk.region.images
+    before = max(network.shapes[read].numel() for read in network.operations[-1].inputs)
+    numbers = network.shapes[-1].numel() + 3 * before  # forms of both, magnitudes and a temporary
+    return max(1, memory.at_once(like) // max(1, len(like) * numbers * like.element_size()))
 
 
 def slack_of(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Slack | None:

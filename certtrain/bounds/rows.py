@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class Rows(ABC):
     """R linear forms of K outputs for each of B images.
 
-    ``rows[image, row]`` is (\\*, K), the forms of these numbers densely: tensors and numbers that index the first two
+    ``rows[image, row]`` is (*, K), the forms of these numbers densely: tensors and numbers that index the first two
     dimensions of ``dense()``.
     """
 
@@ -55,7 +56,7 @@ class Rows(ABC):
 
     @abstractmethod
     def __getitem__(self, at: tuple[Tensor | int, Tensor | int]) -> Tensor:
-        """The rows at[1] of the images at[0], (\\*, K)."""
+        """The rows at[1] of the images at[0], (*, K)."""
 
     @abstractmethod
     def values(self, outputs: Tensor) -> Tensor:
@@ -64,7 +65,11 @@ class Rows(ABC):
 
     @abstractmethod
     def through(self, weight: Tensor) -> Tensor:
-        """The rows as forms of the input of a linear map of ``weight`` (K, \\*): (B, R, \\*)."""
+        """The rows as forms of the input of a linear map of ``weight`` (K, *): (B, R, *)."""
+
+    @abstractmethod
+    def weighted(self, weights: Tensor) -> Tensor:
+        """(B, K) sums of each image's rows with ``weights`` (B, R)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +109,9 @@ class DenseRows(Rows):
 
     def through(self, weight: Tensor) -> Tensor:
         return self.tensor @ weight
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return (weights.unsqueeze(2) * self.tensor).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +174,14 @@ class Margins(Rows):
 
     def through(self, weight: Tensor) -> Tensor:
         label, other = self._classes(self.labels.unsqueeze(1), self.others)
-        return weight[label] - weight[other]
+        # embedding, not indexing: the gradient of indexing is summed in a thread-dependent order
+        own, others = (F.embedding(at, weight.reshape(self.classes, -1)) for at in (label, other))
+        return (own - others).reshape(*other.shape, *weight.shape[1:])
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        label, other = self._classes(self.labels.unsqueeze(1), self.others)
+        sums = weights.new_zeros(len(weights), self.classes)
+        return sums.scatter_add(1, other, -weights).scatter_add(1, label, weights.sum(1, keepdim=True))
 
     @staticmethod
     def _classes(label: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
