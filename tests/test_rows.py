@@ -17,6 +17,7 @@ from certtrain.bounds.crown import backward, backward_rows, bound_forms, crown_b
 from certtrain.bounds.folding import fold
 from certtrain.bounds.rounding import REAL
 from certtrain.bounds.rows import DenseRows, Margins
+from certtrain.kernels.reference import backend
 from certtrain.losses.crown_ibp import fused_loss
 from certtrain.verifiers import (
     AlphaStage,
@@ -257,3 +258,20 @@ class TestFusedLoss:
         weights = torch.tensor([[1.0, 10.0], [2.0, 5.0]], dtype=torch.float64)
         assert margins.weighted(weights).tolist() == [[11, -10, 0, -1], [-5, 0, -2, 7]]
         assert torch.equal(DenseRows(margins.dense()).weighted(weights), margins.weighted(weights))
+
+
+def test_the_gradient_of_interval_margins_in_plain_torch_is_linear_in_the_classes():
+    torch.manual_seed(0)
+    largest = []
+    for classes in (1, 2, 40, 160):
+        labels = torch.randint(0, classes, (5,))
+        grad, radius, weight = torch.randn(5, classes - 1), torch.rand(5, 3), torch.randn(classes, 3)
+        with _Largest() as mode:
+            found = backend.margins_backward(grad, radius, weight, labels)
+        rows = Margins.of_labels(labels, classes).dense()
+        leaves = radius.clone().requires_grad_(), weight.clone().requires_grad_()
+        lower = -((rows @ leaves[1]).abs() @ leaves[0].unsqueeze(2)).squeeze(2)
+        for one, other in zip(found, torch.autograd.grad((grad * lower).sum(), leaves), strict=True):
+            torch.testing.assert_close(one, other)
+        largest.append(mode.bytes_)
+    assert largest[3] <= 4.5 * largest[2] and largest[3] < 160 * 159 * 4
