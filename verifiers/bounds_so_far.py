@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..bounds import Bounds, Region
 from ..bounds.network import Network
-from ..bounds.rows import Rows
+from ..bounds.output_forms import OutputForms
 from .optimise import finite
 from .problem import Problem, Specification
 
@@ -39,7 +39,7 @@ class BoundsSoFar:
         """The problems' regions in the precision that bounds are computed in."""
         return problem.region.to(self.rows.dtype)
 
-    def forms_of(self, specification: Specification) -> tuple[Rows, Tensor]:
+    def forms_of(self, specification: Specification) -> tuple[OutputForms, Tensor]:
         """The specification's rows and offsets, in the precision that bounds are computed in."""
         return specification.forms.to(self.rows.dtype), specification.offsets.to(self.rows.dtype)
 

@@ -11,7 +11,7 @@ from ..bounds import Bounds, Box, Region
 from ..bounds.crown import LinearBound, backward_rows, crown_bounds, relax_all, slack_of
 from ..bounds.forward_linear import forward_bounds
 from ..bounds.network import Network
-from ..bounds.rows import Rows
+from ..bounds.output_forms import OutputForms
 from .clipping import Cuts, rounded_down
 from .neurons import Columns, Neurons
 from .optimise import finite, with_offsets
@@ -62,10 +62,10 @@ class BoxBounds:
     """
 
     def __init__(
-        self, network: Network, rows: Tensor | Rows, offsets: Tensor, members: Tensor, outer: dict[int, Bounds],
+        self, network: Network, rows: Tensor | OutputForms, offsets: Tensor, members: Tensor, outer: dict[int, Bounds],
         region: Region, tighten: bool = False,
     ):  # fmt: skip
-        self.network, self.rows, self.offsets, self.members = network, Rows.of(rows), offsets, members
+        self.network, self.rows, self.offsets, self.members = network, OutputForms.of(rows), offsets, members
         self.outer = dict(outer)
         self.region, self.lower, self.upper = region, region.hull.lower, region.hull.upper
         self._column = work_of_a_row(network, len(network.operations) - 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import Region, memory
-from ..bounds.rows import Margins, Rows
+from ..bounds.output_forms import Margins, OutputForms
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in
 from ..typed import unique
@@ -28,20 +28,20 @@ class Specification:
     A point is unsafe if in some clause every row holds: <row, logits> + offset <= 0. Ties are unsafe.
 
     Args:
-        forms: the rows without their offsets, ``Rows`` or a tensor (B, R, K); offsets: (B, R).
+        forms: the rows without their offsets, ``OutputForms`` or a tensor (B, R, K); offsets: (B, R).
         clauses: (R,) int64, the clause of each row, numbered from 0.
         labels: (B,) the class that must win, for robustness specifications; None for others.
     Raises:
         InputError: no rows (such a specification would hold for every network); shapes that do not fit.
     """
 
-    forms: Rows
+    forms: OutputForms
     offsets: Tensor
     clauses: Tensor
     labels: Tensor | None = None
 
-    def __init__(self, forms: Rows | Tensor, offsets: Tensor, clauses: Tensor, labels: Tensor | None = None):
-        values = {"forms": Rows.of(forms), "offsets": offsets, "clauses": clauses, "labels": labels}
+    def __init__(self, forms: OutputForms | Tensor, offsets: Tensor, clauses: Tensor, labels: Tensor | None = None):
+        values = {"forms": OutputForms.of(forms), "offsets": offsets, "clauses": clauses, "labels": labels}
         for name, value in values.items():
             object.__setattr__(self, name, value)
         shape = tuple(forms.shape)

@@ -179,7 +179,7 @@ class CrownStage(Stage):
         region, network = known.region_of(problem), known.network
         forms, offsets = known.forms_of(problem.specification)
         rows: list[Tensor] = []
-        for part in forms.windows(rows_at_a_time(network, len(problem), offsets)):
+        for part in forms.split(rows_at_a_time(network, len(problem), offsets)):
             try:
                 rows.append(bound_forms(network, region, part.dense(), known.bounds))
             except OutOfTime:

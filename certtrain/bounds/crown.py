@@ -17,10 +17,10 @@ from .effort import work_of
 from .interval import Bounds, Interval
 from .network import Network
 from .operations import Dense, Nonlinear, Sum
+from .output_forms import OutputForms
 from .region import Region, least
 from .relaxation import Relaxation
 from .rounding import Slack, interval_of, widened
-from .rows import Rows
 from .windows import View, Windows
 
 COPIES = 12
@@ -172,20 +172,20 @@ def bound_forms(
 
 
 def backward_rows(
-    network: Network, rows: Rows, like: Tensor, lines: Mapping[int, Relaxation], slack: Slack | None = None
+    network: Network, rows: OutputForms, like: Tensor, lines: Mapping[int, Relaxation], slack: Slack | None = None
 ) -> LinearBound:
     """``backward`` of rows of the logits, of as many at a time as fit into a search's round (``memory.planned``)."""
     size = rows_at_a_time(network, rows.shape[0], like, size=memory.planned(like))
     last = len(network.operations) - 1
-    return joined([backward(network, last, part.dense(), lines, slack=slack) for part in rows.windows(size)])
+    return joined([backward(network, last, part.dense(), lines, slack=slack) for part in rows.split(size)])
 
 
-def interval_forms(network: Network, region: Region, rows: Tensor | Rows) -> Tensor:
+def interval_forms(network: Network, region: Region, rows: Tensor | OutputForms) -> Tensor:
     """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone, of as many at a time as fit into
     memory; forms are merged into the last layer if it is dense."""
     walk = _Bounding(network, region, refine=False)
     walk.run()
-    number, last, rows = len(network.operations) - 1, network.operations[-1], Rows.of(rows)
+    number, last, rows = len(network.operations) - 1, network.operations[-1], OutputForms.of(rows)
     slack = None if network.rounding is None else Slack.of(network, walk.intervals)
 
     def lower(forms: Tensor) -> Tensor:
@@ -200,10 +200,10 @@ def interval_forms(network: Network, region: Region, rows: Tensor | Rows) -> Ten
         bound = least(forms, box) + constants - cost
         return bound if slack is None else bound - slack.remainder(forms, size, box)
 
-    return torch.cat([lower(part.dense()) for part in rows.windows(_rows_of_intervals(network, walk))], 1)
+    return torch.cat([lower(part.dense()) for part in rows.split(_rows_of_intervals(network, walk))], 1)
 
 
-def interval_ends(network: Network, region: Region, rows: Rows) -> tuple[Tensor, Tensor]:
+def interval_ends(network: Network, region: Region, rows: OutputForms) -> tuple[Tensor, Tensor]:
     """(lower, upper), each (B, R): ``interval_forms`` of rows of the logits from below and above, for networks without
     a ``rounding``. Differentiable."""
     walk = _Bounding(network, region, refine=False)

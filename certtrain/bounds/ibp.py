@@ -17,8 +17,8 @@ from .first_layer import first_layer
 from .interval import Interval
 from .network import Network, Statistics
 from .operations import Affine, Dense, Relu
+from .output_forms import OutputForms
 from .region import Region
-from .rows import Rows
 from .tracing import is_traced, trace
 
 
@@ -105,7 +105,7 @@ def compute_activity(
 
 
 def compute_rows(
-    model: nn.Module, box: Interval | Region, rows: Tensor | Rows, statistics: Statistics | None = None
+    model: nn.Module, box: Interval | Region, rows: Tensor | OutputForms, statistics: Statistics | None = None
 ) -> Tensor:
     """Lower bounds of linear forms of the logits, merged into the last linear layer.
 
@@ -117,7 +117,7 @@ def compute_rows(
     output, last = _Propagation(model, statistics, keep=False).run(box, stop_before_last=True)
     center, radius = output.center.unsqueeze(-1), output.radius.unsqueeze(-1)
 
-    def bound(part: Rows) -> Tensor:
+    def bound(part: OutputForms) -> Tensor:
         constant: Tensor | float = 0.0
         if last is None:
             forms = part.dense()
@@ -127,10 +127,10 @@ def compute_rows(
             forms = part.through(weight)
         return (forms @ center - forms.abs() @ radius).squeeze(-1) + constant
 
-    rows = Rows.of(rows)
+    rows = OutputForms.of(rows)
     numbers = rows.shape[2] + 3 * output.center.shape[1:].numel()  # the forms, their magnitudes and a temporary
     size = memory.at_once(center) // max(1, len(center) * numbers * center.element_size())
-    return torch.cat([bound(part) for part in rows.windows(max(1, size))], 1)
+    return torch.cat([bound(part) for part in rows.split(max(1, size))], 1)
 
 
 def _difference(logits: Interval, labels: Tensor) -> Tensor:

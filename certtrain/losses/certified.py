@@ -22,7 +22,7 @@ from ..bounds import (
     forward,
     trace,
 )
-from ..bounds.rows import Margins
+from ..bounds.output_forms import Margins
 from ..errors import check
 from ..labels import check_logits
 from ..step import Batch, StateSpec, Step

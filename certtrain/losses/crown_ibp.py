@@ -7,8 +7,8 @@ from ..bounds import Activity, Forward
 from ..bounds.crown import best_forms, bound_forms, interval_bounds, interval_ends
 from ..bounds.folding import fold
 from ..bounds.network import Network
+from ..bounds.output_forms import Margins, OutputForms
 from ..bounds.region import Region
-from ..bounds.rows import Margins, Rows
 from ..step import Batch, Step
 from .base import Ramp, check_share, value_at
 from .certified import CertifiedLoss, margin_loss, margin_rows, mix, verified_parts
@@ -61,13 +61,13 @@ def _bounded(network: Network, region: Region, forms: Tensor, best_layer: bool) 
     return bound_forms(network, region, forms, interval_bounds(network, region))
 
 
-def fused_loss(network: Network, region: Region, rows: Tensor | Rows, best_layer: bool = False) -> Tensor:
+def fused_loss(network: Network, region: Region, rows: Tensor | OutputForms, best_layer: bool = False) -> Tensor:
     """(B,) upper bounds of log(1 + sum_j e^(-z_j)) over the region, z = rows · logits, rows (B, K - 1, K).
 
     Over the interval [a, b] of a margin, e^(-z) is below its chord e^(-a) - s (z - a). The sum of chords is one linear
     form of the logits, whose minimum one backward pass bounds.
     """
-    rows = Rows.of(rows)
+    rows = OutputForms.of(rows)
     lower, upper = interval_ends(network, region, rows)
     width = upper - lower
     # exponentials relative to the largest one, which overflows float32

@@ -15,8 +15,8 @@ from walking import walk
 from certtrain.bounds import LinfBall, SparseBall, compute_rows, memory
 from certtrain.bounds.crown import backward, backward_rows, bound_forms, crown_bounds, interval_forms, joined, relax_all
 from certtrain.bounds.folding import fold
+from certtrain.bounds.output_forms import DenseForms, Margins
 from certtrain.bounds.rounding import REAL
-from certtrain.bounds.rows import DenseRows, Margins
 from certtrain.kernels.reference import backend
 from certtrain.losses.crown_ibp import fused_loss
 from certtrain.verifiers import (
@@ -47,10 +47,10 @@ INDICES = {
 
 
 class TestMargins:
-    def pair(self, dtype: torch.dtype = torch.float32) -> tuple[Margins, DenseRows]:
+    def pair(self, dtype: torch.dtype = torch.float32) -> tuple[Margins, DenseForms]:
         margins = Margins.of_labels(torch.tensor([0, 5, 2]), 6).to(dtype)
         rows = [[[(k == y) - (k == j) for k in range(6)] for j in range(6) if j != y] for y in (0, 5, 2)]
-        return margins, DenseRows(torch.tensor(rows, dtype=dtype))
+        return margins, DenseForms(torch.tensor(rows, dtype=dtype))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_are_dense_rows(self, dtype):
@@ -69,7 +69,7 @@ class TestMargins:
             assert found.shape == expected.shape and torch.equal(found.dense(), expected.dense())
             assert found.dense().dtype == expected.dense().dtype
             for size in (1, 2, 3, 100):
-                parts = [list(rows.windows(size)) for rows in (found, expected)]
+                parts = [list(rows.split(size)) for rows in (found, expected)]
                 assert len(parts[0]) == len(parts[1]) == math.ceil(found.shape[1] / size)
                 assert all(torch.equal(one.dense(), other.dense()) for one, other in zip(*parts, strict=True))
 
@@ -257,7 +257,7 @@ class TestFusedLoss:
         margins = Margins.of_labels(torch.tensor([0, 3]), 4).part(torch.tensor([2, 0])).to(torch.float64)
         weights = torch.tensor([[1.0, 10.0], [2.0, 5.0]], dtype=torch.float64)
         assert margins.weighted(weights).tolist() == [[11, -10, 0, -1], [-5, 0, -2, 7]]
-        assert torch.equal(DenseRows(margins.dense()).weighted(weights), margins.weighted(weights))
+        assert torch.equal(DenseForms(margins.dense()).weighted(weights), margins.weighted(weights))
 
 
 def test_the_gradient_of_interval_margins_in_plain_torch_is_linear_in_the_classes():

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Rows(ABC):
+class OutputForms(ABC):
     """R linear forms of K outputs for each of B images.
 
-    ``rows[image, row]`` is (*, K), the forms of these numbers densely: tensors and numbers that index the first two
+    ``forms[image, row]`` is (*, K), the forms of these numbers densely: tensors and numbers that index the first two
     dimensions of ``dense()``.
     """
 
     @staticmethod
-    def of(rows: Tensor | Rows) -> Rows:
-        """Rows from a tensor (B, R, K), or the rows themselves."""
-        return DenseRows(rows) if isinstance(rows, Tensor) else rows
+    def of(forms: Tensor | OutputForms) -> OutputForms:
+        """Forms from a tensor (B, R, K), or the forms themselves."""
+        return DenseForms(forms) if isinstance(forms, Tensor) else forms
 
     @property
     @abstractmethod
@@ -32,23 +32,23 @@ class Rows(ABC):
     @property
     @abstractmethod
     def numbers(self) -> int:
-        """Numbers that the rows of one image take in ``take``, or that their values take, whichever is more."""
+        """Numbers that the forms of one image take in ``take``, or that their values take, whichever is more."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
-        """The same rows in another dtype."""
+        """The same forms in another dtype."""
 
     @abstractmethod
     def take(self, index: Tensor) -> Self:
-        """The rows of the images ``index``."""
+        """The forms of the images ``index``."""
 
     @abstractmethod
     def part(self, numbers: Tensor) -> Self:
-        """The rows ``numbers`` of every image."""
+        """The forms ``numbers`` of every image."""
 
     @abstractmethod
-    def windows(self, size: int) -> Iterator[Self]:
-        """All rows in order, ``size`` of each image at a time."""
+    def split(self, size: int) -> Iterator[Self]:
+        """All forms in order, ``size`` of each image at a time."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -56,7 +56,7 @@ class Rows(ABC):
 
     @abstractmethod
     def __getitem__(self, at: tuple[Tensor | int, Tensor | int]) -> Tensor:
-        """The rows at[1] of the images at[0], (*, K)."""
+        """The forms at[1] of the images at[0], (*, K)."""
 
     @abstractmethod
     def values(self, outputs: Tensor) -> Tensor:
@@ -65,16 +65,16 @@ class Rows(ABC):
 
     @abstractmethod
     def through(self, weight: Tensor) -> Tensor:
-        """The rows as forms of the input of a linear map of ``weight`` (K, *): (B, R, *)."""
+        """The forms as forms of the input of a linear map of ``weight`` (K, *): (B, R, *)."""
 
     @abstractmethod
     def weighted(self, weights: Tensor) -> Tensor:
-        """(B, K) sums of each image's rows with ``weights`` (B, R)."""
+        """(B, K) sums of each image's forms with ``weights`` (B, R)."""
 
 
 @dataclass(frozen=True, eq=False)
-class DenseRows(Rows):
-    """Any rows, as a tensor (B, R, K)."""
+class DenseForms(OutputForms):
+    """Any forms, as a tensor (B, R, K)."""
 
     tensor: Tensor
 
@@ -86,17 +86,17 @@ class DenseRows(Rows):
     def numbers(self) -> int:
         return self.tensor.shape[1:].numel()
 
-    def to(self, dtype: torch.dtype) -> DenseRows:
-        return DenseRows(self.tensor.to(dtype))
+    def to(self, dtype: torch.dtype) -> DenseForms:
+        return DenseForms(self.tensor.to(dtype))
 
-    def take(self, index: Tensor) -> DenseRows:
-        return DenseRows(self.tensor[index])
+    def take(self, index: Tensor) -> DenseForms:
+        return DenseForms(self.tensor[index])
 
-    def part(self, numbers: Tensor) -> DenseRows:
-        return DenseRows(self.tensor[:, numbers])
+    def part(self, numbers: Tensor) -> DenseForms:
+        return DenseForms(self.tensor[:, numbers])
 
-    def windows(self, size: int) -> Iterator[DenseRows]:
-        yield from map(DenseRows, torch.split(self.tensor, size, 1))
+    def split(self, size: int) -> Iterator[DenseForms]:
+        yield from map(DenseForms, torch.split(self.tensor, size, 1))
 
     def dense(self) -> Tensor:
         return self.tensor
@@ -115,14 +115,14 @@ class DenseRows(Rows):
 
 
 @dataclass(frozen=True, eq=False)
-class Margins(Rows):
-    """Rows e_y - e_j, the lead of an image's label y over another class j: memory linear in K, not K^2 for each image.
+class Margins(OutputForms):
+    """Forms e_y - e_j, the lead of an image's label y over another class j, in memory linear in K.
 
     Args:
         labels: (B,) int64, the label of each image.
         others: (R,) int64, places of the classes j among those other than the label, which are in increasing order.
         classes: K.
-        dtype: of dense rows.
+        dtype: of dense forms.
     """
 
     labels: Tensor
@@ -132,7 +132,7 @@ class Margins(Rows):
 
     @classmethod
     def of_labels(cls, labels: Tensor, classes: int) -> Margins:
-        """The rows for all other classes."""
+        """The forms for all other classes."""
         return cls(labels, torch.arange(classes - 1, device=labels.device), classes)
 
     @property
@@ -152,7 +152,7 @@ class Margins(Rows):
     def part(self, numbers: Tensor) -> Margins:
         return replace(self, others=self.others[numbers])
 
-    def windows(self, size: int) -> Iterator[Margins]:
+    def split(self, size: int) -> Iterator[Margins]:
         for others in torch.split(self.others, size):
             yield replace(self, others=others)
 
