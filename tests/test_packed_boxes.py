@@ -1,14 +1,16 @@
-"""The open list of a search over boxes: beyond its memory it keeps the ends of the inputs that vary."""
+"""The memory of a search over boxes: its open list, and the sets whose bounds are tightened together."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from problems import alone
+from problems import alone, unknown
 from torch import nn
 
 from certtrain.bounds import Box, memory
-from certtrain.verifiers import InputSplitStage, Problem, Specification
+from certtrain.bounds.crown import crown_bounds
+from certtrain.verifiers import InputSplitStage, Problem, Specification, box_bounds
+from certtrain.verifiers.box_bounds import BoxBounds
 from certtrain.verifiers.input_split import BoxBounder, PackedBoxes
 
 
@@ -51,3 +53,27 @@ def test_a_search_with_packed_boxes_ends_alike(seed, monkeypatch):
     assert found.statuses == expected.statuses and None not in found.statuses
     torch.testing.assert_close(found.lower, expected.lower)
     assert {boxes.lower.shape[1:] for boxes in packed} == {(3,)} and len(packed) > 1
+
+
+@torch.no_grad()
+def test_sets_are_tightened_together_as_far_as_they_fit(monkeypatch):
+    problem, calls, original = a_problem(0), list[int](), box_bounds.tightened
+
+    def counted(network, region, *rest):
+        calls.append(len(region))
+        return original(network, region, *rest)
+
+    monkeypatch.setattr(box_bounds, "tightened", counted)
+    known, whole, found = unknown(problem), problem.region, []
+    rows, offsets = known.forms_of(problem.specification)
+    for size in (memory.ROUND, 1):
+        monkeypatch.setattr(memory, "ROUND", size)
+        given = crown_bounds(known.network, whole)
+        bounds = BoxBounds(known.network, rows, offsets, torch.tensor([[0], [1]]), given, whole, tighten=True)
+        bounds._spent[:3] = torch.inf
+        bounds(whole.take(torch.arange(2)), torch.arange(2))
+        found.append([end for place in sorted(given) for end in (bounds.outer[place].lower, bounds.outer[place].upper)])
+        assert any(not torch.equal(ends.lower, bounds.outer[place].lower) for place, ends in given.items())
+    assert calls == [3, 1, 1, 1]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

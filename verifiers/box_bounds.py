@@ -14,7 +14,7 @@ from ..bounds.network import Network
 from ..bounds.output_forms import OutputForms
 from .clipping import Cuts, rounded_down
 from .neurons import Columns, Neurons
-from .optimise import finite, with_offsets
+from .optimise import ascents_at_a_time, finite, with_offsets
 from .tighter_bounds import tightened, tightening_work, work_of_a_row
 
 AFFORDABLE = 30
@@ -102,16 +102,18 @@ class BoxBounds:
     def _tighten(self) -> None:
         """Tighten ``outer`` for the problems whose passes to many neurons have taken enough work."""
         due = (self._spent >= self._enough).nonzero().flatten()
-        if len(due):
-            some = {place: Bounds(ends.lower[due], ends.upper[due]) for place, ends in self.outer.items()}
-            neurons = Neurons.of(self.network)
-            low, up = neurons.ends(some, self.offsets[due])
+        if not len(due):
+            return
+        neurons = Neurons.of(self.network)
+        for part in torch.split(due, max(1, ascents_at_a_time(self.network, 2, self.offsets))):
+            some = {place: Bounds(ends.lower[part], ends.upper[part]) for place, ends in self.outer.items()}
+            low, up = neurons.ends(some, self.offsets[part])
             columns = Columns.of(neurons, (low < 0) & (up > 0))
-            tighter, _ = tightened(self.network, self.region.take(due), some, columns, ROOT_STEPS)
+            tighter, _ = tightened(self.network, self.region.take(part), some, columns, ROOT_STEPS)
             for place, ends in tighter.items():
                 lower, upper = self.outer[place].lower, self.outer[place].upper
-                self.outer[place] = Bounds(lower.index_copy(0, due, ends.lower), upper.index_copy(0, due, ends.upper))
-            self._enough[due] = torch.inf
+                self.outer[place] = Bounds(lower.index_copy(0, part, ends.lower), upper.index_copy(0, part, ends.upper))
+        self._enough[due] = torch.inf
 
     def _chosen(self, open_: Tensor, box: Box, image: Tensor, bounds: dict[int, Bounds]) -> Tensor:
         """(P,) bool, the boxes ``open_`` for which backward passes to the neurons behind the first layer are made: few
