@@ -17,6 +17,7 @@ from certtrain.bounds.crown import backward, backward_rows, bound_forms, crown_b
 from certtrain.bounds.folding import fold
 from certtrain.bounds.output_forms import DenseForms, Margins
 from certtrain.bounds.rounding import REAL
+from certtrain.errors import InputError
 from certtrain.kernels.reference import backend
 from certtrain.losses.crown_ibp import fused_loss
 from certtrain.verifiers import (
@@ -110,6 +111,9 @@ def test_rows_of_clauses_are_those_of_each_number():
             own = [row for row, other in enumerate(clauses) if other == clause]
             assert found == own + own[:1] * (len(found) - len(own))
         assert members.shape[1] == max((clauses.count(clause) for clause in clauses), default=1)
+    for clauses in ([1], [0, 2, 2], [3, 0, 1]):  # nothing would be proved of the missing one
+        with pytest.raises(InputError, match=r"^specification: found no row of clause \d of \d; accepted"):
+            rows_of_clauses(torch.tensor(clauses))
 
 
 def a_problem(classes: int, ball=None, count: int = 3, convolution: bool = False, seed: int = 0):

@@ -98,10 +98,17 @@ class Specification:
 
 
 def rows_of_clauses(clauses: Tensor) -> tuple[Tensor, int]:
-    """(members, C): members (C, G) int64 are the row numbers of each clause; short clauses repeat their first row."""
+    """(members, C): members (C, G) int64 are the row numbers of each clause; short clauses repeat their first row.
+
+    Raises:
+        InputError: a number below the largest is no row's.
+    """
     if not len(clauses):
         return clauses.reshape(0, 1), 0
     order, sizes = torch.argsort(clauses, stable=True), torch.bincount(clauses)
+    if not int(sizes.min()):
+        missing = int(sizes.argmin())
+        raise InputError(f"specification: found no row of clause {missing} of {len(sizes)}; accepted: a row of each")
     place = torch.arange(int(sizes.max()), device=clauses.device)
     first = (sizes.cumsum(0) - sizes).unsqueeze(1)
     return order[first + torch.where(place < sizes.unsqueeze(1), place, 0)], len(sizes)
