@@ -120,8 +120,11 @@ class TestBudget:
     def test_images_are_kept_as_fits(self):
         network = fold(_network(), torch.Size((1, 8, 8)))
         with within("256MiB"):
-            few, many = (_images_at_a_time(network, torch.zeros(5, rows)) for rows in (99, 9))
-        assert many > few > 200
+            robust = [Specification.robust(torch.zeros(5, dtype=torch.int64), classes) for classes in (100, 10)]
+            few, many = (_images_at_a_time(network, torch.zeros(one.offsets.shape), one) for one in robust)
+            dense = Specification(robust[0].rows, robust[0].offsets, robust[0].clauses)
+            fewest = _images_at_a_time(network, torch.zeros(dense.offsets.shape), dense)
+        assert many > few > 200 and few > fewest
 
 
 def _network() -> nn.Sequential:
@@ -207,7 +210,8 @@ def test_no_array_of_a_backward_pass_is_larger_than_its_share(monkeypatch):
 
 def test_rows_are_copied_for_a_part_of_the_points_at_a_time(monkeypatch):
     torch.manual_seed(0)
-    specification = Specification.robust(torch.randint(0, 30, (5,)), 30)
+    robust = Specification.robust(torch.randint(0, 30, (5,)), 30)
+    specification = Specification(robust.rows, robust.offsets, robust.clauses)
     image, logits = torch.randint(0, 5, (64,)), torch.randn(64, 30)
     some = specification.subset(image)
     expected, largest = some.worst(some.values(logits)), []

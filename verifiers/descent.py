@@ -118,7 +118,7 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
     """(P, *shape) points of the problems' sets at which CROWN's bound of the clause's highest row is smallest."""
     found: list[Tensor] = []
     network = known.network
-    rows, offsets = known.rows_of(problem.specification)
+    rows, offsets = known.forms_of(problem.specification)
     size = rows_at_a_time(network, members.shape[1], known.rows)
     for part in torch.split(torch.arange(len(some), device=some.image.device), size):
         look()
@@ -134,12 +134,12 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
 def points_at_a_time(network: Network, specification: Specification, like: Tensor) -> int:
     """Number of points whose activations, gradients and clause's rows fit into a round's memory; at least 1."""
     rows = int(torch.bincount(specification.clauses).max())
-    numbers = 4 * sum(shape.numel() for shape in network.shapes) + rows * specification.rows.shape[2]
+    numbers = 4 * sum(shape.numel() for shape in network.shapes) + rows * specification.forms.shape[2]
     return max(1, memory.planned(like) // (numbers * like.element_size()))
 
 
 def _largest_row(specification: Specification, members: Tensor, some: Points, logits: Tensor) -> Tensor:
     """(P,) the largest row of each point's own clause; where <= 0 the point is a counterexample."""
     at = (some.image.unsqueeze(1), members[some.clause])
-    rows, offsets = specification.rows[at].to(logits.dtype), specification.offsets[at]
+    rows, offsets = specification.forms[at].to(logits.dtype), specification.offsets[at]
     return ((rows @ logits.unsqueeze(-1)).squeeze(-1) + offsets).amax(1)

@@ -66,7 +66,7 @@ class SignSpace:
     def __init__(self, problem: Problem, known: BoundsSoFar):
         self.problem, self.network = problem, known.network
         self.region = known.region_of(problem)
-        self.rows, self.offsets = known.rows_of(problem.specification)
+        self.rows, self.offsets = known.forms_of(problem.specification)
         self.neurons = Neurons.of(known.network)
         self.lower, self.upper = self.neurons.ends(known.bounds, known.rows)  # (B, N)
         self.known = known
