@@ -7,7 +7,7 @@ import torch
 from test_tighter_bounds import a_search, hard_problem, known_of
 
 from certtrain.bounds import Bounds, memory
-from certtrain.verifiers import Search
+from certtrain.verifiers import Search, engine
 from certtrain.verifiers import neuron_split as room
 from certtrain.verifiers import reduced as reducing
 from certtrain.verifiers.engine import in_turns
@@ -177,7 +177,28 @@ class TestMost:
         image, bound = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([3.0, 1.0, 2.0, 6.0, 5.0, 4.0])
         assert in_turns(image, bound, 9, torch.tensor([1, 2])).tolist() == [1, 5, 4]
         assert in_turns(image, bound, 2, torch.tensor([3, 0])).tolist() == [1, 2]
-        assert in_turns(image, bound, 9).tolist() == [1, 5, 2, 4, 0, 3]
+        assert in_turns(image, bound, 9, torch.tensor([3, 3])).tolist() == [1, 5, 2, 4, 0, 3]
+
+
+def test_rounds_are_filled_with_few_images_which_take_turns(monkeypatch):
+    had, skipped = [0, 0, 0], 0
+
+    def watched(image, bound, most, each):
+        nonlocal skipped
+        waiting = [own for own in range(3) if (image == own).any() and not each[own]]
+        taken = [own for own in range(3) if each[own]]
+        assert all(had[one] <= had[other] for one in taken for other in waiting)
+        assert not waiting or sum(int(each[own]) for own in taken) >= most
+        chosen = in_turns(image, bound, most, each)
+        assert set(image[chosen].tolist()) == set(taken) or len(chosen) == most
+        for own in set(image[chosen].tolist()):
+            had[own] += 1
+        skipped += len(waiting)
+        return chosen
+
+    monkeypatch.setattr(engine, "in_turns", watched)
+    found = a_search(hard_problem(), Search(batch=4, programs=0))
+    assert found.proved.all() and [one.rounds for one in found.statistics] == had and skipped > 3
 
 
 def test_clipped_fields_are_those_of_the_images_with_lines():

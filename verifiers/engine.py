@@ -293,7 +293,7 @@ class BranchAndBound(Generic[S, B]):
         while len(self.open):
             look()
             self.bounder.release(self.open.image)
-            chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time, self._splits_left())
+            chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time, self._shares())
             if self.leaf.probing and self._probe(self.open.take(chosen)):
                 continue  # an image was refuted: choose again
             parents = self.open.take(chosen)
@@ -307,11 +307,19 @@ class BranchAndBound(Generic[S, B]):
                 self._drop_finished()
             self._descend()
 
-    def _splits_left(self) -> Tensor | None:
-        """(B,) the number of splits that each image may still have; None without a limit."""
-        if self.most is None:
-            return None
-        return self.most - torch.tensor(self.progress.splits, device=self.known.device)
+    def _shares(self) -> Tensor:
+        """(B,) the most subproblems of each image to be split next. Only the images with the fewest rounds so far take
+        part, as many as have enough: many subproblems of few images are bounded faster (``reduced``)."""
+        rounds, splits = (
+            torch.tensor(counts, device=self.known.device) for counts in (self.progress.rounds, self.progress.splits)
+        )
+        each = torch.bincount(self.open.image, minlength=len(rounds))
+        if self.most is not None:
+            each = torch.minimum(each, self.most - splits)
+        order = torch.argsort(rounds, stable=True)
+        before = each[order].cumsum(0) - each[order]
+        each[order[before >= self.splitter.at_a_time]] = 0
+        return each
 
     def _descend(self) -> None:
         """Descend from the points of the worst subproblems of unfinished images, where that is due."""
@@ -533,13 +541,12 @@ class OpenList(Generic[S]):
         return removed
 
 
-def in_turns(image: Tensor, bound: Tensor, most: int, each: Tensor | None = None) -> Tensor:
+def in_turns(image: Tensor, bound: Tensor, most: int, each: Tensor) -> Tensor:
     """The numbers of the next ``most`` of P subproblems, of each image (B,) ``each`` at most: those with the lowest
     bounds, images taking turns."""
     order = torch.argsort(bound, stable=True)
     order = order[torch.argsort(image[order], stable=True)]
     own = image[order]
     rank = torch.arange(len(order), device=order.device) - torch.searchsorted(own, own)  # within its image
-    if each is not None:
-        order, rank = order[rank < each[own]], rank[rank < each[own]]
+    order, rank = order[rank < each[own]], rank[rank < each[own]]
     return order[torch.argsort(rank, stable=True)[:most]]
