@@ -1,10 +1,10 @@
 """Branch and bound: one search for all kinds of subproblems.
 
 A subproblem is a part of one image's set, or the set under assumptions, with a lower bound of the quantity to be proved
-positive there. Each round takes the open subproblems with the lowest bounds, images taking turns, splits each into
-children that cover it, and bounds the children. Those with a positive bound are closed; the others stay open until
-their image is refuted by a replayed counterexample or given up. An image is proved when all its subproblems are closed
-by a proof.
+positive there. Each round takes the open subproblems with the lowest bounds, of as few images as fill it, which take
+turns, splits each into children that cover it, and bounds the children. Those with a positive bound are closed; the
+others stay open until their image is refuted by a replayed counterexample or given up. An image is proved when all its
+subproblems are closed by a proof.
 
 Three parts depend on the kind of subproblem: a ``Bounder``, a ``Splitter`` and a ``LeafSolver``.
 """
