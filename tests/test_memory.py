@@ -99,6 +99,9 @@ class TestBudget:
         memory._available.cache_clear()
         memory._installed.cache_clear()
         assert memory._available(-1) == 2 * GIB and memory._installed() == 3 * GIB
+        files["/proc/self/cgroup"] = "0::/mine/of/a:unit\n"  # a limit holds for all groups inside
+        memory._installed.cache_clear()
+        assert memory._available(-4) == 2 * GIB and memory._installed() == 3 * GIB
         files["/proc/self/cgroup"] = ""
         assert memory._available(-2) == 4 * GIB
         files.clear()  # a system that says nothing
