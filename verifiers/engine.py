@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bounds import memory
+from ..bounds import Bounds, memory
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
 from ..typed import as_ints
+from .chords import Chords
 from .descent import points_at_a_time
 from .image_progress import ImageProgress, Violates
 from .problem import Problem
@@ -240,6 +241,7 @@ class BranchAndBound(Generic[S, B]):
         most: number of splits after which an image is given up; None for no limit.
         record: receives the tree of subproblems, with the reason and the proof that closed each.
         descents: share of the evaluations of the network that bounding costs which descents may cost besides.
+        bounds: of the inputs of the network's activations over each problem's set, by position.
     """
 
     def __init__(
@@ -257,13 +259,15 @@ class BranchAndBound(Generic[S, B]):
         most: int | None = None,
         record: SearchRecord | None = None,
         descents: float = SHARE,
+        bounds: Mapping[int, Bounds] | None = None,
     ):
         self.problem, self.network, self.known = problem, network, known
         self.bounder, self.splitter, self.leaf = bounder, splitter, leaf
         self.most, self.record = most, record
         self.progress = ImageProgress(len(problem), timeout, violates, known.device)
         together = points_at_a_time(network, problem.specification, known)
-        self.descents = SearchDescents(problem, descents, together)
+        chords = Chords.of(network, known.dtype, bounds or {})
+        self.descents = SearchDescents(problem, chords, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = OpenList(bounder, self.roots, memory.kept(known))
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
@@ -287,6 +291,7 @@ class BranchAndBound(Generic[S, B]):
 
     def _search(self) -> None:
         self._examine(self._recorded(self.roots, root=True), self.bounder.restored, self.open.add_packed)
+        self._descend()
         while len(self.open):
             look()
             chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time)

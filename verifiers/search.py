@@ -37,7 +37,7 @@ class Search(Presets):
     clip: bool = True
     programs: int = 64
     most: int | None = None
-    descents: float = 0.1
+    descents: float = 0.05
 
     def __post_init__(self) -> None:
         check(self.batch >= 1, "batch", self.batch, "a whole number >= 1")
