@@ -1,13 +1,18 @@
 """Gradients by the slopes of chords, and counterexamples behind activations that are flat nearly everywhere."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hidden import KINDS, hidden
 from problems import alone, problem_of, unknown
 from torch import nn
 
 from certtrain.bounds import LinfBall
 from certtrain.verifiers import BabStage, CrownStage, FalsifyStage, Problem, Search
 from certtrain.verifiers.chords import Chords
+from certtrain.verifiers.descent import Points, descend, random_points
+from certtrain.verifiers.problem import rows_of_clauses
 
 SIZE = 12
 
@@ -58,8 +63,8 @@ class TestGradient:
 
 
 def behind_dead_neurons(count: int) -> Problem:
-    """Inputs near a corner of the box activate a neuron for it, by which another class wins; everywhere else that neuron
-    is 0, and the gradient leads to the opposite corner, where the image's class wins by least."""
+    """Another class wins near a corner of the box, by a neuron that is 0 everywhere else; there the gradient leads to
+    the opposite corner."""
     draw = torch.Generator().manual_seed(2)
     images = torch.full((count, 1, 1, SIZE), 0.5)
     side = torch.randint(2, (SIZE,), generator=draw) * 2.0 - 1
@@ -90,3 +95,32 @@ class TestDeadNeurons:
     def test_a_search_needs_no_split(self):
         finding = alone(BabStage(Search(most=1), 1e6), behind_dead_neurons(3))
         assert finding.statuses == ["falsified"] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_descent_by_chords_meets_what_training_hid_from_gradients(kind):
+    """Four random points for each image and clause; every counterexample is the network's own."""
+    with torch.enable_grad():
+        case = hidden(kind)
+    classes = case.model(case.images).shape[1]
+    problem = problem_of(case.model, case.images, case.labels, LinfBall(case.epsilon), classes)
+    known = alone(CrownStage(), problem).known
+    members, clauses = rows_of_clauses(problem.specification.clauses)
+    image, clause, stream = torch.cartesian_prod(torch.arange(len(problem)), torch.arange(clauses), torch.arange(4)).T
+    start = Points(image, clause, problem.region.images[image], 2 * stream)  # the even ones go by chords
+    start = replace(start, points=random_points(problem, start, 3))
+    met = []
+    for bounds in ({}, known.bounds):
+        refuted = set[int]()
+
+        def refute(number: int, point: torch.Tensor, refuted=refuted) -> bool:
+            logits = problem.network(point[None])[0]
+            assert problem.region.take(torch.tensor([number])).contains(point[None]).all()
+            if (logits.argmax() != case.labels[number]).item():
+                refuted.add(number)
+            return number in refuted
+
+        chords = Chords.of(known.network, torch.float32, bounds)
+        descend(problem, chords, members, start, refute, steps=20, first=0.25, last=0.01, key=0)
+        met.append(refuted)
+    assert met[0] < met[1]
