@@ -10,7 +10,7 @@ from certtrain.verifiers import BabStage, CrownStage, FalsifyStage, Judge, Probl
 from certtrain.verifiers.chords import Chords
 from certtrain.verifiers.descent import Points, random_points, relaxed_minimisers
 from certtrain.verifiers.problem import rows_of_clauses
-from certtrain.verifiers.search_descent import LEAST, STEPS, SearchDescents, best_of_each
+from certtrain.verifiers.search_descent import LEAST, MOST, ROOT, STEPS, SearchDescents, best_of_each
 
 
 class Refusing(Judge):
@@ -143,7 +143,7 @@ class TestWork:
             evaluated.clear(), children.clear()
             alone(BabStage(Search(descents=share, most=60), 1e6, Refusing()), problem)
             assert sum(children) > 1000 and bool(evaluated) == bool(share)
-            first = len(problem) * LEAST * (STEPS + 1)  # the descents at the roots
+            first = len(problem) * ROOT * (STEPS + 1)  # the descents at the roots
             assert sum(evaluated) <= first * (share > 0) + 1.1 * share * sum(children)
 
 
@@ -214,18 +214,23 @@ class TestStarts:
         self.note(descents, 6)
         assert descents.points(lambda number: False) is None
         points = descents.points(lambda number: True)
-        assert points is not None and len(points) == LEAST  # the first are free
+        assert points is not None and points.image.tolist() == [0] * ROOT  # these are free
+        own, drawn = points.points[:5], points.points[5:]  # the sixth was the same as the fifth
+        assert torch.equal(own, descents.problem.region.images[points.image[:5]])
+        assert len(drawn.unique(dim=0)) == ROOT - 5
+        assert descents.problem.region.take(points.image[5:]).contains(drawn).all()
         self.note(descents, 8)
         assert descents.points(lambda number: True) is None  # nothing is due
-        descents.earn(image.repeat(16 * STEPS), 1)
+        descents.earn(image.repeat(2 * LEAST * STEPS - 1), 1)
+        assert descents.points(lambda number: True) is None  # too little is
+        descents.earn(image, 1)
         points = descents.points(lambda number: True)
-        assert points is not None and points.image.tolist() == [0] * LEAST  # two are new, two are drawn
-        assert torch.equal(points.points[0], descents.problem.region.images[0])
-        assert descents.problem.region.take(points.image).contains(points.points).all()
-        assert len(points.points.unique(dim=0)) == 3  # the new ones were offered at one place
+        assert points is not None and len(points) == LEAST
         descents.earn(image.repeat(100 * STEPS), 1)
         self.note(descents, 8)
-        assert descents.points(lambda number: True) is None
+        assert descents.points(lambda number: True) is None  # none is new
+        self.note(descents, 20)
+        assert len(descents.points(lambda number: True)) == MOST
 
     def test_none_without_a_share(self):
         descents = self.descents(0.0)

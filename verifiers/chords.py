@@ -3,8 +3,8 @@
 A gradient knows only the activations that are not flat where it is taken. Descent ends on a plateau when the way to a
 counterexample leads through others, as in networks trained by interval bounds, whose ReLUs are 0 nearly everywhere, and
 in those trained to hide one. The chord of an activation over the bounds of its input has a slope in all of these. A
-descent that begins with a share of the chords' slopes and ends with the activations' own passes such plateaus: with half
-of them, and 20 steps, from random points it meets counterexamples that a thousand descents without do not.
+descent that begins with a share of the chords' slopes and ends with the activations' own passes such plateaus: with
+half of them and 20 steps it meets, from random points, counterexamples that a thousand descents without do not.
 
 Slopes other than the network's have helped attacks past obfuscated gradients (arXiv 1802.00420) and from one network to
 another (arXiv 2012.03528); there they are the same for all inputs.

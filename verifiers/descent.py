@@ -2,8 +2,8 @@
 use it.
 
 A step moves each input by a share of the width of its own interval, so that boxes whose inputs differ by orders of
-magnitude are crossed alike. A point where the gradient is 0, as behind dead ReLUs, is drawn anew. Every other point
-starts with a share of the slopes of the activations' chords (``chords.py``).
+magnitude are crossed alike. A point where the gradient is 0, as behind dead ReLUs, is drawn anew. Three of
+four points start with a share of the slopes of the activations' chords (``chords.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .branching import least_point
 from .chords import Chords
 from .problem import Problem, Specification
 
-SHARES = (0.5, 0.0, 0.25, 0.0)
+SHARES = (0.5, 0.0, 0.25, 0.5)
 """Shares of the chords' slopes in the first step of points by their stream, in turns; they fall to 0 in equal parts."""
 
 Refute = Callable[[int, Tensor], bool]

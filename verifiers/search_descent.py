@@ -1,4 +1,5 @@
-"""Descents inside a search, from the points at which the bounds of its worst subproblems are smallest.
+"""Descents inside a search, from the points at which the bounds of its worst subproblems are smallest, and from random
+points beside them.
 
 A counterexample that descents from random points miss lies in a basin of its own. The search comes near to it: the
 relaxation of the subproblem that holds it is the tighter, and its minimiser the closer, the deeper the subproblem.
@@ -25,6 +26,9 @@ SHARE = 0.05
 STEPS = 20
 """Steps of a descent."""
 
+ROOT = 8
+"""Descents of an image before the first split, which need not be earned."""
+
 LEAST, MOST = 4, 16
 """Fewest and most descents of an image together."""
 
@@ -44,7 +48,7 @@ class SearchDescents:
     Work is counted in evaluations of the network, never in seconds: a search without a time limit repeats exactly.
 
     Args:
-        share: share of the evaluations that bounding costs, besides the first ``LEAST`` descents of each image; 0 for
+        share: share of the evaluations that bounding costs, besides the first ``ROOT`` descents of each image; 0 for
             no descents.
         at_a_time: most points that go through the network together.
     """
@@ -52,7 +56,7 @@ class SearchDescents:
     def __init__(self, problem: Problem, chords: Chords, share: float, at_a_time: int):
         self.problem, self.chords, self.share, self.at_a_time = problem, chords, share, at_a_time
         self.members, _ = rows_of_clauses(problem.specification.clauses)
-        self._due = [float(bool(share) * LEAST * STEPS)] * len(problem)
+        self._due = [float(ROOT * STEPS if share else 0)] * len(problem)
         self._runs = 0
         self._kept: list[list[_Start]] = [[] for _ in range(len(problem))]
         self._met: list[set[tuple[int, float]]] = [set() for _ in range(len(problem))]
@@ -79,12 +83,12 @@ class SearchDescents:
                 self._kept[number] = sorted([*self._kept[number], start], key=lambda start: start.bound)[:MOST]
 
     def points(self, wanted: Callable[[int], bool]) -> Points | None:
-        """The kept points of every wanted image that has enough due for them; None if there is none. Random points make
-        up the fewest."""
+        """As many points as are due for every wanted image with new points: these, then random ones for their clauses;
+        None where fewer than ``LEAST`` are due for each."""
         chosen: list[tuple[int, int, _Start]] = []
         new: list[bool] = []
         for image, kept in enumerate(self._kept):
-            count = min(max(len(kept), LEAST), int(self._due[image] / STEPS))
+            count = min(MOST, int(self._due[image] / STEPS))
             if kept and count >= LEAST and wanted(image):
                 self._due[image] -= STEPS * count
                 chosen += [(image, stream, kept[stream % len(kept)]) for stream in range(count)]
