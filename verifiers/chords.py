@@ -73,6 +73,6 @@ class _Mixed(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        own, slope = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None, None]:
+        (gradient,), (own, slope) = grad_outputs, ctx.saved_tensors
         return gradient * own, gradient * slope, None, None

@@ -2,8 +2,8 @@
 use it.
 
 A step moves each input by a share of the width of its own interval, so that boxes whose inputs differ by orders of
-magnitude are crossed alike. A point where the gradient is 0, as behind dead ReLUs, is drawn anew. Three of
-four points start with a share of the slopes of the activations' chords (``chords.py``).
+magnitude are crossed alike. A point where the gradient is 0, as behind dead ReLUs, is drawn anew. Three of four points
+start with a share of the slopes of the activations' chords (``chords.py``).
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
 
 
 def points_at_a_time(network: Network, specification: Specification, like: Tensor) -> int:
-    """Number of points whose activations, gradients and clause's rows fit into a round's memory; at least 1."""
+    """Number of points whose activations, gradients, chords and clause's rows fit into a round's memory; at least 1."""
     rows = int(torch.bincount(specification.clauses).max())
-    numbers = 4 * sum(shape.numel() for shape in network.shapes) + rows * specification.rows.shape[2]
+    numbers = 6 * sum(shape.numel() for shape in network.shapes) + rows * specification.rows.shape[2]
     return max(1, memory.planned(like) // (numbers * like.element_size()))
 
 

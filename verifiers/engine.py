@@ -238,10 +238,10 @@ class BranchAndBound(Generic[S, B]):
         roots: subproblems that cover every goal without a positive bound in ``known``, in the bounder's packed form.
         timeout: seconds for each image's share of the time. The batch as a whole has as many times ``timeout`` on the
             wall clock as it has images; the clock is checked within rounds, and an unfinished batch stays open.
+        bounds: of the inputs of the network's activations over each problem's set, by position, for descents.
         most: number of splits after which an image is given up; None for no limit.
         record: receives the tree of subproblems, with the reason and the proof that closed each.
         descents: share of the evaluations of the network that bounding costs which descents may cost besides.
-        bounds: of the inputs of the network's activations over each problem's set, by position.
     """
 
     def __init__(
@@ -256,17 +256,17 @@ class BranchAndBound(Generic[S, B]):
         *,
         timeout: float,
         violates: Violates,
+        bounds: Mapping[int, Bounds],
         most: int | None = None,
         record: SearchRecord | None = None,
         descents: float = SHARE,
-        bounds: Mapping[int, Bounds] | None = None,
     ):
         self.problem, self.network, self.known = problem, network, known
         self.bounder, self.splitter, self.leaf = bounder, splitter, leaf
         self.most, self.record = most, record
         self.progress = ImageProgress(len(problem), timeout, violates, known.device)
         together = points_at_a_time(network, problem.specification, known)
-        chords = Chords.of(network, known.dtype, bounds or {})
+        chords = Chords.of(network, known.dtype, bounds)
         self.descents = SearchDescents(problem, chords, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = OpenList(bounder, self.roots, memory.kept(known))

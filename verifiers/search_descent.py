@@ -86,13 +86,13 @@ class SearchDescents:
         """As many points as are due for every wanted image with new points: these, then random ones for their clauses;
         None where fewer than ``LEAST`` are due for each."""
         chosen: list[tuple[int, int, _Start]] = []
-        new: list[bool] = []
+        random: list[bool] = []
         for image, kept in enumerate(self._kept):
             count = min(MOST, int(self._due[image] / STEPS))
             if kept and count >= LEAST and wanted(image):
                 self._due[image] -= STEPS * count
                 chosen += [(image, stream, kept[stream % len(kept)]) for stream in range(count)]
-                new += [stream >= len(kept) for stream in range(count)]
+                random += [stream >= len(kept) for stream in range(count)]
                 self._kept[image] = []
         if not chosen:
             return None
@@ -101,14 +101,10 @@ class SearchDescents:
             torch.tensor(column, device=points.device)
             for column in zip(*((image, start.clause, stream) for image, stream, start in chosen), strict=True)
         )
-        found, drawn = (
-            Points(images, clauses, points, streams),
-            torch.tensor(new, device=points.device).nonzero().flatten(),
-        )
-        if not len(drawn):
-            return found
-        random = random_points(self.problem, found.take(drawn), key_of("search", self._runs))
-        return replace(found, points=points.index_put((drawn,), random))
+        found = Points(images, clauses, points, streams)
+        drawn = torch.tensor(random, device=points.device).nonzero().flatten()
+        own = random_points(self.problem, found.take(drawn), key_of("search", self._runs))
+        return replace(found, points=points.index_put((drawn,), own))
 
     def descend(self, points: Points, refute: Refute) -> None:
         """Descend from points.
