@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bounds import memory
+from ..bounds import Bounds, memory
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
 from ..typed import as_ints
+from .chords import Chords
 from .descent import points_at_a_time
 from .image_progress import ImageProgress, Violates
 from .problem import Problem
@@ -240,6 +241,7 @@ class BranchAndBound(Generic[S, B]):
         roots: subproblems that cover every goal without a positive bound in ``known``, in the bounder's packed form.
         timeout: seconds for each image's share of the time. The batch as a whole has as many times ``timeout`` on the
             wall clock as it has images; the clock is checked within rounds, and an unfinished batch stays open.
+        bounds: of the inputs of the network's activations over each problem's set, by position, for descents.
         most: number of splits after which an image is given up, exactly; None for no limit.
         record: receives the tree of subproblems, with the reason and the proof that closed each.
         descents: share of the evaluations of the network that bounding costs which descents may cost besides.
@@ -257,6 +259,7 @@ class BranchAndBound(Generic[S, B]):
         *,
         timeout: float,
         violates: Violates,
+        bounds: Mapping[int, Bounds],
         most: int | None = None,
         record: SearchRecord | None = None,
         descents: float = SHARE,
@@ -266,7 +269,8 @@ class BranchAndBound(Generic[S, B]):
         self.most, self.record = most, record
         self.progress = ImageProgress(len(problem), timeout, violates, known.device)
         together = points_at_a_time(network, problem.specification, known)
-        self.descents = SearchDescents(problem, descents, together)
+        chords = Chords.of(network, known.dtype, bounds)
+        self.descents = SearchDescents(problem, chords, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = OpenList(bounder, self.roots, memory.kept(known))
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
@@ -290,6 +294,7 @@ class BranchAndBound(Generic[S, B]):
 
     def _search(self) -> None:
         self._examine(self._recorded(self.roots, root=True), self.bounder.restored, self.open.add_packed)
+        self._descend()
         while len(self.open):
             look()
             self.bounder.release(self.open.image)

@@ -73,7 +73,7 @@ def split_inputs(
     bounder = BoxBounder(problem, known, batch, tighten=record is None)
     return BranchAndBound(
         problem, known.network, worst.unsqueeze(1), bounder.packed(roots), bounder, BoxSplitter(batch),
-        UnsplittableBoxes(), timeout=timeout, violates=violates, record=record,
+        UnsplittableBoxes(), timeout=timeout, violates=violates, record=record, bounds=known.bounds,
     ).run()  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def split_neurons(
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(), bounder, SignSplitter(space, search),
         LinearProgramSolver(space, exact, search.programs), timeout=timeout, violates=violates, most=search.most,
-        record=record, descents=search.descents,
+        record=record, descents=search.descents, bounds=known.bounds,
     ).run()  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def split_locations(
     return BranchAndBound(
         problem, known.network, problem.specification.worst(known.rows).unsqueeze(1), _roots(problem, known, ball),
         bounder, UnitSplitter(ball, max(1, bounder.at_a_time // 8)), leaf,
-        timeout=timeout, violates=violates, record=record,
+        timeout=timeout, violates=violates, record=record, bounds=known.bounds,
     ).run()  # fmt: skip
 
 
