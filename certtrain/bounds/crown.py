@@ -209,7 +209,8 @@ def best_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
 def crown_bounds(network: Network, region: Region, given: Mapping[int, Bounds] | None = None) -> dict[int, Bounds]:
     """Bounds of every non-linear operation's input, by position: the tightest of interval, linear and ``given`` ones.
 
-    Linear bounds are computed by backward passes, for the entries that ``Nonlinear.open`` selects on interval bounds.
+    Linear bounds are computed by backward passes, for the entries that ``Nonlinear.open`` selects on interval bounds,
+    where intervals are not exact and linear functions of the input have no ``given`` bounds.
     ``given`` bounds may rest on assumptions; where these contradict each other, lower > upper may result. Checks the
     clock before each operation, also inside backward passes. Out of time, the bounds so far are kept, and the rest
     are intervals over them.
@@ -252,7 +253,9 @@ class _Bounding:
         for place, read in enumerate(operation.inputs):
             if not self.region.is_box and not behind[read]:
                 ends[place] = self._refined(read, ends[place], torch.ones_like(ends[place].lower, dtype=torch.bool))
-            elif self.refine and behind[read] and not self.late:
+            elif self.refine and not self.late and (
+                behind[read] or not (number in self.given or self.network.exact_intervals[read])
+            ):
                 ends[place] = self._refined(read, ends[place], wanted[place])
             lower, upper = ends[place].lower, ends[place].upper
             self.intervals[read] = Bounds(lower, torch.maximum(lower, upper)).interval()

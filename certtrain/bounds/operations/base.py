@@ -88,6 +88,11 @@ class Operation(ABC):
         """Approximate multiplications for ``numbers`` numbers of the output, forward or backward."""
         return ENTRYWISE * numbers
 
+    def entries(self, *numbers: Tensor) -> Tensor | None:
+        """The number (1, *shape) of the input entry that each output entry is an increasing or falling function of, 0
+        for a constant, given the entries' ``numbers``; None where an output may depend on several."""
+        return None
+
     def window(self, window: Window, shapes: Sequence[torch.Size]) -> Window | None:
         """The window of its inputs that a window of its output depends on; None if the operation is not local.
 
@@ -248,6 +253,9 @@ class Input(LinearOperation):
 
     def adjoints(self, forms: Tensor, *shapes: torch.Size) -> tuple[Tensor, ...]:
         return (forms,)
+
+    def entries(self, *numbers: Tensor) -> Tensor:
+        return numbers[0]
 
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
         return inputs[0]

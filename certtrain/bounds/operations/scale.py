@@ -80,6 +80,10 @@ class Scale(LinearOperation):
         )
         return InputLines(lower, upper).shifted(shift)
 
+    def entries(self, *numbers: Tensor) -> Tensor:
+        shapes = [value.shape for value in self.coefficients() if isinstance(value, Tensor)]
+        return numbers[0].expand(torch.broadcast_shapes(numbers[0].shape, *shapes))
+
     def magnitude(self, x: Tensor) -> Tensor:
         scale, shift = self.tensors(x)
         return x * scale.abs() + shift.abs()
