@@ -226,6 +226,7 @@ class _Bounding:
         self.keeping, self.late = refine, False
         self.intervals = {0: region.hull if network.rounding is None else widened(region.hull)}
         self.bounds: dict[int, Bounds] = {}
+        self.refined: dict[int, Tensor] = {}  # by position: the entries of the output that have linear bounds
 
     def run(self) -> dict[int, Bounds]:
         behind: list[bool] = [False]  # by position: whether its output depends on a non-linear operation
@@ -253,10 +254,14 @@ class _Bounding:
         for place, read in enumerate(operation.inputs):
             if not self.region.is_box and not behind[read]:
                 ends[place] = self._refined(read, ends[place], torch.ones_like(ends[place].lower, dtype=torch.bool))
-            elif self.refine and not self.late and (
-                behind[read] or not (number in self.given or self.network.exact_intervals[read])
+            elif (
+                self.refine
+                and not self.late
+                and (behind[read] or not (number in self.given or self.network.exact_intervals[read]))
             ):
-                ends[place] = self._refined(read, ends[place], wanted[place])
+                done = self.refined.get(read)
+                ends[place] = self._refined(read, ends[place], wanted[place] if done is None else wanted[place] & ~done)
+                self.refined[read] = wanted[place] if done is None else wanted[place] | done
             lower, upper = ends[place].lower, ends[place].upper
             self.intervals[read] = Bounds(lower, torch.maximum(lower, upper)).interval()
         return self.network.join_bounds(ends)

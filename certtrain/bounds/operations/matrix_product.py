@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ...typed import broadcast_shape, split
 from ..interval import Bounds, Interval
 from ..relaxation import InputLines, Relaxation
-from .base import Function, Nonlinear, UnsupportedOperation, summed_onto
+from .base import Function, Nonlinear, UnsupportedOperation, clipped, summed_onto
 from .product import ROUNDING
 from .registry import Tracing, from_function
 
@@ -79,6 +79,10 @@ class MatrixProduct(Nonlinear):
     def piecewise_linear(self) -> bool:
         return False
 
+    @property
+    def adjustable(self) -> bool:
+        return True
+
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return x @ y
 
@@ -95,7 +99,11 @@ class MatrixProduct(Nonlinear):
         size = (first.center.abs() + first.radius) @ (second.center.abs() + second.radius)
         count = (ROUNDING + first.center.shape[-1]) * torch.finfo(size.dtype).eps
         reach = first.radius @ second.radius + (count * size + torch.finfo(size.dtype).tiny).detach()
-        return MatrixPlanes(first, second, reach, None if alpha is None else 2 * alpha.clamp(0, 1) - 1)
+        return MatrixPlanes(first, second, reach, None if alpha is None else 2 * clipped(alpha) - 1)
+
+    def adjusted(self, relaxation: Relaxation, bounds: Sequence[Bounds], alpha: Tensor) -> MatrixPlanes:
+        assert isinstance(relaxation, MatrixPlanes)
+        return replace(relaxation, side=2 * clipped(alpha) - 1)
 
     def magnitude(self, x: Tensor, y: Tensor) -> Tensor:
         return x @ y

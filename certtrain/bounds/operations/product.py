@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ..interval import Bounds, Interval
 from ..relaxation import InputLines, Lines, Relaxation
 from ..window import Window
-from .base import Function, Nonlinear, UnsupportedOperation, summed_onto
+from .base import Function, Nonlinear, UnsupportedOperation, clipped, summed_onto
 from .elementary import Power
 from .registry import Tracing, from_function
 
@@ -85,6 +85,10 @@ class _OfTwo(Nonlinear):
     def piecewise_linear(self) -> bool:
         return False
 
+    @property
+    def adjustable(self) -> bool:
+        return True
+
     def window(self, window: Window, shapes: Sequence[torch.Size]) -> Window | None:
         return window if all(shape == shapes[0] for shape in shapes) else None
 
@@ -147,7 +151,7 @@ def mccormick(x: Bounds, y: Bounds, alpha: Tensor | None) -> Planes:
     first, second = cy.expand_as(middle), cx.expand_as(middle)
     if alpha is None:
         return Planes(Plane(first, second, -middle - corner - spare), Plane(first, second, corner - middle + spare))
-    side = 2 * alpha.clamp(0, 1) - 1
+    side = 2 * clipped(alpha) - 1
     if alpha.ndim > middle.ndim:
         cx, rx, cy, ry, middle, corner, spare = (v.unsqueeze(1) for v in (cx, rx, cy, ry, middle, corner, spare))
     falling, rising = side * cx * ry, side * rx * cy
