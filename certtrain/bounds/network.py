@@ -107,9 +107,9 @@ class Network:
             elif (own := operation.entries(*numbers)) is not None:
                 known.append((own, mixed))
             else:
-                used = torch.cat([part.flatten() for part in numbers])
-                used = used[used != 0]
-                known.append(None if mixed or len(used.unique()) < len(used) else (fresh(shape), True))
+                used = torch.cat([part.flatten() for part in numbers]).sort().values
+                twice = bool(((used[1:] == used[:-1]) & (used[1:] != 0)).any())
+                known.append(None if mixed or twice else (fresh(shape), True))
         return tuple(part is not None for part in known)
 
     @cached_property

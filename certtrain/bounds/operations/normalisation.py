@@ -212,8 +212,8 @@ class SquareLines(Relaxation):
     shape: torch.Size
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SquareLines:
-        parts = (function(part) for part in (self.lower, self.upper, self.below, self.above))
-        return SquareLines(*parts, self.rows, self.shape)
+        slopes, constants = (function(self.lower), function(self.upper)), (function(self.below), function(self.above))
+        return SquareLines(*slopes, *constants, self.rows, self.shape)
 
     def backward(self, forms: Tensor, constants: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         positive, negative = forms.clamp(min=0), forms.clamp(max=0)
