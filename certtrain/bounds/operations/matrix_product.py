@@ -43,16 +43,15 @@ class MatrixPlanes(Relaxation):
         return MatrixPlanes(self.first.map(function), self.second.map(function), function(self.reach), side)
 
     def backward(self, forms: Tensor, constants: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        cx, cy = self.first.center.unsqueeze(1), self.second.center.unsqueeze(1)
-        x, y = forms @ cy.mT, cx.mT @ forms
+        x, y = _right(forms, self.second.center.mT), _left(self.first.center.mT, forms)
         middle = (self.first.center @ self.second.center).unsqueeze(1)
         constant = (forms * middle + forms.abs() * self.reach.unsqueeze(1)).flatten(2).sum(-1)
         if self.side is not None:
-            rx, ry = self.first.radius.unsqueeze(1), self.second.radius.unsqueeze(1)
             side = self.side if self.side.ndim == forms.ndim else self.side.unsqueeze(1)
             size, signed = side * forms.abs(), side * forms
-            x, y = x - size @ ry.mT, y - rx.mT @ signed
-            constant = constant - (size * (cx @ ry) + signed * (rx @ cy)).flatten(2).sum(-1)
+            x, y = x - _right(size, self.second.radius.mT), y - _left(self.first.radius.mT, signed)
+            falling, rising = self.first.center @ self.second.radius, self.first.radius @ self.second.center
+            constant = constant - (size * falling.unsqueeze(1) + signed * rising.unsqueeze(1)).flatten(2).sum(-1)
         shapes = self.first.center.shape[1:], self.second.center.shape[1:]
         return (summed_onto(x, shapes[0]), summed_onto(y, shapes[1])), constants - constant
 
@@ -67,6 +66,18 @@ class MatrixPlanes(Relaxation):
         lower[:, -1] -= middle + self.reach
         upper[:, -1] -= middle - self.reach
         return InputLines(lower, upper)
+
+
+def _right(forms: Tensor, matrices: Tensor) -> Tensor:
+    """Forms (B, R, …, M, N) times matrices (B, …, N, K): one product for all R, which a broadcast would not be."""
+    rows = forms.movedim(1, -3)
+    return (rows.flatten(-3, -2) @ matrices).unflatten(-2, rows.shape[-3:-1]).movedim(-3, 1)
+
+
+def _left(matrices: Tensor, forms: Tensor) -> Tensor:
+    """Matrices (B, …, K, M) times forms (B, R, …, M, N)."""
+    columns = forms.movedim(1, -2)
+    return (matrices @ columns.flatten(-2)).unflatten(-1, columns.shape[-2:]).movedim(-2, 1)
 
 
 @dataclass(frozen=True, eq=False)
