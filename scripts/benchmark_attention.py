@@ -10,7 +10,8 @@ Each has two blocks of 48 features and three heads over four patches of an 8×8 
 products, because auto_LiRPA refuses torch's own; it is trained here, by PGD-2 on scikit-learn's digits, for half a
 minute. The bounds of all intermediate values are CROWN's on either side, too. Contenders take turns in every round;
 times are CPU seconds of one thread, ratios medians of rounds. "distance" is the mean over images and margins between
-bound and clean margin, where some explode that of the unproved ones; "alpha" the same after --steps steps on slopes and planes.
+bound and clean margin, which exploding bounds may fill alone; "alpha" the same after --steps steps on slopes and
+planes.
 """
 
 from __future__ import annotations
@@ -109,10 +110,8 @@ def main() -> None:
     torch.set_num_threads(1)
     data, found = Digits().load(), {}
     for name in options.cases or CASES:
-        model = trained(
-            CASES[name], data.train.pixels(torch.arange(len(data.train.labels))), data.train.labels, options
-        )
-        images, labels = data.test.pixels(torch.arange(len(data.test.labels))), data.test.labels
+        train, test = ((split.pixels(torch.arange(len(split))), split.labels) for split in (data.train, data.test))
+        model, (images, labels) = trained(CASES[name], *train, options.updates), test
         with torch.no_grad():
             right = model(images).argmax(1) == labels
             chosen = right.nonzero().flatten()[: options.images]

@@ -161,7 +161,8 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_ascents_gain_by_them(monkeypatch, name):
     region = make_region(LinfBall(0.3))
-    network = frozen(Mixed(FUNCTIONS[name]).double(), region)
+    model = Mixed(FUNCTIONS[name]).double()
+    network = frozen(model, region)
     forms, bounds = random_forms(network), crown_bounds(network, region)
     start = bound_forms(network, region, forms, bounds)
     sub = subproblems(network, region, forms, bounds)
@@ -176,5 +177,5 @@ def test_ascents_gain_by_them(monkeypatch, name):
     without = maximise(network, sub, slopes, steps=20)
     assert (found.best >= plain.best).all()
     assert (found.best - plain.best).mean() > (without.best - plain.best).mean() + 1e-4
-    for point in inside(network, region):
+    for point in inside(model, region):
         assert (found.best <= values_of(forms, network(point)) + 1e-9).all()

@@ -85,6 +85,10 @@ class Pieced(Entrywise):
     def adjustable(self) -> bool:
         return True
 
+    def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> Lines:
+        lines = super().relax(*bounds)
+        return lines if alpha is None or not self.adjustable else self.adjusted(lines, bounds, alpha)
+
     def adjusted(self, relaxation: Relaxation, bounds: Sequence[Bounds], alpha: Tensor) -> Lines:
         """Lines of other slopes, each as near to the function as its slope allows. Parameters below 1/2 lead from the
         default slope to the smallest that a line may need, those above 1/2 to the largest (the places of tangents in
@@ -165,8 +169,6 @@ class ScalarCurve(Pieced):
         return constant + torch.where(own.isfinite(), own - own.detach(), 0.0)
 
     def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
-        if alpha is not None and self.adjustable:
-            return self.adjusted(self.lines(lower, upper, None), (Bounds(lower, upper),), alpha)
         with torch.no_grad():
             pieces, known = self.pieces(lower, upper), self.defined(lower, upper)
             largest = torch.maximum(lower.abs(), upper.abs())

@@ -66,10 +66,6 @@ class Gated(Pieced):
         (lower_slope, lower_intercept), (upper_slope, upper_intercept) = gated(GATES[self.kind], lower, upper)
         return Lines(lower_slope, upper_slope, upper_intercept, lower_intercept)
 
-    def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> Lines:
-        lines = super().relax(*bounds)
-        return lines if alpha is None else self.adjusted(lines, bounds, alpha)
-
     def size(self, lower: Tensor, upper: Tensor) -> Tensor:
         return torch.maximum(lower.abs(), upper.abs()).clamp(min=1)
 

@@ -71,13 +71,15 @@ class MatrixPlanes(Relaxation):
 def _right(forms: Tensor, matrices: Tensor) -> Tensor:
     """Forms (B, R, …, M, N) times matrices (B, …, N, K): one product for all R, which a broadcast would not be."""
     rows = forms.movedim(1, -3)
-    return (rows.flatten(-3, -2) @ matrices).unflatten(-2, rows.shape[-3:-1]).movedim(-3, 1)
+    product = rows.flatten(-3, -2) @ matrices
+    return product.reshape(*product.shape[:-2], *rows.shape[-3:-1], product.shape[-1]).movedim(-3, 1)
 
 
 def _left(matrices: Tensor, forms: Tensor) -> Tensor:
     """Matrices (B, …, K, M) times forms (B, R, …, M, N)."""
     columns = forms.movedim(1, -2)
-    return (matrices @ columns.flatten(-2)).unflatten(-1, columns.shape[-2:]).movedim(-2, 1)
+    product = matrices @ columns.flatten(-2)
+    return product.reshape(*product.shape[:-1], *columns.shape[-2:]).movedim(-2, 1)
 
 
 @dataclass(frozen=True, eq=False)

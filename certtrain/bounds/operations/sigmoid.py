@@ -48,10 +48,6 @@ class Saturating(Pieced):
     def touch(self, slope: Tensor) -> Tensor:
         """The place right of 0 with this derivative."""
 
-    def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> Lines:
-        lines = super().relax(*bounds)
-        return lines if alpha is None else self.adjusted(lines, bounds, alpha)
-
     def _widened(self, lower: Tensor, upper: Tensor, ends: tuple[Tensor, Tensor, Tensor, Tensor]) -> Lines:
         """Lines of (lower slope, upper slope, upper intercept, lower intercept), widened by the kernels' error."""
         error = self.kernel_error(lower, upper)

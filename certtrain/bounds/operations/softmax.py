@@ -2,9 +2,9 @@
 
 With S_i = sum_j exp(x_j - x_i), softmax is 1 / S_i and its logarithm -log S_i. S_i is convex; chords of its summands
 are a linear function above it, tangents one below. So 1 / S_i lies above a tangent of 1 / u at the chords' sum, and
-below the chord of 1 / u at the tangents' sum; or else below the chord of exp at the tangent plane of the concave
--log S_i (ER and LSE bounds, arXiv 2303.01713). Of these two upper lines each entry takes the one that is lower in the
-middle of the box.
+below the chord of 1 / u at the tangents' sum; or else above a tangent of exp(x_i) / sum_j (chord of exp at x_j), which
+is convex, and below the chord of exp at the tangent plane of the concave -log S_i (ER and LSE bounds, arXiv
+2303.01713). Of these two lines on each side an entry takes the one that is nearer in the middle of the box.
 """
 
 from __future__ import annotations
