@@ -179,3 +179,21 @@ def test_ascents_gain_by_them(monkeypatch, name):
     assert (found.best - plain.best).mean() > (without.best - plain.best).mean() + 1e-4
     for point in inside(model, region):
         assert (found.best <= values_of(forms, network(point)) + 1e-9).all()
+
+
+@walk("width", [2, 3, 5])
+def test_shares_of_wide_boxes(width):
+    """Differences around and beyond those at which exponentials are cut off; without any tolerance."""
+    generator = torch.Generator().manual_seed(0)
+    middle = 45 * (2 * torch.rand(2000, width, generator=generator, dtype=torch.float64) - 1)
+    radius = 40 * torch.rand(2000, width, generator=generator, dtype=torch.float64) ** 3
+    bounds, softmax = Bounds(middle - radius, middle + radius), along(Softmax)
+    forms = torch.cat([torch.eye(width), -torch.eye(width), torch.randn(4, width, generator=generator)]).double()
+    forms = forms.expand(2000, -1, -1)
+    (through,), constants = softmax.relax(bounds).backward(forms, torch.zeros(2000, len(forms[0]), dtype=torch.float64))
+    for number in range(60):
+        share = torch.rand(2000, width, generator=generator, dtype=torch.float64)
+        share = share.round() if number % 2 else share**4
+        x = torch.minimum(bounds.lower + 2 * radius * share, bounds.upper)
+        bound = constants + (through * x.unsqueeze(1)).sum(-1)
+        assert not (bound > (forms * softmax(x).unsqueeze(1)).sum(-1)).any()

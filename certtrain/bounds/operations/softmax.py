@@ -126,8 +126,10 @@ def _as_rows(slopes: Tensor) -> Tensor:
 
 
 def _quotient(x: Bounds) -> tuple[Tensor, Tensor, Tensor]:
-    """(slopes (B, …, K, K), constants, values in the middle) of tangents of exp(x_i) / sum_j (chord of exp at x_j)."""
+    """(slopes (B, …, K, K), constants, values in the middle) of tangents of exp(x_i) / sum_j (chord of exp at x_j). A
+    value of 0: no line, because exponentials would have to be cut off."""
     top, count = x.upper.detach().amax(-1, keepdim=True), x.lower.shape[-1]
+    tame = (x.lower - top >= -LARGEST).all(-1, keepdim=True)
     first, last = (x.lower - top).clamp(-LARGEST, LARGEST), (x.upper - top).clamp(-LARGEST, LARGEST)
     reach = torch.maximum(first.abs(), last.abs()) + torch.maximum(x.lower.abs(), x.upper.abs())
     slope, constant = _chord(first, last)
@@ -138,7 +140,7 @@ def _quotient(x: Bounds) -> tuple[Tensor, Tensor, Tensor]:
     shared = slope * inverse
     slopes = torch.diag_embed(value) - value.unsqueeze(-1) * shared.unsqueeze(-2)
     below = value * (1 - middle - top + (shared * (middle + top)).sum(-1, keepdim=True))
-    return slopes, below - _spare(value * (size + reach), count), value
+    return slopes, below - _spare(value * (size + reach), count), torch.where(tame, value, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
