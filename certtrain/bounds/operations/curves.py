@@ -115,7 +115,7 @@ class Pieced(Entrywise):
                 spare = room + ROUNDING * torch.finfo(lower.dtype).eps * tilted.abs() * largest
                 reach = torch.where(tilt == 0, constant, side * (found.reach + spare))
             sides.append((tilted, reach - (tilted - tilted.detach()) * found.place))
-        return Lines(sides[0][0], sides[1][0], sides[1][1], sides[0][1], relaxation.rising)
+        return Lines(sides[0][0], sides[1][0], sides[1][1], sides[0][1])
 
 
 @torch.no_grad()
