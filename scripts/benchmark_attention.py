@@ -1,6 +1,6 @@
 """Bounds of small vision transformers beside auto_LiRPA's, both by CROWN, at a radius where half the images are proved.
 
-    python scripts/benchmark_attention.py [CASE…] [--images 16] [--rounds 3] [--steps 20] [--json FILE]
+    python scripts/benchmark_attention.py [CASE…] [--images 16] [--epsilon 0.01] [--rounds 3] [--json FILE]
 
 batch-relu  batch norms and ReLU, as the networks of VNN-COMP's benchmark vit
 layer-relu  layer norms and ReLU
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--epsilon", type=float, help="radius; default: one at which half the images are proved")
     parser.add_argument("--updates", type=int, default=400, help="of the training (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -172,7 +173,7 @@ class Bounding:
 def compared(model: Transformer, images: Tensor, labels: Tensor, options) -> dict:
     rows = Specification.robust(labels, 10).rows
     ours, clean = Bounding(model, images, rows), (rows @ model(images).unsqueeze(2)).squeeze(2)
-    epsilon, high = 1e-4, 0.1
+    epsilon, high = (1e-4, 0.1) if options.epsilon is None else (options.epsilon, 0.0)
     while high > 1.03 * epsilon:
         middle = (epsilon * high) ** 0.5
         if float((ours(middle).amin(1) > 0).float().mean()) > 0.5:
