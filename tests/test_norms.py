@@ -122,6 +122,15 @@ def test_lines_around_every_switch(mean, eps, width, dtype):
             assert ((ahead.lower[:, -1] <= value + room) & (ahead.upper[:, -1] >= value - room))[known].all()
 
 
+@walk("mean", [True, False])
+def test_sizes_of_squares_and_of_what_they_divide(mean):
+    squares, scaled = RowNorm("here", (0,), LastOnes(1), 1e-5, mean).parts(0)
+    huge, x = torch.full((1, 8), 1e25), torch.randn(500, 8)
+    assert squares.peak(huge).isinf().all()  # rows of numbers whose squares overflow
+    assert (scaled.magnitude(x.abs(), squares.peak(x.abs())) >= scaled(x, squares(x)).abs()).all()
+    assert (scaled.magnitude(huge, squares(huge)) <= 3).all()
+
+
 def test_intervals_are_exact():
     torch.manual_seed(0)
     x = Interval(torch.randn(9, 3, dtype=torch.float64), torch.rand(9, 3, dtype=torch.float64))

@@ -150,9 +150,6 @@ class _OfFoldedRows(Nonlinear):
     def piecewise_linear(self) -> bool:
         return False
 
-    def magnitude(self, *inputs: Tensor) -> Tensor:
-        return self(*inputs)
-
     def roundings(self, shape: torch.Size) -> int:
         return shape.numel() + 4
 
@@ -175,6 +172,13 @@ class SquareSum(_OfFoldedRows):
     def __call__(self, x: Tensor) -> Tensor:
         rows = self.rows.split(x)
         return (rows * rows).sum(-1, keepdim=True) * _weight(rows.shape[-1], self.mean)
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def peak(self, *inputs: Tensor) -> Tensor:
+        """The sum before the division."""
+        return self(*inputs) * (self.rows.split(inputs[0]).shape[-1] + 1)
 
     def interval(self, x: Interval) -> Interval:
         rows = self.rows.bounds(x)
@@ -251,6 +255,11 @@ class ByRootOf(_OfFoldedRows):
 
     def __call__(self, x: Tensor, squares: Tensor) -> Tensor:
         return self.rows.join(self.rows.split(x) * (squares + self.eps).rsqrt(), x.shape[1:])
+
+    def magnitude(self, x: Tensor, squares: Tensor) -> Tensor:
+        """Whatever the squares: a row of K entries times its factor is at most sqrt(K), or 1 without a mean."""
+        most = self.rows.split(x).shape[-1] ** 0.5 if self.mean else 1.0
+        return (x * self.eps**-0.5).clamp(max=1.01 * most)
 
     def _factor(self, squares: Tensor) -> Tensor:
         return (squares + self.eps).rsqrt()
