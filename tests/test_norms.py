@@ -1,6 +1,7 @@
 """Norms by a row's own statistics: values as torch computes them, bounds by sampling and around every switch."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from test_products import assert_enclosed, boxes, points
 from torch import Tensor, nn
 from walking import walk
 
-from certtrain.bounds import Bounds, Interval, LinfBall, UnsupportedOperation, compute_bounds
+from certtrain.bounds import Bounds, Interval, LinfBall, Network, UnsupportedOperation, compute_bounds
 from certtrain.bounds.folding import fold
-from certtrain.bounds.operations import Centering, RowNorm
+from certtrain.bounds.operations import Centering, Input, RowNorm
 from certtrain.bounds.operations.rows import LastOnes
+from certtrain.bounds.relaxation import InputLines
 
 
 def randomised(layer: nn.Module) -> nn.Module:
@@ -94,7 +96,39 @@ def test_lines_around_every_switch(mean, eps, width, dtype):
     parts = boxes(width, dtype)
     bounds = Bounds(torch.cat([x.lower for x in parts], 1), torch.cat([x.upper for x in parts], 1))
     at = [[torch.cat(inputs, 1)] for inputs in points(parts, 10)]
-    assert_enclosed(RowNorm("here", (0,), LastOnes(1), eps, mean), [bounds], at)
+    squares, scaled = RowNorm("here", (0,), LastOnes(1), eps, mean).parts(0)
+    network = Network((Input("input", ()), squares, replace(scaled, inputs=(0, 1))))
+    assert_enclosed(squares, [bounds], at)
+    interval = squares.interval(bounds.interval()).bounds()
+    lines = {1: squares.relax(bounds), 2: scaled.relax(bounds, interval)}
+    forms = torch.cat([torch.eye(width, dtype=dtype), -torch.eye(width, dtype=dtype)]).expand(
+        len(parts[0].lower), -1, -1
+    )
+    (through, of_squares), constants = lines[2].backward(forms, forms.new_zeros(forms.shape[:2]))
+    (more,), constants = lines[1].backward(of_squares, constants)
+    box = scaled.interval(bounds.interval(), interval.interval())
+    for (x,) in at:
+        below, above = (InputLines(*[torch.stack([torch.zeros_like(v), v], 1)] * 2) for v in (x, squares(x)))
+        ahead = lines[2].forward(below, above)
+        for value in (network(x).double(), network(x.double())):
+            known = value.isfinite()
+            bound = constants.double() + ((through + more).double() * x.double().unsqueeze(1)).sum(-1)
+            wanted = (forms.double() * value.unsqueeze(1)).sum(-1)
+            assert not (bound > wanted)[known.repeat(1, 2)].any()
+            slack = torch.finfo(dtype).eps * value.abs()
+            inside = (box.lower.double() - slack <= value) & (value <= box.upper.double() + slack)
+            assert inside[known & box.radius.isfinite()].all()
+            room = (1e-12 if dtype == torch.float64 else 1e-5) * (1 + value.abs() + x.double().abs() / eps**0.5)
+            assert ((ahead.lower[:, -1] <= value + room) & (ahead.upper[:, -1] >= value - room))[known].all()
+
+
+@walk("mean", [True, False])
+def test_sizes_of_squares_and_of_what_they_divide(mean):
+    squares, scaled = RowNorm("here", (0,), LastOnes(1), 1e-5, mean).parts(0)
+    huge, x = torch.full((1, 8), 1e25), torch.randn(500, 8)
+    assert squares.peak(huge).isinf().all()  # rows of numbers whose squares overflow
+    assert (scaled.magnitude(x.abs(), squares.peak(x.abs())) >= scaled(x, squares(x)).abs()).all()
+    assert (scaled.magnitude(huge, squares(huge)) <= 3).all()
 
 
 def test_intervals_are_exact():

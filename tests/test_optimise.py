@@ -59,7 +59,7 @@ class TestOptimised:
             assert (found.best <= values_of(forms, network(point)) + slack).all()
 
     def test_without_slopes_to_choose(self):
-        model, region = nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.Tanh()).double(), make_region()
+        model, region = nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.Softmax(1)).double(), make_region()
         network = frozen(model, region)
         forms, bounds = random_forms(network), crown_bounds(network, region)
         sub = subproblems(network, region, forms, bounds)

@@ -3,8 +3,8 @@ activations' inputs, beta-CROWN (arXiv 2103.06624)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ class _Evaluation:
         reached: (A, R, U) coefficients of the neurons' outputs.
         sizes: for each operation (A, R, its columns), the largest coefficient of its columns' outputs.
         values: (A, R, U) as in ``Optimised``.
-        slopes, pushed: for each operation, the leaves of the gradient graph.
+        slopes, pushed: for each operation, and others: by position, the leaves of the gradient graph.
         graph: ``lower`` with its gradient graph; None without one.
     """
 
@@ -210,6 +210,7 @@ class _Evaluation:
     sizes: Sequence[Tensor] = ()
     slopes: Sequence[Tensor] = ()
     pushed: Sequence[Tensor] = ()
+    others: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     graph: Tensor | None = None
 
     def take(self, index: Tensor) -> _Evaluation:
@@ -231,9 +232,8 @@ class _Place:
     """One non-linear operation of A subproblems in an ascent.
 
     Args:
-        bounds: of its input; lines: its relaxation without free slopes.
-        base: (A, 1, n) effective slopes of its neurons, 0 where they are free; None for an operation that takes
-            its parameters by ``relax``.
+        bounds: of each of its inputs; lines: its relaxation with default parameters.
+        base: (A, 1, n) effective slopes of its neurons, 0 where they are free.
         columns: its range of the columns.
         local: (A, 1, its columns) numbers of their neurons within the operation.
     """
@@ -241,7 +241,7 @@ class _Place:
     position: int
     operation: Nonlinear
     shape: torch.Size
-    bounds: Bounds
+    bounds: tuple[Bounds, ...]
     lines: Relaxation
     base: Tensor
     columns: slice
@@ -249,7 +249,7 @@ class _Place:
 
     def take(self, index: Tensor) -> _Place:
         return replace(
-            self, bounds=Bounds(self.bounds.lower[index], self.bounds.upper[index]),
+            self, bounds=tuple(Bounds(ends.lower[index], ends.upper[index]) for ends in self.bounds),
             lines=self.lines.map(lambda values: values[index]), base=self.base[index], local=self.local[index],
         )  # fmt: skip
 
@@ -259,14 +259,16 @@ class _Place:
         whole = self.base.expand(-1, alphas.shape[1], -1)
         return whole.scatter_add(2, self.local.expand_as(own), own)
 
-    def relaxation(self, slopes: Tensor) -> Relaxation:
-        """The relaxation with the given parameters (A, R, n)."""
-        slopes = slopes.reshape(*slopes.shape[:2], *self.shape)
-        if self.operation.piecewise_linear and isinstance(self.lines, Lines):
-            return replace(self.lines, lower_slope=slopes)
-        if len(self.operation.inputs) > 1:
-            return self.lines
-        return self.operation.relax(self.bounds, alpha=slopes)
+    @property
+    def own_parameters(self) -> bool:
+        """Whether it has parameters that are no slopes of neurons."""
+        return self.operation.adjustable and not self.operation.piecewise_linear
+
+    def relaxation(self, slopes: Tensor, own: Tensor | None) -> Relaxation:
+        """The relaxation with the given slopes (A, R, n) or parameters (A, R, *shape)."""
+        if self.operation.piecewise_linear:
+            own = slopes.reshape(*slopes.shape[:2], *self.shape)
+        return self.lines if own is None else self.operation.adjusted(self.lines, self.bounds, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +280,9 @@ class _Ascent:
         free: (A, 1, U) bool, the columns with a free slope.
         least: (U,) smallest slopes.
         push: (A, 1, U) minus the assumed signs, 0 in padding; None without signs.
-        moments: Adam's first and second moments of each kind of parameter, which ``step`` changes in place.
+        moments: Adam's first and second moments of slopes and multipliers, which ``step`` changes in place.
+        others: by position, the parameters (A, R, *shape) of operations that are not piecewise linear, and their
+            moments.
     """
 
     network: Network
@@ -291,6 +295,7 @@ class _Ascent:
     alphas: Tensor
     betas: Tensor | None
     moments: tuple[Tensor, ...]
+    others: dict[int, tuple[Tensor, ...]]
     slack: Slack | None
 
     @classmethod
@@ -314,7 +319,7 @@ class _Ascent:
                 base = torch.where(open_ & members[place].flatten(1), 0.0, own.lower_slope.flatten(1))
             part = slice(first, first + size)
             local = (columns.neurons[:, part] - first_neuron).unsqueeze(1)
-            places.append(_Place(place, operation, shape, bounds[place], own, base.unsqueeze(1), part, local))
+            places.append(_Place(place, operation, shape, tuple(ends), own, base.unsqueeze(1), part, local))
             opens.append(open_)
             least.append(alphas.new_full((size,), operation.kink))
             first_neuron, first = first_neuron + shape.numel(), first + size
@@ -328,7 +333,12 @@ class _Ascent:
         moments = [torch.zeros_like(alphas) for _ in range(2 if betas is None else 4)]
         smallest = torch.cat([*least, alphas.new_zeros(0)])
         index = torch.arange(len(alphas), device=alphas.device)
-        return cls(network, index, sub, tuple(places), free, smallest, push, alphas, betas, tuple(moments),
+        others = dict[int, tuple[Tensor, ...]]()
+        for one in places:
+            if one.own_parameters:
+                zero = alphas.new_zeros(*alphas.shape[:2], *network.shapes[one.position])
+                others[one.position] = (zero + 0.5, zero.clone(), zero)
+        return cls(network, index, sub, tuple(places), free, smallest, push, alphas, betas, tuple(moments), others,
                    slack_of(network, sub.region, bounds))  # fmt: skip
 
     def take(self, index: Tensor) -> _Ascent:
@@ -342,6 +352,7 @@ class _Ascent:
             ),
             free=self.free[index], push=None if push is None else push[index], alphas=self.alphas[index],
             betas=None if betas is None else betas[index], moments=tuple(moment[index] for moment in self.moments),
+            others={place: tuple(part[index] for part in own) for place, own in self.others.items()},
         )  # fmt: skip
 
     def evaluate(self, gradient: bool) -> _Evaluation:
@@ -356,9 +367,14 @@ class _Ascent:
         if self.push is not None and self.betas is not None:
             for place in self.places:
                 pushed.append((self.push[..., place.columns] * self.betas[..., place.columns]).requires_grad_(gradient))
-                multipliers[place.position] = AddedForms(place.local, pushed[-1])
+                if len(place.operation.inputs) == 1:  # no sign is assumed of others
+                    multipliers[place.position] = AddedForms(place.local, pushed[-1])
+        others = {place: own[0].detach().requires_grad_(gradient) for place, own in self.others.items()}
         with torch.set_grad_enabled(gradient):
-            lines = {place.position: place.relaxation(own) for place, own in zip(self.places, slopes, strict=True)}
+            lines = {
+                place.position: place.relaxation(own, others.get(place.position))
+                for place, own in zip(self.places, slopes, strict=True)
+            }
             linear = backward(self.network, self._position, self.sub.forms, lines, multipliers, reaching, self.slack)
             lower = with_offsets(self.network, linear.lower(self.sub.region), self.sub.offsets)
         none = self.alphas[..., :0]
@@ -366,7 +382,7 @@ class _Ascent:
         for place in self.places:
             size = place.columns.stop - place.columns.start
             forms = reaching[place.position].detach().flatten(2) if place.position in reaching else None
-            if forms is None or len(place.operation.inputs) > 1:
+            if forms is None or len(place.operation.inputs) > 1 or forms.shape[2] != place.shape.numel():
                 reached.append(self.alphas.new_zeros(*self.alphas.shape[:2], size))
                 sizes.append(reached[-1])
                 continue
@@ -378,16 +394,17 @@ class _Ascent:
         return _Evaluation(
             lower.detach(), linear.forms.detach(),
             with_offsets(self.network, linear.safe_constants(self.sub.region).detach(), self.sub.offsets),
-            coefficients, torch.zeros_like(coefficients), sizes, slopes, pushed, graph,
+            coefficients, torch.zeros_like(coefficients), sizes, slopes, pushed, others, graph,
         )  # fmt: skip
 
     def step(self, iterate: _Evaluation, rate: float, number: int) -> _Ascent:
         """The ascent after step ``number`` (from 1) of Adam (arXiv 1412.6980) from an iterate with its graph."""
         assert iterate.graph is not None
-        leaves = [*iterate.slopes, *iterate.pushed]
+        leaves = [*iterate.slopes, *iterate.pushed, *iterate.others.values()]
         one = torch.ones_like(iterate.graph)
         gradients = torch.autograd.grad(iterate.graph, leaves, one, materialize_grads=True)
-        of_slopes, of_pushed = gradients[: len(self.places)], gradients[len(self.places) :]
+        count = len(self.places), len(self.places) + len(iterate.pushed)
+        of_slopes, of_pushed, of_others = gradients[: count[0]], gradients[count[0] : count[1]], gradients[count[1] :]
         forms = self.alphas.shape[1]
         gradient = torch.cat([
             g.gather(2, place.local.expand(-1, forms, -1)) for place, g in zip(self.places, of_slopes, strict=True)
@@ -398,7 +415,12 @@ class _Ascent:
             # Adam's steps have the size of its rate; multipliers are in units of the forms at their neuron
             change = _adam(torch.cat(of_pushed, 2) * self.push, self.moments[2:], rate, number)
             betas = (betas + change * torch.cat(list(iterate.sizes), 2)).clamp(min=0)
-        return replace(self, alphas=alphas, betas=betas)
+        others = {
+            place: ((self.others[place][0] + _adam(own, self.others[place][1:], rate, number)).clamp(0, 1),
+                    *self.others[place][1:])
+            for place, own in zip(iterate.others, of_others, strict=True)
+        }  # fmt: skip
+        return replace(self, alphas=alphas, betas=betas, others=others)
 
     @property
     def _position(self) -> int:

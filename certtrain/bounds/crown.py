@@ -259,7 +259,8 @@ def best_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
 def crown_bounds(network: Network, region: Region, given: Mapping[int, Bounds] | None = None) -> dict[int, Bounds]:
     """Bounds of every non-linear operation's input, by position: the tightest of interval, linear and ``given`` ones.
 
-    Linear bounds are computed by backward passes, for the entries that ``Nonlinear.open`` selects on interval bounds.
+    Linear bounds are computed by backward passes, for the entries that ``Nonlinear.open`` selects on interval bounds,
+    where intervals are not exact and linear functions of the input have no ``given`` bounds.
     ``given`` bounds may rest on assumptions; where these contradict each other, lower > upper may result. Checks the
     clock before each operation, also inside backward passes. Out of time, the bounds so far are kept, and the rest
     are intervals over them.
@@ -275,6 +276,7 @@ class _Bounding:
         self.keeping, self.late = refine, False
         self.intervals = {0: region.hull if network.rounding is None else widened(region.hull)}
         self.bounds: dict[int, Bounds] = {}
+        self.refined: dict[int, Tensor] = {}  # by position: the entries of the output that have linear bounds
 
     def run(self) -> dict[int, Bounds]:
         behind: list[bool] = [False]  # by position: whether its output depends on a non-linear operation
@@ -302,8 +304,14 @@ class _Bounding:
         for place, read in enumerate(operation.inputs):
             if not self.region.is_box and not behind[read]:
                 ends[place] = self._refined(read, ends[place], torch.ones_like(ends[place].lower, dtype=torch.bool))
-            elif self.refine and behind[read] and not self.late:
-                ends[place] = self._refined(read, ends[place], wanted[place])
+            elif (
+                self.refine
+                and not self.late
+                and (behind[read] or not (number in self.given or self.network.exact_intervals[read]))
+            ):
+                done = self.refined.get(read)
+                ends[place] = self._refined(read, ends[place], wanted[place] if done is None else wanted[place] & ~done)
+                self.refined[read] = wanted[place] if done is None else wanted[place] | done
             lower, upper = ends[place].lower, ends[place].upper
             self.intervals[read] = Bounds(lower, torch.maximum(lower, upper)).interval()
         return self.network.join_bounds(ends)

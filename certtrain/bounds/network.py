@@ -89,6 +89,30 @@ class Network:
         return [self.shapes[read] for read in self.operations[number].inputs]
 
     @cached_property
+    def exact_intervals(self) -> tuple[bool, ...]:
+        """For each operation of a folded network, whether its intervals over boxes are the exact ranges of its output:
+        True of single entries of the input, of one linear map of different ones, and of what selects from these."""
+        device = next((x.weight.device for x in self.operations if isinstance(x, Affine)), torch.device("cpu"))
+
+        def fresh(shape: torch.Size) -> Tensor:
+            return torch.arange(1.0, 1 + shape.numel(), dtype=torch.float64, device=device).reshape(1, *shape)
+
+        # entries' numbers among those of the input or, once mixed, of the operation that mixed them
+        known: list[tuple[Tensor, bool] | None] = [(fresh(self.shapes[0]), False)]
+        for operation, shape in zip(self.operations[1:], self.shapes[1:], strict=True):
+            parts = [part for read in operation.inputs if (part := known[read]) is not None]
+            numbers, mixed = [part for part, _ in parts], any(part for _, part in parts)
+            if len(parts) < len(operation.inputs) or isinstance(operation, Nonlinear):
+                known.append(None)
+            elif (own := operation.entries(*numbers)) is not None:
+                known.append((own, mixed))
+            else:
+                used = torch.cat([part.flatten() for part in numbers]).sort().values
+                twice = bool(((used[1:] == used[:-1]) & (used[1:] != 0)).any())
+                known.append(None if mixed or twice else (fresh(shape), True))
+        return tuple(part is not None for part in known)
+
+    @cached_property
     def last_use(self) -> tuple[int, ...]:
         """For each operation the position of its last reader, after which its value can be dropped."""
         last = list(range(len(self.operations)))

@@ -15,7 +15,7 @@ from .linear import Dense
 from .matrix_product import MatrixProduct
 from .means import Reduction, Resampling
 from .moves import ConstantPad
-from .normalisation import Centering, RowNorm
+from .normalisation import ByRootOf, Centering, RowNorm, SquareSum
 from .opaque import Opaque
 from .piecewise import Abs, Clamp, Maximum, PiecewiseLinear, PRelu
 from .pooling import AveragePool, MaxPool
@@ -32,12 +32,13 @@ from .sum import Sum
 from .transposed_convolution import TransposedConvolution
 
 __all__ = [
-    "Abs", "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "ByRoot", "Ceil", "Celu", "Centering", "Clamp",
-    "Concat", "ConstantPad", "Constants", "Convolution", "Copies", "Cos", "Dense", "Dropout", "Elu", "Entrywise",
-    "Erf", "Exp", "Floor", "Function", "Gelu", "GeluTanh", "Hardswish", "Input", "LeakyRelu", "LinearOperation",
-    "Log", "LogSoftmax", "LogSumExp", "MatrixProduct", "MaxPool", "Maximum", "Mish", "Nonlinear", "Opaque",
-    "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power", "Product", "Quotient", "Rearrangement", "Reciprocal",
-    "Reduction", "Relu", "Resampling", "Round", "RowNorm", "ScalarCurve", "Scale", "Selection", "Selu", "Sigmoid",
-    "Signum", "Silu", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Sum", "Tanh", "ThresholdedRelu",
-    "TransposedConvolution", "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
+    "Abs", "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "ByRoot", "ByRootOf", "Ceil", "Celu",
+    "Centering", "Clamp", "Concat", "ConstantPad", "Constants", "Convolution", "Copies", "Cos", "Dense", "Dropout",
+    "Elu", "Entrywise", "Erf", "Exp", "Floor", "Function", "Gelu", "GeluTanh", "Hardswish", "Input", "LeakyRelu",
+    "LinearOperation", "Log", "LogSoftmax", "LogSumExp", "MatrixProduct", "MaxPool", "Maximum", "Mish", "Nonlinear",
+    "Opaque", "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power", "Product", "Quotient", "Rearrangement",
+    "Reciprocal", "Reduction", "Relu", "Resampling", "Round", "RowNorm", "ScalarCurve", "Scale", "Selection",
+    "Selu", "Sigmoid", "Signum", "Silu", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "SquareSum", "Sum",
+    "Tanh", "ThresholdedRelu", "TransposedConvolution", "Unbounded", "UnsupportedOperation", "Weights",
+    "from_function", "from_module",
 ]  # fmt: skip

@@ -88,6 +88,11 @@ class Operation(ABC):
         """Approximate multiplications for ``numbers`` numbers of the output, forward or backward."""
         return ENTRYWISE * numbers
 
+    def entries(self, *numbers: Tensor) -> Tensor | None:
+        """The number (1, *shape) of the input entry that each output entry is an increasing or falling function of, 0
+        for a constant, given the entries' ``numbers``; None where an output may depend on several."""
+        return None
+
     def window(self, window: Window, shapes: Sequence[torch.Size]) -> Window | None:
         """The window of its inputs that a window of its output depends on; None if the operation is not local.
 
@@ -190,9 +195,20 @@ class Nonlinear(Operation):
         """A relaxation over ``Bounds`` of each input.
 
         Args:
-            alpha: free parameters in [0, 1], if the relaxation has any: (B, *shape) or (B, R, *shape); None for
-                defaults.
+            alpha: free parameters, where ``adjustable``: (B, *shape) or (B, R, *shape), of the output's shape. Values
+                in [0, 1], clipped to these; the lower slopes of piecewise linear functions, else 1/2 is as None, the
+                default.
         """
+
+    @property
+    def adjustable(self) -> bool:
+        """Whether ``relax`` takes one free parameter for each number of the output."""
+        return self.piecewise_linear
+
+    def adjusted(self, relaxation: Relaxation, bounds: Sequence[Bounds], alpha: Tensor) -> Relaxation:
+        """The default ``relaxation`` over ``bounds`` of each input, with other parameters (B, R, *shape); those of
+        piecewise linear functions are the lower slopes themselves."""
+        return self.relax(*bounds, alpha=alpha)
 
     def open(self, *bounds: Bounds) -> list[Tensor]:
         """(B, *shape) bool for each input: the entries for which tighter bounds improve the relaxation."""
@@ -249,6 +265,9 @@ class Input(LinearOperation):
     def adjoints(self, forms: Tensor, *shapes: torch.Size) -> tuple[Tensor, ...]:
         return (forms,)
 
+    def entries(self, *numbers: Tensor) -> Tensor:
+        return numbers[0]
+
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
         return inputs[0]
 
@@ -276,3 +295,9 @@ class Function(nn.Module):
 def summed_onto(forms: Tensor, shape: torch.Size) -> Tensor:
     """Forms of values broadcast from ``shape``, summed to forms (B, R, *shape) of the values before the broadcast."""
     return forms.sum_to_size(*forms.shape[:2], *shape)
+
+
+def clipped(alpha: Tensor, least: float = 0.0) -> Tensor:
+    """Parameters clipped to [least, 1], with the gradient of the identity: clamp's own is 0 at its ends, where ascents
+    start and arrive."""
+    return alpha.clamp(least, 1.0).detach() + (alpha - alpha.detach())

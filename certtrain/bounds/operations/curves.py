@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..interval import Bounds
-from ..relaxation import Lines
+from ..relaxation import Lines, Relaxation
+from .base import clipped
 from .entrywise import Entrywise
 
 ROUNDING = 8
@@ -68,8 +69,71 @@ class _Extreme:
         return _Extreme(*(torch.where(wins, new, old) for new, old in pairs))
 
 
+class Pieced(Entrywise):
+    """A function given by its pieces, whose lines may be tilted."""
+
+    @abstractmethod
+    def pieces(self, lower: Tensor, upper: Tensor) -> Sequence[Piece]:
+        """Pieces that cover [lower, upper]; of many alike, those among which extremes can lie."""
+
+    def size(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """The scale of kernels' errors on [lower, upper], at least the largest |f|."""
+        ends = torch.maximum(self.value(lower).abs(), self.value(upper).abs())
+        return ends.clamp(min=1)
+
+    @property
+    def adjustable(self) -> bool:
+        return True
+
+    def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> Lines:
+        lines = super().relax(*bounds)
+        return lines if alpha is None or not self.adjustable else self.adjusted(lines, bounds, alpha)
+
+    def adjusted(self, relaxation: Relaxation, bounds: Sequence[Bounds], alpha: Tensor) -> Lines:
+        """Lines of other slopes, each as near to the function as its slope allows. Parameters below 1/2 lead from the
+        default slope to the smallest that a line may need, those above 1/2 to the largest (the places of tangents in
+        alpha-CROWN, arXiv 2011.13824, and GenBaB, arXiv 2405.21063)."""
+        assert isinstance(relaxation, Lines) and relaxation.lower_intercept is not None
+        (x,) = bounds
+        per_form = alpha.ndim > x.lower.ndim
+        with torch.no_grad():
+            lower, upper, low, high, below, above = (
+                part.unsqueeze(1) if per_form else part
+                for part in (x.lower, x.upper, relaxation.lower_slope, relaxation.upper_slope,
+                             relaxation.lower_intercept, relaxation.upper_intercept)
+            )  # fmt: skip
+            pieces, largest = self.pieces(lower, upper), torch.maximum(lower.abs(), upper.abs())
+            room = self.kernel_error(lower, upper) + ROUNDING * torch.finfo(lower.dtype).eps * self.size(lower, upper)
+        sides: list[tuple[Tensor, Tensor]] = []
+        for side, slope, constant in ((-1, low, below), (1, high, above)):
+            tilt = 2 * clipped(alpha) - 1
+            fall, rise = _spans(pieces, self.value, lower, upper, slope, side)
+            span = torch.where(tilt < 0, fall, torch.where(tilt > 0, rise, (fall + rise) / 2))
+            tilted = slope + tilt * span
+            with torch.no_grad():
+                found = _extreme(pieces, lower, upper, tilted, side)
+                spare = room + ROUNDING * torch.finfo(lower.dtype).eps * tilted.abs() * largest
+                reach = torch.where(tilt == 0, constant, side * (found.reach + spare))
+            sides.append((tilted, reach - (tilted - tilted.detach()) * found.place))
+        return Lines(sides[0][0], sides[1][0], sides[1][1], sides[0][1])
+
+
+@torch.no_grad()
+def _spans(
+    pieces: Sequence[Piece], value: Formula, lower: Tensor, upper: Tensor, slope: Tensor, side: int
+) -> tuple[Tensor, Tensor]:
+    """How far the slope of a line above (``side`` 1) or below (-1) a function may fall and rise on: to the function's
+    own slopes at the ends, or the chord's where it bends the other way; 0 where these are not finite."""
+    at_lower, at_upper = _slope_at(pieces, lower), _slope_at(pieces, upper)
+    chord = _chord(lower, upper, value(lower), value(upper), slope)
+    least, most = (at_lower, at_upper) if side < 0 else (at_upper, at_lower)
+    fall, rise = slope - torch.minimum(least, chord), torch.maximum(most, chord) - slope
+    fall, rise = (torch.where(span.isfinite(), span, 0.0).clamp(min=0) for span in (fall, rise))
+    return fall, rise
+
+
 @dataclass(frozen=True, eq=False)
-class ScalarCurve(Entrywise):
+class ScalarCurve(Pieced):
     """A function given by its pieces. Where it has no value, its range and lines are NaN, which prove nothing."""
 
     error: ClassVar[float]
@@ -77,18 +141,9 @@ class ScalarCurve(Entrywise):
     rises: ClassVar[bool] = False
     """Whether it never falls, so that its range lies between its values at the ends."""
 
-    @abstractmethod
-    def pieces(self, lower: Tensor, upper: Tensor) -> Sequence[Piece]:
-        """Pieces that cover [lower, upper]; of many alike, those among which extremes can lie."""
-
     def defined(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Whether the function has a finite value everywhere on [lower, upper]."""
         return (lower == lower) & (upper == upper)
-
-    def size(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """The scale of kernels' errors on [lower, upper], at least the largest |f|."""
-        ends = torch.maximum(self.value(lower).abs(), self.value(upper).abs())
-        return ends.clamp(min=1)
 
     def kernel_error(self, lower: Tensor, upper: Tensor) -> Tensor:
         lower, upper, info = lower.detach(), upper.detach(), torch.finfo(lower.dtype)

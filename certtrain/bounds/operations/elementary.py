@@ -189,6 +189,10 @@ class Wave(ScalarCurve):
     error: ClassVar[float] = 4
     phase: ClassVar[float]
 
+    @property
+    def adjustable(self) -> bool:
+        return False  # many arches seldom leave a choice, and lines far out are constants
+
     def size(self, lower: Tensor, upper: Tensor) -> Tensor:
         return torch.ones_like(lower)
 

@@ -40,7 +40,8 @@ class Entrywise(Nonlinear):
 
         Args:
             alpha: slopes of lower lines where the function has a kink inside the interval, clipped to sound ones; (B,
-                *shape) or (B, R, *shape). None for the slope with the smaller area. Smooth functions ignore it.
+                *shape) or (B, R, *shape). None for the slope with the smaller area. Other functions ignore it here:
+                ``relax`` tilts their lines.
         """
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +15,12 @@ from torch import Tensor, fx, nn
 from ..interval import Bounds
 from ..relaxation import Lines
 from .base import UnsupportedOperation
-from .entrywise import Entrywise
+from .curves import INFINITY, Piece, Pieced, halved
 from .gates import GATES, STRAIGHT, gated
 from .registry import Tracing, from_function, from_module
+
+FLAT = 60.0
+"""|x| beyond which derivatives are 0 or 1 in float64."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Trough:
 
 
 @dataclass(frozen=True, eq=False)
-class Gated(Entrywise):
-    """A function that falls up to its only minimum and then rises."""
+class Gated(Pieced):
+    """A function that falls up to its only minimum and then rises: convex around 0, concave further out."""
 
     trough: ClassVar[Trough]
 
@@ -61,6 +65,24 @@ class Gated(Entrywise):
         """Lines that enclose the function, with room for the kernels' error."""
         (lower_slope, lower_intercept), (upper_slope, upper_intercept) = gated(GATES[self.kind], lower, upper)
         return Lines(lower_slope, upper_slope, upper_intercept, lower_intercept)
+
+    def size(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return torch.maximum(lower.abs(), upper.abs()).clamp(min=1)
+
+    def pieces(self, lower: Tensor, upper: Tensor) -> Sequence[Piece]:
+        gate = GATES[self.kind]
+
+        def slope(x: Tensor) -> Tensor:
+            return 0.5 + gate.slope(x)
+
+        def piece(start: float, end: float, bend: int, falling: float, rising: float) -> Piece:
+            return Piece(start, end, bend, self._finite_value, slope, halved(slope, falling, rising))
+
+        bend = gate.bend
+        return (
+            piece(-INFINITY, -bend, -1, -bend, -FLAT), piece(-bend, bend, 1, -bend, bend),
+            piece(bend, INFINITY, -1, FLAT, bend),
+        )  # fmt: skip
 
     @abstractmethod
     def module(self, shape: torch.Size) -> nn.Module: ...

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ...typed import broadcast_shape, split
 from ..interval import Bounds, Interval
 from ..relaxation import InputLines, Relaxation
-from .base import Function, Nonlinear, UnsupportedOperation, summed_onto
+from .base import Function, Nonlinear, UnsupportedOperation, clipped, summed_onto
 from .product import ROUNDING
 from .registry import Tracing, from_function
 
@@ -43,16 +43,15 @@ class MatrixPlanes(Relaxation):
         return MatrixPlanes(self.first.map(function), self.second.map(function), function(self.reach), side)
 
     def backward(self, forms: Tensor, constants: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        cx, cy = self.first.center.unsqueeze(1), self.second.center.unsqueeze(1)
-        x, y = forms @ cy.mT, cx.mT @ forms
+        x, y = _right(forms, self.second.center.mT), _left(self.first.center.mT, forms)
         middle = (self.first.center @ self.second.center).unsqueeze(1)
         constant = (forms * middle + forms.abs() * self.reach.unsqueeze(1)).flatten(2).sum(-1)
         if self.side is not None:
-            rx, ry = self.first.radius.unsqueeze(1), self.second.radius.unsqueeze(1)
             side = self.side if self.side.ndim == forms.ndim else self.side.unsqueeze(1)
             size, signed = side * forms.abs(), side * forms
-            x, y = x - size @ ry.mT, y - rx.mT @ signed
-            constant = constant - (size * (cx @ ry) + signed * (rx @ cy)).flatten(2).sum(-1)
+            x, y = x - _right(size, self.second.radius.mT), y - _left(self.first.radius.mT, signed)
+            falling, rising = self.first.center @ self.second.radius, self.first.radius @ self.second.center
+            constant = constant - (size * falling.unsqueeze(1) + signed * rising.unsqueeze(1)).flatten(2).sum(-1)
         shapes = self.first.center.shape[1:], self.second.center.shape[1:]
         return (summed_onto(x, shapes[0]), summed_onto(y, shapes[1])), constants - constant
 
@@ -69,6 +68,20 @@ class MatrixPlanes(Relaxation):
         return InputLines(lower, upper)
 
 
+def _right(forms: Tensor, matrices: Tensor) -> Tensor:
+    """Forms (B, R, …, M, N) times matrices (B, …, N, K): one product for all R, which a broadcast would not be."""
+    rows = forms.movedim(1, -3)
+    product = rows.flatten(-3, -2) @ matrices
+    return product.reshape(*product.shape[:-2], *rows.shape[-3:-1], product.shape[-1]).movedim(-3, 1)
+
+
+def _left(matrices: Tensor, forms: Tensor) -> Tensor:
+    """Matrices (B, …, K, M) times forms (B, R, …, M, N)."""
+    columns = forms.movedim(1, -2)
+    product = matrices @ columns.flatten(-2)
+    return product.reshape(*product.shape[:-1], *columns.shape[-2:]).movedim(-2, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class MatrixProduct(Nonlinear):
     """The product of the last two dimensions of two computed values; those in front broadcast."""
@@ -78,6 +91,10 @@ class MatrixProduct(Nonlinear):
     @property
     def piecewise_linear(self) -> bool:
         return False
+
+    @property
+    def adjustable(self) -> bool:
+        return True
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return x @ y
@@ -95,7 +112,11 @@ class MatrixProduct(Nonlinear):
         size = (first.center.abs() + first.radius) @ (second.center.abs() + second.radius)
         count = (ROUNDING + first.center.shape[-1]) * torch.finfo(size.dtype).eps
         reach = first.radius @ second.radius + (count * size + torch.finfo(size.dtype).tiny).detach()
-        return MatrixPlanes(first, second, reach, None if alpha is None else 2 * alpha.clamp(0, 1) - 1)
+        return MatrixPlanes(first, second, reach, None if alpha is None else 2 * clipped(alpha) - 1)
+
+    def adjusted(self, relaxation: Relaxation, bounds: Sequence[Bounds], alpha: Tensor) -> MatrixPlanes:
+        assert isinstance(relaxation, MatrixPlanes)
+        return replace(relaxation, side=2 * clipped(alpha) - 1)
 
     def magnitude(self, x: Tensor, y: Tensor) -> Tensor:
         return x @ y

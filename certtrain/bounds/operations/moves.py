@@ -209,6 +209,9 @@ class ConstantPad(LinearOperation):
         lines = inputs[0].map(lambda x: F.pad(x, self.around))
         return lines.shifted(self(torch.zeros_like(inputs[0].lower[:1, -1])))
 
+    def entries(self, *numbers: Tensor) -> Tensor:
+        return F.pad(numbers[0], self.around)
+
     def magnitude(self, x: Tensor) -> Tensor:
         return F.pad(x, self.around, value=abs(self.value))
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..interval import Bounds, Interval
-from ..relaxation import InputLines, Lines, Relaxation
+from ..relaxation import InputLines, Relaxation
 from ..window import Window
-from .base import Function, Nonlinear, UnsupportedOperation, summed_onto
-from .elementary import Power
+from .base import Function, Nonlinear, UnsupportedOperation, clipped, summed_onto
+from .elementary import Power, Reciprocal
 from .registry import Tracing, from_function
 
 ROUNDING = 8
@@ -85,6 +85,10 @@ class _OfTwo(Nonlinear):
     def piecewise_linear(self) -> bool:
         return False
 
+    @property
+    def adjustable(self) -> bool:
+        return True
+
     def window(self, window: Window, shapes: Sequence[torch.Size]) -> Window | None:
         return window if all(shape == shapes[0] for shape in shapes) else None
 
@@ -147,7 +151,7 @@ def mccormick(x: Bounds, y: Bounds, alpha: Tensor | None) -> Planes:
     first, second = cy.expand_as(middle), cx.expand_as(middle)
     if alpha is None:
         return Planes(Plane(first, second, -middle - corner - spare), Plane(first, second, corner - middle + spare))
-    side = 2 * alpha.clamp(0, 1) - 1
+    side = 2 * clipped(alpha) - 1
     if alpha.ndim > middle.ndim:
         cx, rx, cy, ry, middle, corner, spare = (v.unsqueeze(1) for v in (cx, rx, cy, ry, middle, corner, spare))
     falling, rising = side * cx * ry, side * rx * cy
@@ -177,9 +181,12 @@ class Quotient(_OfTwo):
 
     def planes(self, x: Bounds, y: Bounds, alpha: Tensor | None) -> Planes:
         """McCormick's planes of x and 1 / y, with 1 / y replaced by its tangent or its chord, by its factor's sign."""
-        ends, lines = reciprocal(y)
-        known = ends.upper.isfinite() & ends.lower.isfinite()
-        outer = mccormick(x, Bounds(*(torch.where(known, end, 1.0) for end in (ends.lower, ends.upper))), alpha)
+        known = ((y.lower > 0) | (y.upper < 0)) & y.lower.isfinite() & y.upper.isfinite()
+        divisor = Bounds(torch.where(known, y.lower, 1.0), torch.where(known, y.upper, 1.0))
+        inverse = Reciprocal(self.path, (0,))
+        lines, factor = inverse.relax(divisor), inverse.interval(divisor.interval()).bounds()
+        known = known & factor.lower.isfinite() & factor.upper.isfinite()
+        outer = mccormick(x, Bounds(*(torch.where(known, end, 1.0) for end in (factor.lower, factor.upper))), alpha)
 
         def through(plane: Plane, below: bool) -> Plane:
             line = [lines.lower_slope, lines.lower_intercept, lines.upper_slope, lines.upper_intercept]
@@ -204,27 +211,6 @@ class Quotient(_OfTwo):
 
     def module(self, shape: torch.Size) -> nn.Module:
         return Function(torch.div)
-
-
-def reciprocal(y: Bounds) -> tuple[Bounds, Lines]:
-    """(range, lines) of 1 / y: infinite where y may be 0."""
-    mirrored = y.upper < 0
-    low, high = torch.where(mirrored, -y.upper, y.lower), torch.where(mirrored, -y.lower, y.upper)
-    known = low > 0
-    low, high = torch.where(known, low, 1.0), torch.where(known, high, 1.0)
-    eps = torch.finfo(low.dtype).eps
-    # over positive numbers: the tangent where it is lowest at both ends alike, at sqrt(low high), and the chord
-    place = (low.sqrt() * high.sqrt()).clamp(min=low.detach()).minimum(high)
-    slope, chord = -(1 / place) / place, -(1 / low) / high
-    error = 8 * eps / low.detach()
-    below, above = 2 / place - error, 1 / low + 1 / high + error
-    infinite = torch.where(known, 0.0, torch.inf)
-    slope, chord = torch.where(known, slope, 0.0), torch.where(known, chord, 0.0)
-    intercepts = torch.where(mirrored, -above, below), torch.where(mirrored, -below, above)
-    slopes = torch.where(mirrored, chord, slope), torch.where(mirrored, slope, chord)
-    least, most = 1 / high * (1 - 2 * eps) - infinite, 1 / low * (1 + 2 * eps) + infinite
-    ends = Bounds(torch.where(mirrored, -most, least), torch.where(mirrored, -least, most))
-    return ends, Lines(slopes[0], slopes[1], intercepts[1], intercepts[0])
 
 
 @from_function("mul")

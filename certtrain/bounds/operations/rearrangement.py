@@ -44,6 +44,9 @@ class Rearrangement(LinearOperation):
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
         return inputs[0].map(self.function)
 
+    def entries(self, *numbers: Tensor) -> Tensor | None:
+        return self.function(*numbers)
+
     def magnitude(self, x: Tensor) -> Tensor:
         return self.function(x).abs()
 

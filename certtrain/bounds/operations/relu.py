@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from ... import kernels
 from ..interval import Bounds, Interval
-from ..relaxation import Lines
-from .base import UnsupportedOperation
+from ..relaxation import Lines, Relaxation
+from .base import UnsupportedOperation, clipped
 from .entrywise import Entrywise
 from .registry import Tracing, from_function, from_module
 
@@ -34,6 +35,10 @@ class Kinked(Entrywise):
 
     def open(self, *bounds: Bounds) -> list[Tensor]:
         return [(x.lower < 0) & (x.upper > 0) for x in bounds]
+
+    def adjusted(self, relaxation: Relaxation, bounds: Sequence[Bounds], alpha: Tensor) -> Lines:
+        assert isinstance(relaxation, Lines)
+        return replace(relaxation, lower_slope=alpha)
 
     def peak(self, *inputs: Tensor) -> Tensor:
         return inputs[0]
@@ -59,9 +64,7 @@ class Kinked(Entrywise):
             unstable, fixed = unstable.unsqueeze(1), slope.unsqueeze(1)
         else:
             fixed = slope
-        # straight-through gradient: clamp's own is 0 at its ends, where ascents start
-        sound = alpha.clamp(low, 1.0).detach() + (alpha - alpha.detach())
-        return Lines(torch.where(unstable, sound, fixed), slope, intercept, rising=True)
+        return Lines(torch.where(unstable, clipped(alpha, low), fixed), slope, intercept, rising=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,9 @@ from ..interval import Bounds, Interval
 from ..relaxation import InputLines, Relaxation
 from .base import UnsupportedOperation
 
+ROUNDING = 4
+"""A row's sum is off by this times eps, its absolute value and the number of its entries at most."""
+
 
 class Rows(ABC):
     """How values (B, *shape) fall into rows (B, …, K) of numbers."""
@@ -116,6 +119,8 @@ class RowLines(Relaxation):
         lower, upper: (B, …, K, K): slopes of output i in input j.
         below, above: (B, …, K), constants.
         rows: how values fall into rows.
+        total: the sum of every row, if all have the same. Lines of single entries do not know of it: taking the
+            entries' median coefficient out of a form leaves them less to lose.
     """
 
     lower: Tensor
@@ -123,17 +128,27 @@ class RowLines(Relaxation):
     below: Tensor
     above: Tensor
     rows: Rows
+    total: float | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RowLines:
         slopes = function(self.lower), function(self.upper)
-        return RowLines(*slopes, function(self.below), function(self.above), self.rows)
+        return RowLines(*slopes, function(self.below), function(self.above), self.rows, self.total)
 
     def backward(self, forms: Tensor, constants: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         split = self.rows.split_forms(forms)
+        if self.total is not None:  # forms of a row are worth as much with a multiple of the sum taken away
+            common = split.median(-1, keepdim=True).values
+            split, constants = split - common, constants + self._worth(common).flatten(2).sum(-1)
         positive, negative = split.clamp(min=0), split.clamp(max=0)
         through = _times(positive, self.lower) + _times(negative, self.upper)
         constant = positive * self.below.unsqueeze(1) + negative * self.above.unsqueeze(1)
         return (self.rows.join_forms(through, forms.shape[2:]),), constants + constant.flatten(2).sum(-1)
+
+    def _worth(self, common: Tensor) -> Tensor:
+        """A lower bound of ``common`` times the rows' sums as kernels add them up, and for our own roundings."""
+        assert self.total is not None
+        error = ROUNDING * (self.lower.shape[-2] + 1) * torch.finfo(common.dtype).eps
+        return self.total * (common - (error * common.abs()).detach())
 
     def forward(self, *inputs: InputLines) -> InputLines:
         (x,) = inputs

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...typed import broadcast_shape
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
@@ -79,6 +80,10 @@ class Scale(LinearOperation):
             for same, other in ((x.lower, x.upper), (x.upper, x.lower))
         )
         return InputLines(lower, upper).shifted(shift)
+
+    def entries(self, *numbers: Tensor) -> Tensor:
+        shapes = [value.shape for value in self.coefficients() if isinstance(value, Tensor)]
+        return numbers[0].expand(broadcast_shape(numbers[0].shape, *shapes))
 
     def magnitude(self, x: Tensor) -> Tensor:
         scale, shift = self.tensors(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from ..interval import Bounds
 from ..relaxation import Lines
-from .entrywise import KERNEL_ERROR, Entrywise
+from .curves import INFINITY, Piece, Pieced
+from .entrywise import KERNEL_ERROR
 from .registry import Tracing, from_function, from_module
 
 ROUNDING = 4
@@ -19,14 +22,31 @@ Measured: 2.8 at most, for ends around every change of case, in both dtypes (``t
 
 
 @dataclass(frozen=True, eq=False)
-class Saturating(Entrywise):
-    """An increasing function between two limits."""
+class Saturating(Pieced):
+    """An increasing function between two limits: convex left of 0, concave right of it."""
 
     def image(self, x: Bounds) -> Bounds:
         return Bounds(self(x.lower), self(x.upper))
 
     def kernel_error(self, lower: Tensor, upper: Tensor) -> Tensor:
         return KERNEL_ERROR * torch.finfo(lower.dtype).eps * torch.ones_like(lower.detach())
+
+    def size(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return torch.ones_like(lower)
+
+    def pieces(self, lower: Tensor, upper: Tensor) -> Sequence[Piece]:
+        return (
+            Piece(-INFINITY, 0.0, 1, self.value, self.slope, lambda slope: -self.touch(slope)),
+            Piece(0.0, INFINITY, -1, self.value, self.slope, self.touch),
+        )
+
+    @abstractmethod
+    def slope(self, x: Tensor) -> Tensor:
+        """The derivative."""
+
+    @abstractmethod
+    def touch(self, slope: Tensor) -> Tensor:
+        """The place right of 0 with this derivative."""
 
     def _widened(self, lower: Tensor, upper: Tensor, ends: tuple[Tensor, Tensor, Tensor, Tensor]) -> Lines:
         """Lines of (lower slope, upper slope, upper intercept, lower intercept), widened by the kernels' error."""
@@ -43,6 +63,12 @@ class Tanh(Saturating):
 
     def value(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        return 1 - torch.tanh(x).square()
+
+    def touch(self, slope: Tensor) -> Tensor:
+        return _with_slope(slope)
 
     def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
         slope, intercept = _above_tanh(lower, upper)
@@ -61,6 +87,12 @@ class Sigmoid(Saturating):
 
     def value(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x) * torch.sigmoid(-x)
+
+    def touch(self, slope: Tensor) -> Tensor:
+        return 2 * _with_slope(4 * slope)
 
     def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
         slope, intercept = _above_tanh(lower / 2, upper / 2)
@@ -113,14 +145,19 @@ def _above_tanh(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     return slope, intercept + lift
 
 
+def _with_slope(slope: Tensor) -> Tensor:
+    """The place right of 0 where tanh has this slope: atanh(sqrt(1 - slope))."""
+    root = (1 - slope).clamp(min=0).sqrt()
+    return torch.log1p(root) - slope.clamp(max=1).log() / 2
+
+
 def _largest_above(slope: Tensor, lower: Tensor, upper: Tensor, at_lower: Tensor, at_upper: Tensor) -> Tensor:
     """Upper bound of tanh(x) - slope x on [lower, upper], for any slope >= 0.
 
     Left of 0 it is convex, so largest at an end; right of 0 it is concave, and largest where tanh has this slope, at
     atanh(sqrt(1 - slope)), clipped to the interval. An error of that point changes the maximum only to second order.
     """
-    root = (1 - slope).clamp(min=0).sqrt()
-    peak = torch.minimum(torch.maximum(torch.log1p(root) - slope.clamp(max=1).log() / 2, lower), upper)
+    peak = torch.minimum(torch.maximum(_with_slope(slope), lower), upper)
     largest = torch.maximum(at_lower - slope * lower, at_upper - slope * upper)
     largest = torch.maximum(largest, torch.tanh(peak) - slope * peak)
     size = 1 + slope * torch.maximum(lower.abs(), upper.abs())

@@ -2,9 +2,9 @@
 
 With S_i = sum_j exp(x_j - x_i), softmax is 1 / S_i and its logarithm -log S_i. S_i is convex; chords of its summands
 are a linear function above it, tangents one below. So 1 / S_i lies above a tangent of 1 / u at the chords' sum, and
-below the chord of 1 / u at the tangents' sum; or else below the chord of exp at the tangent plane of the concave
--log S_i (ER and LSE bounds, arXiv 2303.01713). Of these two upper lines each entry takes the one that is lower in the
-middle of the box.
+below the chord of 1 / u at the tangents' sum; or else above a tangent of exp(x_i) / sum_j (chord of exp at x_j), which
+is convex, and below the chord of exp at the tangent plane of the concave -log S_i (ER and LSE bounds, arXiv
+2303.01713). Of these two lines on each side an entry takes the one that is nearer in the middle of the box.
 """
 
 from __future__ import annotations
@@ -125,6 +125,24 @@ def _as_rows(slopes: Tensor) -> Tensor:
     return off - torch.diag_embed(off.sum(-1))
 
 
+def _quotient(x: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+    """(slopes (B, …, K, K), constants, values in the middle) of tangents of exp(x_i) / sum_j (chord of exp at x_j). A
+    value of 0: no line, because exponentials would have to be cut off."""
+    top, count = x.upper.detach().amax(-1, keepdim=True), x.lower.shape[-1]
+    tame = (x.lower - top >= -LARGEST).all(-1, keepdim=True)
+    first, last = (x.lower - top).clamp(-LARGEST, LARGEST), (x.upper - top).clamp(-LARGEST, LARGEST)
+    reach = torch.maximum(first.abs(), last.abs()) + torch.maximum(x.lower.abs(), x.upper.abs())
+    slope, constant = _chord(first, last)
+    middle = (first + last) / 2
+    inverse = 1 / (slope * middle + constant).sum(-1, keepdim=True)
+    value = middle.exp() * inverse
+    size = 1 + inverse * (slope * reach + constant.abs()).sum(-1, keepdim=True)
+    shared = slope * inverse
+    slopes = torch.diag_embed(value) - value.unsqueeze(-1) * shared.unsqueeze(-2)
+    below = value * (1 - middle - top + (shared * (middle + top)).sum(-1, keepdim=True))
+    return slopes, below - _spare(value * (size + reach), count), torch.where(tame, value, 0.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Softmax(OfRows):
     """exp(x_i) / sum_j exp(x_j) within each row."""
@@ -156,6 +174,9 @@ class Softmax(OfRows):
         below = inverse * (2 - total * inverse)
         size = inverse * (2 + inverse * (slope * reach + constant.abs()).sum(-1))
         below = below - _spare(size, count)
+        other = _quotient(x)
+        better = other[2] > inverse
+        lower, below = torch.where(better.unsqueeze(-1), other[0], lower), torch.where(better, other[1], below)
         # above: 1 / u <= 1 / least + 1 / most - u / (least most), and u is above its tangents in the middle
         middle = (cut.lower + cut.upper) / 2
         slope, constant = _tangent(middle, reach)
@@ -169,18 +190,21 @@ class Softmax(OfRows):
         share = slope / middle.exp().sum(-1, keepdim=True)
         plane, at_middle = _as_rows(-share), -torch.logsumexp(middle, -1)
         radius = ((cut.upper - cut.lower) / 2 * share).sum(-1)
-        ends = at_middle - radius, at_middle + radius
+        # the chord may end at the largest -log u, beyond which it is above all values
+        highest = -torch.logsumexp(cut.lower, -1)
+        highest = highest + _spare(1 + highest.abs() + cut.lower.abs().amax(-1), count)
+        ends = at_middle - radius, torch.minimum(at_middle + radius, highest)
         rise, start = _chord(*ends)
         shift = at_middle + (share * middle).sum(-1)
         other = rise.unsqueeze(-1) * plane, rise * shift + start + _spare(rise * (1 + (share * reach).sum(-1)), count)
         in_middle = middle.exp().sum(-1)
-        better = (ends[1].exp() + ends[0].exp()) / 2 < 1 / least + 1 / most - product * in_middle
+        better = rise * at_middle + start < 1 / least + 1 / most - product * in_middle
         upper, above = torch.where(better.unsqueeze(-1), other[0], upper), torch.where(better, other[1], above)
         # constants where exponentials would overflow
         box = self.row_interval(x)
         lower, upper = (torch.where(tame.unsqueeze(-1), slopes, 0.0) for slopes in (lower, upper))
         return RowLines(
-            lower, upper, torch.where(tame, below, box.lower), torch.where(tame, above, box.upper), self.rows
+            lower, upper, torch.where(tame, below, box.lower), torch.where(tame, above, box.upper), self.rows, 1.0
         )
 
 

@@ -27,6 +27,10 @@ class Steps(ScalarCurve):
     error: ClassVar[float] = 0
     rises: ClassVar[bool] = True
 
+    @property
+    def adjustable(self) -> bool:
+        return False  # slopes 0 away from steps
+
     def image(self, x: Bounds) -> Bounds:
         return super().image(Bounds(*_moved(x.lower, x.upper)))
 
