@@ -366,7 +366,7 @@ class _Ascent:
         for place in self.places:
             size = place.columns.stop - place.columns.start
             forms = reaching[place.position].detach().flatten(2) if place.position in reaching else None
-            if forms is None or len(place.operation.inputs) > 1:
+            if forms is None or len(place.operation.inputs) > 1 or forms.shape[2] != place.shape.numel():
                 reached.append(self.alphas.new_zeros(*self.alphas.shape[:2], size))
                 sizes.append(reached[-1])
                 continue
