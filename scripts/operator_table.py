@@ -130,9 +130,9 @@ ONNX: dict[str, list[Example]] = {
     **{f"Reduce{kind}": [of(whole(1), shape=IMAGE, shift=4.0)] for kind in ("L2", "LogSum")},
     "HardSigmoid": [of(alpha=1.0)],
     "Reshape": [of(whole(1, 2, 2))], "Squeeze": [of(whole(0))], "Unsqueeze": [of(whole(1))],
-    "Resize": [of("", np.float32([1, 1, 2, 2]), shape=IMAGE),
-               of("", np.float32([1, 1, 2, 2]), shape=IMAGE, mode="linear", note="linear")],
-    "Upsample": [of(np.float32([1, 1, 2, 2]), shape=IMAGE, opset=9)],
+    "Resize": [of("", np.array([1, 1, 2, 2], np.float32), shape=IMAGE),
+               of("", np.array([1, 1, 2, 2], np.float32), shape=IMAGE, mode="linear", note="linear")],
+    "Upsample": [of(np.array([1, 1, 2, 2], np.float32), shape=IMAGE, opset=9)],
     "Scatter": [of(whole(2, 0)[None], floats(1, 2), axis=1, opset=10)],
     "ScatterElements": [of(whole(2, 0)[None], floats(1, 2), axis=1)],
     "ScatterND": [of(whole(0, 2).reshape(1, 2), floats(1))],
@@ -144,14 +144,14 @@ ONNX: dict[str, list[Example]] = {
 }  # fmt: skip
 
 
-def made(shape: tuple[int, ...] = ROW, note: str = "", **options: Any) -> Example:
-    return Example(shape, attributes=options, note=note)
+def made(shape: tuple[int, ...] = ROW, /, **options: Any) -> Example:
+    return Example(shape, attributes=options)
 
 
 PADS = {name: made(IMAGE if "2d" in name else (1, 4, 4), padding=1) for name in (
     "ZeroPad1d", "ZeroPad2d", "ReflectionPad1d", "ReflectionPad2d", "ReplicationPad1d", "ReplicationPad2d",
     "CircularPad1d", "CircularPad2d")}  # fmt: skip
-CHANNELS = {"in_channels": 4, "out_channels": 2, "kernel_size": 2}
+CHANNELS: dict[str, Any] = {"in_channels": 4, "out_channels": 2, "kernel_size": 2}
 TORCH_MODULES: dict[str, Example] = {
     **PADS,
     "ConstantPad1d": made((1, 4, 4), padding=1, value=0.5), "ConstantPad2d": made(IMAGE, padding=1, value=0.5),
@@ -379,7 +379,7 @@ def _accepted(function: Any, visited: set[Any]) -> Iterator[str]:
     while isinstance(function, functools.partial):
         function = function.func
     if inspect.isclass(function) and ".operations." in function.__module__ and "__post_init__" in vars(function):
-        yield from _errors(function.__post_init__, {"self": function})
+        yield from _errors(vars(function)["__post_init__"], {"self": function})
     if not isinstance(function, FunctionType) or function in visited or not _ours(function):
         return
     visited.add(function)

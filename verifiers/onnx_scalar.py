@@ -168,9 +168,9 @@ def _steps(step: OnnxStep) -> tuple[Tensor, Tensor]:
     if not bool((scale > 0).all() and scale.isfinite().all()):
         step.refuse("scales that are not positive numbers", "finite scales > 0")
     if scale.numel() > 1:
-        rank = len(step.shape)
-        behind = rank - 1 - int(step.attributes.get("axis", 1)) % rank
-        scale, offset = (numbers.reshape(-1, *[1] * behind) for numbers in (scale, offset))
+        axis = int(step.attributes.get("axis", 1)) % len(step.shape)
+        shape = (-1, *[1] * (len(step.shape) - 1 - axis))
+        scale, offset = scale.reshape(shape), offset.reshape(shape)
     return scale, offset
 
 

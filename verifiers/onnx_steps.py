@@ -173,8 +173,8 @@ class OnnxStep:
 
     def times(self, value: Value, factor: float) -> Value:
         """The value times a number, in its own shape."""
-        numbers = (torch.tensor(number, dtype=torch.float64) for number in (factor, 0.0))
-        constants = ScaleConstants(*numbers, self.run.dtype)
+        scale, shift = (torch.tensor(number, dtype=torch.float64) for number in (factor, 0.0))
+        constants = ScaleConstants(scale, shift, self.run.dtype)
         return self.append(Scale, value, value.shape, constants, constants.exact)
 
     def picked(self, value: Value, index: Tensor) -> Value:
