@@ -235,8 +235,8 @@ TORCH_FUNCTIONS: dict[str, list[Example]] = {
     **{name: [called(lambda x, name=name: getattr(F, name)(x, 0.1, 0.1))] for name in ("threshold", "_threshold")},
     "threshold_": [called(lambda x: F.threshold_(x * 1.0, 0.1, 0.1))],
 }  # fmt: skip
-LEFT_OUT = {"linear", "prelu"}
-"""Functions with weights: they are those of the module of that name."""
+LEFT_OUT = {"linear", "prelu", "conv1d", "conv2d", "masked_fill", "masked_fill_"}
+"""Functions with weights, which are those of the module of that name, and with masks, which are products."""
 
 
 class Called(nn.Module):
@@ -470,7 +470,8 @@ def page() -> str:
         "", "## Modules of torch.nn", "",
         "Beside these: `ChannelShuffle`, behind an operation that mixes entries.", "", *table(modules),
         "", "## Functions and tensor methods", "",
-        "Beside these: `+ - * /` with constants and computed values, `cat`, `stack`, arithmetic of constants.", "",
+        "Beside these: `+ - * /` with constants and computed values, `cat`, `stack`, and constants; layers as functions,",
+        "`linear`, `conv1d`, `conv2d` and `prelu`; `where` and `masked_fill` with a constant condition.", "",
         *table(functions),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

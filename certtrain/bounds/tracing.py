@@ -25,6 +25,7 @@ from .graph import (
 from .network import Network, NetworkModule, ending_with
 from .operations import Input, Operation, Rearrangement, Reciprocal, Scale, Sum, UnsupportedOperation
 from .operations.concat import concat, stack
+from .operations.masks import where
 from .operations.options import OTHER_WAY, refuse
 from .operations.registry import (
     FUNCTIONS,
@@ -211,6 +212,8 @@ class _Tracing:
             return concat(self, node)
         if name == "stack":
             return stack(self, node)
+        if node.target is torch.where:
+            return where(self, node)
         if name in FUNCTIONS:
             return FUNCTIONS[name](self, node, self.position(node, first))
         raise UnsupportedOperation(f"{name} at {_place(node)} has no bound rule; supported: {supported()}; {OTHER_WAY}")
