@@ -470,7 +470,7 @@ def page() -> str:
         "", "## Modules of torch.nn", "",
         "Beside these: `ChannelShuffle`, behind an operation that mixes entries.", "", *table(modules),
         "", "## Functions and tensor methods", "",
-        "Beside these: `+ - * /` with constants and computed values, `cat`, `stack`, and constants; layers as functions,",
+        "Beside these: `+ - * /` with constants and computed values, `cat`, `stack`, constants; layers as functions,",
         "`linear`, `conv1d`, `conv2d` and `prelu`; `where` and `masked_fill` with a constant condition.", "",
         *table(functions),
     ]  # fmt: skip
