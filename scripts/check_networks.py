@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from certtrain.errors import InputError
+from certtrain.run_folder import write_atomically
 from certtrain.verifiers.onnx_network import OnnxNetwork, read_onnx, replay_session
 
 TOLERANCE = 1e-5
@@ -102,6 +103,8 @@ def main() -> None:
     for folder in options.folders:
         if not folder.is_dir():
             parser.error(f"{folder}: found no folder; accepted: one with ONNX files in it or below it")
+    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        parser.error(f"{options.json}: cannot be written; accepted: a file, in a folder that is there")
     checks, known = list[Check](), set[Path]()
     for folder in options.folders:
         for file in sorted(path for path in folder.rglob("*.onnx*") if path.name.endswith((".onnx", ".onnx.gz"))):
@@ -112,7 +115,8 @@ def main() -> None:
             checks.append(found)
             print(f"{file}: {found.reason or f'{found.difference:.1e}'}", flush=True)
             if options.json:
-                options.json.write_text("".join(json.dumps(asdict(one)) + "\n" for one in checks))
+                lines = "".join(json.dumps(asdict(one)) + "\n" for one in checks)
+                write_atomically(options.json, lambda temporary, lines=lines: temporary.write_text(lines))
     print(*table(checks), sep="\n")
     outcome = Counter("agree" if one.agrees else "refused" if one.difference is None else "differ" for one in checks)
     print(", ".join(f"{number} {what}" for what, number in outcome.items()) or "no networks")

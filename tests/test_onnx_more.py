@@ -120,6 +120,17 @@ def wide(shape=(4, 3)):
     return model
 
 
+@walk("kind", ["Add", "Relu"])
+def test_arithmetic_of_integers_is_refused(read, kind):  # noqa: F811
+    """It rounds or overflows: 100 + 100 is -56 in int8."""
+    graph = Graph(ROW)
+    graph.opset = 14
+    x = graph("QuantizeLinear", "x", np.float32(0.01), np.int8(0))
+    x = graph(kind, *[x] * (1 + (kind == "Add")), name="here")
+    with pytest.raises(UnsupportedOperation, match=rf"{kind} 'here': found an input of int8; accepted: floats"):
+        read(graph.model(graph("DequantizeLinear", x, np.float32(0.01), np.int8(0))))
+
+
 def test_weights_of_float64_stay_exact(tmp_path):
     """x + 0.1 - (1 + 1e-6) x in both, to the last bits of float64."""
     path = tmp_path / "a.onnx"

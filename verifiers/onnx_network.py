@@ -48,6 +48,10 @@ HINTS = {
 NOT_CONSTANT = {"Bernoulli", "Dropout", "If", "Loop", "Multinomial", "RandomNormal", "RandomNormalLike",
                 "RandomUniform", "RandomUniformLike", "Scan", "SequenceMap"}  # fmt: skip
 
+OF_INTEGERS = {"Cast", "Concat", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather", "GatherElements",
+               "GatherND", "Identity", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose",
+               "Unsqueeze"}  # fmt: skip
+"""Operators that do with quantised values what they do with real ones; others round or overflow."""
 WEIGHTED = {"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul"}
 """Operators with weights, which are exact in their network's dtype; other constants stay beside it in float64."""
 
@@ -97,6 +101,8 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
             step = OnnxStep(run, node, output)
             if output != node.output[0] and node.op_type != "Split":
                 step.refuse(f"a second output {output!r} that is read", "the first output alone")
+            if node.op_type not in OF_INTEGERS:
+                step.refuse_integers()
             run.values[output] = RULES[node.op_type](step)
     if outputs[0] not in run.values:
         raise InputError(

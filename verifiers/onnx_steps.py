@@ -144,6 +144,12 @@ class OnnxStep:
         """A constant in the network's dtype."""
         return self.constant(number).to(self.run.dtype)
 
+    def refuse_integers(self) -> None:
+        """Refuse computed inputs of integers, such as quantised values."""
+        for name in self.node.input:
+            if name in self.run.values and not np.issubdtype(self.run.kinds[name], np.floating):
+                self.refuse(f"an input of {self.run.kinds[name]}", "floats, as DequantizeLinear gives them")
+
     def kind(self, number: int) -> np.dtype[Any]:
         """The element type of a computed input in the file."""
         return self.run.kinds[self.node.input[number]]
