@@ -8,10 +8,11 @@ import onnx.defs
 import pytest
 import torch
 from operator_table import FOUR, IMAGE, ONNX, Example, of, of_operator, whole
+from walking import walk
 
 from certtrain.bounds import Interval, compute_bounds
 from certtrain.errors import InputError
-from certtrain.verifiers.onnx_network import replay_session
+from certtrain.verifiers.onnx_network import OnnxNetwork, replay_session
 from certtrain.verifiers.onnx_operators import RULES
 
 FIRST, LAST = 7, 23
@@ -76,31 +77,31 @@ def versions(name: str) -> list[int]:
     return sorted(version for version in begun if not onnx.defs.get_schema(name, version).deprecated)
 
 
+def compare(network: OnnxNetwork, note: str) -> None:
+    """Values at random points and edges are onnxruntime's, on both levels of optimisation, and lie within bounds."""
+    replay, noise = replay_session(network.model), torch.Generator().manual_seed(0)
+    points = [torch.rand(network.shape, generator=noise) for _ in range(2)]
+    points += [torch.zeros(network.shape), torch.ones(network.shape), torch.randn(network.shape, generator=noise)]
+    box = compute_bounds(network.module, Interval.from_bounds(-torch.ones(1, 6), torch.ones(1, 6)))
+    for x in points:
+        theirs = replay(x)
+        assert len(theirs) == 2, f"{note}: onnxruntime refuses the optimised graph"
+        size = 2e-6 * float(theirs.nan_to_num().abs().max()) + 1e-12
+        torch.testing.assert_close(
+            network.module(x[None]).expand_as(theirs), theirs, rtol=0, atol=size, equal_nan=True,
+            msg=lambda text: f"{note}: {text}",
+        )  # fmt: skip
+        if x.abs().max() <= 1 and box.lower.isfinite().all():
+            assert box.contains(theirs, size).all(), note
+
+
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_every_version_is_read_by_its_own_meaning(name: str, tmp_path: Path):
     tried = 0
     for version in versions(name):
         for example in [*ONNX.get(name, [Example()]), *MEANINGS.get(name, [])]:
             network = of_operator(name, at(name, example, version), tmp_path)
-            replay, noise = replay_session(network.model), torch.Generator().manual_seed(version)
-            points = [torch.rand(network.shape, generator=noise) for _ in range(2)]
-            points += [
-                torch.zeros(network.shape),
-                torch.ones(network.shape),
-                torch.randn(network.shape, generator=noise),
-            ]
-            box = compute_bounds(network.module, Interval.from_bounds(-torch.ones(1, 6), torch.ones(1, 6)))
-            for x in points:
-                theirs = replay(x)
-                assert len(theirs) == 2, (version, "onnxruntime refuses the optimised graph")
-                size = float(theirs.nan_to_num().abs().max())
-                note = f"opset {version}, {example}"
-                torch.testing.assert_close(
-                    network.module(x[None]).expand_as(theirs), theirs, rtol=0, atol=2e-6 * size + 1e-12,
-                    equal_nan=True, msg=lambda text, note=note: f"{note}: {text}",
-                )  # fmt: skip
-                if x.abs().max() <= 1 and box.lower.isfinite().all():
-                    assert box.contains(theirs, 2e-6 * size + 1e-12).all(), note
+            compare(network, f"opset {version}, {example}")
             tried += 1
     assert tried
 
@@ -110,3 +111,26 @@ def test_group_norms_of_groups_scales_are_refused(tmp_path: Path):
     example = of(FOUR[:2], FOUR[:2], shape=IMAGE, num_groups=2, opset=18)
     with pytest.raises(InputError, match=r"one\.onnx: .*GroupNormalization"):
         of_operator("GroupNormalization", example, tmp_path)
+
+
+LATER = {
+    "Pad of some axes": ("Pad", of(whole(1, 2), np.float32(0.3), whole(1), opset=18)),
+    "Pad around": ("Pad", of(whole(0, 1, 0, 2), mode="wrap", opset=19)),
+    "Resize of some axes": ("Resize", of("", np.array([2, 2], np.float32), shape=IMAGE, axes=[2, 3], opset=18)),
+    "Resize to sizes": ("Resize", of("", "", whole(1, 4, 6, 5), shape=IMAGE, mode="linear", opset=13,
+                                     coordinate_transformation_mode="align_corners")),
+    "Resize of opset 10, down": ("Resize", of(np.array([1, 1, 0.5, 0.5], np.float32), shape=IMAGE, opset=10)),
+    "Upsample by lines": ("Upsample", of(np.array([1, 1, 2, 2], np.float32), shape=IMAGE, mode="linear", opset=9)),
+    "no axes": ("ReduceSum", of(shape=IMAGE, noop_with_empty_axes=1, opset=13)),
+    "no axes of a mean": ("ReduceMean", of(shape=IMAGE, noop_with_empty_axes=1, opset=18)),
+    "no axes of a maximum": ("ReduceMax", of(shape=IMAGE, noop_with_empty_axes=1, opset=18)),
+    "no axes of a norm": ("ReduceL2", of(shape=IMAGE, shift=4.0, noop_with_empty_axes=1, opset=18)),
+    "parts of one size": ("Split", of(axis=1, num_outputs=2, outputs=2, opset=18)),
+    "zero stays": ("Reshape", of(whole(0, 2, 2), opset=14)),
+}  # fmt: skip
+
+
+@walk("name", LATER)
+def test_what_versions_added(tmp_path, name):
+    kind, example = LATER[name]
+    compare(of_operator(kind, example, tmp_path), name)
