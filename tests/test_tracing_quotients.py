@@ -84,6 +84,7 @@ def test_other_choices_are_refused(name):
 @walk("forward", [
     lambda m, x: torch.max(m.rows(x).unflatten(1, (3, 2)), 2)[1].float(),
     lambda m, x: m.rows(x).unflatten(1, (3, 2)).max(2).indices.float(),
+    lambda m, x: m.rows(x).unflatten(1, (3, 2)).max(2).relu(),
 ])  # fmt: skip
 def test_places_are_refused(forward):
     with pytest.raises(UnsupportedOperation, match="found the places of extreme entries; accepted: their values"):

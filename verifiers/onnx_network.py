@@ -37,7 +37,7 @@ HINTS = {
                     "and a property that compares its scores"),
     **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "OneHot",
                      "IsNaN", "IsInf", "NonZero"), BOOLEAN),
-    **dict.fromkeys(("If", "Loop", "Scan"), "a network without branches and loops, as one of fixed shapes"),
+    **dict.fromkeys(("If", "Loop", "Scan"), "a network without branches and loops"),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), "its steps written out, as sums, products, Sigmoid and Tanh"),
     **dict.fromkeys(("DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger"),
                     "QuantizeLinear and DequantizeLinear with constant scales, around operators of floats"),

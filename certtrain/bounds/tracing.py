@@ -199,7 +199,7 @@ class _Tracing:
         if name == "getitem" and isinstance(value, Pieces) and type(node.args[1]) is int:
             return self._piece(node.name, value, node.args[1])
         if isinstance(value, WithPlaces):
-            if (name, node.args[1]) in (("getitem", 0), ("getattr", "values")):
+            if (name, *node.args[1:2]) in (("getitem", 0), ("getattr", "values")):
                 return value.position
             refuse(node, "the places of extreme entries", "their values")
         if node.target in _ARITHMETIC or (
