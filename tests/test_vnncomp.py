@@ -426,7 +426,7 @@ def folder(tmp_path) -> Path:
     save_network(tmp_path / "wide.onnx", TestTime.layers())
     (tmp_path / "broken.onnx").write_bytes(b"no network")
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Sinh", ["x"], ["y"])], "sine", ends[:1], ends[1:])
+    graph = helper.make_graph([helper.make_node("Sinh", ["x"], ["y"])], "hyperbolic sine", ends[:1], ends[1:])
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "operator.onnx"
     )
