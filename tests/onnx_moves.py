@@ -158,18 +158,8 @@ def condition(graph):
     return graph("Where", mask, "x", np.float32(0))
 
 
-def wide_weights(graph):
-    x = graph("MatMul", graph("Cast", "x", to=TensorProto.DOUBLE), RANDOM.normal(size=(5, 4)), name="here")
-    return graph("Cast", x, to=TensorProto.FLOAT)
-
-
 def argmax(graph):
     return graph("Cast", graph("ArgMax", "x", axis=1, name="here"), to=TensorProto.FLOAT)
-
-
-def quantised(graph):
-    y = graph("QuantizeLinear", "x", np.float32(0.1), np.uint8(0), name="here")
-    return graph("DequantizeLinear", y, np.float32(0.1), np.uint8(0))
 
 
 def half(graph):
@@ -191,10 +181,8 @@ def named_resize(opset=13, sizes=(1, 2, 8, 12), **attributes):
 INFINITE = np.float32(-np.inf)
 REFUSED = {
     "condition": (condition, ROW, ["Cast 'here'", "to=BOOL", "FLOAT, DOUBLE"]),
-    "wide weights": (wide_weights, ROW, ["MatMul 'here'", "weights of torch.float64 as input 1", "float32 holds"]),
     "half": (half, ROW, ["Cast 'here'", "FLOAT16"]),
-    "ArgMax": (argmax, ROW, ["ArgMax 'here'", "compare the scores before it"]),
-    "quantised values": (quantised, ROW, ["QuantizeLinear 'here'", "constants alone"]),
+    "ArgMax": (argmax, ROW, ["ArgMax 'here'", "compares its scores"]),
     "infinite padding": (named("Pad", integers(0, 1, 0, 0), INFINITE), ROW, ["Pad 'here'", "not finite"]),
     "negative pads": (named("Pad", integers(0, -1, 0, 1), mode="edge"), ROW, ["Pad 'here'", "mode=edge", ">= 0"]),
     "cubic": (named_resize(mode="cubic"), IMAGE, ["Resize 'here'", "mode=cubic", "nearest, linear"]),

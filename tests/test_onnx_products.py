@@ -10,7 +10,6 @@ from walking import walk
 from certtrain.bounds import UnsupportedOperation
 from certtrain.bounds.folding import fold
 from certtrain.bounds.rounding import check
-from certtrain.errors import InputError
 
 __all__ = ["read", "the_same_weights"]  # fixtures
 
@@ -146,29 +145,6 @@ def test_numbers_are_onnxruntimes(read, name):
             wanted = session.run(None, {"x": image.reshape(shape).numpy()})[0].reshape(-1)
             size = max(1.0, *(float(value[number].abs().max()) for value in values))  # layers before it round, too
             np.testing.assert_allclose(values[-1][number].numpy(), wanted, rtol=0, atol=1e-6 * size)
-
-
-def two_computed(op_type, *shape, constant=None):
-    def build():
-        graph = Graph(ROW)
-        more = [constant] if constant is not None else []
-        return graph.model(graph(op_type, "x", *more, name="here"))
-
-    return build
-
-
-REFUSED = {
-    "several matrices": (two_computed("MatMul", constant=weights(2, 5, 3)), ["MatMul 'here'", "one matrix"]),
-}
-
-
-@walk("name", REFUSED)
-def test_refusals_name_what_was_found(read, name):
-    build, mentions = REFUSED[name]
-    with pytest.raises(InputError) as caught:
-        read(build())
-    for mention in (*mentions, "network.onnx: ", "accepted: "):
-        assert mention in str(caught.value)
 
 
 @walk("name, kind", [("softmax", "softmax"), ("square", "pow"), ("matrices", "matrix product")])

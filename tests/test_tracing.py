@@ -446,7 +446,6 @@ REFUSED = {  # model, what the message names
     "matrix product of a constant": (
         lambda: head(lambda m, x: torch.matmul(x, m.b), b=torch.ones(4, 4)), ["matmul", "computed from the images"],
     ),
-    "quotient": (lambda: head(lambda m, x: 1 / x), ["div", "supported"]),
     "scaled sum": (lambda: head(lambda m, x: torch.add(x, x, alpha=2)), ["add", "accepted"]),
     "sum into": (lambda: head(lambda m, x: torch.add(x, 1, out=x)), ["add", "accepted"]),
     "random dropout": (lambda: head(lambda m, x: F.dropout(x, 0.5)), ["dropout", "nn.Dropout"]),

@@ -28,7 +28,7 @@ def cast(step: OnnxStep) -> Value:
     """Casts between float32 and float64: both stand for real numbers, and casting to float32 rounds."""
     if step.attributes["to"] not in CASTS:
         found = onnx.TensorProto.DataType.Name(step.attributes["to"])
-        step.refuse(f"to={found}", f"{', '.join(CASTS.values())} of a computed value")
+        step.refuse(f"to={found} of a computed value", ", ".join(CASTS.values()))
     return step.reshaped(step.value(0))
 
 
@@ -47,9 +47,13 @@ def moved(*data: int) -> Callable[[OnnxStep], Value]:
         if total >= 2**24:
             step.refuse(f"{total} entries", f"fewer than {2**24}, which float32 can number")
         constants = {i: step.constant(i).numpy() for i in range(len(step.node.input)) if i not in parts and step.has(i)}
+        constants |= {i: constants[i].astype(np.float32) for i in constants.keys() & set(data)
+                      if not np.issubdtype(constants[i].dtype, np.floating)}  # fmt: skip
         counted, start = dict[int, np.ndarray](), 0
         for number, value in zip(parts, values):
-            counted[number] = (numbers(value.shape) + start).numpy().astype(step.kind(number))
+            kind = step.kind(number)  # which may be too small for numbers: int8 of a quantised value
+            kind = kind if np.issubdtype(kind, np.floating) else np.dtype(np.float32)
+            counted[number] = (numbers(value.shape) + start).numpy().astype(kind)
             start += math.prod(value.shape)
         zeros = {number: 0 * counted[number] for number in parts}
         places, shift = (_run(step, constants | given) for given in (counted, zeros))
@@ -236,8 +240,8 @@ def _confirmed(step: OnnxStep, value: Value, result: Value, start: int) -> Value
     """
     image = torch.rand(value.shape, generator=torch.Generator().manual_seed(0))
     constants = {i: step.constant(i).numpy() for i in range(1, len(step.node.input)) if step.has(i)}
-    theirs = torch.tensor(_run(step, {0: image.numpy().astype(step.kind(0)), **constants})).float()
-    x = {value.position: image.reshape(1, *held(value.shape))}
+    theirs = torch.tensor(_run(step, {0: image.numpy().astype(step.kind(0)), **constants})).to(step.run.dtype)
+    x = {value.position: image.reshape(1, *held(value.shape)).to(step.run.dtype)}
     for place, operation in enumerate(step.run.operations[start:], start=start):
         x[place] = operation(*(x[read] for read in operation.inputs))
     if theirs.shape != result.shape or not torch.allclose(x[result.position].reshape(theirs.shape), theirs, 1e-4, 1e-5):
@@ -269,7 +273,7 @@ def transposed_convolution(step: OnnxStep) -> Value:
         result = step.append(Rearrangement, result, step.shape, partial(F.pad, pad=around))
     if bias.any():
         bias = bias.double().reshape(-1, *[1] * places)
-        constants = ScaleConstants(torch.ones((), dtype=torch.float64), bias)
+        constants = ScaleConstants(torch.ones((), dtype=torch.float64), bias, step.run.dtype)
         result = step.append(Scale, result, step.shape, constants, constants.exact, 1)
     return _confirmed(step, value, result, start)
 

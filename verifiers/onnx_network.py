@@ -31,14 +31,29 @@ from .onnx_operators import RULES
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 
 SUPPORTED = ", ".join(RULES)
+BOOLEAN = "a network that ends before it, with comparisons in the property"
 HINTS = {
-    "ArgMax": " (cut it off, and compare the scores before it in the property)",
-    "QuantizeLinear": " (of constants alone: it is a step function)", "DynamicQuantizeLinear": " (a step function)",
+    **dict.fromkeys(("ArgMax", "ArgMin", "Hardmax", "TopK"), "a network that ends before it (onnx.utils.extract_model) "
+                    "and a property that compares its scores"),
+    **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "OneHot",
+                     "IsNaN", "IsInf", "NonZero"), BOOLEAN),
+    **dict.fromkeys(("If", "Loop", "Scan"), "a network without branches and loops"),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "its steps written out, as sums, products, Sigmoid and Tanh"),
+    **dict.fromkeys(("DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger"),
+                    "QuantizeLinear and DequantizeLinear with constant scales, around operators of floats"),
+    "Einsum": "MatMul, Mul and ReduceSum", "NonMaxSuppression": "a network that ends before it",
 }  # fmt: skip
-"""Advice on operators without a rule."""
+"""The way out for operators without a rule."""
 # their results differ from call to call, or they contain operators that read names from outside
 NOT_CONSTANT = {"Bernoulli", "Dropout", "If", "Loop", "Multinomial", "RandomNormal", "RandomNormalLike",
                 "RandomUniform", "RandomUniformLike", "Scan", "SequenceMap"}  # fmt: skip
+
+OF_INTEGERS = {"Cast", "Concat", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather", "GatherElements",
+               "GatherND", "Identity", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose",
+               "Unsqueeze"}  # fmt: skip
+"""Operators that do with quantised values what they do with real ones; others round or overflow."""
+WEIGHTED = {"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul"}
+"""Operators with weights, which are exact in their network's dtype; other constants stay beside it in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +61,19 @@ class OnnxNetwork:
     """A network read from an ONNX file.
 
     Args:
-        module: (B, *shape) float32 → (B, outputs), for bounds and verifiers like any model.
+        module: (B, *shape) → (B, outputs), for bounds and verifiers like any model.
         shape: shape of one input without the batch dimension. A file's first dimension is the batch if it is dynamic,
             or 1 and not the only one; otherwise ``shape`` is the file's whole shape.
         outputs: number of outputs, flattened.
         model: the file's content, weights included, without operators on which the output does not depend.
+        dtype: of the module: float64 for a file whose weights float32 does not hold, else float32.
     """
 
     module: NetworkModule
     shape: torch.Size
     outputs: int
     model: onnx.ModelProto
+    dtype: torch.dtype
 
 
 def read_onnx(path: str | Path) -> OnnxNetwork:
@@ -84,6 +101,8 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
             step = OnnxStep(run, node, output)
             if output != node.output[0] and node.op_type != "Split":
                 step.refuse(f"a second output {output!r} that is read", "the first output alone")
+            if node.op_type not in OF_INTEGERS:
+                step.refuse_integers()
             run.values[output] = RULES[node.op_type](step)
     if outputs[0] not in run.values:
         raise InputError(
@@ -94,7 +113,7 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     if logits.position == 0:
         run.operations.append(Rearrangement("output", (0,), lambda x: x.flatten(1)))
     module = NetworkModule(run.operations)
-    return OnnxNetwork(module, torch.Size(held(shape)), logits.shape[1], model)
+    return OnnxNetwork(module, torch.Size(held(shape)), logits.shape[1], model, run.dtype)
 
 
 def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
@@ -199,8 +218,9 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
             raise UnsupportedOperation(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
     computed = _live(computed, model.graph.output[0].name)
     for node in (node for node in computed if node.op_type not in RULES):
-        found = f"an operator without a bound rule{HINTS.get(node.op_type, '')}"
-        raise UnsupportedOperation(f"{_place(node, path)}: found {found}; accepted: {SUPPORTED}")
+        accepted = f"{HINTS[node.op_type]}; or {SUPPORTED}" if node.op_type in HINTS else SUPPORTED
+        found = "an operator without a bound rule"
+        raise UnsupportedOperation(f"{_place(node, path)}: found {found}; accepted: {accepted}")
     return computed
 
 
@@ -225,7 +245,20 @@ def _construction(
     shapes = {read: array.shape for read, array in arrays.items() if read in computed}
     kinds = {name: kind} | {read: array.dtype for read, array in arrays.items() if read in computed}
     constants = weights | {read: array for read, array in arrays.items() if read not in computed}
-    return Construction(str(path), model, shapes, kinds, constants, readers, [Input(name, ())], {name: Value(0, shape)})
+    given = {read for node in nodes if node.op_type in WEIGHTED for read in node.input} & constants.keys()
+    exact = all(_is_exact(constants[read]) for read in given)
+    return Construction(
+        str(path), model, shapes, kinds, constants, readers, torch.float32 if exact else torch.float64,
+        [Input(name, ())], {name: Value(0, shape)},
+    )  # fmt: skip
+
+
+def _is_exact(array: np.ndarray) -> bool:
+    """Whether float32 holds an array exactly."""
+    if array.dtype != np.float64:
+        return True
+    with np.errstate(over="ignore"):
+        return np.array_equal(array.astype(np.float32).astype(np.float64), array, equal_nan=True)
 
 
 def _place(node: onnx.NodeProto, path: Path) -> str:

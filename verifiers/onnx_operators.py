@@ -20,12 +20,14 @@ from ..bounds.operations import (
     MaxPool,
     Operation,
     Rearrangement,
+    Reciprocal,
     Relu,
     Sigmoid,
     Tanh,
 )  # fmt: skip
+from ..typed import broadcast_shape
 from . import onnx_gates, onnx_moves, onnx_norms, onnx_products, onnx_scalar
-from .onnx_steps import OnnxStep, Pair, Shape, Value, fixed
+from .onnx_steps import OnnxStep, Pair, Shape, Value, fixed, numbers
 
 
 def _reshape(step: OnnxStep) -> Value:
@@ -63,7 +65,7 @@ def _arithmetic(step: OnnxStep) -> Value:
             return step.scaled(value, constant, 0.0)
         case _:
             if right:
-                step.refuse("division by a computed value", "division by a constant")
+                return step.scaled(step.append(Reciprocal, value, value.shape), constant, 0.0)
             return step.scaled(value, 1 / constant.double(), 0.0)
 
 
@@ -75,13 +77,39 @@ def _matmul(step: OnnxStep) -> Value:
     if matrix.ndim == 1:
         matrix = matrix[:, None] if left else matrix[None]
     if matrix.shape[:-2].numel() != 1:
-        step.refuse(f"a constant of shape {tuple(matrix.shape)}", "one matrix")
+        return _matrices(step, value, matrix, left)
     matrix = matrix.reshape(matrix.shape[-2:])
     if left:
         return step.reshaped(step.linear(value, matrix.T))
     if len(value.shape) == 1:
         return step.reshaped(step.linear(value, matrix))
     return step.reshaped(step.transposed(step.linear(step.transposed(value), matrix)))
+
+
+def _matrices(step: OnnxStep, value: Value, matrices: Tensor, left: bool) -> Value:
+    """The product with several constant matrices, as a convolution of one place with a group for each of them.
+
+    Args:
+        left: whether ``value`` is the product's first factor.
+    """
+    index = numbers(value.shape)
+    index = index if index.ndim > 1 else index[None] if left else index[:, None]
+    if left:  # rows of the result are those of ``value``
+        matrices = matrices.mT
+    else:
+        index = index.mT
+    lead = broadcast_shape(matrices.shape[:-2], index.shape[:-2])
+    count = math.prod(lead)
+    matrices = matrices.expand(*lead, *matrices.shape[-2:]).reshape(count, *matrices.shape[-2:])
+    index = index.expand(*lead, *index.shape[-2:]).reshape(count, *index.shape[-2:])
+    rows, length, width = index.shape[1], index.shape[2], matrices.shape[1]
+    columns = step.picked(value, index.mT.reshape(1, count * length, rows, 1))
+    geometry = (1, 1), (0, 0), (1, 1), count
+    layer = nn.Conv2d(count * length, count * width, 1, groups=count, bias=False, device="meta")
+    layer.weight = fixed(matrices.reshape(count * width, length, 1, 1))
+    product = step.append(Convolution, columns, (1, count * width, rows, 1), layer, *geometry)
+    order = numbers(product.shape).reshape(count, width, rows)
+    return step.picked(product, (order.mT if left else order).reshape(step.shape))
 
 
 def _gemm(step: OnnxStep) -> Value:
@@ -259,6 +287,7 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Relu": _activation(Relu),
     "Reshape": _reshape,
     "Resize": onnx_moves.resize,
+    "Scatter": onnx_moves.scatter,
     "ScatterElements": onnx_moves.scatter,
     "ScatterND": onnx_moves.scatter,
     "Sigmoid": _activation(Sigmoid),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from ..bounds.operations import (
+    Abs,
+    AveragePool,
+    Log,
     LogSoftmax,
     LogSumExp,
     MatrixProduct,
@@ -17,6 +21,7 @@ from ..bounds.operations import (
     Product,
     Quotient,
     Softmax,
+    Sqrt,
     Sum,
 )  # fmt: skip
 from ..bounds.operations.extremes import largest
@@ -112,6 +117,22 @@ def reduced_extreme(step: OnnxStep) -> Value:
     return step.reshaped(_signed(step, value, sign))
 
 
+def reduced_norm(step: OnnxStep) -> Value:
+    """ReduceL1, ReduceL2, ReduceSumSquare and ReduceLogSum: sums of one function of the entries, or one of the sum."""
+    kind, value = step.node.op_type, reduced_last(step)
+    if kind == "ReduceL1":
+        value = step.append(Abs, value, value.shape)
+    elif kind != "ReduceLogSum":
+        value = step.append(Power, value, value.shape, 2.0)
+    function = partial(torch.sum, dim=-1, keepdim=True)
+    value = step.append(AveragePool, value, (*value.shape[:-1], 1), function)
+    if kind == "ReduceL2":
+        value = step.append(Sqrt, value, value.shape)
+    if kind == "ReduceLogSum":
+        value = step.append(Log, value, value.shape)
+    return step.reshaped(value)
+
+
 def reduced_log_sum_exp(step: OnnxStep) -> Value:
     value = reduced_last(step)
     return step.reshaped(step.append(LogSumExp, value, (*value.shape[:-1], 1), LastOnes(1)))
@@ -139,9 +160,13 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "GlobalMaxPool": reduced_extreme,
     "LogSoftmax": softmax,
     "Mean": total,
+    "ReduceL1": reduced_norm,
+    "ReduceL2": reduced_norm,
+    "ReduceLogSum": reduced_norm,
     "ReduceLogSumExp": reduced_log_sum_exp,
     "ReduceMax": reduced_extreme,
     "ReduceMin": reduced_extreme,
+    "ReduceSumSquare": reduced_norm,
     "Softmax": softmax,
     "Sum": total,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx.defs
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ def _larger(step: OnnxStep) -> Value:
     if not constants:
         return step.reshaped(found)
     if found.shape != step.shape:
-        step.refuse(f"a constant that widens shape {found.shape} to {step.shape}", "one that keeps the shape")
+        found = step.scaled(found, 1.0, torch.zeros(step.shape))
     constant = constants[0]
     for other in constants[1:]:
         constant = (torch.maximum if sign > 0 else torch.minimum)(constant, other)
@@ -136,10 +137,41 @@ def _power(step: OnnxStep) -> Value:
         step.refuse(f"exponents {as_floats(exponents)[:5]}", "one finite number for all entries")
     exponent, value = float(exponents[0]), step.value(0)
     if math.prod(value.shape) != math.prod(step.shape):
-        step.refuse(f"an exponent that widens shape {value.shape} to {step.shape}", "one that keeps the shape")
+        value = step.scaled(value, 1.0, torch.zeros(step.shape))
     if exponent in (0, 1):
         return step.scaled(value, exponent, 1 - exponent)
     return step.append(Power, step.reshaped(value), step.shape, exponent)
+
+
+def _quantised(step: OnnxStep) -> Value:
+    """QuantizeLinear: a rounded and clipped value, held as a float."""
+    scale, offset = _steps(step)
+    kind = step.run.kinds[step.output]
+    if kind not in (np.dtype(np.int8), np.dtype(np.uint8)):
+        step.refuse(f"quantised numbers of type {kind}", "int8, uint8")
+    ends = np.iinfo(kind)
+    value = step.append(Round, step.scaled(step.value(0), 1 / scale, 0.0), step.shape)
+    return _clipped(step, step.scaled(value, 1.0, offset), float(ends.min), float(ends.max))
+
+
+def _dequantised(step: OnnxStep) -> Value:
+    scale, offset = _steps(step)
+    return step.scaled(step.value(0), scale, -scale * offset)
+
+
+def _steps(step: OnnxStep) -> tuple[Tensor, Tensor]:
+    """(scale, offset): the constants of a quantisation, which broadcast against the value."""
+    if step.attributes.get("block_size", 0):
+        step.refuse(f"block_size={step.attributes['block_size']}", "0: a scale for all, or for each place of an axis")
+    scale = step.constant(1).double()
+    offset = step.constant(2).double() if step.has(2) else torch.zeros_like(scale)
+    if not bool((scale > 0).all() and scale.isfinite().all()):
+        step.refuse("scales that are not positive numbers", "finite scales > 0")
+    if scale.numel() > 1:
+        axis = int(step.attributes.get("axis", 1)) % len(step.shape)
+        shape = (-1, *[1] * (len(step.shape) - 1 - axis))
+        scale, offset = scale.reshape(shape), offset.reshape(shape)
+    return scale, offset
 
 
 def _prelu(step: OnnxStep) -> Value:
@@ -165,6 +197,7 @@ RULES: dict[str, Rule] = {
     **{kind.__name__: _entrywise(kind) for kind in ENTRYWISE},
     "Celu": _positive(Celu),
     "Clip": _clip,
+    "DequantizeLinear": _dequantised,
     "Elu": _positive(Elu),
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _entrywise(Hardswish),
@@ -172,6 +205,7 @@ RULES: dict[str, Rule] = {
     "Min": _larger,
     "PRelu": _prelu,
     "Pow": _power,
+    "QuantizeLinear": _quantised,
     "Selu": _selu,
     "Sign": _entrywise(Signum),
     "ThresholdedRelu": _thresholded,

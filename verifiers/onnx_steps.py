@@ -84,6 +84,7 @@ class Construction:
         shapes, kinds: ONNX shapes and element types of the values that depend on the network's input.
         constants: values that do not.
         readers: number of operator inputs and network outputs that read a name.
+        dtype: of weights: float32, or float64 where float32 does not hold them exactly.
         operations: the operations so far. values: computed values so far, by name.
     """
 
@@ -93,6 +94,7 @@ class Construction:
     kinds: Mapping[str, np.dtype[Any]]
     constants: Mapping[str, np.ndarray]
     readers: Mapping[str, int]
+    dtype: torch.dtype
     operations: list[Operation]
     values: dict[str, Value] = field(default_factory=dict[str, Value])
 
@@ -139,11 +141,14 @@ class OnnxStep:
         return torch.tensor(self.run.constants[self.node.input[number]])
 
     def weight(self, number: int) -> Tensor:
-        """A constant in float32, which has to hold it exactly."""
-        constant = self.constant(number)
-        if not torch.equal(constant.float().to(constant.dtype), constant) and not constant.isnan().any():
-            self.refuse(f"weights of {constant.dtype} as input {number}", "weights that float32 holds exactly")
-        return constant.float()
+        """A constant in the network's dtype."""
+        return self.constant(number).to(self.run.dtype)
+
+    def refuse_integers(self) -> None:
+        """Refuse computed inputs of integers, such as quantised values."""
+        for name in self.node.input:
+            if name in self.run.values and not np.issubdtype(self.run.kinds[name], np.floating):
+                self.refuse(f"an input of {self.run.kinds[name]}", "floats, as DequantizeLinear gives them")
 
     def kind(self, number: int) -> np.dtype[Any]:
         """The element type of a computed input in the file."""
@@ -174,7 +179,8 @@ class OnnxStep:
 
     def times(self, value: Value, factor: float) -> Value:
         """The value times a number, in its own shape."""
-        constants = ScaleConstants(*(torch.tensor(number, dtype=torch.float64) for number in (factor, 0.0)))
+        scale, shift = (torch.tensor(number, dtype=torch.float64) for number in (factor, 0.0))
+        constants = ScaleConstants(scale, shift, self.run.dtype)
         return self.append(Scale, value, value.shape, constants, constants.exact)
 
     def picked(self, value: Value, index: Tensor) -> Value:
@@ -202,8 +208,8 @@ class OnnxStep:
         return self.append(Dense, value, (*value.shape[:-1], len(weight)), layer)
 
     def scaled(self, value: Value, scale: Tensor | float, shift: Tensor | float, *, roundings: int = 2) -> Value:
-        """scale * value + shift. A shift along the outputs of a layer without bias becomes its bias if it is exact in
-        float32.
+        """scale * value + shift. A shift along the outputs of a layer without bias becomes its bias if the network's
+        dtype holds it exactly.
 
         Args:
             roundings: most float32 roundings of one output, relative to |scale value| + |shift|.
@@ -215,12 +221,12 @@ class OnnxStep:
         alone = (scale == 1).all() and not widens and self.run.has_one_reader(value)
         if isinstance(before, Affine) and before.bias is None and alone:
             features = shift.shape[1 if isinstance(before, Convolution) else -1]
-            if shift.numel() == features and torch.equal(shift.float().double(), shift):
-                bias = fixed(shift.float().flatten().expand(len(before.weight)))
+            if shift.numel() == features and torch.equal(shift.to(self.run.dtype).double(), shift):
+                bias = fixed(shift.to(self.run.dtype).flatten().expand(len(before.weight)))
                 assert isinstance(before.layer, nn.Module)
                 before.layer.register_parameter("bias", bias)
                 return value
-        constants = ScaleConstants(scale, shift)
+        constants = ScaleConstants(scale, shift, self.run.dtype)
         return self.append(Scale, value, self.shape, constants, constants.exact, roundings)
 
     def against(self, constant: Tensor) -> Tensor:
@@ -230,15 +236,15 @@ class OnnxStep:
 
 
 class ScaleConstants(nn.Module):
-    """Constants of a ``Scale`` operation: float32 buffers, which move with the network, and exact float64 values."""
+    """Constants of a ``Scale`` operation: buffers of a dtype, which move with the network, and exact float64 values."""
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, scale: Tensor, shift: Tensor):
+    def __init__(self, scale: Tensor, shift: Tensor, dtype: torch.dtype):
         super().__init__()
-        self.register_buffer("scale", scale.float())
-        self.register_buffer("shift", shift.float())
+        self.register_buffer("scale", scale.to(dtype))
+        self.register_buffer("shift", shift.to(dtype))
         self.unrounded = scale, shift
 
     def forward(self) -> tuple[Tensor, Tensor]:

@@ -274,7 +274,7 @@ def _check_reading(network: OnnxNetwork, points: Tensor, replay: Replay) -> None
     """
     with torch.no_grad():
         for point in points:
-            ours, theirs = network.module(point[None])[0], replay(point)[0]
+            ours, theirs = network.module(point[None].to(network.dtype))[0], replay(point)[0]
             difference = float((ours - theirs).abs().max())
             if not difference <= READING_TOLERANCE * max(1.0, float(theirs.abs().max())):
                 raise InputError(
@@ -383,8 +383,9 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
     size = torch.exp2(rows.abs().amax(-1).frexp().exponent.double())  # a power of 2, so exact: float32 loses no row
     specification = Specification(rows / size.unsqueeze(-1), offsets / size, cases[0].clauses)
     return Problem(
-        network.module, Box(lower.reshape(shape), upper.reshape(shape)), specification, torch.tensor(numbers)
-    )
+        network.module, Box(*(end.reshape(shape).to(network.dtype) for end in (lower, upper))), specification,
+        torch.tensor(numbers),
+    )  # fmt: skip
 
 
 def _stages(problem: Problem, judge: Judge, settings: Certify) -> list[Stage]:

@@ -23,10 +23,20 @@ from .graph import (
     signature,
 )
 from .network import Network, NetworkModule, ending_with
-from .operations import Input, Operation, Rearrangement, Scale, Sum, UnsupportedOperation
+from .operations import Input, Operation, Rearrangement, Reciprocal, Scale, Sum, UnsupportedOperation
 from .operations.concat import concat, stack
-from .operations.options import OTHER_WAY
-from .operations.registry import FUNCTIONS, BatchSize, Constant, EvaluationMode, Pieces, rule_of, supported
+from .operations.masks import where
+from .operations.options import OTHER_WAY, refuse
+from .operations.registry import (
+    FUNCTIONS,
+    BatchSize,
+    Constant,
+    EvaluationMode,
+    Pieces,
+    WithPlaces,
+    rule_of,
+    supported,
+)  # fmt: skip
 from .operations.scale import Coefficients
 from .wrappers import is_wrapper, unwrapped, with_computed_tensors
 
@@ -188,6 +198,10 @@ class _Tracing:
             return BatchSize()
         if name == "getitem" and isinstance(value, Pieces) and type(node.args[1]) is int:
             return self._piece(node.name, value, node.args[1])
+        if isinstance(value, WithPlaces):
+            if (name, *node.args[1:2]) in (("getitem", 0), ("getattr", "values")):
+                return value.position
+            refuse(node, "the places of extreme entries", "their values")
         if node.target in _ARITHMETIC or (
             node.op == "call_method" and name.rstrip("_") in ("add", "sub", "mul", "div")
         ):
@@ -198,6 +212,8 @@ class _Tracing:
             return concat(self, node)
         if name == "stack":
             return stack(self, node)
+        if node.target is torch.where:
+            return where(self, node)
         if name in FUNCTIONS:
             return FUNCTIONS[name](self, node, self.position(node, first))
         raise UnsupportedOperation(f"{name} at {_place(node)} has no bound rule; supported: {supported()}; {OTHER_WAY}")
@@ -248,7 +264,7 @@ class _Tracing:
         if len(positions) == 2 and kind in FUNCTIONS:
             return FUNCTIONS[kind](self, node, positions[0])
         constant = right if type(left) is int else left
-        if len(positions) != 1 or not isinstance(constant, Constant) or (kind == "div" and constant is left):
+        if len(positions) != 1 or not isinstance(constant, Constant):
             raise UnsupportedOperation(
                 f"{kind} at {_place(node)} has no bound rule for these operands; supported: {supported()}"
             )
@@ -258,6 +274,9 @@ class _Tracing:
             "mul": lambda: (constant.value(), 0.0),
             "div": lambda: (1.0 / constant.value(), 0.0),
         }
+        if kind == "div" and constant is left:
+            inverse = self.append(Reciprocal(node.name, (positions[0],)))
+            return self.append(Scale(node.name, (inverse,), coefficients["mul"]))
         return self.append(Scale(node.name, (positions[0],), coefficients[kind]))
 
 

@@ -1,5 +1,8 @@
 """The operations of networks, one class per file; importing this package registers their tracing rules."""
 
+from . import extremes as extremes  # these three for their tracing rules
+from . import layer_functions as layer_functions
+from . import masks as masks
 from .affine import Affine, Weights
 from .attention import ByRoot
 from .base import Function, Input, LinearOperation, Nonlinear, Operation, Unbounded, UnsupportedOperation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -11,7 +12,7 @@ from .options import Dimensions, dimensions, refuse
 from .piecewise import Maximum
 from .pooling import MaxPool
 from .rearrangement import Rearrangement, Selection
-from .registry import FunctionRule, Tracing, from_function
+from .registry import FunctionRule, Tracing, WithPlaces, from_function
 from .scale import Scale
 
 
@@ -46,14 +47,29 @@ def _extreme(sign: float) -> FunctionRule:
 
 def _of_two(sign: float) -> FunctionRule:
     def rule(tracing: Tracing, node: fx.Node, source: int) -> int:
-        if len(node.args) != 2 or node.kwargs:
+        others = [*node.args[1:], *(node.kwargs[name] for name in node.kwargs if name == "other")]
+        if len(others) != 1 or node.kwargs.keys() - {"input", "other"}:
             refuse(node, "other arguments than two values", "two computed values")
-        other = tracing.position(node, node.args[1])
+        other = tracing.position(node, others[0])
         return source if other == source else tracing.append(Maximum(node.name, (source, other), sign))
 
     return rule
 
 
+def _either(sign: float) -> FunctionRule:
+    """``torch.max`` and ``torch.min``: of two values, or over a dimension with the places of what they find."""
+    over_dimensions, of_two = _extreme(sign), _of_two(sign)
+
+    def rule(tracing: Tracing, node: fx.Node, source: int) -> Any:
+        if "other" in node.kwargs or any(isinstance(argument, fx.Node) for argument in node.args[1:]):
+            return of_two(tracing, node, source)
+        return WithPlaces(over_dimensions(tracing, node, source))
+
+    return rule
+
+
+from_function("max")(_either(1.0))
+from_function("min")(_either(-1.0))
 from_function("amax")(_extreme(1.0))
 from_function("amin")(_extreme(-1.0))
 from_function("maximum")(_of_two(1.0))

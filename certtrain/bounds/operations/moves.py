@@ -13,10 +13,9 @@ from torch import Tensor, fx, nn
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from .base import Folding, Function, LinearOperation, UnsupportedOperation
-from .linear import Dense
 from .options import REQUIRED, behind_batch, beyond_batch, kept_batch, options, refuse, several
 from .rearrangement import Copies, Rearrangement, Selection
-from .registry import BatchSize, Constant, ModuleRule, Pieces, Tracing, from_function, from_module
+from .registry import BatchSize, ModuleRule, Pieces, Tracing, from_function, from_module
 from .scale import Scale
 
 
@@ -304,29 +303,3 @@ def _cast(tracing: Tracing, node: fx.Node, source: int) -> int:
 def _negated(tracing: Tracing, node: fx.Node, source: int) -> int:
     options(tracing, node)
     return tracing.append(Scale(node.name, (source,), lambda: (-1.0, 0.0)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Operands:
-    """The weights of ``F.linear``, looked up in the model at each use."""
-
-    weights: Constant
-    biases: Constant | None
-
-    @property
-    def weight(self) -> Tensor:
-        return self.weights.value()
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None if self.biases is None else self.biases.value()
-
-
-@from_function("linear")
-def _linear(tracing: Tracing, node: fx.Node, source: int) -> int:
-    given = dict(zip(("weight", "bias"), node.args[1:])) | {k: v for k, v in node.kwargs.items() if k != "input"}
-    weight, bias = (tracing.values.get(one) if isinstance(one, fx.Node) else one
-                    for one in (given.get("weight"), given.get("bias")))  # fmt: skip
-    if not isinstance(weight, Constant) or not (bias is None or isinstance(bias, Constant)):
-        refuse(node, "a weight or a bias that is computed from the images", "parameters and buffers")
-    return tracing.append(Dense(node.name, (source,), _Operands(weight, bias)))

@@ -71,6 +71,13 @@ class Pieces:
 
 
 @dataclass(frozen=True, eq=False)
+class WithPlaces:
+    """The results of a maximum over a dimension: values, at ``position``, and their places, which have no rule."""
+
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
 class Constant:
     """A number, or a tensor looked up at each use, since ``.to(device)`` replaces buffers."""
 
