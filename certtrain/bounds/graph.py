@@ -27,7 +27,7 @@ from ..typed import (
     named_modules,
 )
 from .operations.base import UnsupportedOperation
-from .operations.registry import MODULES
+from .operations.registry import CALLS, MODULES
 from .wrappers import computed
 
 
@@ -314,7 +314,7 @@ class Tracer(fx.Tracer):
                 return target(*arguments, **keywords)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in MODULES or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in MODULES or type(m) in CALLS or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

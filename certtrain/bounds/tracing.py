@@ -26,7 +26,18 @@ from .network import Network, NetworkModule, ending_with
 from .operations import Input, Operation, Rearrangement, Scale, Sum, UnsupportedOperation
 from .operations.concat import concat, stack
 from .operations.options import OTHER_WAY
-from .operations.registry import FUNCTIONS, BatchSize, Constant, EvaluationMode, Pieces, rule_of, supported
+from .operations.registry import (
+    FUNCTIONS,
+    BatchSize,
+    Constant,
+    EvaluationMode,
+    Pieces,
+    Several,
+    call_rule_of,
+    rule_of,
+    single_argument,
+    supported,
+)
 from .operations.scale import Coefficients
 from .wrappers import is_wrapper, unwrapped, with_computed_tensors
 
@@ -167,12 +178,19 @@ class _Tracing:
         self.operations.append(operation)
         return len(self.operations) - 1
 
-    def _module(self, node: fx.Node) -> int:
+    def _module(self, node: fx.Node) -> Any:
         path, module = str(node.target), self.root.get_submodule(str(node.target))
+        rule = call_rule_of(module)
+        if rule is None:
+            return self.module(path, self.position(node, single_argument(node, path, module)), module)
         refuse_hidden_forward(path, module)
-        source = self.position(node, first_operand(node))
+        return rule(self, node, path, with_computed_tensors(module))
+
+    def module(self, path: str, source: int, module: nn.Module) -> int:
+        refuse_hidden_forward(path, module)
+        own = self.tracer.is_leaf_module(module, path)  # else its class may have another forward than the rule's
         module = with_computed_tensors(module)
-        rule = rule_of(module)
+        rule = rule_of(module) if own else None
         position = None if rule is None else rule(self, path, source, module)
         if position is None:
             raise UnsupportedOperation(
@@ -188,6 +206,8 @@ class _Tracing:
             return BatchSize()
         if name == "getitem" and isinstance(value, Pieces) and type(node.args[1]) is int:
             return self._piece(node.name, value, node.args[1])
+        if name == "getitem" and isinstance(value, Several):
+            return self._part(node, value)
         if node.target in _ARITHMETIC or (
             node.op == "call_method" and name.rstrip("_") in ("add", "sub", "mul", "div")
         ):
@@ -204,6 +224,12 @@ class _Tracing:
 
     def _piece(self, path: str, pieces: Pieces, index: int) -> int:
         return self.append(Rearrangement(path, (pieces.source,), lambda x: pieces.function(x)[index]))
+
+    def _part(self, node: fx.Node, several: Several) -> int | None:
+        index, count = node.args[1], len(several.parts)
+        if type(index) is not int or not -count <= index < count:
+            raise UnsupportedOperation(f"{node.name!r}: found [{index}] of {count} results; accepted: one's number")
+        return several.parts[index]() if node.users else None
 
     def _computed(self, node: fx.Node) -> Constant:
         """A constant computed from constants, evaluated at each use because buffers may change."""

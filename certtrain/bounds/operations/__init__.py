@@ -29,6 +29,7 @@ from .smooth import Celu, Elu, Hardswish, Mish, Selu, Softplus, Softsign, Thresh
 from .softmax import LogSoftmax, LogSumExp, Softmax
 from .steps import Ceil, Floor, Round, Signum
 from .sum import Sum
+from .transformer import Projection
 from .transposed_convolution import TransposedConvolution
 
 __all__ = [
@@ -36,8 +37,8 @@ __all__ = [
     "Concat", "ConstantPad", "Constants", "Convolution", "Copies", "Cos", "Dense", "Dropout", "Elu", "Entrywise",
     "Erf", "Exp", "Floor", "Function", "Gelu", "GeluTanh", "Hardswish", "Input", "LeakyRelu", "LinearOperation",
     "Log", "LogSoftmax", "LogSumExp", "MatrixProduct", "MaxPool", "Maximum", "Mish", "Nonlinear", "Opaque",
-    "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power", "Product", "Quotient", "Rearrangement", "Reciprocal",
-    "Reduction", "Relu", "Resampling", "Round", "RowNorm", "ScalarCurve", "Scale", "Selection", "Selu", "Sigmoid",
-    "Signum", "Silu", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Sum", "Tanh", "ThresholdedRelu",
+    "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power", "Product", "Projection", "Quotient", "Rearrangement",
+    "Reciprocal", "Reduction", "Relu", "Resampling", "Round", "RowNorm", "ScalarCurve", "Scale", "Selection", "Selu",
+    "Sigmoid", "Signum", "Silu", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Sum", "Tanh", "ThresholdedRelu",
     "TransposedConvolution", "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
 ]  # fmt: skip
