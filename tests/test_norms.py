@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import Apply
 from test_new_operation import assert_bounded
 from test_products import assert_enclosed, boxes, points
@@ -12,7 +13,7 @@ from walking import walk
 
 from certtrain.bounds import Bounds, Interval, LinfBall, UnsupportedOperation, compute_bounds
 from certtrain.bounds.folding import fold
-from certtrain.bounds.operations import Centering, RowNorm
+from certtrain.bounds.operations import Centering, CenteringOnce, RowNorm
 from certtrain.bounds.operations.rows import LastOnes
 
 
@@ -88,13 +89,58 @@ def test_networks_with_it_train(name):
 
 
 @walk("dtype", [torch.float32, torch.float64])
-@walk("mean, eps", [(True, 1e-5), (False, 1e-5), (True, 1.0)])
+@walk("mean, eps, floor", [(True, 1e-5, 0.0), (False, 1e-5, 0.0), (True, 1.0, 0.0), (False, 0.0, 1e-12),
+                           (False, 0.0, 0.5)])  # fmt: skip
 @walk("width", [1, 2, 4])
-def test_lines_around_every_switch(mean, eps, width, dtype):
+def test_lines_around_every_switch(mean, eps, floor, width, dtype):
     parts = boxes(width, dtype)
     bounds = Bounds(torch.cat([x.lower for x in parts], 1), torch.cat([x.upper for x in parts], 1))
     at = [[torch.cat(inputs, 1)] for inputs in points(parts, 10)]
-    assert_enclosed(RowNorm("here", (0,), LastOnes(1), eps, mean), [bounds], at)
+    assert_enclosed(RowNorm("here", (0,), LastOnes(1), eps, mean, floor), [bounds], at)
+
+
+def euclidean(**options) -> nn.Module:
+    """Rows of eight, some of them close to 0, divided by their norms."""
+    torch.manual_seed(0)
+    factors = torch.tensor([1.0, 1e-2, 1e-6, 1.0]).reshape(4, 1)
+    return Apply(
+        lambda m, x: m.last(F.normalize(m.first(x.flatten(1)).view(x.size(0), 4, 8) * m.factors, **options).flatten(1)),
+        first=nn.Linear(64, 32), last=nn.Linear(32, 3), factors=factors,
+    )  # fmt: skip
+
+
+@walk("options", [{"dim": -1}, {"dim": 1, "eps": 1e-3}, {"p": 2, "dim": 2, "eps": 5.0}])
+def test_euclidean_norms(options):
+    model, images = euclidean(**options).eval(), torch.rand(3, 1, 8, 8)
+    images[0] = 0
+    torch.testing.assert_close(fold(model, images.shape[1:])(images), model(images), rtol=0, atol=1e-6)
+    for epsilon in (0.0, 1e-3, 0.05):
+        assert_bounded(model.double(), images.double(), epsilon)
+
+
+@walk("options, words", [({"p": 1}, "p=1"), ({"dim": (1, 2)}, "dim="), ({"eps": 0.0}, "eps=0.0")])
+def test_other_norms_are_refused(options, words):
+    with pytest.raises(UnsupportedOperation, match=f"normalize at 'normalize': found.*{words}.*; accepted: "):
+        compute_bounds(euclidean(**options).eval(), Interval.box(torch.rand(2, 1, 8, 8), 0.1))
+
+
+@walk("dtype", [torch.float32, torch.float64])
+def test_rows_minus_their_means_are_enclosed_with_float32s_roundings(dtype):
+    torch.manual_seed(0)
+    operation = CenteringOnce("here", (0,), LastOnes(1))
+    center = torch.cat([torch.randn(20, 1, 1) * 1000 + torch.zeros(20, 2, 48), torch.randn(20, 2, 48)]).to(dtype)
+    x = Interval(center, torch.rand(40, 2, 1, dtype=dtype).expand_as(center) * 1e-5)
+    at = [[(x.center + x.radius * (2 * torch.rand_like(center) - 1)).to(dtype)] for _ in range(20)]
+    assert_enclosed(operation, [Bounds(x.lower, x.upper)], at)
+    found = operation.interval(x)
+    for (point,) in at:
+        for order in (torch.arange(48), torch.randperm(48)):
+            total = point[..., 0].float() * 0
+            for place in order:
+                total = total + point[..., place].float()
+            value = point.float() - (total / 48).unsqueeze(-1)
+            inside = (found.lower.double() <= value.double()) & (value.double() <= found.upper.double())
+            assert inside[:20].all()  # points of the rest are rounded to float32 on their way
 
 
 def test_intervals_are_exact():

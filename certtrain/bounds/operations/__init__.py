@@ -4,7 +4,7 @@ from .affine import Affine, Weights
 from .attention import ByRoot
 from .base import Function, Input, LinearOperation, Nonlinear, Operation, Unbounded, UnsupportedOperation
 from .batch_norm import BatchNorm, BatchStatistics
-from .concat import Concat
+from .concat import Bordered, Concat
 from .convolution import Convolution
 from .curves import Piece, ScalarCurve
 from .dropout import Dropout
@@ -15,7 +15,7 @@ from .linear import Dense
 from .matrix_product import MatrixProduct
 from .means import Reduction, Resampling
 from .moves import ConstantPad
-from .normalisation import Centering, RowNorm
+from .normalisation import Centering, CenteringOnce, RowNorm
 from .opaque import Opaque
 from .piecewise import Abs, Clamp, Maximum, PiecewiseLinear, PRelu
 from .pooling import AveragePool, MaxPool
@@ -33,12 +33,13 @@ from .transformer import Projection
 from .transposed_convolution import TransposedConvolution
 
 __all__ = [
-    "Abs", "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "ByRoot", "Ceil", "Celu", "Centering", "Clamp",
-    "Concat", "ConstantPad", "Constants", "Convolution", "Copies", "Cos", "Dense", "Dropout", "Elu", "Entrywise",
-    "Erf", "Exp", "Floor", "Function", "Gelu", "GeluTanh", "Hardswish", "Input", "LeakyRelu", "LinearOperation",
-    "Log", "LogSoftmax", "LogSumExp", "MatrixProduct", "MaxPool", "Maximum", "Mish", "Nonlinear", "Opaque",
-    "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power", "Product", "Projection", "Quotient", "Rearrangement",
-    "Reciprocal", "Reduction", "Relu", "Resampling", "Round", "RowNorm", "ScalarCurve", "Scale", "Selection", "Selu",
-    "Sigmoid", "Signum", "Silu", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Sum", "Tanh", "ThresholdedRelu",
-    "TransposedConvolution", "Unbounded", "UnsupportedOperation", "Weights", "from_function", "from_module",
+    "Abs", "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Bordered", "ByRoot", "Ceil", "Celu", "Centering",
+    "CenteringOnce", "Clamp", "Concat", "ConstantPad", "Constants", "Convolution", "Copies", "Cos", "Dense", "Dropout",
+    "Elu", "Entrywise", "Erf", "Exp", "Floor", "Function", "Gelu", "GeluTanh", "Hardswish", "Input", "LeakyRelu",
+    "LinearOperation", "Log", "LogSoftmax", "LogSumExp", "MatrixProduct", "MaxPool", "Maximum", "Mish", "Nonlinear",
+    "Opaque", "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power", "Product", "Projection", "Quotient",
+    "Rearrangement", "Reciprocal", "Reduction", "Relu", "Resampling", "Round", "RowNorm", "ScalarCurve", "Scale",
+    "Selection", "Selu", "Sigmoid", "Signum", "Silu", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Sum", "Tanh",
+    "ThresholdedRelu", "TransposedConvolution", "Unbounded", "UnsupportedOperation", "Weights", "from_function",
+    "from_module",
 ]  # fmt: skip

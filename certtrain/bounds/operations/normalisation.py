@@ -4,7 +4,8 @@ A row is centered first, if its mean is taken away, which is linear. Then y_i = 
 (w is 1 / K, or 1 for a Euclidean norm). y_i rises with d_i, and towards 0 as the other entries grow, so intervals are
 exact. For lines, r is convex and falls with q = w sum_j d_j^2, and q is convex: r lies above the tangent of r(q) at the
 sum of the squares' chords, and below the chord of r(q) at the sum of their tangents. These stand for r in McCormick's
-planes of d_i and r, of which each entry takes those that are tighter in the middle of the box.
+planes of d_i and r, of which each entry takes those that are tighter in the middle of the box. Where a Euclidean norm
+is kept above a floor, y_i = d_i max(sum_j d_j^2, floor^2)^-.5; a row that may lie below it has constant lines.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..interval import Bounds, Interval
 from ..relaxation import InputLines, Relaxation
-from .base import Function, LinearOperation, UnsupportedOperation
-from .registry import Tracing, from_module
-from .rows import Groups, LastOnes, Rows
+from .base import Function, LinearOperation, Nonlinear, UnsupportedOperation
+from .options import options, refuse
+from .registry import Tracing, from_function, from_module
+from .rows import Along, Groups, LastOnes, Rows
 from .scale import Scale
 from .softmax import OfRows
 
+SMALLEST = 1e-18
+"""The least floor of a norm: its square is still a normal number of float32."""
+FLOAT32 = 2.0**-24
+"""Unit roundoff of float32, in which files are evaluated."""
 ROUNDING = 16
 """Lines and intervals are moved outward by this, plus the number of summands, times eps and the size of their terms."""
 
@@ -66,6 +72,89 @@ class Centering(LinearOperation):
 
     def roundings(self, shape: torch.Size) -> int:
         return 2 * shape.numel() + 4
+
+    def terms(self, shape: torch.Size) -> int:
+        return shape.numel() + 1
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return Function(self)
+
+
+@dataclass(frozen=True)
+class Nearby(Relaxation):
+    """A linear map, up to ``reach`` (B, *shape) on either side.
+
+    Args:
+        shape: of the map's input.
+    """
+
+    linear: LinearOperation
+    shape: torch.Size
+    reach: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Nearby:
+        return Nearby(self.linear, self.shape, function(self.reach))
+
+    def backward(self, forms: Tensor, constants: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        lost = (forms.abs() * self.reach.unsqueeze(1)).flatten(2).sum(-1)
+        return self.linear.adjoints(forms, self.shape), constants - lost
+
+    def forward(self, *inputs: InputLines) -> InputLines:
+        lines = self.linear.forward_lines(inputs, None)
+        lower, upper = lines.lower.clone(), lines.upper.clone()
+        lower[:, -1] -= self.reach
+        upper[:, -1] += self.reach
+        return InputLines(lower, upper)
+
+
+@dataclass(frozen=True, eq=False)
+class CenteringOnce(Nonlinear):
+    """Rows minus their means, as the operators of files below opset 17 compute them.
+
+    A row of equal numbers gives a rounding error instead of 0, which a norm may divide by the root of its eps: 1e-2
+    from numbers around 1000. Bounds contain the exact result and float32's, summed in any order, so those of the chain
+    and of the fused operator that onnxruntime's optimiser puts in its place.
+    """
+
+    rows: Rows
+
+    kind: ClassVar[str] = "rows minus their means, rounded"
+
+    @property
+    def piecewise_linear(self) -> bool:
+        return False
+
+    @property
+    def exact(self) -> Centering:
+        return Centering(self.path, self.inputs, self.rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = self.rows.split(x)
+        return self.rows.join(rows - rows.mean(-1, keepdim=True), x.shape[1:])
+
+    def _reach(self, x: Interval) -> Tensor:
+        size = self.magnitude(x.center.abs() + x.radius)
+        return ((ROUNDING + self.rows.split(size).shape[-1]) * FLOAT32 * size).detach()
+
+    def interval(self, x: Interval) -> Interval:
+        exact = self.exact.interval(x)
+        return Interval(exact.center, exact.radius + self._reach(x))
+
+    def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> Nearby:
+        """The exact map, up to roundings; there are no free parameters."""
+        (x,) = (one.interval() for one in bounds)
+        return Nearby(self.exact, x.center.shape[1:], self._reach(x))
+
+    def open(self, *bounds: Bounds) -> list[Tensor]:
+        """No entry: bounds that are a little tighter do not matter to roundings."""
+        return [torch.zeros_like(x.lower, dtype=torch.bool) for x in bounds]
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        rows = self.rows.split(x)
+        return self.rows.join(rows + rows.mean(-1, keepdim=True), x.shape[1:])
+
+    def roundings(self, shape: torch.Size) -> int:
+        return shape.numel() + 2
 
     def terms(self, shape: torch.Size) -> int:
         return shape.numel() + 1
@@ -140,12 +229,15 @@ class RowNorm(OfRows):
     """Rows divided by the root of their mean square, or of their sum of squares, plus ``eps`` inside of the root.
 
     Args:
-        eps: > 0.
+        eps: > 0, or 0 with a floor.
         mean: whether squares are averaged.
+        floor: the least that rows are divided by, 0 or >= ``SMALLEST``. Bounds hold as well for a division without a
+            floor, by which a row of zeros stays one.
     """
 
     eps: float
     mean: bool = True
+    floor: float = 0.0
 
     kind: ClassVar[str] = "a normalisation by the row's own size"
 
@@ -155,7 +247,11 @@ class RowNorm(OfRows):
     def __call__(self, x: Tensor) -> Tensor:
         rows = self.rows.split(x)
         size = (rows * rows).sum(-1, keepdim=True) * self._weight(rows.shape[-1])
-        return self.rows.join(rows * (size + self.eps).rsqrt(), x.shape[1:])
+        return self.rows.join(rows * self._factor(size), x.shape[1:])
+
+    def _factor(self, size: Tensor) -> Tensor:
+        """The factor of entries, given the weighted sum of their squares."""
+        return (size.clamp(min=self.floor**2) if self.floor else size + self.eps).rsqrt()
 
     def _squares(self, x: Bounds) -> tuple[Tensor, Tensor]:
         """The smallest and the largest squares of entries."""
@@ -172,14 +268,35 @@ class RowNorm(OfRows):
         many = most.sum(-1, keepdim=True) - most + room
 
         def value(d: Tensor, others: Tensor) -> Tensor:
-            return d * (weight * (d * d + others) + self.eps).rsqrt()
+            return d * self._factor(weight * (d * d + others))
 
         low = value(x.lower, torch.where(x.lower >= 0, many, few))
         high = value(x.upper, torch.where(x.upper >= 0, few, many))
+        if self.floor:
+            tiny = self._may_be_tiny(x) & (most > 0)
+            low, high = torch.where(tiny & (x.lower < 0), -1.0, low), torch.where(tiny & (x.upper > 0), 1.0, high)
         error = (ROUNDING + count) * eps
         return Interval.from_bounds(low - (error * low.abs()).detach(), high + (error * high.abs()).detach())
 
+    def _may_be_tiny(self, x: Bounds) -> Tensor:
+        """(B, …, 1) bool: rows that may be as small as the floor."""
+        return self._squares(x)[0].sum(-1, keepdim=True) <= 2 * self.floor**2
+
     def row_lines(self, x: Bounds) -> NormLines:
+        if not self.floor:
+            return self._lines(x)
+        tiny, ends = self._may_be_tiny(x), self.row_interval(x)
+        lines = self._lines(Bounds(*(torch.where(tiny, 1.0, end) for end in (x.lower, x.upper))))
+        own, below, above = (
+            (torch.where(tiny, 0.0, pair[0]), torch.where(tiny, 0.0, pair[1]))
+            for pair in (lines.own, lines.below, lines.above)
+        )
+        lower, upper = lines.constant
+        constant = torch.where(tiny, ends.lower, lower), torch.where(tiny, ends.upper, upper)
+        return NormLines(own, below, above, constant, lines.low, lines.high, self.rows)
+
+    def _lines(self, x: Bounds) -> NormLines:
+        """Lines over boxes of rows that stay above the floor."""
         count = x.lower.shape[-1]
         weight, eps = self._weight(count), torch.finfo(x.lower.dtype).eps
         lower, upper = x.lower, x.upper
@@ -296,3 +413,13 @@ def _instance_norm(tracing: Tracing, path: str, source: int, module: nn.Instance
     places = 2 if isinstance(module, nn.InstanceNorm2d) else 1
     source = normalise(tracing.append, path, source, Groups(0, places, path), module.eps, centered=True)
     return tracing.append(Scale(path, (source,), _OfChannels(module, places))) if module.affine else source
+
+
+@from_function("normalize")
+def _normalized(tracing: Tracing, node: fx.Node, source: int) -> int:
+    power, dim, eps, _ = options(tracing, node, p=2.0, dim=1, eps=1e-12, out=None)
+    if power != 2 or not isinstance(dim, int):
+        refuse(node, f"p={power}, dim={dim}", "p=2, one dim")
+    if not eps >= SMALLEST:
+        refuse(node, f"eps={eps}", f"a number >= {SMALLEST:g}")
+    return tracing.append(RowNorm(node.name, (source,), Along(dim, node.name), 0.0, mean=False, floor=float(eps)))
