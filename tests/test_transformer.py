@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.models as zoo
 from networks import Apply
 from test_new_operation import assert_bounded, assert_trains
 from torch import Tensor, nn
@@ -69,7 +70,28 @@ def through(m: nn.Module, x: Tensor) -> Tensor:
     return m.encoder(x)
 
 
+def back(forward):
+    """``forward`` of tokens whose batch is dimension 1."""
+    return lambda m, x: forward(m, x.transpose(0, 1)).transpose(0, 1)
+
+
+def by_hand(m: nn.Module, x: Tensor) -> Tensor:
+    """A block with the batch as dimension 1 throughout, from tokens (B, E, L) to their mean and the first one's sum."""
+    x = x.transpose(1, 2).permute(2, 0, 1)
+    x = x + m.attend(m.norm(x), m.norm(x), m.norm(x))[0]
+    x = F.dropout(x + torch.tanh(m.drop(m.linear(x))), 0.5, m.training)
+    return torch.cat([x.mean(0), x[0], x[-1], x.permute(1, 2, 0)[:, :, 0]], 1)
+
+
 NETWORKS = {
+    "an encoder of sequences first": lambda: network(
+        back(through),
+        encoder=nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12), 2, enable_nested_tensor=False),
+    ),
+    "attention of sequences first": lambda: network(back(whole), attend=nn.MultiheadAttention(8, 2)),
+    "sequences first by hand": lambda: network(
+        by_hand, attend=nn.MultiheadAttention(8, 2), norm=nn.LayerNorm(8), linear=nn.Linear(8, 8), drop=nn.Dropout(0.5)
+    ),
     "attention": lambda: network(whole, attend=attention()),
     "attention without bias": lambda: network(whole, attend=attention(bias=False)),
     "attention over others": lambda: network(
@@ -161,7 +183,19 @@ REFUSED = {
     "mask=mask": lambda: network(lambda m, x: m.encoder(x, mask=m.mask), encoder=encoder(), mask=MASK),
     "add_bias_kv=True": lambda: network(whole, attend=attention(add_bias_kv=True)),
     "add_zero_attn=True": lambda: network(whole, attend=attention(add_zero_attn=True)),
-    "batch_first=False": lambda: network(whole, attend=nn.MultiheadAttention(8, 2)),
+    "batch_first=False and the batch as dimension 0": lambda: network(whole, attend=nn.MultiheadAttention(8, 2)),
+    "batch_first=True and the batch as dimension 1": lambda: network(back(through), encoder=layer()),
+    "flatten at 'flatten': found a value whose batch is dimension 1": lambda: network(back(lambda m, x: x.flatten(1))),
+    "BatchNorm1d at 'norm': found a value whose batch is dimension 1": lambda: network(
+        back(lambda m, x: m.norm(x)), norm=nn.BatchNorm1d(2)
+    ),
+    "PReLU at 'slope': found a value whose batch is dimension 1": lambda: network(
+        back(lambda m, x: m.slope(x)), slope=nn.PReLU(4)
+    ),
+    "found the sizes (4, 2, 8) of a value from a batch of 2": lambda: network(back(lambda m, x: x * x.shape[1])),
+    "size at 'size_1': found a value whose batch is dimension 1": lambda: network(
+        lambda m, x: x.view(x.transpose(0, 1).size(0), 4, 8)
+    ),
     "2 dimensions": lambda: network(lambda m, x: m.attend(x[:, 0], x[:, 0], x[:, 0])[0], attend=attention()),
     "weights read": lambda: network(lambda m, x: x + m.attend(x, x, x, need_weights=False)[1], attend=attention()),
     "a weight that a hook computes": lambda: network(
@@ -230,3 +264,56 @@ def test_other_arguments_of_a_module_are_refused(words):
 def test_a_module_may_be_given_its_defaults(forward):
     model, images = network(forward, fc=nn.ConvTranspose1d(4, 4, 2, 2)), torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(compute_bounds(model, Interval.point(images)).center, model(images))
+
+
+def joined(forward, dim=1, **constants) -> nn.Module:
+    """Four tokens of four numbers, joined with constants."""
+    torch.manual_seed(0)
+
+    def run(m, x):
+        return m.last(torch.cat(forward(m, m.first(x.flatten(1)).view(x.size(0), 4, 4), x.size(0)), dim).flatten(1))
+
+    tensors = {name: nn.Parameter(torch.randn(shape)) for name, shape in constants.items()}
+    model = Apply(run, first=nn.Linear(64, 16), last=nn.LazyLinear(3), **tensors)
+    with torch.no_grad():
+        model(torch.rand(1, 1, 8, 8))
+    return model.eval()
+
+
+TOKENS = {
+    "one in front": lambda: joined(lambda m, x, n: [m.token.expand(n, -1, -1), x], token=(1, 1, 4)),
+    "behind": lambda: joined(lambda m, x, n: [x, m.token.expand(n, 2, 4)], dim=-2, token=(1, 1, 4)),
+    "around two": lambda: joined(
+        lambda m, x, n: [m.one.expand(n, 4, 1), m.one.expand(n, -1, -1), x, m.two.expand(n, -1, -1), -x, x], dim=2,
+        one=(1, 4, 1), two=(1, 4, 2),
+    ),
+}  # fmt: skip
+
+
+@walk("name", TOKENS)
+def test_constants_beside_values_are_enclosed(name):
+    model, images = TOKENS[name](), torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(fold(model, images.shape[1:])(images), model(images))
+    for epsilon in (0.0, 0.05):
+        assert_bounded(model.double(), images.double(), epsilon)
+
+
+def test_torchvisions_vision_transformer(tmp_path):
+    """A class token, positions, layer norms and GELU: bounds, and its export."""
+    torch.manual_seed(0)
+    model = zoo.VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=3).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    images = torch.rand(2, 3, 8, 8)
+    export_onnx(model, tmp_path / "model.onnx", images)
+    with torch.no_grad():
+        found, wanted = read_onnx(tmp_path / "model.onnx").module(images), model(images)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert_bounded(model.double(), images.double(), 1e-3)
+
+
+def test_constants_of_several_images_are_refused():
+    model = joined(lambda m, x, n: [x, m.token.expand(n, 4, 1)], dim=2, token=(1, 4, 1))
+    model.function = lambda m, x: torch.cat([x.flatten(1).view(x.size(0), 4, 16), m.token], 2)
+    model.token = nn.Parameter(torch.randn(3, 4, 1))
+    assert "cat at 'cat': found a constant of shape (3, 4, 1); accepted: one row" in refused(model)

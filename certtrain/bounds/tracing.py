@@ -23,7 +23,7 @@ from .graph import (
     signature,
 )
 from .network import Network, NetworkModule, ending_with
-from .operations import Input, Operation, Rearrangement, Scale, Sum, UnsupportedOperation
+from .operations import Input, Operation, Rearrangement, Scale, Sum, UnsupportedOperation, sequence_first
 from .operations.concat import concat, stack
 from .operations.options import OTHER_WAY
 from .operations.registry import (
@@ -39,6 +39,7 @@ from .operations.registry import (
     supported,
 )
 from .operations.scale import Coefficients
+from .operations.sequence_first import SequenceFirst
 from .wrappers import is_wrapper, unwrapped, with_computed_tensors
 
 
@@ -128,6 +129,7 @@ class _Tracing:
         self.model, self.tracer = model, Tracer(shape)
         self.operations: list[Operation] = []
         self.values: dict[fx.Node, Any] = {}
+        self.sequence_first = False
 
     def operations_of_model(self) -> tuple[Operation, ...]:
         """Trace the model.
@@ -182,7 +184,11 @@ class _Tracing:
         path, module = str(node.target), self.root.get_submodule(str(node.target))
         rule = call_rule_of(module)
         if rule is None:
-            return self.module(path, self.position(node, single_argument(node, path, module)), module)
+            argument = single_argument(node, path, module)
+            value = self.values.get(argument) if isinstance(argument, fx.Node) else None
+            if isinstance(value, SequenceFirst):
+                return sequence_first.module(self, path, value, module)
+            return self.module(path, self.position(node, argument), module)
         refuse_hidden_forward(path, module)
         return rule(self, node, path, with_computed_tensors(module))
 
@@ -202,12 +208,18 @@ class _Tracing:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         first = first_operand(node)
         value = self.values.get(first) if isinstance(first, fx.Node) else first
+        if isinstance(value, SequenceFirst):
+            return sequence_first.function(self, node, name.rstrip("_"), value)
         if name == "size" and node.args[1:] == (0,):
             return BatchSize()
         if name == "getitem" and isinstance(value, Pieces) and type(node.args[1]) is int:
             return self._piece(node.name, value, node.args[1])
         if name == "getitem" and isinstance(value, Several):
             return self._part(node, value)
+        if type(value) is int and isinstance(first, fx.Node):
+            moved = sequence_first.moved(self, node, name, value)
+            if moved is not None:
+                return moved
         if node.target in _ARITHMETIC or (
             node.op == "call_method" and name.rstrip("_") in ("add", "sub", "mul", "div")
         ):
@@ -225,7 +237,7 @@ class _Tracing:
     def _piece(self, path: str, pieces: Pieces, index: int) -> int:
         return self.append(Rearrangement(path, (pieces.source,), lambda x: pieces.function(x)[index]))
 
-    def _part(self, node: fx.Node, several: Several) -> int | None:
+    def _part(self, node: fx.Node, several: Several) -> Any:
         index, count = node.args[1], len(several.parts)
         if type(index) is not int or not -count <= index < count:
             raise UnsupportedOperation(f"{node.name!r}: found [{index}] of {count} results; accepted: one's number")
@@ -240,6 +252,8 @@ class _Tracing:
             raise UnsupportedOperation(
                 f"{node.name!r}: found options or computed values; accepted: a constant made of constants alone"
             )
+        if node.target == "expand":  # along the batch: one row stands for all
+            arguments = [1 if isinstance(argument, BatchSize) else argument for argument in arguments]
 
         def compute() -> Any:
             values = [a.value() if isinstance(a, Constant) else a for a in arguments]

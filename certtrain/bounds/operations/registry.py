@@ -17,10 +17,12 @@ class Tracing(Protocol):
 
     Args:
         operations: so far. values: by step of the graph the position of its output, a constant or a marker.
+        sequence_first: whether the module at hand is given its batch as dimension 1.
     """
 
     operations: list[Operation]
     values: dict[fx.Node, Any]
+    sequence_first: bool
 
     def append(self, operation: Operation) -> int:
         """Add an operation; returns its position."""
@@ -84,9 +86,9 @@ class Pieces:
 
 @dataclass(frozen=True, eq=False)
 class Several:
-    """The results of a call that gives several: functions that append each and return its position, when it is read."""
+    """The results of a call that gives several: functions that append each when it is read and return its value."""
 
-    parts: tuple[Callable[[], int], ...]
+    parts: tuple[Callable[[], Any], ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from .means import Reduction
 from .rearrangement import Selection
 from .registry import Several, Tracing, arguments, from_call, from_module
 from .relu import Relu
+from .sequence_first import SequenceFirst
 from .sum import Sum
 
 NO_MASKS: dict[str, Any] = {"key_padding_mask": None, "attn_mask": None, "is_causal": False}
@@ -77,9 +78,11 @@ def attend(
     if attention.bias_k is not None or attention.add_zero_attn:
         found = "add_zero_attn" if attention.add_zero_attn else "add_bias_kv"
         raise UnsupportedOperation(f"MultiheadAttention at {path!r}: found {found}=True; accepted: False")
-    if not attention.batch_first:
+    if attention.batch_first == tracing.sequence_first:
+        place = "1" if tracing.sequence_first else "0"
         raise UnsupportedOperation(
-            f"MultiheadAttention at {path!r}: found batch_first=False; accepted: True, which keeps the batch in front"
+            f"MultiheadAttention at {path!r}: found batch_first={attention.batch_first} and the batch as dimension "
+            f"{place}; accepted: both alike"
         )
     if computed(attention) or forward_pre_hooks(attention.out_proj):
         raise UnsupportedOperation(
@@ -107,8 +110,16 @@ def _attention(tracing: Tracing, node: fx.Node, path: str, module: nn.MultiheadA
         raise UnsupportedOperation(
             f"MultiheadAttention at {path!r}: found {', '.join(wrong)}; accepted: query, key and value without masks"
         )
-    sources = [tracing.position(node, given.get(name)) for name in ("query", "key", "value")]
-    output, share = attend(tracing, path, module, *sources)
+    parts = [given.get(name) for name in ("query", "key", "value")]
+    values = [tracing.values.get(part) if isinstance(part, fx.Node) else None for part in parts]
+    moved = all(isinstance(value, SequenceFirst) for value in values)
+    sources = [value.position if isinstance(value, SequenceFirst) and moved else tracing.position(node, part)
+               for value, part in zip(values, parts)]  # fmt: skip
+    tracing.sequence_first = moved
+    try:
+        output, share = attend(tracing, path, module, *sources)
+    finally:
+        tracing.sequence_first = False
 
     def weights() -> int:
         if given.get("need_weights", True) is not True:
@@ -117,7 +128,7 @@ def _attention(tracing: Tracing, node: fx.Node, path: str, module: nn.MultiheadA
             return share
         return tracing.append(Reduction(path, (share,), lambda x: x.mean(1), lambda shape: shape[0]))
 
-    return Several((lambda: output, weights))
+    return Several((lambda: SequenceFirst(output) if moved else output, weights))
 
 
 def _is_torchs(module: Any, kind: type[nn.Module]) -> bool:
