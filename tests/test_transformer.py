@@ -185,15 +185,17 @@ REFUSED = {
     "add_zero_attn=True": lambda: network(whole, attend=attention(add_zero_attn=True)),
     "batch_first=False and the batch as dimension 0": lambda: network(whole, attend=nn.MultiheadAttention(8, 2)),
     "batch_first=True and the batch as dimension 1": lambda: network(back(through), encoder=layer()),
-    "flatten at 'flatten': found a value whose batch is dimension 1": lambda: network(back(lambda m, x: x.flatten(1))),
-    "BatchNorm1d at 'norm': found a value whose batch is dimension 1": lambda: network(
+    "flatten at 'flatten': found a value whose batch is dimension 1 since 'transpose'": lambda: network(
+        back(lambda m, x: x.flatten(1))
+    ),
+    "BatchNorm1d at 'norm': found a value whose batch is dimension 1 since 'transpose'": lambda: network(
         back(lambda m, x: m.norm(x)), norm=nn.BatchNorm1d(2)
     ),
-    "PReLU at 'slope': found a value whose batch is dimension 1": lambda: network(
+    "PReLU at 'slope': found a value whose batch is dimension 1 since 'transpose'": lambda: network(
         back(lambda m, x: m.slope(x)), slope=nn.PReLU(4)
     ),
     "found the sizes (4, 2, 8) of a value from a batch of 2": lambda: network(back(lambda m, x: x * x.shape[1])),
-    "size at 'size_1': found a value whose batch is dimension 1": lambda: network(
+    "size at 'size_1': found a value whose batch is dimension 1 since 'transpose'": lambda: network(
         lambda m, x: x.view(x.transpose(0, 1).size(0), 4, 8)
     ),
     "2 dimensions": lambda: network(lambda m, x: m.attend(x[:, 0], x[:, 0], x[:, 0])[0], attend=attention()),

@@ -19,6 +19,7 @@ from certtrain.losses import Loss
 from certtrain.models import CifarResNet, PreActResNet, Vit, initialise_for_ibp, zero_branches
 from certtrain.models.initialisation import ends_of_branches
 from certtrain.step import Batch, State
+from certtrain.verifiers import Certify
 from certtrain.verifiers.onnx_network import read_onnx
 
 SMALL = Vit(patch=4, depth=2, width=8, heads=2)
@@ -121,6 +122,22 @@ def test_certification_decides_images():
         if verdict.status == "verified":
             points = image + 2e-3 * (2 * torch.rand(200, 1, 8, 8) - 1).sign()
             assert (model(points.clamp(0, 1)).argmax(1) == label).all()
+
+
+def test_its_inputs_are_split_where_they_are_few():
+    """Sixteen pixels: what linear bounds leave open is decided by halves of the box."""
+    torch.manual_seed(0)
+    model, split = Vit(patch=2, depth=1, width=8, heads=2, norm="batch").build((1, 4, 4), 10), Digits().load().train
+    images, labels = F.avg_pool2d(split.pixels(torch.arange(400)), 2), split.labels[:400]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    settings = Certify(stages=("ibp", "crown_ibp", "attack", "crown", "input_split"), timeout=60)
+    found = certtrain.certify(model.eval(), images[:12], labels[:12], 0.012, settings)
+    assert "input_split" in {verdict.stage for verdict in found}
+    assert {verdict.status for verdict in found} <= {"verified", "falsified", "misclassified"}
 
 
 @walk("fields, shape, words", [

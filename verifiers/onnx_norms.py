@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -111,9 +112,10 @@ def _mean_square(run: Construction, position: int, value: Value) -> tuple[float,
 
 def _reduction(operation: Operation) -> Callable[..., Tensor] | None:
     """torch.mean or torch.sum, if the operation is one over the last dimension of its input; else None."""
-    function = operation.function if isinstance(operation, AveragePool) else None
-    over_last = isinstance(function, partial) and function.keywords == {"dim": -1, "keepdim": True}
-    return function.func if over_last else None
+    function: Any = operation.function if isinstance(operation, AveragePool) else None
+    if isinstance(function, partial) and function.keywords == {"dim": -1, "keepdim": True}:
+        return cast(Any, function).func
+    return None
 
 
 def _centered(run: Construction, position: int, path: str) -> int:

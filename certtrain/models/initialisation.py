@@ -65,7 +65,10 @@ def zero_branches(model: nn.Module, shape: torch.Size | None = None) -> None:
             layer.bias.zero_()
 
 
-def ends_of_branches(model: nn.Module, shape: torch.Size | None = None) -> list[nn.Module]:
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def ends_of_branches(model: nn.Module, shape: torch.Size | None = None) -> list[Layer]:
     """The last layer with weights of each residual branch whose other summand is the block's own input; each once.
 
     It may be a batch norm. A branch that ends in an activation has none.
@@ -74,7 +77,7 @@ def ends_of_branches(model: nn.Module, shape: torch.Size | None = None) -> list[
     before: list[set[int]] = []
     for operation in operations:
         before.append(set(operation.inputs).union(*(before[read] for read in operation.inputs)))
-    found: dict[nn.Module, None] = {}
+    found: dict[Layer, None] = {}
     for operation in operations:
         if not isinstance(operation, Sum):
             continue
@@ -85,7 +88,7 @@ def ends_of_branches(model: nn.Module, shape: torch.Size | None = None) -> list[
     return list(found)
 
 
-def _last_layer(operations: tuple[Operation, ...], position: int) -> nn.Module | None:
+def _last_layer(operations: tuple[Operation, ...], position: int) -> Layer | None:
     operation = operations[position]
     while isinstance(operation, (Rearrangement, Dropout)):
         operation = operations[operation.inputs[0]]

@@ -21,7 +21,7 @@ from .piecewise import Abs, Clamp, Maximum, PiecewiseLinear, PRelu
 from .pooling import AveragePool, MaxPool
 from .product import Product, Quotient
 from .rearrangement import Copies, Rearrangement, Selection
-from .registry import from_function, from_module
+from .registry import from_call, from_function, from_module
 from .relu import LeakyRelu, Relu
 from .scale import Constants, Scale
 from .sigmoid import Sigmoid, Tanh
@@ -40,6 +40,6 @@ __all__ = [
     "Opaque", "Operation", "PRelu", "Piece", "PiecewiseLinear", "Power", "Product", "Projection", "Quotient",
     "Rearrangement", "Reciprocal", "Reduction", "Relu", "Resampling", "Round", "RowNorm", "ScalarCurve", "Scale",
     "Selection", "Selu", "Sigmoid", "Signum", "Silu", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Sum", "Tanh",
-    "ThresholdedRelu", "TransposedConvolution", "Unbounded", "UnsupportedOperation", "Weights", "from_function",
-    "from_module",
+    "ThresholdedRelu", "TransposedConvolution", "Unbounded", "UnsupportedOperation", "Weights", "from_call",
+    "from_function", "from_module",
 ]  # fmt: skip

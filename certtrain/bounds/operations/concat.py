@@ -88,7 +88,7 @@ class Bordered(LinearOperation):
                 if constant.shape[0] != 1:
                     raise UnsupportedOperation(
                         f"cat at {self.path!r}: found a constant of shape {tuple(constant.shape)}; accepted: one row, "
-                        "expanded to the batch's size"
+                        "expanded to the batch's size, or a computed value"
                     )
                 sizes = [constant.shape[dim] if number == dim else -1 for number in range(x.ndim)]
                 part = function(constant).to(x).expand(x.shape[0], *sizes[1:])
@@ -114,7 +114,8 @@ class Bordered(LinearOperation):
 
     def forward_lines(self, inputs: Sequence[InputLines], relaxation: Relaxation | None) -> InputLines:
         def around(x: Tensor) -> Tensor:
-            return self._joined(x.flatten(0, 1), torch.zeros_like).unflatten(0, x.shape[:2])
+            joined = self._joined(x.flatten(0, 1), torch.zeros_like)
+            return joined.reshape(*x.shape[:2], *joined.shape[1:])
 
         (x,) = inputs
         lines = InputLines(around(x.lower), around(x.upper))

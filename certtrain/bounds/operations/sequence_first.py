@@ -6,7 +6,7 @@ refused by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -30,9 +30,22 @@ ACCEPTED = (
 
 @dataclass(frozen=True, eq=False)
 class SequenceFirst:
-    """A value (L, B, …), held at ``position`` as (B, L, …)."""
+    """A value (L, B, …), held at ``position`` as (B, L, …).
+
+    Args:
+        moved_by: the step that moved its batch.
+    """
 
     position: int
+    moved_by: str
+
+    def holding(self, position: int) -> SequenceFirst:
+        """Another value, moved by the same step."""
+        return replace(self, position=position)
+
+    @property
+    def words(self) -> str:
+        return f"a value whose batch is dimension 1 since {self.moved_by!r}"
 
 
 def moved(tracing: Tracing, node: fx.Node, name: str, position: int) -> SequenceFirst | None:
@@ -40,7 +53,7 @@ def moved(tracing: Tracing, node: fx.Node, name: str, position: int) -> Sequence
     order = _order(tracing, node, name)
     if order is None or order[1] != 0:
         return None
-    return SequenceFirst(_permuted(tracing, node, position, [0, order[0], *order[2:]]))
+    return SequenceFirst(_permuted(tracing, node, position, [0, order[0], *order[2:]]), node.name)
 
 
 def _order(tracing: Tracing, node: fx.Node, name: str) -> list[int] | None:
@@ -78,13 +91,13 @@ def function(tracing: Tracing, node: fx.Node, name: str, value: SequenceFirst) -
     if name in ("add", "iadd") and len(node.args) == 2 and not node.kwargs:
         other = tracing.values.get(node.args[1]) if isinstance(node.args[1], fx.Node) else None
         if isinstance(other, SequenceFirst):
-            return SequenceFirst(tracing.append(Sum(node.name, (value.position, other.position))))
+            return value.holding(tracing.append(Sum(node.name, (value.position, other.position))))
     if name in FUNCTIONS:
         before = len(tracing.operations)
         found = FUNCTIONS[name](tracing, node, value.position)
         if found == value.position or _is_one_entrywise(tracing, before, name == "dropout"):
-            return SequenceFirst(found)
-    refuse(node, "a value whose batch is dimension 1", ACCEPTED)
+            return value.holding(found)
+    refuse(node, value.words, ACCEPTED)
 
 
 def _is_one_entrywise(tracing: Tracing, before: int, drops: bool) -> bool:
@@ -98,14 +111,13 @@ def module(tracing: Tracing, path: str, value: SequenceFirst, layer: nn.Module) 
     if isinstance(layer, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
         tracing.sequence_first = True
         try:
-            return SequenceFirst(tracing.module(path, value.position, layer))
+            return value.holding(tracing.module(path, value.position, layer))
         finally:
             tracing.sequence_first = False
     along = isinstance(layer, ALONG_FEATURES) and len(getattr(layer, "normalized_shape", (0,))) == 1
     before, found = len(tracing.operations), tracing.module(path, value.position, layer)
     if along or found == value.position or _is_one_entrywise(tracing, before, type(layer) is nn.Dropout):
-        return SequenceFirst(found)
+        return value.holding(found)
     raise UnsupportedOperation(
-        f"{type(layer).__name__} at {path!r}: found a value whose batch is dimension 1; accepted: {ACCEPTED}; "
-        f"{OTHER_WAY}"
+        f"{type(layer).__name__} at {path!r}: found {value.words}; accepted: {ACCEPTED}; {OTHER_WAY}"
     )

@@ -39,14 +39,16 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        owner, width = self.attention, self.attention.embed_dim
+        owner: Any = self.attention
+        width = self.attention.embed_dim
         if owner.in_proj_weight is not None:
             return owner.in_proj_weight[self.part * width : (self.part + 1) * width]
         return (owner.q_proj_weight, owner.k_proj_weight, owner.v_proj_weight)[self.part]
 
     @property
     def bias(self) -> Tensor | None:
-        bias, width = self.attention.in_proj_bias, self.attention.embed_dim
+        owner: Any = self.attention
+        bias, width = owner.in_proj_bias, self.attention.embed_dim
         return None if bias is None else bias[self.part * width : (self.part + 1) * width]
 
 
@@ -58,7 +60,7 @@ def _heads(path: str, count: int) -> Callable[[Tensor], Tensor]:
             raise UnsupportedOperation(
                 f"MultiheadAttention at {path!r}: found {x.ndim} dimensions; accepted: (B, tokens, features)"
             )
-        return x.unflatten(-1, (count, -1)).transpose(1, 2)
+        return torch.unflatten(x, -1, (count, -1)).transpose(1, 2)
 
     return apart
 
@@ -89,7 +91,8 @@ def attend(
             f"MultiheadAttention at {path!r}: found a weight that a hook computes; accepted: "
             "torch.nn.utils.parametrizations"
         )
-    apart = _heads(path, attention.num_heads)
+    heads: int = attention.num_heads
+    apart = _heads(path, heads)
     parts: list[int] = []
     for number, source in enumerate((query, key, value)):
         projected = tracing.append(Dense(path, (source,), Projection(attention, number)))
@@ -112,10 +115,10 @@ def _attention(tracing: Tracing, node: fx.Node, path: str, module: nn.MultiheadA
         )
     parts = [given.get(name) for name in ("query", "key", "value")]
     values = [tracing.values.get(part) if isinstance(part, fx.Node) else None for part in parts]
-    moved = all(isinstance(value, SequenceFirst) for value in values)
-    sources = [value.position if isinstance(value, SequenceFirst) and moved else tracing.position(node, part)
-               for value, part in zip(values, parts)]  # fmt: skip
-    tracing.sequence_first = moved
+    held = [value for value in values if isinstance(value, SequenceFirst)]
+    moved = held[0] if len(held) == len(values) else None
+    sources = [value.position for value in held] if moved else [tracing.position(node, part) for part in parts]
+    tracing.sequence_first = moved is not None
     try:
         output, share = attend(tracing, path, module, *sources)
     finally:
@@ -128,7 +131,7 @@ def _attention(tracing: Tracing, node: fx.Node, path: str, module: nn.MultiheadA
             return share
         return tracing.append(Reduction(path, (share,), lambda x: x.mean(1), lambda shape: shape[0]))
 
-    return Several((lambda: SequenceFirst(output) if moved else output, weights))
+    return Several((lambda: output if moved is None else moved.holding(output), weights))
 
 
 def _is_torchs(module: Any, kind: type[nn.Module]) -> bool:
