@@ -262,6 +262,7 @@ def test_other_arguments_of_a_module_are_refused(words):
     lambda m, x: m.fc(input=x)[..., :8],
     lambda m, x: m.fc(x, None)[..., :8],
     lambda m, x: m.fc(x, output_size=None)[..., :8],
+    lambda m, x: m.fc(output_size=None, input=x)[..., :8],
 ])  # fmt: skip
 def test_a_module_may_be_given_its_defaults(forward):
     model, images = network(forward, fc=nn.ConvTranspose1d(4, 4, 2, 2)), torch.rand(2, 1, 8, 8)

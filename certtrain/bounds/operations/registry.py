@@ -159,9 +159,18 @@ def _nearest(module: nn.Module) -> Any:
     return next((kind for kind in type(module).__mro__ if kind in MODULES or kind in CALLS), None)
 
 
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of a module's forward; none if it cannot be inspected, as those of TorchScript."""
+    try:
+        found = inspect.signature(type(module).forward).parameters
+    except (AttributeError, TypeError, ValueError):
+        return {}
+    return {name: found[name] for name in [*found][1:]}
+
+
 def arguments(node: fx.Node, module: nn.Module) -> dict[str, Any]:
     """The arguments that a step passes to a module, by the names that its forward gives them."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    names = list(_parameters(module))
     names += [f"argument {number}" for number in range(len(names), len(node.args))]
     return dict(zip(names, node.args)) | node.kwargs
 
@@ -173,8 +182,11 @@ def single_argument(node: fx.Node, path: str, module: nn.Module) -> Any:
         UnsupportedOperation: another argument differs from its default in the module's forward.
     """
     given = arguments(node, module)
-    parameters = inspect.signature(type(module).forward).parameters
-    for name, value in [*given.items()][1:]:
+    parameters = _parameters(module)
+    first = next((name for name in (*parameters, *given) if name in given), "")
+    for name, value in given.items():
+        if name == first:
+            continue
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
         if type(value) is not type(default) or value != default:
             found = value if isinstance(value, (fx.Node, bool, int, float, str)) else type(value).__name__
@@ -182,7 +194,7 @@ def single_argument(node: fx.Node, path: str, module: nn.Module) -> Any:
             raise UnsupportedOperation(
                 f"{type(module).__name__} at {path!r}: found {name}={found}; accepted: its input alone{left}"
             )
-    return next(iter(given.values()), None)
+    return given.get(first)
 
 
 def number(node: fx.Node, place: int, name: str, missing: float | None = None) -> float:
