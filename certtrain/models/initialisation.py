@@ -50,9 +50,9 @@ def zero_branches(model: nn.Module, shape: torch.Size | None = None) -> None:
     """Set the last layer of every residual branch, weight and bias, to 0: each block begins as the identity.
 
     A branch behind a norm widens boxes by a factor that no scale of its weights changes, and the factors of all blocks
-    multiply: from Shi et al.'s weights alone normalised residual nets do not learn. The first layers do not see this
-    factor while branches are 0, and training lets them grow as far as the loss allows (``docs/training.md`` has
-    figures). The idea is that of Fixup (arXiv 1901.09321) and ReZero (arXiv 2003.04887), for signals.
+    multiply: from Shi et al.'s weights alone such nets learn late, or not at all. Branches of 0 have no such factor;
+    training lets them grow as far as the loss allows (``docs/training.md`` has figures). Fixup (arXiv 1901.09321) and
+    ReZero (arXiv 2003.04887) do so for signals.
 
     Args:
         shape: of one image, for models whose forward reads sizes.
