@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import Apply
 from test_new_operation import assert_bounded
 from test_products import assert_enclosed, boxes, points
@@ -13,7 +14,7 @@ from walking import walk
 
 from certtrain.bounds import Bounds, Interval, LinfBall, Network, UnsupportedOperation, compute_bounds
 from certtrain.bounds.folding import fold
-from certtrain.bounds.operations import Centering, Input, RowNorm
+from certtrain.bounds.operations import Centering, CenteringOnce, Input, RowNorm
 from certtrain.bounds.operations.rows import LastOnes
 from certtrain.bounds.relaxation import InputLines
 
@@ -90,13 +91,14 @@ def test_networks_with_it_train(name):
 
 
 @walk("dtype", [torch.float32, torch.float64])
-@walk("mean, eps", [(True, 1e-5), (False, 1e-5), (True, 1.0)])
+@walk("mean, eps, floor", [(True, 1e-5, 0.0), (False, 1e-5, 0.0), (True, 1.0, 0.0), (False, 0.0, 1e-12),
+                           (False, 0.0, 0.5)])  # fmt: skip
 @walk("width", [1, 2, 4])
-def test_lines_around_every_switch(mean, eps, width, dtype):
+def test_lines_around_every_switch(mean, eps, floor, width, dtype):
     parts = boxes(width, dtype)
     bounds = Bounds(torch.cat([x.lower for x in parts], 1), torch.cat([x.upper for x in parts], 1))
     at = [[torch.cat(inputs, 1)] for inputs in points(parts, 10)]
-    squares, scaled = RowNorm("here", (0,), LastOnes(1), eps, mean).parts(0)
+    squares, scaled = RowNorm("here", (0,), LastOnes(1), eps, mean, floor).parts(0)
     network = Network((Input("input", ()), squares, replace(scaled, inputs=(0, 1))))
     assert_enclosed(squares, [bounds], at)
     interval = squares.interval(bounds.interval()).bounds()
@@ -118,7 +120,9 @@ def test_lines_around_every_switch(mean, eps, width, dtype):
             slack = torch.finfo(dtype).eps * value.abs()
             inside = (box.lower.double() - slack <= value) & (value <= box.upper.double() + slack)
             assert inside[known & box.radius.isfinite()].all()
-            room = (1e-12 if dtype == torch.float64 else 1e-5) * (1 + value.abs() + x.double().abs() / eps**0.5)
+            room = (1e-12 if dtype == torch.float64 else 1e-5) * (
+                1 + value.abs() + x.double().abs() / (floor or eps**0.5)
+            )
             assert ((ahead.lower[:, -1] <= value + room) & (ahead.upper[:, -1] >= value - room))[known].all()
 
 
@@ -129,6 +133,79 @@ def test_sizes_of_squares_and_of_what_they_divide(mean):
     assert squares.peak(huge).isinf().all()  # rows of numbers whose squares overflow
     assert (scaled.magnitude(x.abs(), squares.peak(x.abs())) >= scaled(x, squares(x)).abs()).all()
     assert (scaled.magnitude(huge, squares(huge)) <= 3).all()
+
+
+@walk("floor", [1e-3, 0.5])
+def test_lines_of_floored_norms(floor):
+    """Rows far above the floor, around it, and of zeros."""
+    torch.manual_seed(0)
+    norm = RowNorm("here", (0,), LastOnes(1), 0.0, False, floor)
+    squares, scaled = norm.parts(0)
+    size = torch.tensor([0.0, 0.3, 0.9, 1.0, 1.1, 1.5, 3.0, 100.0], dtype=torch.float64) * floor
+    center = torch.randn(30, 8, 5, dtype=torch.float64)
+    center = center / center.norm(dim=-1, keepdim=True) * size[:, None]
+    x = Interval(center, torch.rand_like(center) * size[:, None].clamp(min=floor / 9) * torch.rand(30, 1, 1).double())
+    bounds, q = x.bounds(), squares.interval(x)
+    planes, lines = scaled.relax(bounds, q.bounds()), squares.relax(bounds)
+    mixed = scaled.relax(bounds, q.bounds(), alpha=torch.rand_like(center))
+    box, whole = scaled.interval(x, q), norm.interval(x)
+    forms = torch.cat([torch.eye(40), -torch.eye(40)]).double().reshape(1, 80, 8, 5).expand(30, -1, -1, -1)
+    for share in (*torch.rand(6), -1.0, 1.0):
+        point = center + x.radius * (share if abs(share) == 1 else 2 * torch.rand_like(center) - 1)
+        with_floor, without = norm(point), F.normalize(point, dim=-1, eps=1e-300)
+        torch.testing.assert_close(with_floor, F.normalize(point, dim=-1, eps=floor))
+        for value in (with_floor, without):
+            for ends in (box, whole):
+                assert (ends.lower <= value + 1e-12).all() and (value <= ends.upper + 1e-12).all()
+            for relaxation in (planes, mixed):
+                (through, of_squares), constants = relaxation.backward(forms, forms.new_zeros(30, 80))
+                (more,), constants = lines.backward(of_squares, constants)
+                bound = constants + ((through + more) * point.unsqueeze(1)).flatten(2).sum(-1)
+                assert (bound <= (forms * value.unsqueeze(1)).flatten(2).sum(-1) + 1e-12).all()
+
+
+def euclidean(**options) -> nn.Module:
+    """Rows of eight, some of them close to 0, divided by their norms."""
+    torch.manual_seed(0)
+    factors = torch.tensor([1.0, 1e-2, 1e-6, 1.0]).reshape(4, 1)
+    return Apply(
+        lambda m, x: m.last(F.normalize(m.first(x.flatten(1)).view(x.size(0), 4, 8) * m.factors, **options).flatten(1)),
+        first=nn.Linear(64, 32), last=nn.Linear(32, 3), factors=factors,
+    )  # fmt: skip
+
+
+@walk("options", [{"dim": -1}, {"dim": 1, "eps": 1e-3}, {"p": 2, "dim": 2, "eps": 5.0}])
+def test_euclidean_norms(options):
+    model, images = euclidean(**options).eval(), torch.rand(3, 1, 8, 8)
+    images[0] = 0
+    torch.testing.assert_close(fold(model, images.shape[1:])(images), model(images), rtol=0, atol=1e-6)
+    for epsilon in (0.0, 1e-3, 0.05):
+        assert_bounded(model.double(), images.double(), epsilon)
+
+
+@walk("options, words", [({"p": 1}, "p=1"), ({"dim": (1, 2)}, "dim="), ({"eps": 0.0}, "eps=0.0")])
+def test_other_norms_are_refused(options, words):
+    with pytest.raises(UnsupportedOperation, match=f"normalize at 'normalize': found.*{words}.*; accepted: "):
+        compute_bounds(euclidean(**options).eval(), Interval.box(torch.rand(2, 1, 8, 8), 0.1))
+
+
+@walk("dtype", [torch.float32, torch.float64])
+def test_rows_minus_their_means_are_enclosed_with_float32s_roundings(dtype):
+    torch.manual_seed(0)
+    operation = CenteringOnce("here", (0,), LastOnes(1))
+    center = torch.cat([torch.randn(20, 1, 1) * 1000 + torch.zeros(20, 2, 48), torch.randn(20, 2, 48)]).to(dtype)
+    x = Interval(center, torch.rand(40, 2, 1, dtype=dtype).expand_as(center) * 1e-5)
+    at = [[(x.center + x.radius * (2 * torch.rand_like(center) - 1)).to(dtype)] for _ in range(20)]
+    assert_enclosed(operation, [Bounds(x.lower, x.upper)], at)
+    found = operation.interval(x)
+    for (point,) in at:
+        for order in (torch.arange(48), torch.randperm(48)):
+            total = point[..., 0].float() * 0
+            for place in order:
+                total = total + point[..., place].float()
+            value = point.float() - (total / 48).unsqueeze(-1)
+            inside = (found.lower.double() <= value.double()) & (value.double() <= found.upper.double())
+            assert inside[:20].all()  # points of the rest are rounded to float32 on their way
 
 
 def test_intervals_are_exact():

@@ -610,6 +610,13 @@ def test_the_supported_layers_are_what_the_message_says():
         "Softmax": nn.Softmax(1),
         "LogSoftmax": nn.LogSoftmax(1), "LayerNorm": nn.LayerNorm(4), "RMSNorm": nn.RMSNorm(4, eps=1e-5),
         "GroupNorm": nn.GroupNorm(2, 4), "InstanceNorm1d": nn.InstanceNorm1d(2), "InstanceNorm2d": nn.InstanceNorm2d(2),
+        "MultiheadAttention": Apply(
+            lambda m, x: m.layer(x, x, x)[0], layer=nn.MultiheadAttention(4, 2, batch_first=True)
+        ),
+        "TransformerEncoderLayer": nn.TransformerEncoderLayer(4, 2, 4, batch_first=True),
+        "TransformerEncoder": nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1, enable_nested_tensor=False
+        ),
     }  # fmt: skip
     with pytest.raises(UnsupportedOperation) as raised:
         trace(nn.Sequential(nn.LogSigmoid()))

@@ -34,25 +34,25 @@ def product(step: OnnxStep) -> Value | None:
     for own, other in ((0, 1), (1, 0)):
         for kind, gain, position in _gates(step.run, step.value(own).position, step.value(other).position):
             done = step.append(KINDS[kind], Value(position, step.shape), step.shape)
-            return done if _near(gain, 1.0) else step.scaled(done, gain, 0.0)
+            return done if near(gain, 1.0) else step.scaled(done, gain, 0.0)
     return None
 
 
 def _gates(run: Construction, own: int, gate: int) -> Iterator[tuple[str, float, int]]:
     """Yield (kind, gain, position): the product is gain times that activation of the value at ``position``."""
-    factors = {position: factor for factor, shift, position in _chain(run, own) if shift == 0}
-    for factor, shift, position in _chain(run, gate):
+    factors = {position: factor for factor, shift, position in chain(run, own) if shift == 0}
+    for factor, shift, position in chain(run, gate):
         node = run.operations[position]
         function = _function(node)
-        for inner, offset, read in _chain(run, node.inputs[0]) if function else ():
+        for inner, offset, read in chain(run, node.inputs[0]) if function else ():
             gain = factor * factors.get(read, math.nan)
             if offset != 0 or math.isnan(gain):
                 continue
             if function == "sigmoid" and inner == 1 and shift == 0:
                 yield "silu", gain, read
-            if function == "erf" and _near(inner, math.sqrt(0.5)) and _near(shift, factor):
+            if function == "erf" and near(inner, math.sqrt(0.5)) and near(shift, factor):
                 yield "gelu", 2 * gain, read
-        if function == "tanh" and _near(shift, factor):
+        if function == "tanh" and near(shift, factor):
             read = _cubic(run, node.inputs[0])
             if read in factors:
                 yield "gelu_tanh", 2 * factor * factors[read], read
@@ -60,15 +60,15 @@ def _gates(run: Construction, own: int, gate: int) -> Iterator[tuple[str, float,
 
 def _cubic(run: Construction, position: int) -> int | None:
     """The position of x if sqrt(2 / pi) (x + 0.044715 x^3) is at ``position``; else None."""
-    for factor, shift, place in _chain(run, position):
+    for factor, shift, place in chain(run, position):
         node = run.operations[place]
-        if not (isinstance(node, Sum) and node.sign == 1 and shift == 0 and _near(factor, math.sqrt(2 / math.pi))):
+        if not (isinstance(node, Sum) and node.sign == 1 and shift == 0 and near(factor, math.sqrt(2 / math.pi))):
             continue
         for read, other in (node.inputs, node.inputs[::-1]):
-            for cube, more, at in _chain(run, other):
+            for cube, more, at in chain(run, other):
                 power = run.operations[at]
                 cubed = isinstance(power, Power) and power.exponent == 3 and power.inputs == (read,)
-                if cubed and more == 0 and _near(cube, 0.044715):
+                if cubed and more == 0 and near(cube, 0.044715):
                     return read
     return None
 
@@ -77,7 +77,7 @@ def _function(operation: Operation) -> str | None:
     return operation.kind if isinstance(operation, Entrywise) else None
 
 
-def _chain(run: Construction, position: int) -> Iterator[tuple[float, float, int]]:
+def chain(run: Construction, position: int) -> Iterator[tuple[float, float, int]]:
     """Yield (factor, shift, place): the value at ``position`` is factor * (value at ``place``) + shift; for every place
     on the way back through products and sums with single numbers."""
     factor, shift = 1.0, 0.0
@@ -91,5 +91,5 @@ def _chain(run: Construction, position: int) -> Iterator[tuple[float, float, int
         yield factor, shift, position
 
 
-def _near(value: float, wanted: float) -> bool:
+def near(value: float, wanted: float) -> bool:
     return abs(value - wanted) <= TOLERANCE * abs(wanted)

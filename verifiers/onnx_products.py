@@ -27,7 +27,7 @@ from ..bounds.operations import (
 from ..bounds.operations.extremes import largest
 from ..bounds.operations.rows import Along, LastOnes
 from ..typed import as_ints, broadcast_shape
-from . import onnx_gates
+from . import onnx_gates, onnx_norms
 from .onnx_steps import OnnxStep, Value, numbers
 
 
@@ -36,6 +36,8 @@ def arithmetic(step: OnnxStep) -> Value:
     kind = step.node.op_type
     if kind == "Mul" and (activated := onnx_gates.product(step)) is not None:
         return activated
+    if kind in ("Mul", "Div") and (normalised := onnx_norms.divided(step)) is not None:
+        return normalised
     values = [step.value(0), step.value(1)]
     if kind == "Mul" and values[0] == values[1]:
         return step.append(Power, values[0], step.shape, 2.0)

@@ -8,7 +8,7 @@ from .l1 import L1Ball
 from .l2 import L2Ball
 from .linf import LinfBall
 from .network import Network, NetworkModule, Statistics, UnsupportedOperation
-from .operations import BatchStatistics, Operation, from_function, from_module
+from .operations import BatchStatistics, Operation, from_call, from_function, from_module
 from .parts import Halves, split
 from .perturbation import NormBall, PerturbationSet
 from .region import Box, Region
@@ -20,6 +20,6 @@ __all__ = [
     "Activity", "BatchStatistics", "Bounds", "Box", "Forward", "Halves", "Interval", "L1Ball", "L2Ball", "LinfBall",
     "Network", "NetworkModule", "NormBall", "Operation", "PerturbationSet", "Region", "SparseBall", "Statistics",
     "UnsupportedOperation", "check_faithful", "check_one_image", "checked_logits", "compute_activity", "compute_bounds",
-    "compute_margins", "compute_rows", "forward", "from_function", "from_module", "size_name", "sized", "split",
-    "trace",
+    "compute_margins", "compute_rows", "forward", "from_call", "from_function", "from_module", "size_name", "sized",
+    "split", "trace",
 ]  # fmt: skip

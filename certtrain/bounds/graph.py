@@ -27,7 +27,7 @@ from ..typed import (
     named_modules,
 )
 from .operations.base import UnsupportedOperation
-from .operations.registry import MODULES
+from .operations.registry import CALLS, MODULES
 from .wrappers import computed
 
 
@@ -126,6 +126,8 @@ IN_PLACE = {name: getattr(operator, name) for name in ("iadd", "isub", "imul", "
 
 
 _TRACING = threading.RLock()
+_PROBES = 2
+"""Images in the batch by which sizes are found."""
 
 
 class _Sizes(Sequence[Any]):
@@ -262,14 +264,20 @@ class Tracer(fx.Tracer):
         ]
 
     def shape_of(self, node: fx.Node) -> torch.Size:
-        """The shape of a step's value for a batch of two.
+        """The shape of a step's value for a batch of ``_PROBES`` images.
 
         Raises:
-            UnsupportedOperation: the images' shape is not known.
+            UnsupportedOperation: the images' shape is not known; the batch is not the value's first dimension.
         """
         if self._shape is None:
             raise UnsupportedOperation("found a forward that reads sizes; accepted: trace(model, shape of one image)")
-        return self._value_of(node).shape
+        shape = self._value_of(node).shape
+        if shape[:1] != (_PROBES,) and _reads_images(node):
+            raise UnsupportedOperation(
+                f"{node.name!r}: found the sizes {tuple(shape)} of a value from a batch of {_PROBES}; accepted: of "
+                "values whose first dimension is the batch"
+            )
+        return shape
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """The results of a function that gives several, which forward unpacks or loops over."""
@@ -281,7 +289,7 @@ class Tracer(fx.Tracer):
 
     @torch.no_grad()
     def _value_of(self, node: fx.Node) -> Any:
-        """A step's value for a batch of two images of zeros, found by running the steps so far."""
+        """A step's value for a batch of ``_PROBES`` images of zeros, found by running the steps so far."""
         assert self._shape is not None
         self.sized, self._evaluates = True, True
         try:
@@ -303,7 +311,7 @@ class Tracer(fx.Tracer):
                     return node.args[0] if node.args else None
                 tensors = (*self.root.parameters(), *self.root.buffers())
                 like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
-                return like.new_zeros(2, *shape)
+                return like.new_zeros(_PROBES, *shape)
             case "get_attr":
                 return operator.attrgetter(target)(self.root)
             case "call_module":
@@ -314,10 +322,22 @@ class Tracer(fx.Tracer):
                 return target(*arguments, **keywords)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in MODULES or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in MODULES or type(m) in CALLS or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+
+def _reads_images(node: fx.Node) -> bool:
+    """Whether a step depends on the model's input."""
+    todo, seen = [node], {node}
+    while todo:
+        step = todo.pop()
+        if step.op == "placeholder":
+            return True
+        todo += [one for one in step.all_input_nodes if one not in seen]
+        seen.update(step.all_input_nodes)
+    return False
 
 
 def first_operand(node: fx.Node) -> Any:

@@ -23,7 +23,7 @@ from .graph import (
     signature,
 )
 from .network import Network, NetworkModule, ending_with
-from .operations import Input, Operation, Rearrangement, Reciprocal, Scale, Sum, UnsupportedOperation
+from .operations import Input, Operation, Rearrangement, Reciprocal, Scale, Sum, UnsupportedOperation, sequence_first
 from .operations.concat import concat, stack
 from .operations.masks import where
 from .operations.options import OTHER_WAY, refuse
@@ -33,11 +33,15 @@ from .operations.registry import (
     Constant,
     EvaluationMode,
     Pieces,
+    Several,
     WithPlaces,
+    call_rule_of,
     rule_of,
+    single_argument,
     supported,
-)  # fmt: skip
+)
 from .operations.scale import Coefficients
+from .operations.sequence_first import SequenceFirst
 from .wrappers import is_wrapper, unwrapped, with_computed_tensors
 
 
@@ -127,6 +131,7 @@ class _Tracing:
         self.model, self.tracer = model, Tracer(shape)
         self.operations: list[Operation] = []
         self.values: dict[fx.Node, Any] = {}
+        self.sequence_first = False
 
     def operations_of_model(self) -> tuple[Operation, ...]:
         """Trace the model.
@@ -177,12 +182,23 @@ class _Tracing:
         self.operations.append(operation)
         return len(self.operations) - 1
 
-    def _module(self, node: fx.Node) -> int:
+    def _module(self, node: fx.Node) -> Any:
         path, module = str(node.target), self.root.get_submodule(str(node.target))
+        rule = call_rule_of(module)
+        if rule is None:
+            argument = single_argument(node, path, module)
+            value = self.values.get(argument) if isinstance(argument, fx.Node) else None
+            if isinstance(value, SequenceFirst):
+                return sequence_first.module(self, path, value, module)
+            return self.module(path, self.position(node, argument), module)
         refuse_hidden_forward(path, module)
-        source = self.position(node, first_operand(node))
+        return rule(self, node, path, with_computed_tensors(module))
+
+    def module(self, path: str, source: int, module: nn.Module) -> int:
+        refuse_hidden_forward(path, module)
+        own = self.tracer.is_leaf_module(module, path)  # else its class may have another forward than the rule's
         module = with_computed_tensors(module)
-        rule = rule_of(module)
+        rule = rule_of(module) if own else None
         position = None if rule is None else rule(self, path, source, module)
         if position is None:
             raise UnsupportedOperation(
@@ -194,6 +210,8 @@ class _Tracing:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         first = first_operand(node)
         value = self.values.get(first) if isinstance(first, fx.Node) else first
+        if isinstance(value, SequenceFirst):
+            return sequence_first.function(self, node, name.rstrip("_"), value)
         if name == "size" and node.args[1:] == (0,):
             return BatchSize()
         if name == "getitem" and isinstance(value, Pieces) and type(node.args[1]) is int:
@@ -202,6 +220,12 @@ class _Tracing:
             if (name, *node.args[1:2]) in (("getitem", 0), ("getattr", "values")):
                 return value.position
             refuse(node, "the places of extreme entries", "their values")
+        if name == "getitem" and isinstance(value, Several):
+            return self._part(node, value)
+        if type(value) is int and isinstance(first, fx.Node):
+            moved = sequence_first.moved(self, node, name, value)
+            if moved is not None:
+                return moved
         if node.target in _ARITHMETIC or (
             node.op == "call_method" and name.rstrip("_") in ("add", "sub", "mul", "div")
         ):
@@ -221,6 +245,12 @@ class _Tracing:
     def _piece(self, path: str, pieces: Pieces, index: int) -> int:
         return self.append(Rearrangement(path, (pieces.source,), lambda x: pieces.function(x)[index]))
 
+    def _part(self, node: fx.Node, several: Several) -> Any:
+        index, count = node.args[1], len(several.parts)
+        if type(index) is not int or not -count <= index < count:
+            raise UnsupportedOperation(f"{node.name!r}: found [{index}] of {count} results; accepted: one's number")
+        return several.parts[index]() if node.users else None
+
     def _computed(self, node: fx.Node) -> Constant:
         """A constant computed from constants, evaluated at each use because buffers may change."""
         arguments = [self.values[a] if isinstance(a, fx.Node) else a for a in node.args]
@@ -230,6 +260,8 @@ class _Tracing:
             raise UnsupportedOperation(
                 f"{node.name!r}: found options or computed values; accepted: a constant made of constants alone"
             )
+        if node.target == "expand":  # along the batch: one row stands for all
+            arguments = [1 if isinstance(argument, BatchSize) else argument for argument in arguments]
 
         def compute() -> Any:
             values = [a.value() if isinstance(a, Constant) else a for a in arguments]

@@ -1,11 +1,11 @@
-"""Shi et al.'s initialisation for training with interval bounds (arXiv 2103.17268)."""
+"""Initialisations for training with interval bounds: Shi et al.'s (arXiv 2103.17268), and residual branches of 0."""
 
 import math
 
 import torch
 from torch import nn
 
-from ..bounds.operations import Affine, BatchNorm, Entrywise, Sum
+from ..bounds.operations import Affine, BatchNorm, Dropout, Entrywise, Operation, Rearrangement, Sum
 from ..bounds.tracing import trace
 
 
@@ -43,3 +43,56 @@ def fed_by_sums(model: nn.Module, shape: torch.Size | None = None) -> list[nn.Li
         if isinstance(source, Sum):
             found[operation.layer] = None
     return list(found)
+
+
+@torch.no_grad()
+def zero_branches(model: nn.Module, shape: torch.Size | None = None) -> None:
+    """Set the last layer of every residual branch, weight and bias, to 0: each block begins as the identity.
+
+    A branch behind a norm widens boxes by a factor that no scale of its weights changes, and the factors of all blocks
+    multiply: from Shi et al.'s weights alone such nets learn late, or not at all. Branches of 0 have no such factor;
+    training lets them grow as far as the loss allows (``docs/training.md`` has figures). Fixup (arXiv 1901.09321) and
+    ReZero (arXiv 2003.04887) do so for signals.
+
+    Args:
+        shape: of one image, for models whose forward reads sizes.
+    Raises:
+        UnsupportedOperation: the model has an operation that cannot be bounded.
+    """
+    for layer in ends_of_branches(model, shape):
+        layer.weight.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def ends_of_branches(model: nn.Module, shape: torch.Size | None = None) -> list[Layer]:
+    """The last layer with weights of each residual branch whose other summand is the block's own input; each once.
+
+    It may be a batch norm. A branch that ends in an activation has none.
+    """
+    operations = trace(model, shape).operations
+    before: list[set[int]] = []
+    for operation in operations:
+        before.append(set(operation.inputs).union(*(before[read] for read in operation.inputs)))
+    found: dict[Layer, None] = {}
+    for operation in operations:
+        if not isinstance(operation, Sum):
+            continue
+        for branch, shortcut in (operation.inputs, operation.inputs[::-1]):
+            layer = _last_layer(operations, branch) if shortcut in before[branch] else None
+            if layer is not None:
+                found[layer] = None
+    return list(found)
+
+
+def _last_layer(operations: tuple[Operation, ...], position: int) -> Layer | None:
+    operation = operations[position]
+    while isinstance(operation, (Rearrangement, Dropout)):
+        operation = operations[operation.inputs[0]]
+    if isinstance(operation, BatchNorm):
+        return operation.norm if operation.norm.affine else None
+    layer = operation.layer if isinstance(operation, Affine) else None
+    return layer if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) else None

@@ -107,7 +107,8 @@ class Training:
         schedule: the ramp of epsilon.
         epsilon_multiplier: multiple of the recipe's epsilon at the end of the ramp, for bounds and attack; evaluations
             always use the recipe's own.
-        initialisation: ``shi`` (for interval bounds) or torch's ``default``.
+        initialisation: ``shi`` (for interval bounds), ``shi_residual`` (for those of residual nets with norms:
+            branches also begin at 0) or torch's ``default``.
         augment: crops and flips. noise: noise on the augmented images, before the attack; null for none.
         precise_bn: set batch norms' running statistics after each epoch to their mean over its clean images.
         averaging: end with averaged weights and statistics computed for them; null for none.
@@ -130,7 +131,7 @@ class Training:
     clip: float | None = 10.0
     schedule: EpsilonSchedule = Smoothed(start=1, length=100)
     epsilon_multiplier: float = 1.5
-    initialisation: Literal["shi", "default"] = "shi"
+    initialisation: Literal["shi", "shi_residual", "default"] = "shi"
     augment: Augment = Augment()
     noise: InputNoise | None = None
     precise_bn: bool = False

@@ -54,11 +54,15 @@ def _attention(tracing: Tracing, node: fx.Node, source: int) -> int:
         )
     query, key, value = (tracing.position(node, given.get(name)) for name in NAMES[:3])
     scale: float | None = given.get("scale")
+    return tracing.append(MatrixProduct(node.name, (shares(tracing, node.name, query, key, scale), value)))
+
+
+def shares(tracing: Tracing, path: str, query: int, key: int, scale: float | None = None) -> int:
+    """Append softmax(scale q k^T), (B, …, L, S), of values (B, …, L, E) and (B, …, S, E); a scale of None is E^-.5."""
     if scale is None:
-        query = tracing.append(ByRoot(node.name, (query,), _by_root))
+        query = tracing.append(ByRoot(path, (query,), _by_root))
     else:
-        query = tracing.append(Scale(node.name, (query,), lambda: (float(scale), 0.0)))
-    key = tracing.append(Selection(node.name, (key,), _transposed))
-    scores = tracing.append(MatrixProduct(node.name, (query, key)))
-    shares = tracing.append(Softmax(node.name, (scores,), Along(-1, node.name)))
-    return tracing.append(MatrixProduct(node.name, (shares, value)))
+        query = tracing.append(Scale(path, (query,), lambda: (float(scale), 0.0)))
+    key = tracing.append(Selection(path, (key,), _transposed))
+    scores = tracing.append(MatrixProduct(path, (query, key)))
+    return tracing.append(Softmax(path, (scores,), Along(-1, path)))

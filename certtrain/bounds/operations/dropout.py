@@ -46,14 +46,14 @@ def _dropout(tracing: Tracing, path: str, source: int, module: nn.Module) -> int
 def _function(tracing: Tracing, node: fx.Node, source: int) -> int:
     share, training, _ = options(tracing, node, p=0.5, training=True, inplace=False)
     if isinstance(training, EvaluationMode):
-        return tracing.append(Dropout(node.name, (source,), _Following(node.target, share, training.owner)))
+        return tracing.append(Dropout(node.name, (source,), Following(node.target, share, training.owner)))
     if training:
         refuse(node, "training=True, which draws in evaluation mode too", "training=self.training, nn.Dropout")
     return source
 
 
 @dataclass(frozen=True, eq=False)
-class _Following:
+class Following:
     """A functional dropout in the mode of the module whose forward calls it."""
 
     function: Any

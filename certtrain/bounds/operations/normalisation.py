@@ -4,7 +4,8 @@ A row is centered first, if its mean is taken away, which is linear. Then y_i = 
 (w is 1 / K, or 1 for a Euclidean norm). y_i rises with d_i, and towards 0 as the other entries grow, so intervals are
 exact. For lines, q = w sum_j d_j^2 is an operation of its own, whose bounds by linear bounds are far tighter than those
 over the entries' box. r is convex and falls with q: it lies above a tangent and below a chord, which stand for r in
-McCormick's planes of d_i and r.
+McCormick's planes of d_i and r. Where a Euclidean norm is kept above a floor, y_i = d_i max(sum_j d_j^2, floor^2)^-.5;
+a row that may lie below it has constant lines.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..interval import Bounds, Interval
 from ..relaxation import InputLines, Relaxation
 from .base import Folding, Function, LinearOperation, Nonlinear, Unbounded, UnsupportedOperation, clipped
+from .options import options, refuse
 from .product import Plane, Planes
-from .registry import Tracing, from_module
-from .rows import Groups, LastOnes, Rows
+from .registry import Tracing, from_function, from_module
+from .rows import Along, Groups, LastOnes, Rows
 from .scale import Scale
 
+SMALLEST = 1e-18
+"""The least floor of a norm: its square is still a normal number of float32."""
+FLOAT32 = 2.0**-24
+"""Unit roundoff of float32, in which files are evaluated."""
 ROUNDING = 16
 """Intervals are moved outward by this, plus the number of summands, times eps and the size of their terms."""
 LINES = 8
@@ -78,18 +84,104 @@ class Centering(LinearOperation):
         return Function(self)
 
 
+@dataclass(frozen=True)
+class Nearby(Relaxation):
+    """A linear map, up to ``reach`` (B, *shape) on either side.
+
+    Args:
+        shape: of the map's input.
+    """
+
+    linear: LinearOperation
+    shape: torch.Size
+    reach: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Nearby:
+        return Nearby(self.linear, self.shape, function(self.reach))
+
+    def backward(self, forms: Tensor, constants: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        lost = (forms.abs() * self.reach.unsqueeze(1)).flatten(2).sum(-1)
+        return self.linear.adjoints(forms, self.shape), constants - lost
+
+    def forward(self, *inputs: InputLines) -> InputLines:
+        lines = self.linear.forward_lines(inputs, None)
+        lower, upper = lines.lower.clone(), lines.upper.clone()
+        lower[:, -1] -= self.reach
+        upper[:, -1] += self.reach
+        return InputLines(lower, upper)
+
+
+@dataclass(frozen=True, eq=False)
+class CenteringOnce(Nonlinear):
+    """Rows minus their means, as the operators of files below opset 17 compute them.
+
+    A row of equal numbers gives a rounding error instead of 0, which a norm may divide by the root of its eps: 1e-2
+    from numbers around 1000. Bounds contain the exact result and float32's, summed in any order, so those of the chain
+    and of the fused operator that onnxruntime's optimiser puts in its place.
+    """
+
+    rows: Rows
+
+    kind: ClassVar[str] = "rows minus their means, rounded"
+
+    @property
+    def piecewise_linear(self) -> bool:
+        return False
+
+    @property
+    def exact(self) -> Centering:
+        return Centering(self.path, self.inputs, self.rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = self.rows.split(x)
+        return self.rows.join(rows - rows.mean(-1, keepdim=True), x.shape[1:])
+
+    def _reach(self, x: Interval) -> Tensor:
+        size = self.magnitude(x.center.abs() + x.radius)
+        return ((ROUNDING + self.rows.split(size).shape[-1]) * FLOAT32 * size).detach()
+
+    def interval(self, x: Interval) -> Interval:
+        exact = self.exact.interval(x)
+        return Interval(exact.center, exact.radius + self._reach(x))
+
+    def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> Nearby:
+        """The exact map, up to roundings; there are no free parameters."""
+        (x,) = (one.interval() for one in bounds)
+        return Nearby(self.exact, x.center.shape[1:], self._reach(x))
+
+    def open(self, *bounds: Bounds) -> list[Tensor]:
+        """No entry: bounds that are a little tighter do not matter to roundings."""
+        return [torch.zeros_like(x.lower, dtype=torch.bool) for x in bounds]
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        rows = self.rows.split(x)
+        return self.rows.join(rows + rows.mean(-1, keepdim=True), x.shape[1:])
+
+    def roundings(self, shape: torch.Size) -> int:
+        return shape.numel() + 2
+
+    def terms(self, shape: torch.Size) -> int:
+        return shape.numel() + 1
+
+    def module(self, shape: torch.Size) -> nn.Module:
+        return Function(self)
+
+
 @dataclass(frozen=True, eq=False)
 class RowNorm(Unbounded):
     """Rows divided by the root of their mean square, or of their sum of squares, plus ``eps`` inside of the root.
 
     Args:
-        eps: > 0.
+        eps: > 0, or 0 with a floor.
         mean: whether squares are averaged.
+        floor: the least that rows are divided by, 0 or >= ``SMALLEST``. Bounds hold as well for a division without a
+            floor, by which a row of zeros stays one.
     """
 
     rows: Rows
     eps: float
     mean: bool = True
+    floor: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         squares, scaled = self.parts()
@@ -97,12 +189,12 @@ class RowNorm(Unbounded):
 
     def interval(self, x: Interval) -> Interval:
         """The exact range over a box, with room for the kernels' roundings."""
-        return self.rows.interval(_norm_range(self.rows.bounds(x), self.eps, self.mean), x.center.shape[1:])
+        return self.rows.interval(self.parts()[1].over_box(self.rows.bounds(x)), x.center.shape[1:])
 
     def parts(self, *inputs: int) -> tuple[SquareSum, ByRootOf]:
         """The squares of the rows at ``inputs``, and what divides by them; their position is left out."""
         return SquareSum(self.path, inputs, self.rows, self.mean), ByRootOf(
-            self.path, inputs, self.rows, self.eps, self.mean
+            self.path, inputs, self.rows, self.eps, self.mean, self.floor
         )
 
     def fold(self, folding: Folding, *sources: int) -> int:
@@ -125,22 +217,6 @@ def _squares(x: Bounds) -> tuple[Tensor, Tensor]:
     first, last = x.lower * x.lower, x.upper * x.upper
     inside = (x.lower <= 0) & (x.upper >= 0)
     return torch.where(inside, 0.0, torch.minimum(first, last)), torch.maximum(first, last)
-
-
-def _norm_range(x: Bounds, eps: float, mean: bool) -> Interval:
-    count, unit = x.lower.shape[-1], torch.finfo(x.lower.dtype).eps
-    weight, error = _weight(count, mean), (ROUNDING + count) * unit
-    least, most = _squares(x)
-    room = (error * most.sum(-1, keepdim=True)).detach()
-    few = (least.sum(-1, keepdim=True) - least - room).clamp(min=0)
-    many = most.sum(-1, keepdim=True) - most + room
-
-    def value(d: Tensor, others: Tensor) -> Tensor:
-        return d * (weight * (d * d + others) + eps).rsqrt()
-
-    low = value(x.lower, torch.where(x.lower >= 0, many, few))
-    high = value(x.upper, torch.where(x.upper >= 0, few, many))
-    return Interval.from_bounds(low - (error * low.abs()).detach(), high + (error * high.abs()).detach())
 
 
 class _OfFoldedRows(Nonlinear):
@@ -241,11 +317,16 @@ class SquareLines(Relaxation):
 
 @dataclass(frozen=True, eq=False)
 class ByRootOf(_OfFoldedRows):
-    """Rows d divided by the root of q + ``eps``, for the rows and their ``SquareSum`` q."""
+    """Rows d divided by the root of q + ``eps``, for the rows and their ``SquareSum`` q.
+
+    Args:
+        floor: as in ``RowNorm``; then they are divided by the root of the larger of q and floor^2.
+    """
 
     rows: Rows
     eps: float
     mean: bool = True
+    floor: float = 0.0
 
     kind: ClassVar[str] = "a division by a row's own size"
 
@@ -254,25 +335,51 @@ class ByRootOf(_OfFoldedRows):
         return True
 
     def __call__(self, x: Tensor, squares: Tensor) -> Tensor:
-        return self.rows.join(self.rows.split(x) * (squares + self.eps).rsqrt(), x.shape[1:])
+        return self.rows.join(self.rows.split(x) * self._factor(squares), x.shape[1:])
 
     def magnitude(self, x: Tensor, squares: Tensor) -> Tensor:
         """Whatever the squares: a row of K entries times its factor is at most sqrt(K), or 1 without a mean."""
         most = self.rows.split(x).shape[-1] ** 0.5 if self.mean else 1.0
-        return (x * self.eps**-0.5).clamp(max=1.01 * most)
+        return (x / (self.floor or self.eps**0.5)).clamp(max=1.01 * most)
 
     def _factor(self, squares: Tensor) -> Tensor:
-        return (squares + self.eps).rsqrt()
+        return (squares.clamp(min=self.floor**2) if self.floor else squares + self.eps).rsqrt()
+
+    def _may_be_tiny(self, least: Tensor) -> Tensor:
+        """Whether rows, whose squares sum to ``least`` at least, may be as small as the floor."""
+        return least <= 2 * self.floor**2
+
+    def over_box(self, x: Bounds) -> Interval:
+        """The range of rows over a box of rows, exact up to room for the kernels' roundings."""
+        count, unit = x.lower.shape[-1], torch.finfo(x.lower.dtype).eps
+        weight, error = _weight(count, self.mean), (ROUNDING + count) * unit
+        least, most = _squares(x)
+        room = (error * most.sum(-1, keepdim=True)).detach()
+        few = (least.sum(-1, keepdim=True) - least - room).clamp(min=0)
+        many = most.sum(-1, keepdim=True) - most + room
+
+        def value(d: Tensor, others: Tensor) -> Tensor:
+            return d * self._factor(weight * (d * d + others))
+
+        low = value(x.lower, torch.where(x.lower >= 0, many, few))
+        high = value(x.upper, torch.where(x.upper >= 0, few, many))
+        if self.floor:
+            tiny = self._may_be_tiny(least.sum(-1, keepdim=True)) & (most > 0)
+            low, high = torch.where(tiny & (x.lower < 0), -1.0, low), torch.where(tiny & (x.upper > 0), 1.0, high)
+        return Interval.from_bounds(low - (error * low.abs()).detach(), high + (error * high.abs()).detach())
 
     def interval(self, x: Interval, squares: Interval) -> Interval:
         """The tighter of the range over the box of ``x``, and of the corners' products."""
         rows = self.rows.bounds(x)
-        box = _norm_range(rows, self.eps, self.mean)
+        box = self.over_box(rows)
         error = LINES * torch.finfo(rows.lower.dtype).eps
         small, large = self._factor(squares.upper) * (1 - error), self._factor(squares.lower.clamp(min=0)) * (1 + error)
         low = rows.lower * torch.where(rows.lower >= 0, small, large)
         high = rows.upper * torch.where(rows.upper >= 0, large, small)
         lower, upper = torch.maximum(box.lower, low), torch.minimum(box.upper, high)
+        if self.floor:  # without a floor the factor of tiny rows is larger
+            tiny = self._may_be_tiny(squares.lower)
+            lower, upper = torch.where(tiny, box.lower, lower), torch.where(tiny, box.upper, upper)
         return self.rows.interval(Interval.from_bounds(lower, torch.maximum(lower, upper)), x.center.shape[1:])
 
     def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> RowPlanes:
@@ -283,6 +390,9 @@ class ByRootOf(_OfFoldedRows):
         middle, reach = (lower + upper) / 2, torch.maximum(lower.abs(), upper.abs())
         spare = LINES * torch.finfo(lower.dtype).eps
         first, last = q.lower.clamp(min=0), q.upper.clamp(min=0)
+        tiny = self._may_be_tiny(first) if self.floor else None
+        if tiny is not None:
+            first, last = torch.where(tiny, 1.0, first), torch.where(tiny, 1.0, last)
         place = (first + last) / 2
         # r from below: the tangent at the middle, of slope < 0
         at = self._factor(place)
@@ -312,7 +422,19 @@ class ByRootOf(_OfFoldedRows):
         )
         under = _mixed(True, given, plane(True, lower, smallest), plane(True, upper, largest))
         over = _mixed(False, given, plane(False, lower, largest), plane(False, upper, smallest))
+        if tiny is not None:
+            ends = self.rows.bounds(self.interval(*(one.interval() for one in bounds)))
+            under, over = _constant_where(tiny, under, ends.lower), _constant_where(tiny, over, ends.upper)
         return RowPlanes(Planes(under, over, (lower.shape[1:], q.lower.shape[1:])), self.rows, shape)
+
+
+def _constant_where(chosen: Tensor, plane: Plane, value: Tensor) -> Plane:
+    """The plane; where ``chosen``, one of this value."""
+    if plane.first.ndim > value.ndim:
+        chosen, value = chosen.unsqueeze(1), value.unsqueeze(1)
+    zero = torch.zeros_like(value)
+    pairs = (zero, plane.first), (zero, plane.second), (value, plane.constant)
+    return Plane(*(torch.where(chosen, new, old) for new, old in pairs))
 
 
 def _mixed(below: bool, alpha: Tensor | None, one: tuple[Plane, Tensor], other: tuple[Plane, Tensor]) -> Plane:
@@ -416,3 +538,13 @@ def _instance_norm(tracing: Tracing, path: str, source: int, module: nn.Instance
     places = 2 if isinstance(module, nn.InstanceNorm2d) else 1
     source = normalise(tracing.append, path, source, Groups(0, places, path), module.eps, centered=True)
     return tracing.append(Scale(path, (source,), _OfChannels(module, places))) if module.affine else source
+
+
+@from_function("normalize")
+def _normalized(tracing: Tracing, node: fx.Node, source: int) -> int:
+    power, dim, eps, _ = options(tracing, node, p=2.0, dim=1, eps=1e-12, out=None)
+    if power != 2 or not isinstance(dim, int):
+        refuse(node, f"p={power}, dim={dim}", "p=2, one dim")
+    if not eps >= SMALLEST:
+        refuse(node, f"eps={eps}", f"a number >= {SMALLEST:g}")
+    return tracing.append(RowNorm(node.name, (source,), Along(dim, node.name), 0.0, mean=False, floor=float(eps)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,10 +17,12 @@ class Tracing(Protocol):
 
     Args:
         operations: so far. values: by step of the graph the position of its output, a constant or a marker.
+        sequence_first: whether the module at hand is given its batch as dimension 1.
     """
 
     operations: list[Operation]
     values: dict[fx.Node, Any]
+    sequence_first: bool
 
     def append(self, operation: Operation) -> int:
         """Add an operation; returns its position."""
@@ -33,13 +36,24 @@ class Tracing(Protocol):
         """
         ...
 
+    def module(self, path: str, source: int, module: nn.Module) -> int:
+        """Append what a module of one input computes, by its rule; returns the position of its output.
+
+        Raises:
+            UnsupportedOperation: it has no rule, hooks, or a forward that torch.fx would have to trace.
+        """
+        ...
+
 
 ModuleRule = Callable[[Tracing, str, int, Any], "int | None"]
 """(tracing, path, position of the input, module) → position of the output; None: this module has no rule."""
+CallRule = Callable[[Tracing, fx.Node, str, Any], Any]
+"""(tracing, step of torch.fx's graph, path, module) → position of the output, or its pieces."""
 FunctionRule = Callable[[Tracing, fx.Node, int], Any]
 """(tracing, step of torch.fx's graph, position of its first operand) → position of the output, or its pieces."""
 
 MODULES: dict[type[nn.Module], ModuleRule] = {}
+CALLS: dict[type[nn.Module], CallRule] = {}
 FUNCTIONS: dict[str, FunctionRule] = {}
 
 
@@ -78,6 +92,13 @@ class WithPlaces:
 
 
 @dataclass(frozen=True, eq=False)
+class Several:
+    """The results of a call that gives several: functions that append each when it is read and return its value."""
+
+    parts: tuple[Callable[[], Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Constant:
     """A number, or a tensor looked up at each use, since ``.to(device)`` replaces buffers."""
 
@@ -101,10 +122,21 @@ def from_module(*kinds: type[nn.Module]) -> Callable[[ModuleRule], ModuleRule]:
     """Register the tracing rule of modules of these classes and their subclasses.
 
     torch.fx does not trace into them. The rule appends operations to ``tracing`` and returns the last one's position.
+    Calls with other arguments than the input, if these differ from forward's defaults, are refused for it.
     """
 
     def register(rule: ModuleRule) -> ModuleRule:
         MODULES.update(dict.fromkeys(kinds, rule))
+        return rule
+
+    return register
+
+
+def from_call(*kinds: type[nn.Module]) -> Callable[[CallRule], CallRule]:
+    """As ``from_module``, for modules of several inputs: the rule reads or refuses every argument of the call."""
+
+    def register(rule: CallRule) -> CallRule:
+        CALLS.update(dict.fromkeys(kinds, rule))
         return rule
 
     return register
@@ -121,8 +153,55 @@ def from_function(*names: str) -> Callable[[FunctionRule], FunctionRule]:
 
 
 def rule_of(module: nn.Module) -> ModuleRule | None:
-    """The rule of the module's class, or of its nearest base class with one."""
-    return next((MODULES[kind] for kind in type(module).__mro__ if kind in MODULES), None)
+    """The rule of the module's class, or of its nearest base class with one, if it has one input."""
+    return MODULES.get(_nearest(module))
+
+
+def call_rule_of(module: nn.Module) -> CallRule | None:
+    """The rule of the module's class, or of its nearest base class with one, if it has several inputs."""
+    return CALLS.get(_nearest(module))
+
+
+def _nearest(module: nn.Module) -> Any:
+    return next((kind for kind in type(module).__mro__ if kind in MODULES or kind in CALLS), None)
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of a module's forward; none if it cannot be inspected, as those of TorchScript."""
+    try:
+        found = inspect.signature(type(module).forward).parameters
+    except (AttributeError, TypeError, ValueError):
+        return {}
+    return {name: found[name] for name in [*found][1:]}
+
+
+def arguments(node: fx.Node, module: nn.Module) -> dict[str, Any]:
+    """The arguments that a step passes to a module, by the names that its forward gives them."""
+    names = list(_parameters(module))
+    names += [f"argument {number}" for number in range(len(names), len(node.args))]
+    return dict(zip(names, node.args)) | node.kwargs
+
+
+def single_argument(node: fx.Node, path: str, module: nn.Module) -> Any:
+    """The input of a module of one input.
+
+    Raises:
+        UnsupportedOperation: another argument differs from its default in the module's forward.
+    """
+    given = arguments(node, module)
+    parameters = _parameters(module)
+    first = next((name for name in (*parameters, *given) if name in given), "")
+    for name, value in given.items():
+        if name == first:
+            continue
+        default = parameters[name].default if name in parameters else inspect.Parameter.empty
+        if type(value) is not type(default) or value != default:
+            found = value if isinstance(value, (fx.Node, bool, int, float, str)) else type(value).__name__
+            left = "" if default is inspect.Parameter.empty else f", or {name}={default}"
+            raise UnsupportedOperation(
+                f"{type(module).__name__} at {path!r}: found {name}={found}; accepted: its input alone{left}"
+            )
+    return given.get(first)
 
 
 def number(node: fx.Node, place: int, name: str, missing: float | None = None) -> float:
@@ -153,7 +232,7 @@ def entrywise(kind: Callable[[str, tuple[int, ...]], Operation]) -> FunctionRule
 
 def supported() -> str:
     """A list of all modules and functions that have a rule, for messages."""
-    modules = ", ".join(kind.__name__ for kind in MODULES)
+    modules = ", ".join(kind.__name__ for kind in (*MODULES, *CALLS))
     functions = ", ".join(name for name in FUNCTIONS if not name.endswith("_"))
     return (
         f"{modules}; the functions {functions} that keep the batch dimension, cat and stack of computed values along "
