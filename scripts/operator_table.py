@@ -152,6 +152,7 @@ PADS = {name: made(IMAGE if "2d" in name else (1, 4, 4), padding=1) for name in 
     "ZeroPad1d", "ZeroPad2d", "ReflectionPad1d", "ReflectionPad2d", "ReplicationPad1d", "ReplicationPad2d",
     "CircularPad1d", "CircularPad2d")}  # fmt: skip
 CHANNELS: dict[str, Any] = {"in_channels": 4, "out_channels": 2, "kernel_size": 2}
+ENCODER: dict[str, Any] = {"d_model": 4, "nhead": 2, "dim_feedforward": 4, "batch_first": True}
 TORCH_MODULES: dict[str, Example] = {
     **PADS,
     "ConstantPad1d": made((1, 4, 4), padding=1, value=0.5), "ConstantPad2d": made(IMAGE, padding=1, value=0.5),
@@ -174,7 +175,8 @@ TORCH_MODULES: dict[str, Example] = {
     "Flatten": made(IMAGE),
     "MultiheadAttention": Example((1, 2, 4), attributes={"embed_dim": 4, "num_heads": 2, "batch_first": True},
                                   call=lambda layer, x: layer(x, x, x, need_weights=False)[0]),
-    "TransformerEncoderLayer": made((1, 2, 4), d_model=4, nhead=2, dim_feedforward=4, batch_first=True),
+    "TransformerEncoderLayer": made((1, 2, 4), **ENCODER),
+    "TransformerEncoder": made((1, 2, 4), encoder_layer=nn.TransformerEncoderLayer(**ENCODER), num_layers=2),
 }  # fmt: skip
 
 
@@ -276,7 +278,7 @@ IN_FRONT = {"layers.0", "layers.1", "reshape", "add"}
 
 def of_module(kind: type[nn.Module]) -> nn.Module:
     example = TORCH_MODULES.get(kind.__name__, Example())
-    return Layer(example, kind(**example.attributes))
+    return Layer(example, kind(**example.attributes).eval())
 
 
 def of_function(name: str, example: Example) -> nn.Module:
