@@ -1,12 +1,14 @@
-"""Properties in VNN-LIB 1.0, the format of VNN-COMP (https://www.vnnlib.org), and their writer.
+"""Properties in VNN-LIB, the format of VNN-COMP (https://www.vnnlib.org), and their writer in version 1.0.
 
-Asserts over inputs X_i and outputs Y_j state the *unsafe* set. Decimals are read exactly; conversion to floats rounds
-outward for boxes, to nearest for output rows.
+Assertions over inputs and outputs state the *unsafe* set. Decimals are read exactly; conversion to floats rounds
+outward for boxes, to nearest for rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
@@ -17,20 +19,24 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..run_folder import write_atomically
-from ..typed import as_floats
-
-DIGITS = 1000  # limit for one decimal and for its exponent: exact fractions take as many digits
+from ..typed import as_floats, as_ints
+from .vnnlib_text import DIGITS
 
 
 @dataclass(frozen=True)
 class Case:
     """A box of inputs and its unsafe set: the points where in some clause every row has <row, outputs> + offset <= 0.
+    Box and set are closed; ``excluded`` and ``strict`` say which of their boundaries do not belong to the unsafe set as
+    written.
 
     Args:
         lower, upper: (N,) float64, ends of the box, rounded outward.
         ends: (lower, upper) of each input, exactly as read.
-        rows: (R, K) float64; offsets: (R,) float64.
+        rows: (R, K) float64, for K outputs, the tied inputs of the property behind them; offsets: (R,) float64.
         clauses: (R,) int64, the clause of each row, numbered from 0; there is at least one, and none is empty.
+        excluded: the ends that are not in the box as read, since their comparisons are strict: (input, whether it is
+            the upper end).
+        strict: numbers of the rows that must be < 0, as written.
     """
 
     lower: Tensor
@@ -39,6 +45,8 @@ class Case:
     rows: Tensor
     offsets: Tensor
     clauses: Tensor
+    excluded: frozenset[tuple[int, bool]] = frozenset()
+    strict: frozenset[int] = frozenset()
 
     @property
     def lower32(self) -> Tensor:
@@ -50,29 +58,102 @@ class Case:
         """(N,) ``upper`` rounded up to float32; inf where no float32 is that high."""
         return _outward32(self.upper, math.inf)
 
-    def written(self, point: Tensor) -> list[str] | None:
-        """Decimals within the box as read, nearest to a point (N,) float64; None if an input has none.
+    def contains(self, outputs: Sequence[float | Fraction]) -> bool:
+        """Whether outputs (K) lie in the unsafe set as written: in some clause every row holds, in exact arithmetic."""
+        values = [Fraction(value) for value in outputs]
+        clauses = as_ints(self.clauses)
+        failed = {clauses[number] for number in range(len(clauses)) if not self._holds(number, values)}
+        return not failed >= set(clauses)
 
-        Each is the entry's shortest decimal where that lies within the ends, else the end that it oversteps, with as
-        many digits as needed.
+    def _holds(self, number: int, values: Sequence[Fraction]) -> bool:
+        row = self.rows[number]
+        total = Fraction(float(self.offsets[number]))
+        for column in as_ints(row.nonzero()):
+            total += Fraction(float(row[column])) * values[column]
+        return total < 0 if number in self.strict else total <= 0
+
+    def written(self, point: Tensor) -> list[str] | None:
+        """Decimals within the box as read, next to a point (N,) float64; None if an input has none.
+
+        Each is the entry's shortest decimal where that lies within, else that of the first float32 within, else the end
+        that it oversteps, with as many digits as needed.
         """
-        texts = [_decimal_within(value, *ends) for value, ends in zip(as_floats(point + 0.0), self.ends, strict=True)]
-        written = [text for text in texts if text is not None]
-        return written if len(written) == len(texts) else None
+        floor, ceiling = _inward32(self.lower32, math.inf), _inward32(self.upper32, -math.inf)
+        written = [self._within(i, value, floor, ceiling) for i, value in enumerate(as_floats(point + 0.0))]
+        texts = [text for text in written if text is not None]
+        return texts if len(texts) == len(written) else None
+
+    def _within(self, i: int, value: float, floor: Tensor, ceiling: Tensor) -> str | None:
+        """The decimal of input ``i``. ``floor`` and ``ceiling`` (N, 3) are float32s at the ends and inside of them."""
+        text = repr(value)
+        if self._contains(i, near := Fraction(text)):
+            return text
+        lower, upper = self.ends[i]
+        end, rounding, inward = (lower, ROUND_CEILING, floor) if near <= lower else (upper, ROUND_FLOOR, ceiling)
+        inside = (repr(number) for number in as_floats(inward[i]) if math.isfinite(number))
+        # a float32 stands for a decimal behind it, but not on the other side of a strict comparison
+        strict = not self.excluded.isdisjoint(((i, False), (i, True)))
+        candidates = itertools.chain(inside, () if strict else _decimals_at(end, rounding))
+        return next((text for text in candidates if self._contains(i, Fraction(text))), None)
+
+    def _contains(self, i: int, value: Fraction) -> bool:
+        """Whether the value lies in the box of input ``i`` as read."""
+        lower, upper = self.ends[i]
+        above = value > lower or (value == lower and (i, False) not in self.excluded)
+        return above and (value < upper or (value == upper and (i, True) not in self.excluded))
+
+
+@dataclass(frozen=True)
+class DeclaredTensor:
+    """An input or output as VNN-LIB 2.0 declares it.
+
+    Args:
+        name: its name in the file. kind: its element type, as written there. line: of its declaration.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    line: int
+
+    def assigned(self, values: Iterator[str]) -> list[str]:
+        """The lines that assign the next of the values, decimals, to the entries in row-major order."""
+        entries = itertools.islice(values, math.prod(self.shape))
+        head = f"{self.name} {self.kind} [{','.join(map(str, self.shape))}]"
+        return [head, *(format(Decimal(value), "f") for value in entries)]
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """The inputs and outputs that a property in VNN-LIB 2.0 declares, in order."""
+
+    inputs: tuple[DeclaredTensor, ...]
+    outputs: tuple[DeclaredTensor, ...]
+
+    def assigned(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[str]:
+        """The lines that assign decimals to all entries of the inputs and of the outputs."""
+        values = iter((*inputs, *outputs))
+        return [line for tensor in (*self.inputs, *self.outputs) for line in tensor.assigned(values)]
 
 
 @dataclass(frozen=True)
 class Property:
-    """A property, which is violated if and only if, for some case, a point of the box has unsafe outputs. Ties are
-    unsafe.
+    """A property, which is violated if and only if, for some case, a point of the box has unsafe outputs. A tie is
+    unsafe under ``<=``, safe under ``<``.
 
     Args:
         cases: the cases; empty where no point is unsafe, whatever the network.
+        tied: numbers of the inputs that rows of the cases read, behind the outputs.
         remark: a note on disjuncts that no input satisfies, which are left out; None without any.
+        declared: the tensors as declared; None in VNN-LIB 1.0.
+        repaired: a note on what was repaired in the file; None where nothing was.
     """
 
     cases: tuple[Case, ...]
+    tied: tuple[int, ...] = ()
     remark: str | None = None
+    declared: Declarations | None = None
+    repaired: str | None = None
 
 
 def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, classes: int) -> None:
@@ -115,16 +196,15 @@ def _outward32(ends: Tensor, direction: float) -> Tensor:
     return torch.where(inside, torch.nextafter(near, torch.full_like(near, direction)), near)
 
 
-def _decimal_within(value: float, lower: Fraction, upper: Fraction) -> str | None:
-    """A decimal in [lower, upper] at or next to ``value``; None if it would need too many digits."""
-    text = repr(value)
-    near = Fraction(text)
-    if lower <= near <= upper:
-        return text
-    end, rounding = (lower, ROUND_CEILING) if near < lower else (upper, ROUND_FLOOR)
+def _inward32(ends: Tensor, direction: float) -> Tensor:
+    """(N, 3) the float32 ``ends`` (N,) and their next two neighbours in the direction of ±inf."""
+    far = torch.full_like(ends, direction)
+    second = torch.nextafter(ends, far)
+    return torch.stack([ends, second, torch.nextafter(second, far)], 1) + 0.0  # + 0.0: there is no -0
+
+
+def _decimals_at(end: Fraction, rounding: str) -> Iterator[str]:
+    """Decimals at ``end``, or next to it in the direction of rounding, of more and more digits."""
     for digits in (16, 17, 20, 50, 4 * DIGITS):  # the last holds whatever decimal was read
         context = Context(prec=digits, rounding=rounding)
-        decimal = context.divide(Decimal(end.numerator), Decimal(end.denominator))
-        if lower <= Fraction(decimal) <= upper:
-            return str(decimal).replace("E", "e")
-    return None
+        yield str(context.divide(Decimal(end.numerator), Decimal(end.denominator))).replace("E", "e")
