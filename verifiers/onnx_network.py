@@ -26,6 +26,7 @@ from ..bounds.clock import look, looking
 from ..bounds.network import NetworkModule
 from ..bounds.operations import Input, Rearrangement, UnsupportedOperation
 from ..errors import InputError
+from .onnx_joined import joined
 from .onnx_operators import RULES
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 
@@ -43,15 +44,20 @@ class OnnxNetwork:
     Args:
         module: (B, *shape) float32 → (B, outputs), for bounds and verifiers like any model.
         shape: shape of one input without the batch dimension. A file's first dimension is the batch if it is dynamic,
-            or 1 and not the only one; otherwise ``shape`` is the file's whole shape.
-        outputs: number of outputs, flattened.
-        model: the file's content, weights included, without operators on which the output does not depend.
+            or 1 and not the only one; otherwise ``shape`` is the file's whole shape. Several inputs are flattened and
+            concatenated.
+        outputs: number of outputs, flattened, of all of the file's output tensors.
+        model: the file's content, weights included; with one input and output, without operators on which the output
+            does not depend.
+        given, computed: shapes of the file's input and output tensors, with a batch of one.
     """
 
     module: NetworkModule
     shape: torch.Size
     outputs: int
     model: onnx.ModelProto
+    given: tuple[Shape, ...]
+    computed: tuple[Shape, ...]
 
 
 def read_onnx(path: str | Path) -> OnnxNetwork:
@@ -59,16 +65,16 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
 
     Raises:
         UnsupportedOperation: an operator without a rule, or used in a way without one; names it.
-        InputError: no such file, or no valid model; several inputs or outputs; an input that is not float32, or has
-            a dynamic dimension other than the first; an output that does not depend on the input.
+        InputError: no such file, or no valid model; an input that is not float32, or has a dynamic dimension other than
+            the first; an output that does not depend on the inputs.
     """
     path = Path(path)
-    model = load_onnx(path)
+    file = load_onnx(path)
     look()
-    name, shape = _input(model, path)
+    inputs = _inputs(file, path)
+    model = joined(file, inputs)
+    ((name, shape),) = _inputs(model, path)
     outputs = [output.name for output in model.graph.output]
-    if len(outputs) != 1:
-        raise InputError(f"{path}: found {len(outputs)} outputs ({', '.join(outputs)}); accepted: one")
     live = _live(list(model.graph.node), outputs[0])
     del model.graph.node[:]
     model.graph.node.extend(live)
@@ -89,29 +95,35 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     if logits.position == 0:
         run.operations.append(Rearrangement("output", (0,), lambda x: x.flatten(1)))
     module = NetworkModule(run.operations)
-    return OnnxNetwork(module, torch.Size(held(shape)), logits.shape[1], model)
+    given = tuple(shape for _, shape in inputs)
+    computed = tuple(_shape_of(output, run) for output in file.graph.output)
+    return OnnxNetwork(module, torch.Size(held(shape)), logits.shape[1], file, given, computed)
 
 
 def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
     """A function that replays counterexamples: one input (*shape) → float32 logits (R, K) by onnxruntime on the CPU.
+    Several inputs and outputs are flattened and concatenated.
 
     The first run evaluates the file's own operators, unfused, in the shape that the file declares; the second has the
     default optimisations, as in VNN-COMP's scorer. They differ by 1e-6 of the logits' size, because convolutions of
     several channels are summed in another order. Where onnxruntime refuses the second run, R is 1.
     """
     plain = session(model)
-    name, shape = _input(model, Path())
+    inputs = _inputs(model, Path())
+    sizes = [math.prod(shape) for _, shape in inputs]
     runs = [plain]
     try:
         optimised = session(model, optimised=True)
-        optimised.run(None, {name: np.zeros(shape, np.float32)})
+        optimised.run(None, {name: np.zeros(shape, np.float32) for name, shape in inputs})
         runs.append(optimised)
     except Exception:  # onnxruntime's exceptions have no common base class
         pass
 
     def replay(image: Tensor) -> Tensor:
-        given = {name: image.detach().cpu().float().numpy().reshape(shape)}
-        return torch.as_tensor(np.stack([np.asarray(run.run(None, given)[0]).reshape(-1) for run in runs]))
+        parts = torch.split(image.detach().cpu().float().flatten(), sizes)
+        given = {name: part.numpy().reshape(shape) for (name, shape), part in zip(inputs, parts, strict=True)}
+        outputs = [[np.asarray(output).reshape(-1) for output in run.run(None, given)] for run in runs]
+        return torch.as_tensor(np.stack([np.concatenate(each) for each in outputs]))
 
     return replay
 
@@ -134,14 +146,16 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
-    """(name, shape): the input's name, and its shape with a batch of one."""
+def _inputs(model: onnx.ModelProto, path: Path) -> list[tuple[str, Shape]]:
+    """(name, shape) of each input, with a batch of one."""
     weights = {weight.name for weight in model.graph.initializer}  # old files list weights as inputs too
-    inputs = [given for given in model.graph.input if given.name not in weights]
-    if len(inputs) != 1:
-        names = ", ".join(given.name for given in inputs)
-        raise InputError(f"{path}: found {len(inputs)} inputs ({names}); accepted: one")
-    (given,) = inputs
+    inputs = [_input(given, path) for given in model.graph.input if given.name not in weights]
+    if not inputs or not model.graph.output:
+        raise InputError(f"{path}: found no inputs, or no outputs; accepted: one or more of each")
+    return inputs
+
+
+def _input(given: onnx.ValueInfoProto, path: Path) -> tuple[str, Shape]:
     kind, place = given.type.tensor_type, f"{path}: input {given.name!r}"
     if kind.elem_type != onnx.TensorProto.FLOAT:
         found = onnx.TensorProto.DataType.Name(kind.elem_type)
@@ -152,6 +166,12 @@ def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
         accepted = "sizes that are known, but for a batch dimension in front"
         raise InputError(f"{place}: found shape ({', '.join(names)}); accepted: {accepted}")
     return given.name, (max(sizes[0], 1), *sizes[1:])
+
+
+def _shape_of(output: onnx.ValueInfoProto, run: Construction) -> Shape:
+    """The shape of an output, which may be a constant beside others that are computed."""
+    value = run.values.get(output.name)
+    return value.shape if value else tuple(size.dim_value for size in output.type.tensor_type.shape.dim)
 
 
 def _live(nodes: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:

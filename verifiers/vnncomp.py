@@ -158,7 +158,7 @@ def answer(
     with until(started + settings.timeout):
         try:
             read = read_onnx(present(network))
-            asked = read_property(present(property), read.shape.numel(), read.outputs)
+            asked = read_question(read, present(property))
             decided = check_property(read, asked, started + settings.timeout, settings)
         except OutOfTime:
             decided = Answer("timeout", settings.timeout, settings.arithmetic, "timeout")
@@ -172,6 +172,26 @@ def answer(
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}); accepted: a file of results") from error
     return decided
+
+
+def read_question(network: OnnxNetwork, path: Path) -> Property:
+    """Read a property of the network.
+
+    Raises:
+        InputError: the file cannot be read, or declares other tensors than the network has.
+    """
+    property = read_property(path, network.shape.numel(), network.outputs)
+    if property.declared is None:
+        return property
+    for what, declared, shapes in (
+        ("input", property.declared.inputs, network.given), ("output", property.declared.outputs, network.computed)
+    ):  # fmt: skip
+        own = ", ".join(str(list(shape)) for shape in shapes)
+        for number, tensor in enumerate(declared):
+            if len(declared) != len(shapes) or not tensor.fits(shapes[number]):
+                accepted = f"the network's {what}s, in their order: {own}"
+                raise InputError(f"{path}, line {tensor.line}: found '{tensor}'; accepted: {accepted}")
+    return property
 
 
 def check_files(results: str | Path | None, record: str | Path | None) -> None:

@@ -116,11 +116,17 @@ class DeclaredTensor:
     shape: tuple[int, ...]
     line: int
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.kind} [{','.join(map(str, self.shape))}]"
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of the network is of this shape, dimensions of size 1 aside."""
+        return [size for size in self.shape if size != 1] == [size for size in shape if size != 1]
+
     def assigned(self, values: Iterator[str]) -> list[str]:
         """The lines that assign the next of the values, decimals, to the entries in row-major order."""
         entries = itertools.islice(values, math.prod(self.shape))
-        head = f"{self.name} {self.kind} [{','.join(map(str, self.shape))}]"
-        return [head, *(format(Decimal(value), "f") for value in entries)]
+        return [str(self), *(format(Decimal(value), "f") for value in entries)]
 
 
 @dataclass(frozen=True)
