@@ -183,7 +183,8 @@ def test_the_property_is_what_the_formula_says(read, formulas, points):
     prop = read(header() + "\n".join(f"(assert {text_of(formula)})" for formula in (*formulas, *ends)))
     for inputs, outputs in ((point[:2], point[2:]) for point in points):
         assert violated(prop, inputs, outputs) == holds(("and", [*formulas, *ends]), inputs, outputs)
-    assert len({(*case.lower.tolist(), *case.upper.tolist()) for case in prop.cases}) == len(prop.cases)
+    boxes = {(*case.lower.tolist(), *case.upper.tolist(), case.excluded) for case in prop.cases}
+    assert len(boxes) == len(prop.cases)
 
 
 def test_boxes_with_conditions_of_their_own(read):

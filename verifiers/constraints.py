@@ -101,17 +101,19 @@ NEGATED = {"<=": ">", "<": ">=", ">=": "<", ">": "<=", "==": "!=", "!=": "=="}
 
 def compare(token: Token, sign: str, left: Term, right: Term) -> Constraint:
     """The constraint ``left sign right``, for the signs of ``NEGATED``."""
-    forward, backward = added(dict(left), right, -1), added(dict(right), left, -1)
+    if sign in (">=", ">"):
+        left, right = right, left
+    difference = added(dict(left), right, -1)
     if sign in ("==", "!="):
-        both = tuple(_at_most(token, term, sign == "!=") for term in (forward, backward))
+        both = tuple(_at_most(token, term, sign == "!=") for term in (difference, added({}, difference, -1)))
         return Conjunction(token, both) if sign == "==" else Disjunction(token, both)
-    return _at_most(token, forward if sign in ("<=", "<") else backward, sign in ("<", ">"))
+    return _at_most(token, difference, sign in ("<", ">"))
 
 
 def _at_most(token: Token, term: Term, strict: bool) -> Constraint:
     """term <= 0, or < 0; decided at once where the term is a constant."""
-    constant = term.pop(CONSTANT, Fraction(0))
-    coefficients = tuple((variable, factor) for variable, factor in term.items() if factor)
+    constant = term.get(CONSTANT, Fraction(0))
+    coefficients = tuple((variable, factor) for variable, factor in term.items() if factor and variable != CONSTANT)
     if coefficients:
         return Inequality(token, coefficients, constant, strict)
     return Conjunction(token, ()) if constant < 0 or (constant == 0 and not strict) else Disjunction(token, ())
@@ -119,5 +121,7 @@ def _at_most(token: Token, term: Term, strict: bool) -> Constraint:
 
 def added(total: Term, term: Term, factor: Fraction | int) -> Term:
     """Add factor · term to ``total``, in place."""
-    total.update((variable, total.get(variable, 0) + factor * value) for variable, value in term.items())
+    for variable, value in term.items():
+        scaled = value if factor == 1 else -value if factor == -1 else factor * value
+        total[variable] = total[variable] + scaled if variable in total else scaled
     return total

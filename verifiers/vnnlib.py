@@ -78,19 +78,28 @@ class Case:
         Each is the entry's shortest decimal where that lies within, else that of the first float32 within, else the end
         that it oversteps, with as many digits as needed.
         """
-        floor, ceiling = _inward32(self.lower32, math.inf), _inward32(self.upper32, -math.inf)
-        written = [self._within(i, value, floor, ceiling) for i, value in enumerate(as_floats(point + 0.0))]
-        texts = [text for text in written if text is not None]
-        return texts if len(texts) == len(written) else None
+        texts = [repr(value) for value in as_floats(point + 0.0)]
+        # two steps inside of a rounded end a float is within, and so is its decimal, which is less than half a step off
+        least, most = (_next(_next(ends, way), way) for ends, way in ((self.lower, math.inf), (self.upper, -math.inf)))
+        within = (least <= point) & (point <= most)
+        floor, ceiling = (
+            as_floats(_three(ends, way)) for ends, way in ((self.lower32, math.inf), (self.upper32, -math.inf))
+        )
+        for i in as_ints((~within).nonzero()):
+            text = self._within(i, texts[i], floor[3 * i : 3 * i + 3], ceiling[3 * i : 3 * i + 3])
+            if text is None:
+                return None
+            texts[i] = text
+        return texts
 
-    def _within(self, i: int, value: float, floor: Tensor, ceiling: Tensor) -> str | None:
-        """The decimal of input ``i``. ``floor`` and ``ceiling`` (N, 3) are float32s at the ends and inside of them."""
-        text = repr(value)
+    def _within(self, i: int, text: str, floor: Sequence[float], ceiling: Sequence[float]) -> str | None:
+        """The decimal of input ``i``, whose entry's is ``text``. ``floor`` and ``ceiling`` are float32s at its ends and
+        inside of them."""
         if self._contains(i, near := Fraction(text)):
             return text
         lower, upper = self.ends[i]
         end, rounding, inward = (lower, ROUND_CEILING, floor) if near <= lower else (upper, ROUND_FLOOR, ceiling)
-        inside = (repr(number) for number in as_floats(inward[i]) if math.isfinite(number))
+        inside = (repr(number) for number in inward if math.isfinite(number))
         # a float32 stands for a decimal behind it, but not on the other side of a strict comparison
         strict = not self.excluded.isdisjoint(((i, False), (i, True)))
         candidates = itertools.chain(inside, () if strict else _decimals_at(end, rounding))
@@ -202,11 +211,15 @@ def _outward32(ends: Tensor, direction: float) -> Tensor:
     return torch.where(inside, torch.nextafter(near, torch.full_like(near, direction)), near)
 
 
-def _inward32(ends: Tensor, direction: float) -> Tensor:
-    """(N, 3) the float32 ``ends`` (N,) and their next two neighbours in the direction of ±inf."""
-    far = torch.full_like(ends, direction)
-    second = torch.nextafter(ends, far)
-    return torch.stack([ends, second, torch.nextafter(second, far)], 1) + 0.0  # + 0.0: there is no -0
+def _next(ends: Tensor, direction: float) -> Tensor:
+    """The next floats in the direction of ±inf."""
+    return torch.nextafter(ends, torch.full_like(ends, direction))
+
+
+def _three(ends: Tensor, direction: float) -> Tensor:
+    """(N, 3) the ``ends`` (N,) and their next two neighbours in the direction of ±inf."""
+    second = _next(ends, direction)
+    return torch.stack([ends, second, _next(second, direction)], 1) + 0.0  # + 0.0: there is no -0
 
 
 def _decimals_at(end: Fraction, rounding: str) -> Iterator[str]:
