@@ -27,7 +27,7 @@ from .onnx_network import OnnxNetwork, read_onnx, replay_session
 from .problem import Problem, Specification, Verdict
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
-from .stage import Judge, Replay, Stage, holds
+from .stage import Judge, Replay, Stage
 from .tied_inputs import replay_with_inputs, with_inputs
 from .vnnlib import Case, Declarations, Property
 from .vnnlib_reader import read_property
@@ -397,17 +397,18 @@ class _ExactJudge(Judge):
         if decimals is None:
             return
         point = torch.tensor([float(text) for text in decimals], dtype=torch.float64).float().reshape(image.shape)
-        runs = torch.split(self.replay(point), 1)
-        specification = Specification(case.rows[None], case.offsets[None], case.clauses)
-        closed = [bool(run.isfinite().all()) and not bool(holds(specification, run.double())[0]) for run in runs]
+        runs = self.replay(point)
+        closed = [bool(run.isfinite().all()) and case.closure.contains(as_floats(run)) for run in runs]
         if not any(closed):
             return
-        tied = [Fraction(decimals[number]) for number in self.property.tied]
-        outputs = [as_floats(run) for run in runs]
-        written = [[*values[: len(values) - len(tied)], *tied] for values in outputs]
-        unsafe = [one and case.contains(a) and case.contains(b) for one, a, b in zip(closed, outputs, written)]
+        # a tied input has two values where no float32 lies within its ends: the decimal, and what is replayed
+        outputs, tied = runs.shape[1] - len(self.property.tied), [Fraction(decimals[i]) for i in self.property.tied]
+        unsafe = [
+            one and case.contains(values := as_floats(run)) and case.contains([*values[:outputs], *tied])
+            for one, run in zip(closed, runs, strict=True)
+        ]
         if all(unsafe):
-            raise _Refuted(decimals, runs[-1][0, : len(outputs[-1]) - len(tied)])
+            raise _Refuted(decimals, runs[-1][:outputs])
         kept = self.ties if all(closed) and not any(unsafe) else self.disputed
         if not kept:
             kept.append(point)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from ..errors import InputError
 from ..run_folder import write_atomically
 from ..typed import as_floats, as_ints
 from .vnnlib_text import DIGITS
+
+ROUNDING = 1e-9
+"""Bound of float64's rounding error of a row, relative to the sum of its terms' sizes; 1e-11 at 100,000 of them."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,24 @@ class Case:
         """(N,) ``upper`` rounded up to float32; inf where no float32 is that high."""
         return _outward32(self.upper, math.inf)
 
+    @cached_property
+    def closure(self) -> Case:
+        """The same case, in which no comparison is strict."""
+        return replace(self, excluded=frozenset(), strict=frozenset())
+
     def contains(self, outputs: Sequence[float | Fraction]) -> bool:
-        """Whether outputs (K) lie in the unsafe set as written: in some clause every row holds, in exact arithmetic."""
-        values = [Fraction(value) for value in outputs]
-        clauses = as_ints(self.clauses)
-        failed = {clauses[number] for number in range(len(clauses)) if not self._holds(number, values)}
-        return not failed >= set(clauses)
+        """Whether outputs (K), finite, lie in the unsafe set as written: in some clause every row holds, in exact
+        arithmetic."""
+        exact, near = [Fraction(value) for value in outputs], torch.tensor([*map(float, outputs)], dtype=torch.float64)
+        values, size = self.rows @ near + self.offsets, self.rows.abs() @ near.abs() + self.offsets.abs()
+        fails = values > ROUNDING * size
+        for number in as_ints((~(fails | (values < -ROUNDING * size))).nonzero()):
+            fails[number] = not self._holds(number, exact)
+        return bool(torch.isin(self.clauses, self.clauses[fails], invert=True).any())
 
     def _holds(self, number: int, values: Sequence[Fraction]) -> bool:
-        row = self.rows[number]
-        total = Fraction(float(self.offsets[number]))
+        """Whether a row holds as written, in exact arithmetic."""
+        row, total = self.rows[number], Fraction(float(self.offsets[number]))
         for column in as_ints(row.nonzero()):
             total += Fraction(float(row[column])) * values[column]
         return total < 0 if number in self.strict else total <= 0
