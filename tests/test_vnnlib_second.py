@@ -227,8 +227,8 @@ LONG = "9" * 30
         ("(check-sat)", 5, "("),
         (f"(assert (<= 1 {LONG}))", 1, "a number at which stoll fails"),
         (f"(assert (<= Y[0] {'9' * 400}.0))", 1, "a number at which stod fails"),
-        ("(assert " + "(and " * 100_000, 5, "("),
-        ("(assert (<= Y[0] " + "(- " * 100_000, 5, "("),
+        ("(assert " + "(and " * DEPTH, 5, "("),
+        ("(assert (<= Y[0] " + "(- " * (DEPTH - 1), 5, "("),
         # what is not read yet
         ("(assert (<= (* Y[0] Y[1]) 1.0))", 5, "(* Y [0] Y [1])"),
         ("(assert (<= (* 2.0 X[0,0] (+ X[0,1] 1.0)) 1.0))", 5, "(* 2.0 X [0, 0] (+ X [0, 1] 1.0))"),

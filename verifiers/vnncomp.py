@@ -402,14 +402,17 @@ class _ExactJudge(Judge):
         if not any(closed):
             return
         # a tied input has two values where no float32 lies within its ends: the decimal, and what is replayed
-        outputs, tied = runs.shape[1] - len(self.property.tied), [Fraction(decimals[i]) for i in self.property.tied]
+        outputs, given = runs.shape[1] - len(self.property.tied), as_floats(point)
+        tied = [
+            Fraction(given[i]) if float(decimals[i]) == given[i] else Fraction(decimals[i]) for i in self.property.tied
+        ]
         unsafe = [
             one and case.contains(values := as_floats(run)) and case.contains([*values[:outputs], *tied])
             for one, run in zip(closed, runs, strict=True)
         ]
         if all(unsafe):
             raise _Refuted(decimals, runs[-1][:outputs])
-        kept = self.ties if all(closed) and not any(unsafe) else self.disputed
+        kept = self.ties if all(closed) and not any(unsafe) and case.strict else self.disputed
         if not kept:
             kept.append(point)
 

@@ -55,8 +55,8 @@ def read_second(source: VnnlibText, inputs: int, outputs: int) -> Property:
 
 
 def _checked(source: VnnlibText) -> VnnlibText:
-    """The text as the package reads it rightly: without comments, ``real`` in small letters, and with nothing at which
-    it crashes or which it passes over.
+    """The text as the package reads it rightly: without comments, ``real`` in small letters, and with nothing that it
+    passes over.
 
     Raises:
         InputError: other characters than ASCII's, or NUL, at which it stops reading; too deep nesting; an index or a

@@ -19,8 +19,7 @@ DIGITS = 1000
 """Most digits of one decimal, and largest exponent: exact fractions take as many digits."""
 
 DEPTH = 200
-"""Most nested parentheses: formulas are walked recursively, two frames a level, and the parser of VNN-LIB 2.0 overflows
-its stack somewhere above 5000."""
+"""Most nested parentheses: formulas are walked recursively, two frames a level; by the parser of VNN-LIB 2.0 too."""
 # an end of line, a comment, a string, a quoted symbol, a parenthesis, a word
 TOKEN = re.compile(r'\n|;[^\n]*|"[^"]*"|\|[^|]*\||[()]|[^\s()";|]+|["|]')
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
