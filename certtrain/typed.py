@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeGuard, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 def as_ints(values: Tensor) -> list[int]:
@@ -24,6 +24,22 @@ def as_bools(values: Tensor) -> list[bool]:
     return cast(Any, values.flatten()).tolist()
 
 
+def broadcast_shape(*shapes: torch.Size | tuple[int, ...]) -> torch.Size:
+    """The shape of values of these shapes that broadcast against each other."""
+    return cast(Any, torch).broadcast_shapes(*shapes)
+
+
+def split(values: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
+    """Parts of ``size`` entries along a dimension, the last of the rest."""
+    return cast(Any, values).split(size, dim)
+
+
+def is_integers(value: object) -> TypeGuard[Collection[int]]:
+    """Whether it is a non-empty list or tuple of whole numbers."""
+    values = cast(list[object], value) if isinstance(value, (list, tuple)) else []
+    return len(values) > 0 and all(type(one) is int for one in values)
+
+
 def norm(values: Tensor, dim: int, *, keepdim: bool = False) -> Tensor:
     """The Euclidean norm along a dimension."""
     return cast(Any, values).norm(dim=dim, keepdim=keepdim)
@@ -38,6 +54,10 @@ def is_tuple(value: object) -> TypeGuard[tuple[Any, ...]]:
     return isinstance(value, tuple)
 
 
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
 def is_slice(value: object) -> TypeGuard[slice[Any, Any, Any]]:
     return isinstance(value, slice)
 
@@ -48,6 +68,11 @@ def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
 
 def is_sequence_or_set(value: object) -> TypeGuard[Collection[Any]]:
     return isinstance(value, (list, tuple, set, frozenset))
+
+
+def map_arg(arguments: Any, function: Callable[[fx.Node], Any]) -> Any:
+    """As ``torch.fx.map_arg``: nested arguments with each step of a graph replaced."""
+    return cast(Any, fx).map_arg(arguments, function)
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

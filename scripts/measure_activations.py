@@ -5,7 +5,8 @@
 ``KERNEL_ERROR`` of ``bounds/operations/entrywise.py`` was chosen by these measurements. Float32: every 509th of all
 numbers up to 8.5e37, four million even ones in [-20, 20] and runs of 65536 neighbours in between, as one long tensor
 (vector bodies), in pieces of 1 to 17 (scalar tails) and, in torch, with a stride. Float64: 30,000 numbers against 50
-digits.
+digits. Functions given by pieces (``curves.py``): a part of these float32 numbers, against the same function in
+float64, in eps of ``size``, beside the ``error`` that each pays for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,29 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from certtrain.bounds.operations import Gelu, GeluTanh, Sigmoid, Silu, Tanh
+from certtrain.bounds.operations import (
+    Celu,
+    Cos,
+    Elu,
+    Erf,
+    Exp,
+    Gelu,
+    GeluTanh,
+    Hardswish,
+    Log,
+    Mish,
+    Power,
+    Reciprocal,
+    ScalarCurve,
+    Selu,
+    Sigmoid,
+    Silu,
+    Sin,
+    Softplus,
+    Softsign,
+    Sqrt,
+    Tanh,
+)  # fmt: skip
 from certtrain.bounds.operations.entrywise import KERNEL_ERROR
 
 STRIDE, PIECES = 509, 3000
@@ -130,8 +153,45 @@ def in_pieces(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return run
 
 
+CURVES: list[tuple[ScalarCurve, str, float]] = [  # operation, ONNX operator, the domain's lower end
+    (Exp("", (0,)), "Exp", -math.inf), (Log("", (0,)), "Log", 0.0), (Sqrt("", (0,)), "Sqrt", 0.0),
+    (Reciprocal("", (0,)), "Reciprocal", -math.inf), (Erf("", (0,)), "Erf", -math.inf),
+    (Sin("", (0,)), "Sin", -math.inf), (Cos("", (0,)), "Cos", -math.inf),
+    *((Power("", (0,), p), "Pow", -math.inf) for p in (2.0, 3.0, 4.0, -2.0)),
+    *((Power("", (0,), p), "Pow", 0.0) for p in (2.5, 0.25, -0.5)),
+    (Softplus("", (0,)), "Softplus", -math.inf), (Softplus("", (0,), 1.0, 20.0), "", -math.inf),
+    (Softsign("", (0,)), "Softsign", -math.inf), (Elu("", (0,)), "Elu", -math.inf), (Celu("", (0,)), "Celu", -math.inf),
+    (Selu("", (0,)), "Selu", -math.inf), (Hardswish("", (0,)), "HardSwish", -math.inf),
+    (Mish("", (0,)), "Mish", -math.inf),
+]  # fmt: skip
+
+
+def curve_errors(curve: ScalarCurve, op: str, above: float, x: Tensor) -> None:
+    """Print the largest errors of one function's kernels."""
+    kernels: dict[str, Callable[[Tensor], Tensor]] = {"torch": curve, "torch, pieces": in_pieces(curve)}
+    if op:
+        inputs = ["x", "p"] if op == "Pow" else ["x"]
+        more = [helper.make_tensor("p", TensorProto.FLOAT, [], [curve.exponent])] if isinstance(curve, Power) else []
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy"]
+        graph = helper.make_graph([helper.make_node(op, inputs, ["y"])], op, ends[:1], ends[1:], more)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        kernels["onnxruntime"] = lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        kernels["onnxruntime, pieces"] = in_pieces(kernels["onnxruntime"])
+    x, info = x[x > above], torch.finfo(torch.float32)
+    for name, kernel in kernels.items():
+        at = x[:: max(1, len(x) // 20_000)] if "pieces" in name else x
+        exact, size = curve(at.double()), curve.size(at, at).double()
+        error = ((kernel(at).double() - exact).abs().nan_to_num(math.inf) - info.tiny).clamp(min=0) / (info.eps * size)
+        error = torch.where((exact.abs() < info.max) & (size > 0), error, 0.0)
+        place = f"{float(error.max()):.2f} eps at {float(at[error.argmax()]):.6g}"
+        print(f"{curve.kind:16} {name:20} {place}, paid {curve.error}", flush=True)
+
+
 def main() -> None:
     x = points()
+    for curve, op, above in CURVES:
+        curve_errors(curve, op, above, x[::4])
     near = x[(x.abs() < 30) & (x.abs() > 1e-3)]
     few = torch.cat([x[torch.randint(len(x), (PIECES * 9,))], near[torch.randint(len(near), (PIECES * 9,))]])
     print(f"{len(x)} numbers; torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), "

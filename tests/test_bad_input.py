@@ -84,8 +84,6 @@ WORDS = {
                                ["training.noise: found 5; accepted: a mapping with type SparseNoise or null\n"]),
     "an arithmetic without bounds": (["--perturbation.type", "L2Ball", "--certify.arithmetic", "real"],
                                      ["certify.arithmetic: found real for a L2Ball", "nearest"]),
-    "certificates without bounds": (["--model.activation", "softplus"],
-                                    ["model: Softplus at", "bounds: training.initialisation default, certify"]),
     "unknown loss": (["--loss.type", "CCIBP"], ["loss.type: found 'CCIBP'", "CcIbp", "ExpIbp", "MtlIbp"]),
     "a list for a type": (["--loss.type", "[CcIbp]"], ["loss.type: found ['CcIbp']", "CcIbp"]),
     "unknown choice": (["--loss.bn_mode", "both"], ["loss.bn_mode: found 'both'", "adv, clean"]),

@@ -217,8 +217,8 @@ def test_what_is_no_function_of_one_image_is_refused(kind, count, tmp_path):
 
 
 UNTRACEABLE = {
-    "its mean": lambda m, z: torch.softmax(z - z.mean(0), 1),
-    "its size": lambda m, z: torch.softmax(z, 1) if z.shape[0] > 1 else torch.softmax(-z, 1),
+    "its mean": lambda m, z: z.cumsum(1) - z.mean(0),
+    "its size": lambda m, z: z.cumsum(1) if z.shape[0] > 1 else -z.cumsum(1),
     "its order": lambda m, z: torch.cumsum(torch.softmax(z, 1), 0),
 }
 

@@ -26,7 +26,7 @@ from certtrain.losses import CcIbp
 from certtrain.recipe import load_config
 from certtrain.workflows.train import resume
 
-SOFTPLUS = '''
+LOG_SIGMOID = '''
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,33 +40,33 @@ from certtrain.bounds.relaxation import Lines
 
 
 @dataclass(frozen=True, eq=False)
-class Softplus(Entrywise):
-    """log(1 + exp(x)): rising and convex."""
+class LogSigmoid(Entrywise):
+    """-log(1 + exp(-x)): rising and concave."""
 
-    kind: ClassVar[str] = "softplus"
+    kind: ClassVar[str] = "log sigmoid"
 
     def value(self, x: Tensor) -> Tensor:
-        return F.softplus(x)
+        return F.logsigmoid(x)
 
     def image(self, x: Bounds) -> Bounds:
         return Bounds(self.value(x.lower), self.value(x.upper))
 
     def lines(self, lower: Tensor, upper: Tensor, alpha: Tensor | None) -> Lines:
-        """A tangent below, the chord above."""
+        """The chord below, a tangent above."""
         first, last, middle = self.value(lower), self.value(upper), (lower + upper) / 2
         width = upper - lower
-        chord = torch.where(width > 0, (last - first) / torch.where(width > 0, width, 1.0), torch.sigmoid(upper))
-        above = torch.maximum(first - chord * lower, last - chord * upper)
-        slope, error = torch.sigmoid(middle), self.kernel_error(lower, upper)
-        return Lines(slope, chord, above + error, self.value(middle) - slope * middle - error)
+        chord = torch.where(width > 0, (last - first) / torch.where(width > 0, width, 1.0), torch.sigmoid(-upper))
+        below = torch.minimum(first - chord * lower, last - chord * upper)
+        slope, error = torch.sigmoid(-middle), self.kernel_error(lower, upper)
+        return Lines(chord, slope, self.value(middle) - slope * middle + error, below - error)
 
     def module(self, shape: torch.Size) -> nn.Module:
-        return nn.Softplus()
+        return nn.LogSigmoid()
 
 
-@from_module(nn.Softplus)
-def softplus(tracing, path, source, module):
-    return tracing.append(Softplus(path, (source,)))
+@from_module(nn.LogSigmoid)
+def log_sigmoid(tracing, path, source, module):
+    return tracing.append(LogSigmoid(path, (source,)))
 '''
 
 PRODUCT = '''
@@ -143,7 +143,7 @@ class Product(Nonlinear):
         return Function(torch.mul)
 
 
-@from_function("mul")
+@from_function("multiply")
 def product(tracing, node, source):
     return tracing.append(Product(node.name, (source, tracing.position(node, node.args[1]))))
 '''
@@ -156,19 +156,21 @@ def package(tmp_path: Path) -> Iterator[Callable[[str, str], ModuleType]]:
         yield partial(imported, tmp_path)
 
 
-def with_softplus() -> nn.Module:
+def with_log_sigmoid() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(36, 8), nn.Softplus(),
+        nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.LogSigmoid(), nn.Flatten(), nn.Linear(36, 8), nn.LogSigmoid(),
         nn.Linear(8, 3),
     )  # fmt: skip
 
 
 def with_product() -> nn.Module:
     layers = {"first": nn.Linear(64, 8), "second": nn.Linear(64, 8), "last": nn.Linear(8, 3)}
-    return Apply(lambda m, x: m.last(torch.relu(m.first(x.flatten(1)) * m.second(x.flatten(1)))), **layers)
+    return Apply(
+        lambda m, x: m.last(torch.relu(torch.multiply(m.first(x.flatten(1)), m.second(x.flatten(1))))), **layers
+    )
 
 
-CASES = {"softplus": (SOFTPLUS, with_softplus), "product": (PRODUCT, with_product)}
+CASES = {"log_sigmoid": (LOG_SIGMOID, with_log_sigmoid), "product": (PRODUCT, with_product)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -178,7 +180,7 @@ def test_a_new_operation_in_one_file(case, package, tmp_path):
     with pytest.raises(UnsupportedOperation):
         trace(build())
     mine = package(case, text)
-    assert_complete(getattr(mine, case.title()))
+    assert_complete(getattr(mine, case.title().replace("_", "")))
     model, images, labels = build(), torch.rand(6, 1, 8, 8), torch.randint(0, 3, (6,))
     assert_trains(model, images, labels)
     model.eval()
@@ -318,8 +320,8 @@ def test_the_walk_sees_a_rule_of_another_form(rule):
 
 
 def test_cc_ibp_takes_a_network_with_it(package):
-    package("softplus", SOFTPLUS)
-    CcIbp(alpha=0.1).check_model(with_softplus())
+    package("log_sigmoid", LOG_SIGMOID)
+    CcIbp(alpha=0.1).check_model(with_log_sigmoid())
 
 
 SOFT_NET = """
@@ -329,20 +331,20 @@ from torch import nn
 
 from certtrain.models import Architecture
 
-from . import softplus
+from . import log_sigmoid
 
 
 @dataclass(frozen=True)
 class SoftNet(Architecture):
     def layers(self, shape, classes):
         channels, height, width = shape
-        return [nn.Flatten(), nn.Linear(channels * height * width, 12), nn.Softplus(), nn.Linear(12, classes)]
+        return [nn.Flatten(), nn.Linear(channels * height * width, 12), nn.LogSigmoid(), nn.Linear(12, classes)]
 """
 
 
 def test_a_run_finds_it_again_through_its_model(tmp_path):
     """The module of the architecture imports the operation's."""
-    written(tmp_path, "softplus", SOFTPLUS)
+    written(tmp_path, "log_sigmoid", LOG_SIGMOID)
     named = [written(tmp_path, "soft_net", SOFT_NET)]
     config = unstructure(load_config(Path(__file__).parents[1] / "configs" / "smoke.yaml"))
     config |= {"model": {"type": "mine.soft_net:SoftNet"}}

@@ -5,19 +5,32 @@ import math
 
 import numpy as np
 import onnx
+import onnx_moves
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import randomise_norms
 from onnx import TensorProto, helper, numpy_helper
+from scalar_functions import ROWS
 from torch import nn
 from walking import walk
 
 from certtrain.bounds import Interval, LinfBall, UnsupportedOperation, compute_bounds
 from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
-from certtrain.bounds.operations import Dense, Input, Operation, Relu
+from certtrain.bounds.operations import (
+    Dense,
+    Gelu,
+    GeluTanh,
+    Input,
+    Operation,
+    Product,
+    Relu,
+    Resampling,
+    Silu,
+    TransposedConvolution,
+)  # fmt: skip
 from certtrain.errors import InputError
 from certtrain.verifiers.onnx_network import OnnxNetwork, read_onnx, replay_session
 from certtrain.verifiers.onnx_operators import RULES
@@ -387,6 +400,7 @@ NETWORKS = {
     "same upper": (conv(2, auto_pad="SAME_UPPER"), IMAGE),
     "same lower": (conv(2, auto_pad="SAME_LOWER", strides=[2, 2]), IMAGE),
     "valid": (conv(2, auto_pad="VALID"), IMAGE),
+    **onnx_moves.NETWORKS,
 }  # fmt: skip
 
 
@@ -522,15 +536,6 @@ def random_constant():
     return graph.model(graph("Add", "x", graph("RandomNormal", shape=[1, 5], name="here")))
 
 
-def two_computed(op_type, *shape):
-    def build():
-        graph = Graph(ROW)
-        y = graph("Reshape", graph("MatMul", "x", weights(5, int(np.prod(shape)))), integers(*shape))
-        return graph.model(graph(op_type, "x", y, name="here"))
-
-    return build
-
-
 def second_output():
     graph = Graph(IMAGE)
     _, places = graph("MaxPool", "x", outputs=2, name="here", kernel_shape=[2, 2])
@@ -545,9 +550,12 @@ def constant_first(op_type, constant, **attributes):
     return build
 
 
-def cast_to_float64():
-    graph = Graph(ROW)
-    return graph.model(graph("Cast", graph("Cast", "x", to=TensorProto.DOUBLE, name="here"), to=TensorProto.FLOAT))
+def built(build, shape):
+    def model():
+        graph = Graph(shape)
+        return graph.model(build(graph))
+
+    return model
 
 
 def constant_output():
@@ -555,64 +563,33 @@ def constant_output():
     return graph.model(graph("Cast", graph("Shape", "x"), to=TensorProto.FLOAT))
 
 
-def other_gate(kind, factor, shift):
-    """x * σ(factor x + shift), which is no SiLU."""
-
-    def build():
-        graph = Graph(ROW)
-        inner = graph("Add", graph("Mul", "x", np.float32(factor)), np.float32(shift))
-        return graph.model(graph("Mul", "x", graph(kind, inner), name="here"))
-
-    return build
-
-
-def gate_of_another():
-    graph = Graph(ROW)
-    return graph.model(graph("Mul", "x", graph("Sigmoid", graph("MatMul", "x", weights(5, 5))), name="here"))
-
-
-def product_of(network):
-    def build():
-        graph = Graph(ROW)
-        return graph.model(network(graph))
-
-    return build
-
-
 FIVE = np.ones(5, np.float32)
 REFUSED = {
-    "unknown operator": (one("Softplus"), ["Softplus 'here'", "bound rule", "Gemm", "MaxPool"]),
-    "power": (one("Pow", np.float32(2)), ["Pow 'here'", "exponents [2.0]", "3, inside of GELU"]),
-    "another gate": (other_gate("Sigmoid", 2.0, 0.0), ["Mul 'here'", "two computed values"]),
-    "shifted gate": (other_gate("Sigmoid", 1.0, 0.1), ["Mul 'here'", "two computed values"]),
-    "gate of another value": (gate_of_another, ["Mul 'here'", "two computed values"]),
-    "erf without sqrt(2)": (product_of(gelu(divisor=1.0)), ["Mul ", "two computed values"]),
-    "half of a gelu's 1": (product_of(gelu(one=0.5)), ["Mul ", "two computed values"]),
-    "another cube": (product_of(gelu_by_tanh(cube=0.05)), ["Mul ", "two computed values"]),
-    "softmax": (one("Softmax"), ["Softmax 'here'", "cut it off"]),
+    "unknown operator": (one("Sinh"), ["Sinh 'here'", "bound rule", "Gemm", "MaxPool"]),
+    "powers": (one("Pow", FIVE * np.arange(5, dtype=np.float32)), ["Pow 'here'", "exponents [0.0, 1.0", "one finite"]),
+    "computed exponent": (constant_first("Pow", np.float32(2)), ["Pow 'here'", "a computed exponent"]),
+    "infinite exponent": (one("Pow", np.float32("inf")), ["Pow 'here'", "exponents [inf]", "one finite"]),
+    "negative alpha": (one("Elu", alpha=-1.0), ["Elu 'here'", "alpha=-1.0", "a number > 0"]),
+    "selu": (one("Selu", gamma=0.0), ["Selu 'here'", "gamma=0.0", "numbers > 0"]),
+    "far clip": (one("Clip", np.float32(-1e20)), ["Clip 'here'", "an end of -1e+20", "size 1024 at most, or none"]),
+    "clip by nan": (one("Clip", np.float32("nan")), ["Clip 'here'", "an end of nan", "size 1024 at most, or none"]),
+    "infinite slope": (one("PRelu", np.float32(["inf"])), ["PRelu 'here'", "slopes that are not finite"]),
     "another domain": (one("Relu", domain="elsewhere"), ["Relu 'here'", "'elsewhere'"]),
     "dynamic size": (one("Relu", shape=[1, "width"]), ["input 'x'", "(1, width)", "batch dimension"]),
     "dynamic size alone": (one("Relu", shape=["width"]), ["input 'x'", "(width)"]),
     "no dimension": (one("Relu", shape=[]), ["input 'x'", "()"]),
-    "float64": (one("Relu", kind=TensorProto.DOUBLE), ["input 'x'", "DOUBLE", "float32"]),
+    "float16": (one("Relu", kind=TensorProto.FLOAT16), ["input 'x'", "FLOAT16", "float32"]),
     "constant output": (constant_output, ["'v1_0'", "constant"]),
     "order of operators": (backwards, ["topologically sorted", "v0_0"]),
     "sizes that do not fit": (one("MatMul", weights(4, 3)), ["onnxruntime refuses", "MatMul"]),
     "random constant": (random_constant, ["RandomNormal 'here'", "random"]),
-    "product": (two_computed("Mul", 1, 5), ["Mul 'here'", "two computed values", "(1, 5)"]),
-    "sum that widens": (two_computed("Add", 2, 1), ["Add 'here'", "(2, 1)", "same shape"]),
-    "matmul of computed values": (two_computed("MatMul", 5, 2), ["MatMul 'here'", "input 1", "a constant"]),
     "division of a constant": (constant_first("Div", FIVE), ["Div 'here'", "by a computed value"]),
-    "constant that widens": (one("Add", weights(3, 5)), ["Add 'here'", "(1, 5)", "(3, 5)"]),
     "several matrices": (one("MatMul", weights(2, 5, 3)), ["MatMul 'here'", "(2, 5, 3)", "one matrix"]),
     "slope": (one("LeakyRelu", alpha=1.5), ["LeakyRelu 'here'", "1.5", "[0, 1]"]),
-    "cast": (cast_to_float64, ["Cast 'here'", "DOUBLE", "FLOAT"]),
-    "padding with a number": (one("Pad", integers(0, 1, 0, 0), np.float32(2)), ["Pad 'here'", "other than 0"]),
     "training dropout": (one("Dropout", np.float32(0.5), np.array(True)), ["Dropout 'here'", "evaluation mode"]),
     "training norm": (one("BatchNormalization", *[abs(weights(5))] * 4, outputs=3, opset=15, training_mode=1),
                       ["BatchNormalization 'here'", "training_mode"]),
     "second output": (second_output, ["MaxPool 'here'", "second output"]),
-    "many copies": (one("Gather", integers(*[1] * 6), axis=1), ["Gather 'here'", "copied more than 5 times"]),
     "computed index": (constant_first("Gather", weights(4, 2)), ["Gather", "onnxruntime refuses"]),
     "volume": (one("Conv", weights(2, 2, 1, 1, 1), shape=[1, 2, 3, 3, 3]),
                ["Conv 'here'", "(1, 2, 3, 3, 3)", "height"]),
@@ -620,6 +597,7 @@ REFUSED = {
     "dilated mean": (one("AveragePool", shape=IMAGE, kernel_shape=[2, 2], dilations=[2, 2], opset=19),
                      ["AveragePool 'here'", "(2, 2)"]),
     "no such operator": (one("Strange"), ["Strange"]),
+    **{name: (built(build, shape), mentions) for name, (build, shape, mentions) in onnx_moves.REFUSED.items()},
 }  # fmt: skip
 
 
@@ -635,14 +613,43 @@ def test_refusals_name_what_was_found(read, name):
 
 
 @pytest.mark.parametrize("kind", ["Erf", "Pow"])
-def test_parts_of_a_gelu_alone_run_but_have_no_bounds(read, kind):
+def test_parts_of_a_gelu_alone_have_bounds_too(read, kind):
     graph = Graph(ROW)
     more = [np.float32(3)] if kind == "Pow" else []
-    network = read(graph.model(graph(kind, "x", *more, name="here")))
-    x = torch.rand(2, 5)
-    torch.testing.assert_close(network.module(x), torch.erf(x) if kind == "Erf" else x**3)
-    with pytest.raises(UnsupportedOperation, match=rf"{kind} 'here': found it outside of a GELU; accepted: "):
-        compute_bounds(network.module, Interval.box(x, 0.1))
+    agrees(read(graph.model(graph(kind, "x", *more, name="here"))))
+
+
+def other_gate(kind, factor, shift):
+    """x * σ(factor x + shift), which is no SiLU."""
+
+    def build(graph):
+        inner = graph("Add", graph("Mul", "x", np.float32(factor)), np.float32(shift))
+        return graph("Mul", "x", graph(kind, inner), name="here")
+
+    return build
+
+
+def gate_of_another(graph):
+    return graph("Mul", "x", graph("Sigmoid", graph("MatMul", "x", weights(5, 5))), name="here")
+
+
+OTHER_GATES = {
+    "another gate": other_gate("Sigmoid", 2.0, 0.0),
+    "shifted gate": other_gate("Sigmoid", 1.0, 0.1),
+    "gate of another value": gate_of_another,
+    "erf without sqrt(2)": gelu(divisor=1.0),
+    "half of a gelu's 1": gelu(one=0.5),
+    "another cube": gelu_by_tanh(cube=0.05),
+}
+
+
+@walk("name", OTHER_GATES)
+def test_other_gates_are_products(read, name):
+    graph = Graph(ROW)
+    network = read(graph.model(OTHER_GATES[name](graph)))
+    kinds = {type(operation) for operation in network.module.operations}
+    assert Product in kinds and not kinds & {Silu, Gelu, GeluTanh}
+    agrees(network)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", "half", "half of a gzipped one"])
@@ -659,12 +666,45 @@ def test_files_that_are_no_models_are_refused(tmp_path, content):
 
 
 def test_every_rule_is_tested():
+    from test_onnx_norms import NETWORKS as NORMS  # these import this module
+    from test_onnx_products import NETWORKS as PRODUCTS
+
     used = set()
-    for build, shape in NETWORKS.values():
+    for build, shape in (*NETWORKS.values(), *PRODUCTS.values(), *NORMS.values()):
         graph = Graph(shape)
         build(graph)
         used |= {node.op_type for node in graph.nodes}
+    used |= {row.op for row in ROWS.values() if row.op is not None}
     assert not RULES.keys() - used
+
+
+@walk("name", onnx_moves.NETWORKS)
+def test_moved_entries_are_exact(read, name):
+    """With default and with disabled optimisation, at random points, at corners and at the largest float32."""
+    build, shape = NETWORKS[name]
+    graph = Graph(shape)
+    network = read(graph.model(build(graph)))
+    replay, kinds = replay_session(network.model), {type(one) for one in network.module.network.operations}
+    computes = bool(kinds & {Resampling, TransposedConvolution, Dense}) or "double" in name
+    points = [torch.rand(network.shape), torch.zeros(network.shape), -torch.ones(network.shape)]
+    points.append(torch.full(network.shape, 1e5 if computes else 3e38))
+    for x in points:
+        # onnxruntime 1.31's optimiser rounds what int8 weights are multiplied with, by 1e-3
+        for theirs in replay(x)[: 1 if name == "folded weights" else 2]:
+            size = 1e-6 * theirs.abs().max().item() if computes else 0
+            torch.testing.assert_close(network.module(x[None])[0], theirs, rtol=0, atol=size)
+
+
+def test_a_network_of_float64(read):
+    graph = Graph(ROW, TensorProto.DOUBLE)
+    x = graph("Relu", graph("MatMul", "x", weights(5, 4).astype(np.float64)))
+    model = graph.model(graph("Add", x, np.full(4, 0.1)))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    network = read(model)
+    x = torch.rand(3, 5)
+    theirs = torch.stack([replay_session(network.model)(one)[0] for one in x])
+    torch.testing.assert_close(network.module(x).double(), theirs.double(), rtol=0, atol=1e-6)
+    assert compute_bounds(network.module, Interval.box(x, 0.1)).contains(theirs.float(), 1e-5).all()
 
 
 @st.composite

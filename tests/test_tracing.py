@@ -145,6 +145,8 @@ FORMS = {
     "torch.flatten": lambda m, x: torch.flatten(x.view(-1, 2, 2), 1),
     "flatten by name": lambda m, x: torch.flatten(input=x.view(-1, 2, 1, 2), start_dim=2, end_dim=-1).flatten(1),
     "contiguous": lambda m, x: x.contiguous(),
+    "F.dropout": lambda m, x: F.dropout(x, 0.5, m.training),
+    "a layer with a forward of its own": lambda m, x: m.negated(x),
 }
 
 
@@ -152,7 +154,9 @@ FORMS = {
 @walk("count", [0, 1, 4], ids=lambda count: f"batch {count}")
 def test_functional_forms(form, count):
     torch.manual_seed(0)
-    model = head(FORMS[form], buffer=torch.randn(4), parameter=nn.Parameter(torch.randn(4)))
+    model = head(
+        FORMS[form], negated=NegatedLinear(4, 4), buffer=torch.randn(4), parameter=nn.Parameter(torch.randn(4))
+    )
     assert_bounds_follow(model, images(4, count=count))
 
 
@@ -259,7 +263,7 @@ class TestModules:
         before, names = [m.training for m in model.modules()], set(model.state_dict())
         trace(model)
         assert [m.training for m in model.modules()] == before and set(model.state_dict()) == names
-        broken = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)).train()
+        broken = nn.Sequential(nn.Linear(4, 4), nn.LogSigmoid()).train()
         with pytest.raises(UnsupportedOperation):
             trace(broken)
         assert all(m.training for m in broken.modules())
@@ -415,9 +419,12 @@ def _other():
 
 
 REFUSED = {  # model, what the message names
-    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Mish())), ["Mish", "'1.0'", "Conv1d"]),
-    "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=1)), ["Softmax", "'1'", "Conv1d"]),
-    "F.softmax": (lambda: head(lambda m, x: F.softmax(x, 1)), ["softmax", "Conv1d"]),
+    "unknown layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LogSigmoid())),
+                      ["LogSigmoid", "'1.0'", "Conv1d"]),
+    "softmax layer": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=0)), ["1", "dim=0", "behind the batch"]),
+    "softmax of no dimension": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax()), ["1", "dim=None"]),
+    "F.softmax": (lambda: head(lambda m, x: F.softmax(x, -2)), ["softmax", "dim=-2 of 2", "behind the batch"]),
+    "softmax in float64": (lambda: head(lambda m, x: F.softmax(x, 1, dtype=torch.float64)), ["softmax", "dtype"]),
     "random pooling": (lambda: Apply(lambda m, x: F.fractional_max_pool2d(x, 2, 1)), ["fractional_max_pool2d"]),
     "pooling of volumes": (lambda: Apply(lambda m, x: F.max_pool3d(x, 2)), ["max_pool3d", "MaxPool1d"]),
     "adaptive max pooling with indices": (lambda: nn.AdaptiveMaxPool2d(2, return_indices=True), ["AdaptiveMaxPool2d"]),
@@ -429,12 +436,20 @@ REFUSED = {  # model, what the message names
     "cat into": (lambda: head(lambda m, x: torch.cat([x, x], 1, out=x)), ["cat", "out", "accepted"]),
     "sequence without batch": (lambda: nn.Conv1d(3, 4, 1), ["Conv1d", "2 dimensions", "accepted"]),
     "max pooling with indices": (lambda: nn.MaxPool2d(2, return_indices=True), ["MaxPool2d"]),
-    "sum": (lambda: head(lambda m, x: x.sum(1)), ["sum", "Conv1d"]),
+    "sum": (lambda: head(lambda m, x: x.sum(0)), ["sum", r"dimensions \[0\]", "behind the batch"]),
+    "sum of all": (lambda: head(lambda m, x: x.sum()), ["sum", "all dimensions", "behind the batch"]),
+    "median": (lambda: head(lambda m, x: x.median(1)[0]), ["median|getitem", "Conv1d|accepted"]),
     "transpose": (lambda: head(lambda m, x: x.T), ["accepted|supported"]),
-    "product": (lambda: head(lambda m, x: x * F.relu(x)), ["mul", "supported"]),
+    "rounded quotient": (
+        lambda: head(lambda m, x: torch.div(x, F.relu(x) + 1, rounding_mode="floor")), ["div", "accepted"],
+    ),
+    "matrix product of a constant": (
+        lambda: head(lambda m, x: torch.matmul(x, m.b), b=torch.ones(4, 4)), ["matmul", "computed from the images"],
+    ),
     "quotient": (lambda: head(lambda m, x: 1 / x), ["div", "supported"]),
     "scaled sum": (lambda: head(lambda m, x: torch.add(x, x, alpha=2)), ["add", "accepted"]),
     "sum into": (lambda: head(lambda m, x: torch.add(x, 1, out=x)), ["add", "accepted"]),
+    "random dropout": (lambda: head(lambda m, x: F.dropout(x, 0.5)), ["dropout", "nn.Dropout"]),
     "floor": (lambda: head(lambda m, x: torch.div(x, 2, rounding_mode="floor")), ["div", "accepted"]),
     "branch": (lambda: Apply(branches), ["Apply", "accepted"]),
     "flatten everything": (lambda: Apply(lambda m, x: torch.flatten(x)), ["flatten", "start_dim", "accepted"]),
@@ -446,13 +461,9 @@ REFUSED = {  # model, what the message names
     "two inputs": (two_inputs, ["y", "one input"]),
     "two outputs": (lambda: head(lambda m, x: x) and Apply(lambda m, x: (x, x)), ["output", "one tensor"]),
     "constant output": (lambda: Apply(lambda m, x: m.value, value=nn.Parameter(torch.ones(3))), ["output"]),
-    "other linear": (lambda: nn.Sequential(NegatedLinear(4, 3)), ["supported"]),
-    "other linear alone": (lambda: NegatedLinear(4, 3), ["supported"]),
     "falling slope": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(-0.1)), ["LeakyReLU", "'1'", "-0.1"]),
     "steep slope": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(1.5)), ["LeakyReLU", "'1'", "1.5"]),
     "falling functional slope": (lambda: head(lambda m, x: F.leaky_relu(x, -0.1)), ["LeakyReLU", "-0.1"]),
-    "F.dropout": (lambda: head(lambda m, x: F.dropout(x, 0.5, m.training)), ["dropout", "nn.Dropout"]),
-    "pool of the image's size": (lambda: Apply(lambda m, x: F.avg_pool2d(x, x.size(2))), ["avg_pool2d|size"]),
     "no running statistics": (
         lambda: nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), ["batch norm", "accepted"],
     ),
@@ -584,10 +595,25 @@ def test_the_supported_layers_are_what_the_message_says():
         "AvgPool2d": nn.AvgPool2d(2), "AdaptiveAvgPool1d": nn.AdaptiveAvgPool1d(1), "Identity": nn.Identity(),
         "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d(1), "AdaptiveMaxPool1d": nn.AdaptiveMaxPool1d(1),
         "AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d(1), "ChannelShuffle": nn.ChannelShuffle(2),
-        "Dropout1d": nn.Dropout1d(), "Dropout2d": nn.Dropout2d(),
+        "Dropout1d": nn.Dropout1d(), "Dropout2d": nn.Dropout2d(), "Unflatten": nn.Unflatten(1, (1, -1)),
+        "ConvTranspose1d": nn.ConvTranspose1d(2, 2, 1), "ConvTranspose2d": nn.ConvTranspose2d(2, 2, 1),
+        "PixelShuffle": nn.PixelShuffle(2), "PixelUnshuffle": nn.PixelUnshuffle(2), "Upsample": nn.Upsample(2),
+        "UpsamplingNearest2d": nn.UpsamplingNearest2d(2), "UpsamplingBilinear2d": nn.UpsamplingBilinear2d(2),
+        "ZeroPad1d": nn.ZeroPad1d(1), "ZeroPad2d": nn.ZeroPad2d(1), "ConstantPad1d": nn.ConstantPad1d(1, 2.0),
+        "ConstantPad2d": nn.ConstantPad2d(1, 2.0), "ReflectionPad1d": nn.ReflectionPad1d(1),
+        "ReflectionPad2d": nn.ReflectionPad2d(1), "ReplicationPad1d": nn.ReplicationPad1d(1),
+        "ReplicationPad2d": nn.ReplicationPad2d(1), "CircularPad1d": nn.CircularPad1d(1),
+        "CircularPad2d": nn.CircularPad2d(1),
+        "ReLU6": nn.ReLU6(), "Hardtanh": nn.Hardtanh(),
+        "Hardsigmoid": nn.Hardsigmoid(), "PReLU": nn.PReLU(), "Softplus": nn.Softplus(), "Softsign": nn.Softsign(),
+        "ELU": nn.ELU(), "CELU": nn.CELU(), "SELU": nn.SELU(), "Hardswish": nn.Hardswish(), "Mish": nn.Mish(),
+        "Threshold": nn.Threshold(1, 0),
+        "Softmax": nn.Softmax(1),
+        "LogSoftmax": nn.LogSoftmax(1), "LayerNorm": nn.LayerNorm(4), "RMSNorm": nn.RMSNorm(4, eps=1e-5),
+        "GroupNorm": nn.GroupNorm(2, 4), "InstanceNorm1d": nn.InstanceNorm1d(2), "InstanceNorm2d": nn.InstanceNorm2d(2),
     }  # fmt: skip
     with pytest.raises(UnsupportedOperation) as raised:
-        trace(nn.Sequential(nn.Softplus()))
+        trace(nn.Sequential(nn.LogSigmoid()))
     assert set(str(raised.value).split("supported: ")[1].split("; ")[0].split(", ")) == set(layers)
     for layer in layers.values():
         assert isinstance(trace(nn.Sequential(nn.ReLU(), layer)).operations[0], Input)

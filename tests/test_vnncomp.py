@@ -441,7 +441,7 @@ def folder(tmp_path) -> Path:
     save_network(tmp_path / "wide.onnx", TestTime.layers())
     (tmp_path / "broken.onnx").write_bytes(b"no network")
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Sin", ["x"], ["y"])], "sine", ends[:1], ends[1:])
+    graph = helper.make_graph([helper.make_node("Sinh", ["x"], ["y"])], "sine", ends[:1], ends[1:])
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "operator.onnx"
     )
@@ -593,7 +593,7 @@ BAD = {
     "missing property": (["network.onnx", "none.vnnlib"], ["none.vnnlib"]),
     "a folder": (["sub", "safe.vnnlib"], ["sub"]),
     "no network": (["broken.onnx", "safe.vnnlib"], ["broken.onnx"]),
-    "unsupported operator": (["operator.onnx", "safe.vnnlib"], ["operator.onnx", "Sin"]),
+    "unsupported operator": (["operator.onnx", "safe.vnnlib"], ["operator.onnx", "Sinh"]),
     "unknown name": (["network.onnx", "malformed.vnnlib"], ["malformed.vnnlib, line 4", "'Z_7'"]),
     "wrong inputs": (["network.onnx", "inputs.vnnlib"], ["inputs.vnnlib, line 2", "X_1"]),
     "files exchanged": (["safe.vnnlib", "network.onnx"], ["safe.vnnlib"]),

@@ -189,7 +189,8 @@ def test_several_inputs_and_outputs_of_one_network(ask, tmp_path):
     network = two_of_each(tmp_path / "n.onnx")
     read = read_onnx(network)
     assert (read.shape, read.outputs) == (torch.Size([7]), 4)
-    assert (read.given, read.computed) == (((1, 2, 2), (1, 3)), ((1, 3), (1, 1)))
+    assert [(given.name, given.shape) for given in read.inputs] == [("a", (1, 2, 2)), ("b", (1, 3))]
+    assert read.computed == ((1, 3), (1, 1))
     point = torch.randn(7, generator=torch.Generator().manual_seed(0))
     run = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
     found = run.run(None, {"a": point[:4].reshape(1, 2, 2).numpy(), "b": point[4:].reshape(1, 3).numpy()})
@@ -214,10 +215,16 @@ def test_several_inputs_and_outputs_of_one_network(ask, tmp_path):
 
 
 WRONG = {
-    "b float32 [3]": (("b float32 [3]; A float32 [2,2]", "P float32 [3]; q float32 []"), "[1, 2, 2], [1, 3]"),
-    "X float32 [7]": (("X float32 [7]", "P float32 [3]; q float32 []"), "[1, 2, 2], [1, 3]"),
-    "q float32 [1]": (("A float32 [2,2]; b float32 [3]", "q float32 [1]; P float32 [3]"), "outputs, in their order"),
-    "P float32 [4]": (("A float32 [2,2]; b float32 [3]", "P float32 [4]"), "[1, 3], [1, 1]"),
+    "b float32 [3]": (
+        ("b float32 [3]; A float32 [2,2]", "P float32 [3]; q float32 []"),
+        "real: float32 [1, 2, 2], float32 [",
+    ),
+    "X float32 [7]": (("X float32 [7]", "P float32 [3]; q float32 []"), "real: float32 [1, 2, 2], float32 ["),
+    "q float32 [1]": (
+        ("A float32 [2,2]; b float32 [3]", "q float32 [1]; P float32 [3]"),
+        "the network's outputs",
+    ),
+    "P float32 [4]": (("A float32 [2,2]; b float32 [3]", "P float32 [4]"), "float32 [1, 3], float32 [1, 1]"),
 }
 
 

@@ -56,7 +56,7 @@ def run_cascade(
     """
     images = problem.region.images
     if not any(stage.traces for stage in stages):
-        problem = replace(problem, network=_runnable(problem.network))
+        problem = replace(problem, network=_runnable(problem.network, problem.region.images.shape[1:]))
     wait = partial(torch.cuda.synchronize, images.device) if images.is_cuda else None
     with until(wait=wait):  # measures the pace of the work, by which later stages estimate times
         run = _BatchProgress(problem, (limits or Limits()).of(len(problem)), watch)  # traces the network anew
@@ -87,10 +87,10 @@ def _stages_for_region(stages: Sequence[Stage], problem: Problem) -> Sequence[St
     return [stage if other.name in names else other for stage, other in fitting]
 
 
-def _runnable(network: nn.Module) -> nn.Module:
+def _runnable(network: nn.Module, shape: torch.Size) -> nn.Module:
     """The network, or, if it cannot be traced, a module of one opaque operation, which can be run but not bounded."""
     try:
-        trace(network)
+        trace(network, shape)
     except UnsupportedOperation as why:
         return NetworkModule([Input("input", ()), Opaque("network", (0,), network, why)])
     return network

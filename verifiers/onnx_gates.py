@@ -7,13 +7,11 @@ x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, with the constant factors in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
 
-from ..bounds.operations import Entrywise, Gelu, GeluTanh, Opaque, Operation, Scale, Silu, Sum, UnsupportedOperation
-from ..typed import as_floats
+from ..bounds.operations import Entrywise, Gelu, GeluTanh, Operation, Power, Scale, Silu, Sum
 from .onnx_steps import Construction, OnnxStep, Value
 
 TOLERANCE = 3e-7
@@ -21,28 +19,6 @@ TOLERANCE = 3e-7
 
 
 KINDS = {kind.kind: kind for kind in (Gelu, GeluTanh, Silu)}
-
-
-class GatePart(nn.Module):
-    """A function that is a part of gates and has no bound rule of its own."""
-
-    def __init__(self, kind: str, function: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.kind, self.function = kind, function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-def error_function(step: OnnxStep) -> Value:
-    return _entrywise(step, "erf", torch.erf)
-
-
-def power(step: OnnxStep) -> Value:
-    exponent = step.constant(1)
-    if exponent.numel() != 1 or float(exponent) != 3:
-        step.refuse(f"exponents {as_floats(exponent)}", "3, inside of GELU by tanh")
-    return _entrywise(step, "cube", lambda x: x**3)
 
 
 def gelu(step: OnnxStep) -> Value:
@@ -60,12 +36,6 @@ def product(step: OnnxStep) -> Value | None:
             done = step.append(KINDS[kind], Value(position, step.shape), step.shape)
             return done if _near(gain, 1.0) else step.scaled(done, gain, 0.0)
     return None
-
-
-def _entrywise(step: OnnxStep, kind: str, function: Callable[[Tensor], Tensor]) -> Value:
-    place = f"{step.run.path}: {step.node.op_type} {step.path!r}"
-    why = UnsupportedOperation(f"{place}: found it outside of a GELU; accepted: x * (1 + erf(x / sqrt(2))), or by tanh")
-    return step.append(Opaque, step.value(0), step.shape, GatePart(kind, function), why)
 
 
 def _gates(run: Construction, own: int, gate: int) -> Iterator[tuple[str, float, int]]:
@@ -97,14 +67,13 @@ def _cubic(run: Construction, position: int) -> int | None:
         for read, other in (node.inputs, node.inputs[::-1]):
             for cube, more, at in _chain(run, other):
                 power = run.operations[at]
-                if _function(power) == "cube" and power.inputs == (read,) and more == 0 and _near(cube, 0.044715):
+                cubed = isinstance(power, Power) and power.exponent == 3 and power.inputs == (read,)
+                if cubed and more == 0 and _near(cube, 0.044715):
                     return read
     return None
 
 
 def _function(operation: Operation) -> str | None:
-    if isinstance(operation, Opaque) and isinstance(operation.function, GatePart):
-        return operation.function.kind
     return operation.kind if isinstance(operation, Entrywise) else None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 from torch import Tensor
 
@@ -26,12 +26,16 @@ from ..bounds.clock import look, looking
 from ..bounds.network import NetworkModule
 from ..bounds.operations import Input, Rearrangement, UnsupportedOperation
 from ..errors import InputError
-from .onnx_joined import joined
+from .onnx_joined import GraphInput, joined
 from .onnx_operators import RULES
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 
 SUPPORTED = ", ".join(RULES)
-HINT = " (cut it off: the scores before it have the same order)"
+HINTS = {
+    "ArgMax": " (cut it off, and compare the scores before it in the property)",
+    "QuantizeLinear": " (of constants alone: it is a step function)", "DynamicQuantizeLinear": " (a step function)",
+}  # fmt: skip
+"""Advice on operators without a rule."""
 # their results differ from call to call, or they contain operators that read names from outside
 NOT_CONSTANT = {"Bernoulli", "Dropout", "If", "Loop", "Multinomial", "RandomNormal", "RandomNormalLike",
                 "RandomUniform", "RandomUniformLike", "Scan", "SequenceMap"}  # fmt: skip
@@ -49,14 +53,14 @@ class OnnxNetwork:
         outputs: number of outputs, flattened, of all of the file's output tensors.
         model: the file's content, weights included; with one input and output, without operators on which the output
             does not depend.
-        given, computed: shapes of the file's input and output tensors, with a batch of one.
+        inputs: the file's input tensors. computed: shapes of its output tensors, with a batch of one.
     """
 
     module: NetworkModule
     shape: torch.Size
     outputs: int
     model: onnx.ModelProto
-    given: tuple[Shape, ...]
+    inputs: tuple[GraphInput, ...]
     computed: tuple[Shape, ...]
 
 
@@ -72,14 +76,17 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     file = load_onnx(path)
     look()
     inputs = _inputs(file, path)
+    if len({given.kind for given in inputs}) > 1:
+        kinds = ", ".join(f"{given.name!r} {given.kind}" for given in inputs)
+        raise InputError(f"{path}: found inputs {kinds}; accepted: inputs of one element type")
     model = joined(file, inputs)
-    ((name, shape),) = _inputs(model, path)
+    (whole,) = _inputs(model, path)
     outputs = [output.name for output in model.graph.output]
     live = _live(list(model.graph.node), outputs[0])
     del model.graph.node[:]
     model.graph.node.extend(live)
-    nodes = _computed(model, name, path)
-    run = _construction(model, nodes, name, shape, path)
+    nodes = _computed(model, whole.name, path)
+    run = _construction(model, nodes, whole, path)
     for node in looking(nodes):
         for output in (output for output in node.output if run.readers[output]):
             step = OnnxStep(run, node, output)
@@ -95,9 +102,8 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     if logits.position == 0:
         run.operations.append(Rearrangement("output", (0,), lambda x: x.flatten(1)))
     module = NetworkModule(run.operations)
-    given = tuple(shape for _, shape in inputs)
     computed = tuple(_shape_of(output, run) for output in file.graph.output)
-    return OnnxNetwork(module, torch.Size(held(shape)), logits.shape[1], file, given, computed)
+    return OnnxNetwork(module, torch.Size(held(whole.shape)), logits.shape[1], file, tuple(inputs), computed)
 
 
 def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
@@ -110,19 +116,19 @@ def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
     """
     plain = session(model)
     inputs = _inputs(model, Path())
-    sizes = [math.prod(shape) for _, shape in inputs]
+    sizes = [math.prod(given.shape) for given in inputs]
     runs = [plain]
     try:
         optimised = session(model, optimised=True)
-        optimised.run(None, {name: np.zeros(shape, np.float32) for name, shape in inputs})
+        optimised.run(None, {given.name: np.zeros(given.shape, given.kind) for given in inputs})
         runs.append(optimised)
     except Exception:  # onnxruntime's exceptions have no common base class
         pass
 
     def replay(image: Tensor) -> Tensor:
         parts = torch.split(image.detach().cpu().float().flatten(), sizes)
-        given = {name: part.numpy().reshape(shape) for (name, shape), part in zip(inputs, parts, strict=True)}
-        outputs = [[np.asarray(output).reshape(-1) for output in run.run(None, given)] for run in runs]
+        fed = {given.name: part.numpy().astype(given.kind).reshape(given.shape) for given, part in zip(inputs, parts)}
+        outputs = [[np.asarray(output).reshape(-1) for output in run.run(None, fed)] for run in runs]
         return torch.as_tensor(np.stack([np.concatenate(each) for each in outputs]))
 
     return replay
@@ -146,8 +152,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _inputs(model: onnx.ModelProto, path: Path) -> list[tuple[str, Shape]]:
-    """(name, shape) of each input, with a batch of one."""
+def _inputs(model: onnx.ModelProto, path: Path) -> list[GraphInput]:
     weights = {weight.name for weight in model.graph.initializer}  # old files list weights as inputs too
     inputs = [_input(given, path) for given in model.graph.input if given.name not in weights]
     if not inputs or not model.graph.output:
@@ -155,17 +160,17 @@ def _inputs(model: onnx.ModelProto, path: Path) -> list[tuple[str, Shape]]:
     return inputs
 
 
-def _input(given: onnx.ValueInfoProto, path: Path) -> tuple[str, Shape]:
+def _input(given: onnx.ValueInfoProto, path: Path) -> GraphInput:
     kind, place = given.type.tensor_type, f"{path}: input {given.name!r}"
-    if kind.elem_type != onnx.TensorProto.FLOAT:
+    if kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
         found = onnx.TensorProto.DataType.Name(kind.elem_type)
-        raise InputError(f"{place}: found elements of type {found}; accepted: FLOAT, which is float32")
+        raise InputError(f"{place}: found elements of type {found}; accepted: FLOAT, which is float32, or DOUBLE")
     sizes = [size.dim_value for size in kind.shape.dim]  # 0 where it is dynamic
     names = [size.dim_param or "?" if size.dim_value < 1 else str(size.dim_value) for size in kind.shape.dim]
     if not sizes or min(sizes[1:], default=sizes[0]) < 1:
         accepted = "sizes that are known, but for a batch dimension in front"
         raise InputError(f"{place}: found shape ({', '.join(names)}); accepted: {accepted}")
-    return given.name, (max(sizes[0], 1), *sizes[1:])
+    return GraphInput(given.name, (max(sizes[0], 1), *sizes[1:]), helper.tensor_dtype_to_np_dtype(kind.elem_type))
 
 
 def _shape_of(output: onnx.ValueInfoProto, run: Construction) -> Shape:
@@ -206,24 +211,21 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
             raise UnsupportedOperation(f"{_place(node, path)}: found a constant made by it; accepted: {accepted}")
     computed = _live(computed, model.graph.output[0].name)
     for node in (node for node in computed if node.op_type not in RULES):
-        hint = HINT if node.op_type in ("Softmax", "LogSoftmax") and node is computed[-1] else ""
-        raise UnsupportedOperation(
-            f"{_place(node, path)}: found an operator without a bound rule{hint}; accepted: {SUPPORTED}"
-        )
+        found = f"an operator without a bound rule{HINTS.get(node.op_type, '')}"
+        raise UnsupportedOperation(f"{_place(node, path)}: found {found}; accepted: {SUPPORTED}")
     return computed
 
 
-def _construction(
-    model: onnx.ModelProto, nodes: list[onnx.NodeProto], name: str, shape: Shape, path: Path
-) -> Construction:
+def _construction(model: onnx.ModelProto, nodes: list[onnx.NodeProto], given: GraphInput, path: Path) -> Construction:
     """The construction before its first operator, with the shapes and constants that onnxruntime gives at an input of
     zeros."""
     output = model.graph.output[0].name
     readers = Counter([output, *(read for node in nodes for read in node.input)])
     weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
+    name, shape, kind = given
     names = sorted(readers.keys() - weights.keys() - {name, ""})
     try:
-        arrays = dict(zip(names, evaluate(model, np.zeros(shape, np.float32), names)))
+        arrays = dict(zip(names, evaluate(model, np.zeros(shape, kind), names)))
     except Exception as error:  # onnxruntime's exceptions have no common base class
         message = " ".join(str(error).split())
         raise InputError(
@@ -231,8 +233,9 @@ def _construction(
         ) from error
     computed = {output for node in nodes for output in node.output}
     shapes = {read: array.shape for read, array in arrays.items() if read in computed}
+    kinds = {name: kind} | {read: array.dtype for read, array in arrays.items() if read in computed}
     constants = weights | {read: array for read, array in arrays.items() if read not in computed}
-    return Construction(str(path), model, shapes, constants, readers, [Input(name, ())], {name: Value(0, shape)})
+    return Construction(str(path), model, shapes, kinds, constants, readers, [Input(name, ())], {name: Value(0, shape)})
 
 
 def _place(node: onnx.NodeProto, path: Path) -> str:

@@ -7,16 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import onnx
 import torch
 import torch.nn.functional as F
-from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from ..bounds.operations import (
     AveragePool,
     BatchNorm,
-    Concat,
     Convolution,
     Dense,
     LeakyRelu,
@@ -27,9 +24,8 @@ from ..bounds.operations import (
     Sigmoid,
     Tanh,
 )  # fmt: skip
-from ..typed import as_ints
-from . import onnx_gates
-from .onnx_steps import OnnxStep, Pair, Shape, Value, evaluate, fixed, numbers
+from . import onnx_gates, onnx_moves, onnx_norms, onnx_products, onnx_scalar
+from .onnx_steps import OnnxStep, Pair, Shape, Value, fixed
 
 
 def _reshape(step: OnnxStep) -> Value:
@@ -45,65 +41,18 @@ def _dropout(step: OnnxStep) -> Value:
     return _reshape(step)
 
 
-def _cast(step: OnnxStep) -> Value:
-    if step.attributes["to"] != onnx.TensorProto.FLOAT:
-        step.refuse(f"to={onnx.TensorProto.DataType.Name(step.attributes['to'])}", "FLOAT")
-    return _reshape(step)
-
-
-def _copied(step: OnnxStep) -> Value:
-    """A rule for operators that move entries: onnxruntime runs them on the entries' numbers."""
-    value, (name, *others) = step.value(0), step.node.input
-    if math.prod(value.shape) >= 2**24:
-        step.refuse(f"{math.prod(value.shape)} entries", f"fewer than {2**24}, which float32 can number")
-    weights = {other: step.constant(i).numpy() for i, other in enumerate(others, start=1) if other}
-    graph = helper.make_graph(
-        [step.node], "one", [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape)], [],
-        [numpy_helper.from_array(weight, other) for other, weight in weights.items()],
-    )  # fmt: skip
-    versions = {"opset_imports": step.run.model.opset_import, "ir_version": max(step.run.model.ir_version, 4)}
-    model, image = helper.make_model(graph, **versions), numbers(value.shape).float().numpy()
-    (moved,), (zeros,) = (evaluate(model, given, [step.output]) for given in (image, 0 * image))
-    if zeros.any():
-        step.refuse("padding other than 0", "0")
-    return step.picked(value, torch.tensor(moved).long())
-
-
 def _concat(step: OnnxStep) -> Value:
     axis: int = step.attributes["axis"] % len(step.shape)
     count = len(step.node.input)
-    computed = [number for number in range(count) if step.computed(number)]
-    if len(computed) == count and step.shape[0] == 1 and axis > 0:  # along a dimension that operations hold
-        return _joined(step, [step.value(number) for number in computed], step.shape, axis)
-    # join the computed parts as flat rows, then move their entries to their places, with 0 at those of constants
-    rows = [step.reshaped(step.value(number), (1, math.prod(step.value(number).shape))) for number in computed]
-    start, total, places, shift = 0, 0, torch.zeros(step.shape, dtype=torch.long), torch.zeros(step.shape)
-    for number in range(count):
-        is_computed = number in computed
-        part = numbers(step.value(number).shape) + total if is_computed else step.constant(number)
-        width = part.shape[axis]
-        (places if is_computed else shift).narrow(axis, start, width).copy_(part)
-        start, total = start + width, total + part.numel() * is_computed
-    joined = step.picked(_joined(step, rows, (1, total), 1), places)
-    return step.scaled(joined, 1.0, shift) if shift.any() else joined
-
-
-def _joined(step: OnnxStep, values: list[Value], shape: Shape, axis: int) -> Value:
-    """Concatenate values of ONNX shapes (1, …) along dimension ``axis`` > 0."""
-    step.run.operations.append(Concat(step.path, tuple(value.position for value in values), axis))
-    return Value(len(step.run.operations) - 1, shape)
+    if all(step.computed(number) for number in range(count)) and step.shape[0] == 1 and axis > 0:
+        return step.joined([step.value(number) for number in range(count)], step.shape, axis)
+    return onnx_moves.moved(*range(count))(step)
 
 
 def _arithmetic(step: OnnxStep) -> Value:
     kind, left, right = step.node.op_type, step.computed(0), step.computed(1)
-    if left and right and kind == "Mul" and (activated := onnx_gates.product(step)) is not None:
-        return activated
     if left and right:
-        values = [step.value(0), step.value(1)]
-        if kind in ("Mul", "Div") or any(math.prod(value.shape) != math.prod(step.shape) for value in values):
-            found = f"two computed values, of shapes {values[0].shape} and {values[1].shape}"
-            step.refuse(found, "a constant among them, or Add and Sub of the same shape")
-        return step.add([step.reshaped(value) for value in values], -1.0 if kind == "Sub" else 1.0)
+        return onnx_products.arithmetic(step)
     value, constant = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
     match kind:
         case "Add":
@@ -120,7 +69,9 @@ def _arithmetic(step: OnnxStep) -> Value:
 
 def _matmul(step: OnnxStep) -> Value:
     left = step.computed(0)
-    value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
+    if left and step.computed(1):
+        return onnx_products.matrix_product(step)
+    value, matrix = (step.value(0), step.weight(1)) if left else (step.value(1), step.weight(0))
     if matrix.ndim == 1:
         matrix = matrix[:, None] if left else matrix[None]
     if matrix.shape[:-2].numel() != 1:
@@ -135,7 +86,7 @@ def _matmul(step: OnnxStep) -> Value:
 
 def _gemm(step: OnnxStep) -> Value:
     left, attributes = step.computed(0), step.attributes
-    value, matrix = (step.value(0), step.constant(1)) if left else (step.value(1), step.constant(0))
+    value, matrix = (step.value(0), step.weight(1)) if left else (step.value(1), step.weight(0))
     own, other = ("transA", "transB") if left else ("transB", "transA")
     matrix = matrix.T if attributes.get(other) else matrix
     if bool(attributes.get(own)) == left:
@@ -193,7 +144,7 @@ def _windows(step: OnnxStep, kernel: list[int]) -> tuple[Value, _Windows]:
 
 
 def _conv(step: OnnxStep) -> Value:
-    weight, groups = step.constant(1), step.attributes.get("group", 1)
+    weight, groups = step.weight(1), step.attributes.get("group", 1)
     value, windows = _windows(step, list(weight.shape[2:]))
     weight = weight.reshape(*weight.shape[:2], *windows.kernel)
     padding = windows.begin
@@ -205,7 +156,7 @@ def _conv(step: OnnxStep) -> Value:
     geometry = windows.stride, padding, windows.dilation, groups
     layer = nn.Conv2d(weight.shape[1] * groups, len(weight), windows.kernel, *geometry, bias=False, device="meta")
     layer.weight = fixed(weight)
-    layer.register_parameter("bias", fixed(step.constant(2)) if step.has(2) else None)
+    layer.register_parameter("bias", fixed(step.weight(2)) if step.has(2) else None)
     return step.reshaped(step.append(Convolution, value, (1, len(weight), *windows.output), layer, *geometry))
 
 
@@ -242,16 +193,7 @@ def _average_pool(step: OnnxStep) -> Value:
 
 def _reduced(step: OnnxStep) -> Value:
     """A rule for means and sums over some dimensions, which are moved to the end and joined."""
-    value, rank = step.value(0), len(step.value(0).shape)
-    axes = step.attributes.get("axes", as_ints(step.constant(1)) if step.has(1) else [])
-    if step.node.op_type == "GlobalAveragePool":
-        axes = list(range(2, rank))
-    elif not axes:
-        axes = [] if step.attributes.get("noop_with_empty_axes") else list(range(rank))
-    gone = {axis % rank for axis in axes}
-    kept = [axis for axis in range(rank) if axis not in gone]
-    moved = numbers(value.shape).permute(*kept, *gone).reshape(*(value.shape[axis] for axis in kept), -1)
-    value = step.picked(value, moved)
+    value = onnx_products.reduced_last(step)
     function = torch.sum if step.node.op_type == "ReduceSum" else torch.mean
     reduced = (*value.shape[:-1], 1)
     return step.reshaped(step.append(AveragePool, value, reduced, partial(function, dim=-1, keepdim=True)))
@@ -261,7 +203,7 @@ def _batch_norm(step: OnnxStep) -> Value:
     if step.attributes.get("training_mode") or not step.attributes.get("spatial", 1):
         step.refuse("training_mode, or statistics of every place", "a batch norm in evaluation mode, of channels")
     value, epsilon = step.value(0), step.attributes.get("epsilon", 1e-5)
-    weight, bias, mean, variance = (step.constant(number) for number in range(1, 5))
+    weight, bias, mean, variance = (step.weight(number) for number in range(1, 5))
     before = step.run.operations[value.position]
     linear = isinstance(before, Dense)
     rank = len(value.shape)
@@ -290,15 +232,18 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "Add": _arithmetic,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
-    "Cast": _cast,
+    "Cast": onnx_moves.cast,
     "Concat": _concat,
     "Conv": _conv,
-    "DepthToSpace": _copied,
+    "ConvTranspose": onnx_moves.transposed_convolution,
+    "DepthToSpace": onnx_moves.moved(0),
     "Div": _arithmetic,
     "Dropout": _dropout,
-    "Erf": onnx_gates.error_function,
+    "Expand": onnx_moves.moved(0),
     "Flatten": _reshape,
-    "Gather": _copied,
+    "Gather": onnx_moves.moved(0),
+    "GatherElements": onnx_moves.moved(0),
+    "GatherND": onnx_moves.moved(0),
     "Gelu": onnx_gates.gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _reduced,
@@ -308,19 +253,28 @@ RULES: dict[str, Callable[[OnnxStep], Value]] = {
     "MaxPool": _max_pool,
     "Mul": _arithmetic,
     "Neg": lambda step: step.scaled(step.value(0), -1.0, 0.0),
-    "Pad": _copied,
-    "Pow": onnx_gates.power,
+    "Pad": onnx_moves.pad,
     "ReduceMean": _reduced,
     "ReduceSum": _reduced,
     "Relu": _activation(Relu),
     "Reshape": _reshape,
+    "Resize": onnx_moves.resize,
+    "ScatterElements": onnx_moves.scatter,
+    "ScatterND": onnx_moves.scatter,
     "Sigmoid": _activation(Sigmoid),
-    "Slice": _copied,
-    "SpaceToDepth": _copied,
-    "Split": _copied,
+    "Slice": onnx_moves.moved(0),
+    "SpaceToDepth": onnx_moves.moved(0),
+    "Split": onnx_moves.moved(0),
     "Squeeze": _reshape,
     "Sub": _arithmetic,
     "Tanh": _activation(Tanh),
-    "Transpose": _copied,
+    "Tile": onnx_moves.moved(0),
+    "Transpose": onnx_moves.moved(0),
+    "Trilu": onnx_moves.moved(0),
     "Unsqueeze": _reshape,
+    "Upsample": onnx_moves.resize,
+    "Where": onnx_moves.where,
+    **onnx_scalar.RULES,
+    **onnx_products.RULES,
+    **onnx_norms.RULES,
 }

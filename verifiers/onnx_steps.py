@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from ..bounds.operations import (
     Affine,
+    Concat,
     Convolution,
+    Copies,
     Dense,
     Operation,
     Rearrangement,
     Scale,
-    Selection,
     Sum,
     UnsupportedOperation,
 )  # fmt: skip
@@ -80,7 +81,7 @@ class Construction:
 
     Args:
         path: the file, for errors. model: its content.
-        shapes: ONNX shapes of the values that depend on the network's input.
+        shapes, kinds: ONNX shapes and element types of the values that depend on the network's input.
         constants: values that do not.
         readers: number of operator inputs and network outputs that read a name.
         operations: the operations so far. values: computed values so far, by name.
@@ -89,6 +90,7 @@ class Construction:
     path: str
     model: onnx.ModelProto
     shapes: Mapping[str, Shape]
+    kinds: Mapping[str, np.dtype[Any]]
     constants: Mapping[str, np.ndarray]
     readers: Mapping[str, int]
     operations: list[Operation]
@@ -114,6 +116,7 @@ class OnnxStep:
         self.run, self.node, self.output = run, node, output
         self.path, self.shape = node.name or output, run.shapes[output]
         self.attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        self.opset = next(known.version for known in run.model.opset_import if known.domain in ("", "ai.onnx"))
 
     def refuse(self, found: str, accepted: str) -> NoReturn:
         place = f"{self.run.path}: {self.node.op_type} {self.path!r}"
@@ -135,6 +138,22 @@ class OnnxStep:
             self.refuse(f"input {number} computed from the network's input", "a constant")
         return torch.tensor(self.run.constants[self.node.input[number]])
 
+    def weight(self, number: int) -> Tensor:
+        """A constant in float32, which has to hold it exactly."""
+        constant = self.constant(number)
+        if not torch.equal(constant.float().to(constant.dtype), constant) and not constant.isnan().any():
+            self.refuse(f"weights of {constant.dtype} as input {number}", "weights that float32 holds exactly")
+        return constant.float()
+
+    def kind(self, number: int) -> np.dtype[Any]:
+        """The element type of a computed input in the file."""
+        return self.run.kinds[self.node.input[number]]
+
+    def joined(self, values: list[Value], shape: Shape, axis: int) -> Value:
+        """Concatenate values of ONNX shapes (1, …) along dimension ``axis`` > 0."""
+        self.run.operations.append(Concat(self.path, tuple(value.position for value in values), axis))
+        return Value(len(self.run.operations) - 1, shape)
+
     def append(self, kind: type[Operation], value: Value, shape: Shape, *fields: Any) -> Value:
         self.run.operations.append(kind(self.path, (value.position,), *fields))
         return Value(len(self.run.operations) - 1, shape)
@@ -146,13 +165,23 @@ class OnnxStep:
     def reshaped(self, value: Value, shape: Shape | None = None) -> Value:
         return self.run.reshaped(value, self.shape if shape is None else shape, self.path)
 
+    def aligned(self, value: Value) -> Value:
+        """The value with as many dimensions as the step's output, and held like it: then operations broadcast it."""
+        rank = len(self.shape)
+        shape = (*[1] * (rank - len(value.shape)), *value.shape)
+        whole = rank > 1 and len(held(self.shape)) == rank  # the first dimension is held
+        return Value(self.reshaped(value, (1, *shape) if whole else shape).position, shape)
+
+    def times(self, value: Value, factor: float) -> Value:
+        """The value times a number, in its own shape."""
+        constants = ScaleConstants(*(torch.tensor(number, dtype=torch.float64) for number in (factor, 0.0)))
+        return self.append(Scale, value, value.shape, constants, constants.exact)
+
     def picked(self, value: Value, index: Tensor) -> Value:
         """Entries of ``value`` by their numbers in ``index``, counted from 1; 0 gives a zero."""
-        shape, size, flat = tuple(index.shape), math.prod(value.shape), index.flatten()
-        if torch.equal(flat, torch.arange(1, size + 1)):
+        shape, flat = tuple(index.shape), index.flatten()
+        if torch.equal(flat, torch.arange(1, math.prod(value.shape) + 1)):
             return self.reshaped(value, shape)
-        if flat.bincount(minlength=2)[1:].max() > size:  # the adjoint would add more terms than roundings are known for
-            self.refuse(f"an entry that is copied more than {size} times", "as many copies as there are entries")
         target = held(shape)
 
         def pick(x: Tensor) -> Tensor:
@@ -160,7 +189,7 @@ class OnnxStep:
             picked = F.pad(x.flatten(1), (1, 0)).gather(1, flat.to(x.device).expand(x.shape[0], -1))
             return torch.unflatten(picked, 1, target)
 
-        return self.append(Selection, value, shape, pick)
+        return self.append(Copies, value, shape, pick)
 
     def transposed(self, value: Value) -> Value:
         """The value with its last two dimensions swapped."""
@@ -179,12 +208,12 @@ class OnnxStep:
         Args:
             roundings: most float32 roundings of one output, relative to |scale value| + |shift|.
         """
-        if math.prod(self.shape) != math.prod(value.shape):
-            self.refuse(f"a constant that widens shape {value.shape} to {self.shape}", "one that keeps the shape")
-        value = self.reshaped(value)
-        scale, shift = (self._against(torch.as_tensor(constant, dtype=torch.float64)) for constant in (scale, shift))
+        widens = math.prod(self.shape) != math.prod(value.shape)
+        value = self.aligned(value) if widens else self.reshaped(value)
+        scale, shift = (self.against(torch.as_tensor(constant, dtype=torch.float64)) for constant in (scale, shift))
         before = self.run.operations[value.position]
-        if isinstance(before, Affine) and before.bias is None and (scale == 1).all() and self.run.has_one_reader(value):
+        alone = (scale == 1).all() and not widens and self.run.has_one_reader(value)
+        if isinstance(before, Affine) and before.bias is None and alone:
             features = shift.shape[1 if isinstance(before, Convolution) else -1]
             if shift.numel() == features and torch.equal(shift.float().double(), shift):
                 bias = fixed(shift.float().flatten().expand(len(before.weight)))
@@ -194,7 +223,7 @@ class OnnxStep:
         constants = ScaleConstants(scale, shift)
         return self.append(Scale, value, self.shape, constants, constants.exact, roundings)
 
-    def _against(self, constant: Tensor) -> Tensor:
+    def against(self, constant: Tensor) -> Tensor:
         """Reshape a constant that broadcasts against ``self.shape`` to one that does against (1, *held)."""
         full = (*[1] * (len(self.shape) - constant.ndim), *constant.shape)
         return constant.reshape(full if len(held(self.shape)) < len(full) else (1, *full))

@@ -184,12 +184,14 @@ def read_question(network: OnnxNetwork, path: Path) -> Property:
     if property.declared is None:
         return property
     for what, declared, shapes in (
-        ("input", property.declared.inputs, network.given), ("output", property.declared.outputs, network.computed)
-    ):  # fmt: skip
-        own = ", ".join(str(list(shape)) for shape in shapes)
+        ("input", property.declared.inputs, [given.shape for given in network.inputs]),
+        ("output", property.declared.outputs, network.computed),
+    ):
+        kind = str(network.inputs[0].kind)
+        own = ", ".join(f"{kind} {list(shape)}" for shape in shapes)
         for number, tensor in enumerate(declared):
-            if len(declared) != len(shapes) or not tensor.fits(shapes[number]):
-                accepted = f"the network's {what}s, in their order: {own}"
+            if len(declared) != len(shapes) or not tensor.fits(kind, shapes[number]):
+                accepted = f"the network's {what}s, in their order, as they are or real: {own}"
                 raise InputError(f"{path}, line {tensor.line}: found '{tensor}'; accepted: {accepted}")
     return property
 

@@ -140,9 +140,10 @@ class DeclaredTensor:
     def __str__(self) -> str:
         return f"{self.name} {self.kind} [{','.join(map(str, self.shape))}]"
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of the network is of this shape, dimensions of size 1 aside."""
-        return [size for size in self.shape if size != 1] == [size for size in shape if size != 1]
+    def fits(self, kind: str, shape: Sequence[int]) -> bool:
+        """Whether it stands for a tensor of the element type ``kind`` and of this shape, dimensions of size 1 aside."""
+        sizes, own = ([size for size in sizes if size != 1] for sizes in (shape, self.shape))
+        return self.kind in (kind, "real") and sizes == own
 
     def assigned(self, values: Iterator[str]) -> list[str]:
         """The lines that assign the next of the values, decimals, to the entries in row-major order."""

@@ -36,7 +36,7 @@ def fold(
     """
     written = as_written and isinstance(model, NetworkModule)
     folding = _Folding(model, torch.Size(shape), dtype, whole_pools, written, finite=statistics is None)
-    return folding.run(trace(model).with_statistics(statistics))
+    return folding.run(trace(model, torch.Size(shape)).with_statistics(statistics))
 
 
 class _Folding:

@@ -29,7 +29,7 @@ def forward(
     With ``statistics`` given they use those and update nothing. In evaluation mode they are merged into the layer
     before them, as in the certified network. The pass is differentiable once, or ``twice``, which is slower.
     """
-    network = trace(model).with_statistics(statistics)
+    network = trace(model, images.shape[1:]).with_statistics(statistics)
     operations, last_use = network.operations, network.last_use
     ops = kernels.reference if twice else kernels
     values, collected = {0: images}, dict[int, BatchStatistics]()

@@ -58,7 +58,7 @@ def compute_bounds(
     box.check()
     if isinstance(model, nn.Module) and not (model.training and is_traced(model)):
         check_faithful(model, box)
-    return _Propagation(model, statistics, keep=False).run(box)[0]
+    return _Propagation(model, box, statistics, keep=False).run(box)[0]
 
 
 def compute_margins(
@@ -84,7 +84,7 @@ def compute_margins(
         InputError: a network of one output, which has no margins; labels that are not whole numbers.
         UnsupportedOperation: as in ``compute_bounds``.
     """
-    propagation = _Propagation(model, statistics, keep, shrink)
+    propagation = _Propagation(model, box, statistics, keep, shrink)
     output, last = propagation.run(box, stop_before_last=True)
     labels = as_labels(labels, len(output.center), device=output.center.device)
     if last is None:
@@ -99,7 +99,7 @@ def compute_activity(
     model: nn.Module | Network, box: Interval | Region, statistics: Statistics | None = None, *, shrink: float = 1.0
 ) -> tuple[Interval, Activity]:
     """Bounds of the logits, and the intermediate intervals of the pass. Arguments as in ``compute_margins``."""
-    propagation = _Propagation(model, statistics, True, shrink)
+    propagation = _Propagation(model, box, statistics, True, shrink)
     return propagation.run(box)[0], propagation.activity()
 
 
@@ -113,7 +113,7 @@ def compute_rows(
     Returns:
         (B, R).
     """
-    output, last = _Propagation(model, statistics, keep=False).run(box, stop_before_last=True)
+    output, last = _Propagation(model, box, statistics, keep=False).run(box, stop_before_last=True)
     constant: Tensor | float = 0.0
     if last is not None:
         weight, bias = last
@@ -134,8 +134,16 @@ def _difference(logits: Interval, labels: Tensor) -> Tensor:
 class _Propagation:
     """One pass of interval bound propagation, with the intervals it keeps."""
 
-    def __init__(self, model: nn.Module | Network, statistics: Statistics | None, keep: bool, shrink: float = 1.0):
-        self.network = trace(model).with_statistics(statistics)
+    def __init__(
+        self,
+        model: nn.Module | Network,
+        box: Interval | Region,
+        statistics: Statistics | None,
+        keep: bool,
+        shrink: float = 1.0,
+    ):
+        shape = box.center.shape[1:] if isinstance(box, Interval) else box.images.shape[1:]
+        self.network = trace(model, shape).with_statistics(statistics)
         self.keep, self.shrink = keep, shrink
         self.first: Interval | None = None
         self.preactivations: dict[int, Interval] = {}

@@ -39,7 +39,8 @@ def fits(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Tens
     sizes = [(hull.center.abs() + hull.radius).amax(0, keepdim=True)]
     for operation in network.operations[1:]:
         sizes.append(operation.peak(*(sizes[read] for read in operation.inputs)))
-    if all(bool((size <= most).all()) for size in sizes):  # cheap sufficient check: all images at once
+    partial = any(operation.partial for operation in network.operations)
+    if not partial and all(bool((size <= most).all()) for size in sizes):  # cheap sufficient check: all images at once
         return everything
     intervals = all_intervals(network, region, bounds)
     for number, operation in enumerate(network.operations[1:], start=1):

@@ -88,7 +88,8 @@ def check(network: Network) -> None:
         operation = network.nonlinear_at(number)
         if not operation.piecewise_linear:
             raise UnsupportedOperation(
-                f"{operation.path}: found {operation.kind}; accepted in this arithmetic: relu, leaky_relu"
+                f"{operation.path}: found {operation.kind}; "
+                "accepted in this arithmetic: relu, leaky_relu, clips, abs, prelu, max"
             )
 
 

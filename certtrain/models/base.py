@@ -45,8 +45,7 @@ class Architecture(Component):
 
     Args:
         mean, std: per channel, for the normalisation in the first layer; empty for none.
-        activation: applied after every hidden layer. There are no bounds of softplus: such a network can be trained and
-            attacked but not certified, and starts from ``training.initialisation: default``.
+        activation: applied after every hidden layer.
     """
 
     mean: tuple[float, ...] = ()

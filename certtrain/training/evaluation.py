@@ -22,7 +22,7 @@ def evaluate(model: nn.Module, split: Split, ball: PerturbationSet) -> dict[str,
     model's mode is restored."""
     training = model.training
     model.eval()
-    certifiable = traceable(model)
+    certifiable = traceable(model, torch.Size(split.shape[1:]))
     correct = certified = 0
     for batch in in_order(split, BATCH):
         correct += int((model(batch.images).argmax(1) == batch.labels).sum())
@@ -64,14 +64,14 @@ def check_program(model: nn.Module, split: Split) -> None:
     Raises:
         InputError: they differ beyond rounding, or the logits of an image depend on other images.
     """
-    if traceable(model):
+    if traceable(model, torch.Size(split.shape[1:])):
         checked_logits(model, split.pixels(torch.arange(min(COMPARED, len(split)))))
 
 
-def traceable(model: nn.Module) -> bool:
-    """Whether bounds support all of the model's layers."""
+def traceable(model: nn.Module, shape: torch.Size | None = None) -> bool:
+    """Whether bounds support all of the model's layers, for images of ``shape`` (needed where forward reads sizes)."""
     try:
-        trace(model)
+        trace(model, shape)
     except UnsupportedOperation:
         return False
     return True

@@ -26,6 +26,7 @@ from ..progress import console
 from ..recipe import Config, load_config
 from ..run_folder import RunFolder
 from ..training import StopRequest, check_images, fit
+from ..training.evaluation import traceable
 from ..verifiers.records import decided, reasons, summarise
 from .evaluate import evaluate_run
 from .export import export_run
@@ -118,7 +119,7 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
         torch.manual_seed(key_of(config.seed, "weights"))
         model = config.model.build(dataset.shape, dataset.classes)
         if config.training.initialisation == "shi":
-            initialise_for_ibp(model)
+            initialise_for_ibp(model, torch.Size(dataset.shape))
     return model
 
 
@@ -136,6 +137,7 @@ def _prepare(config: Config) -> tuple[Dataset, nn.Module]:
     except UnsupportedOperation as error:
         without = "training.initialisation default, certify.enabled false, export.enabled false"
         raise InputError(f"model: {error}; accepted without bounds: {without}") from error
+    traceable(model, torch.Size(dataset.shape))  # a forward that reads sizes is known by its shape from here on
     config.loss.check_model(model)
     config.loss.check_ball(config.perturbation)
     config.training.check_ball(config.perturbation)

@@ -101,7 +101,7 @@ class Affine(LinearOperation):
         return lines if self.bias is None else lines.shifted(self.bias.reshape(-1, *[1] * (self.weight.ndim - 2)))
 
 
-def with_weights(layer: nn.Linear | nn.Conv1d | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def with_weights(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A torch layer, with its parameters replaced by these."""
     layer.weight = nn.Parameter(weight)
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias))

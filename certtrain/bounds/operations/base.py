@@ -42,6 +42,8 @@ class Operation(ABC):
 
     entrywise_map: ClassVar[bool] = False
     """Whether each output entry is a * x + b of one entry x of the image, without repeats and in the image's order."""
+    partial: ClassVar[bool] = False
+    """Whether its output may be infinite or have no value at inputs of moderate size: ``peak`` does not tell then."""
 
     @abstractmethod
     def __call__(self, *inputs: Any, **_: Any) -> Tensor:

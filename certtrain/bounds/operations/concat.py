@@ -12,6 +12,8 @@ from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
 from .base import Function, LinearOperation, UnsupportedOperation
+from .options import behind_batch
+from .rearrangement import Rearrangement
 from .registry import Tracing
 
 
@@ -73,3 +75,19 @@ def concat(tracing: Tracing, node: fx.Node) -> int:
             f"cat at {node.name!r}: found {found}; accepted: a dimension other than the batch's, 0"
         )
     return tracing.append(Concat(node.name, tuple(tracing.position(node, part) for part in parts), dim))
+
+
+def stack(tracing: Tracing, node: fx.Node) -> int:
+    """Tracing rule of ``torch.stack``: its parts with a new dimension, concatenated along it."""
+    parts = node.args[0] if node.args else node.kwargs.get("tensors")
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    if not isinstance(parts, (list, tuple)) or not parts or type(dim) is not int or dim == 0:
+        raise UnsupportedOperation(
+            f"stack at {node.name!r}: found {parts}, dim={dim}; accepted: a list of values, dim behind the batch's"
+        )
+
+    def widen(x: Tensor) -> Tensor:
+        return x.unsqueeze(behind_batch(node, dim, x.ndim + 1))
+
+    rows = [tracing.append(Rearrangement(node.name, (tracing.position(node, part),), widen)) for part in parts]
+    return tracing.append(Concat(node.name, tuple(rows), dim))

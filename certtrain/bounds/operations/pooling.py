@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
-from .base import Folding, Function, Unbounded, UnsupportedOperation
+from .base import Folding, Unbounded, UnsupportedOperation
+from .plain_pools import plain_pool
 from .rearrangement import Rearrangement, Selection
 from .registry import FunctionRule, Tracing, from_function, from_module
 from .relu import Relu
@@ -39,6 +40,9 @@ class AveragePool(Rearrangement):
         """The sum before the division."""
         return self.magnitude(*inputs) * self.terms(inputs[0].shape[1:])
 
+    def module(self, shape: torch.Size) -> nn.Module:
+        return plain_pool(self.function, shape, averages=True) if len(shape) in (2, 3) else super().module(shape)
+
 
 @dataclass(frozen=True, eq=False)
 class MaxPool(Unbounded):
@@ -57,7 +61,7 @@ class MaxPool(Unbounded):
         return UnsupportedOperation(f"{self.path}: found a max pool in linear bounds; accepted: a folded network")
 
     def module(self, shape: torch.Size) -> nn.Module:
-        return Function(self.function)
+        return plain_pool(self.function, shape, averages=False)
 
     def fold(self, folding: Folding, *sources: int) -> int:
         (source,) = sources

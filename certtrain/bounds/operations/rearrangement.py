@@ -14,6 +14,7 @@ from ...typed import is_slice, is_tuple
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from .base import Function, LinearOperation, UnsupportedOperation
+from .options import kept_batch, options, refuse, several
 from .registry import BatchSize, Tracing, from_function, from_module
 
 
@@ -58,14 +59,38 @@ class Rearrangement(LinearOperation):
 
 @dataclass(frozen=True, eq=False)
 class Selection(Rearrangement):
-    """Entries selected by index, in any order."""
+    """Entries selected by index, in any order, each as often as there are entries at most."""
 
     entrywise_map: ClassVar[bool] = False
 
 
+@dataclass(frozen=True, eq=False)
+class Copies(Selection):
+    """Entries selected by index, in any order, as often as wanted."""
+
+    def terms(self, shape: torch.Size) -> int:
+        """The adjoint adds up an entry's copies, at most all of the output."""
+        return max(shape.numel(), self.function(torch.zeros(1, *shape)).numel()) + 1
+
+
 @from_module(nn.Flatten)
 def _flatten_module(tracing: Tracing, path: str, source: int, module: nn.Flatten) -> int | None:
-    return tracing.append(Rearrangement(path, (source,), module)) if module.start_dim >= 1 else None
+    if module.start_dim == 0:
+        return None
+    return tracing.append(Rearrangement(path, (source,), _flattening(path, module.start_dim, module.end_dim)))
+
+
+def _flattening(path: str, start: Any, end: Any) -> Callable[[Tensor], Tensor]:
+    """``x.flatten(start, end)``, which has to keep the batch dimension."""
+
+    def flatten(x: Tensor) -> Tensor:
+        if not isinstance(start, int) or start == 0 or start == -x.ndim:
+            raise UnsupportedOperation(
+                f"flatten at {path!r}: found start_dim={start}; accepted: 1 or more (keeps the batch)"
+            )
+        return x.flatten(start, end)
+
+    return flatten
 
 
 @from_module(nn.ChannelShuffle)
@@ -82,14 +107,11 @@ def _identity(tracing: Tracing, path: str, source: int, module: nn.Identity) -> 
 
 @from_function("view", "reshape")
 def _reshape(tracing: Tracing, node: fx.Node, source: int) -> int:
-    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    values = [tracing.values.get(size) if isinstance(size, fx.Node) else size for size in sizes]
-    keeps_batch = values and (isinstance(values[0], BatchSize) or (values[0] == -1 and -1 not in values[1:]))
-    rest = [value for value in values[1:] if type(value) is int and not isinstance(value, fx.Node)]
-    if not keeps_batch or len(rest) != len(values) - 1 or any(isinstance(size, fx.Node) for size in sizes[1:]):
-        raise UnsupportedOperation(
-            f"{node.target} at {node.name!r}: found sizes {tuple(sizes)}; accepted: x.size(0) or -1 first, then numbers"
-        )
+    sizes = several(tracing, node, "shape", "size")
+    keeps_batch = sizes and (isinstance(sizes[0], BatchSize) or (sizes[0] == -1 and -1 not in sizes[1:]))
+    rest = [size for size in sizes[1:] if type(size) is int]
+    if not keeps_batch or len(rest) != len(sizes) - 1 or rest.count(-1) > 1:
+        refuse(node, f"sizes {tuple(sizes)}", "x.size(0) or -1 first, then numbers")
 
     def apply(x: Tensor) -> Tensor:
         # with an empty batch -1 is ambiguous: work it out from the other entries
@@ -101,28 +123,26 @@ def _reshape(tracing: Tracing, node: fx.Node, source: int) -> int:
 
 @from_function("flatten")
 def _flatten(tracing: Tracing, node: fx.Node, source: int) -> int:
-    start = node.kwargs.get("start_dim", node.args[1] if len(node.args) > 1 else 0)
-    end: Any = node.kwargs.get("end_dim", node.args[2] if len(node.args) > 2 else -1)
-    if not isinstance(start, int) or start < 1:
-        raise UnsupportedOperation(
-            f"flatten at {node.name!r}: found start_dim={start}; accepted: 1 or more (keeps the batch)"
-        )
-    return tracing.append(Rearrangement(node.name, (source,), lambda x: x.flatten(start, end)))
+    start, end = options(tracing, node, start_dim=0, end_dim=-1)
+    if start == 0:
+        refuse(node, "start_dim=0", "1 or more (keeps the batch)")
+    return tracing.append(Rearrangement(node.name, (source,), _flattening(node.name, start, end)))
 
 
 @from_function("getitem")
-def _slice(tracing: Tracing, node: fx.Node, source: int) -> int:
+def _indexed(tracing: Tracing, node: fx.Node, source: int) -> int:
     index: Any = node.args[1]
     parts = index if is_tuple(index) else (index,)
     ends = [end for part in parts if is_slice(part) for end in (part.start, part.stop, part.step)]
-    numbers = len(ends) == 3 * len(parts) and all(end is None or type(end) is int for end in ends)
-    if not numbers or parts[:1] != (slice(None),):
+    plain = all(is_slice(part) or part is None or part is Ellipsis or type(part) is int for part in parts)
+    if parts[:1] not in ((slice(None),), (Ellipsis,)) or not plain or any(isinstance(end, fx.Node) for end in ends):
         raise UnsupportedOperation(
-            f"{node.name!r}: found x[{index}]; accepted: x[:, a:b, …] with numbers, the batch whole"
+            f"{node.name!r}: found x[{index}]; accepted: x[:, …] with slices, numbers and None, the batch whole"
         )
-    return tracing.append(Rearrangement(node.name, (source,), lambda x: x[parts]))
 
+    def pick(x: Tensor) -> Tensor:
+        if parts[0] is Ellipsis and len([part for part in parts[1:] if part is not None]) >= x.ndim:
+            refuse(node, f"x[{index}] of {x.ndim} dimensions", "x[:, …], the batch whole")
+        return kept_batch(node, x, x[parts])
 
-@from_function("contiguous")
-def _contiguous(tracing: Tracing, node: fx.Node, source: int) -> int:
-    return source
+    return tracing.append(Rearrangement(node.name, (source,), pick))
