@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import operator
+import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import vnnlib
 from onnx import TensorProto, helper, numpy_helper
 from test_vnncomp import IDENTITY, TENT, save_network, save_property
 
@@ -20,8 +22,6 @@ from certtrain.errors import InputError
 from certtrain.verifiers.instances import run_instances
 from certtrain.verifiers.onnx_network import read_onnx, replay_session
 from certtrain.verifiers.vnncomp import ONLY_TIES, Answer, answer
-
-vnnlib = pytest.importorskip("vnnlib")
 
 SIGNS = {
     vnnlib.LessEqual: operator.le, vnnlib.GreaterEqual: operator.ge, vnnlib.LessThan: operator.lt,
@@ -52,6 +52,10 @@ def value(node, tensors):
             return any(value(part, tensors) for part in node.args)
 
 
+def fractions(tensor: np.ndarray) -> np.ndarray:
+    return np.vectorize(lambda entry: Fraction(float(entry)), otypes=[object])(tensor)
+
+
 def assert_accepted(result: str, query: str, network: Path) -> None:
     """The rules of the competition of 2026: tensors in the order of declaration, a value a line; onnxruntime's default
     run on the inputs as float32 satisfies all assertions; no tolerance is used."""
@@ -76,7 +80,7 @@ def assert_accepted(result: str, query: str, network: Path) -> None:
     found = run.run(None, {place.name: tensor.reshape(shapes[place.name]) for place, tensor in given})
     for tensor, output in zip(outputs.values(), found, strict=True):
         assert np.array_equal(tensor.ravel(), output.ravel())
-    exact = {name: np.vectorize(Fraction, otypes=[object])(tensor) for name, tensor in (inputs | outputs).items()}
+    exact = {name: fractions(tensor) for name, tensor in (inputs | outputs).items()}
     assert all(value(assertion.expr, exact) for assertion in parsed.assertions)
 
 
@@ -167,8 +171,8 @@ def test_a_wide_network_with_tied_inputs(ask, tmp_path):
         assert ask(asked, network).word == word
 
 
-def two_of_each(path: Path) -> Path:
-    """(relu(w a) + b, sums of b and a constant), of a (1, 2, 2) and b (1, 3)."""
+def two_of_each(path: Path, kinds=(TensorProto.FLOAT,) * 2, old: bool = False) -> Path:
+    """(relu(w a) + b, the sum of b), of a (1, 2, 2) and b (1, 3); old files list weights as inputs."""
     weights = {"w": np.arange(12, dtype=np.float32).reshape(4, 3) / 8 - 0.5, "c": np.ones((3, 1), np.float32),
                "s": np.array([1, 4], np.int64)}  # fmt: skip
     nodes = [
@@ -177,16 +181,19 @@ def two_of_each(path: Path) -> Path:
         helper.make_node("MatMul", ["b", "c"], ["second"]),
     ]  # fmt: skip
     ends = {"a": ["batch", 2, 2], "b": [1, 3], "first": [1, 3], "second": [1, 1]}
-    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ends.items()]
+    types = dict(zip(ends, (*kinds, *kinds)))
+    infos = [helper.make_tensor_value_info(name, types[name], shape) for name, shape in ends.items()]
     given = [numpy_helper.from_array(weight, name) for name, weight in weights.items()]
-    graph = helper.make_graph(nodes, "two", infos[:2], infos[2:], given)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    listed = [helper.make_tensor_value_info(w.name, w.data_type, w.dims) for w in given] if old else []
+    graph = helper.make_graph(nodes, "two", listed[:1] + infos[:2] + listed[1:], infos[2:], given)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 9)], ir_version=3 if old else 8)
     path.write_bytes(model.SerializeToString())
     return path
 
 
-def test_several_inputs_and_outputs_of_one_network(ask, tmp_path):
-    network = two_of_each(tmp_path / "n.onnx")
+@pytest.mark.parametrize("old", [False, True])
+def test_several_inputs_and_outputs_of_one_network(ask, tmp_path, old):
+    network = two_of_each(tmp_path / "n.onnx", old=old)
     read = read_onnx(network)
     assert (read.shape, read.outputs) == (torch.Size([7]), 4)
     assert [(given.name, given.shape) for given in read.inputs] == [("a", (1, 2, 2)), ("b", (1, 3))]
@@ -241,6 +248,62 @@ def test_tensors_that_are_not_the_networks(tmp_path, found):
     with pytest.raises(InputError) as error:
         answer(two_of_each(tmp_path / "n.onnx"), tmp_path / "q.vnnlib", 20.0)
     assert f"q.vnnlib, line 2: found {found!r}; accepted: " in str(error.value) and accepted in str(error.value)
+
+
+def test_element_types_that_are_not_the_networks(ask, tmp_path):
+    mixed = two_of_each(tmp_path / "mixed.onnx", (TensorProto.FLOAT, TensorProto.DOUBLE))
+    with pytest.raises(InputError, match="float64"):
+        read_onnx(mixed)
+    model = onnx.load(save_network(tmp_path / "n.onnx", IDENTITY))
+    for place in (*model.graph.input, *model.graph.output):
+        place.type.tensor_type.elem_type = TensorProto.DOUBLE
+    for weight in model.graph.initializer:
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float64), weight.name))
+    onnx.save(model, tmp_path / "n.onnx")
+    box = interval("0.0", "1.0")
+    assert ask(query(box + "(assert (> Y[0,0] 1.01))", "X real [1]", "Y real [1]").replace("[0,0]", "[0]"),
+               tmp_path / "n.onnx").word == "holds"  # fmt: skip
+    with pytest.raises(InputError, match=r"found 'X float32 \[1,1\]'; accepted: .*float64 \[1, 1\]"):
+        ask(query(box), tmp_path / "n.onnx")
+
+
+def random_term(draw: random.Random, depth: int = 0) -> str:
+    kind = draw.random()
+    if kind < 0.6 or depth > 2:
+        return draw.choice(["X[0,0]", "X[0,1]", "Y[0,0]", "Y[0,1]", f"{draw.randint(-4, 4) / 2:.1f}"])
+    if kind < 0.8:
+        return f"(* {draw.randint(-4, 4) / 2:.1f} {random_term(draw, depth + 1)})"
+    return f"({draw.choice('+-')} {random_term(draw, depth + 1)} {random_term(draw, depth + 1)})"
+
+
+def random_formula(draw: random.Random, depth: int = 0) -> str:
+    if depth > 1 or draw.random() < 0.4:
+        sign = draw.choice(["<=", ">=", "<", ">", "<=", ">=", "==", "!="])
+        name = draw.choice(["X[0,0]", "X[0,1]", "Y[0,0]", "Y[0,1]"])
+        return f"({sign} {name} (+ {random_term(draw)} {draw.randint(-6, 6) / 4:.2f}))"
+    parts = " ".join(random_formula(draw, depth + 1) for _ in range(draw.randint(2, 3)))
+    return f"({draw.choice(['and', 'and', 'or'])} {parts})"
+
+
+def test_no_answer_is_contradicted_by_a_point(ask, tmp_path):
+    """Random queries: where one holds, no point of a grid of eighths satisfies it in exact arithmetic."""
+    axis = np.linspace(-1, 1, 17, dtype=np.float32)
+    points, words = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 1, 2), set()
+    for seed in range(24):
+        draw, weights = random.Random(seed), np.random.default_rng(seed)
+        layers = [(weights.integers(-2, 3, (k, n)), weights.integers(-2, 3, k) / 2) for k, n in ((6, 2), (2, 6))]
+        network = save_network(tmp_path / "n.onnx", layers)
+        box = interval("-1.0", "1.0", "X[0,0]") + interval("-1.0", "1.0", "X[0,1]")
+        text = query(box + f"(assert {random_formula(draw)})", "X float32 [1,2]", "Y float32 [1,2]")
+        found = ask(text, network, timeout=2.0, arithmetic=draw.choice(["nearest", "real", "float32"]))
+        words.add(found.word)
+        if found.word == "holds":
+            run = onnxruntime.InferenceSession(str(network), providers=["CPUExecutionProvider"])
+            asserted = vnnlib.parse_query_string(text).assertions
+            for point in points:
+                exact = {"X": fractions(point), "Y": fractions(run.run(None, {"x": point})[0])}
+                assert not all(value(assertion.expr, exact) for assertion in asserted), (seed, point)
+    assert {"holds", "violated"} <= words
 
 
 def test_the_command_line_and_a_table_take_both_versions(tmp_path, capsys):

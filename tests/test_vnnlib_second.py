@@ -16,8 +16,6 @@ from certtrain.verifiers.vnnlib import Property
 from certtrain.verifiers.vnnlib_reader import read_property
 from certtrain.verifiers.vnnlib_text import DEPTH
 
-vnnlib = pytest.importorskip("vnnlib")
-
 HEADER = "(vnnlib-version <2.0>)\n"
 NETWORK = "(declare-network f (declare-input X {0} [1,2]) (declare-output Y {0} [3]))\n"
 BOX = "".join(f"(assert (and (>= X[0,{i}] -1.0) (<= X[0,{i}] 1.0)))\n" for i in range(2))
