@@ -136,11 +136,8 @@ class _Query:
             self.source.refuse(Token(syntax[2] or "the end of the file", int(syntax[1])), GRAMMAR)
         try:
             first = json.loads(message)["errors"][0]
-            token, hint = (
-                Token(str(first["offendingSymbol"]), int(first["line"])),
-                f"{first['message']}: {first['hint']}",
-            )
-        except (ValueError, LookupError, TypeError):
+            token, hint = Token(first["offendingSymbol"], int(first["line"])), "{message}: {hint}".format_map(first)
+        except (ValueError, LookupError, TypeError):  # another form of message, or of another version
             token, hint = Token("vnnlib", 1), message
         self.source.refuse(token, f"what vnnlib's type checker takes ({' '.join(hint.split())})")
 
