@@ -16,6 +16,8 @@ from .vnnlib_text import Token
 CONSTANT = -1
 """Key of the constant among a term's coefficients."""
 
+ONE = Fraction(1)
+
 Term: TypeAlias = dict[int, Fraction]
 """A linear term: coefficients by the variable's number."""
 

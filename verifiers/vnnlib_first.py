@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, NoReturn, TypeAlias
 
 from ..bounds.clock import looking
-from .constraints import CONSTANT, NEGATED, Conjunction, Constraint, Disjunction, Term, added, compare
+from .constraints import CONSTANT, NEGATED, ONE, Conjunction, Constraint, Disjunction, Term, added, compare
 from .normal_form import Variables, normal_form
 from .vnnlib import Property
 from .vnnlib_text import DEPTH, Token, VnnlibText
@@ -131,7 +131,7 @@ class _Reader:
     def _term(self, node: _Node) -> Term:
         if isinstance(node, Token):
             if node.text in self.declared:
-                return {self._variable(node.text): Fraction(1)}
+                return {self._variable(node.text): ONE}
             return {CONSTANT: self.source.number(node, "a declared variable, or ")}
         head, arguments = self._operation(node)
         first, *others = (self._term(argument) for argument in arguments)

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeAlias
 import vnnlib
 
 from ..bounds.clock import looking
-from .constraints import CONSTANT, Conjunction, Constraint, Disjunction, Term, added, compare
+from .constraints import CONSTANT, ONE, Conjunction, Constraint, Disjunction, Term, added, compare
 from .normal_form import Variables, normal_form
 from .vnnlib import Declarations, DeclaredTensor, Property
 from .vnnlib_text import DEPTH, Token, VnnlibText
@@ -203,7 +203,7 @@ class _Query:
     def _term(self, node: vnnlib.ArithExpr) -> Term:
         match node:
             case vnnlib.Var():
-                return {self.tensors[node.name].entry(node.indices): Fraction(1)}
+                return {self.tensors[node.name].entry(node.indices): ONE}
             case vnnlib.Literal():
                 return {CONSTANT: self.source.number(Token(node.lexeme, node.line))}
             case vnnlib.Negate():
@@ -227,7 +227,7 @@ class _Query:
         Raises:
             InputError: two of the factors have variables.
         """
-        total: Term = {CONSTANT: Fraction(1)}
+        total: Term = {CONSTANT: ONE}
         for term in map(self._term, node.args):
             if total.keys() - {CONSTANT} and term.keys() - {CONSTANT}:
                 self.source.refuse(Token(str(node), _line(node)), "products of numbers and one term with variables")
