@@ -47,7 +47,7 @@ def mostly_right(model, images) -> torch.Tensor:
 
 def unknown(problem: Problem, network=None) -> BoundsSoFar:
     """What is known before the first stage. ``network``: the folded one, if it was made already."""
-    rows = problem.region.images.new_full(problem.specification.rows.shape[:2], -torch.inf)
+    rows = problem.region.images.new_full(problem.specification.offsets.shape, -torch.inf)
     return BoundsSoFar(network or fold(problem.network, problem.region.images.shape[1:]), rows, {})
 
 

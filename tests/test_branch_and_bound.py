@@ -232,7 +232,7 @@ class TestSampling:
         lower = lower if finding.lower is None else torch.maximum(lower, finding.lower)
         draw, least = torch.Generator().manual_seed(0), torch.full((len(problem),), torch.inf)
         asked = problem.specification
-        each = replace(asked, rows=asked.rows.repeat(1000, 1, 1), offsets=asked.offsets.repeat(1000, 1))
+        each = replace(asked, forms=asked.rows.repeat(1000, 1, 1), offsets=asked.offsets.repeat(1000, 1))
         for number in range(100):
             share = torch.rand(1000, *hull.center.shape, generator=draw)
             share = share if number % 2 else share.round()

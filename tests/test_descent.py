@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from certtrain.bounds import Box, LinfBall
 from certtrain.verifiers import BabStage, CrownStage, FalsifyStage, Judge, Problem, Search, Specification
-from certtrain.verifiers import descent as room
+from certtrain.verifiers.chords import Chords
 from certtrain.verifiers.descent import Points, random_points, relaxed_minimisers
 from certtrain.verifiers.problem import rows_of_clauses
-from certtrain.verifiers.search_descent import SearchDescents, best_of_each
+from certtrain.verifiers.search_descent import LEAST, MOST, ROOT, STEPS, SearchDescents, best_of_each
 
 
 class Refusing(Judge):
@@ -30,13 +30,13 @@ def _without_gradients():
 def evaluated(monkeypatch) -> list[int]:
     """Numbers of points evaluated together, in order."""
     counts: list[int] = []
-    original = room.forward
+    original = Chords.__call__
 
-    def watched(network: nn.Module, points: Tensor):
+    def watched(self, points: Tensor, share: Tensor):
         counts.append(len(points))
-        return original(network, points)
+        return original(self, points, share)
 
-    monkeypatch.setattr(room, "forward", watched)
+    monkeypatch.setattr(Chords, "__call__", watched)
     return counts
 
 
@@ -143,7 +143,8 @@ class TestWork:
             evaluated.clear(), children.clear()
             alone(BabStage(Search(descents=share, most=60), 1e6, Refusing()), problem)
             assert sum(children) > 1000 and bool(evaluated) == bool(share)
-            assert sum(evaluated) <= 1.1 * share * sum(children)
+            first = len(problem) * ROOT * (STEPS + 1)  # the descents at the roots
+            assert sum(evaluated) <= first * (share > 0) + 1.1 * share * sum(children)
 
 
 class TestStarts:
@@ -198,17 +199,40 @@ class TestStarts:
         image, value = torch.tensor([1, 0, 1, 1, 0, 2]), torch.tensor([3.0, 1.0, 2.0, 1.0, 0.0, 9.0])
         assert best_of_each(image, value, 2).tolist() == [4, 1, 3, 2, 5]
 
-    def test_a_point_is_descended_from_once_and_paid_for(self):
+    def descents(self, share: float = 0.5) -> SearchDescents:
         problem = self.problem()
-        descents = SearchDescents(problem, 0.5, 100)
-        image = torch.zeros(6, dtype=torch.int64)
-        offer = (image, image, torch.arange(6.0), problem.region.images[image], torch.arange(6.0).clamp(max=4))
-        descents.note(*offer)
-        assert descents.points(lambda number: True) is None  # nothing is due
-        descents.earn(image.repeat(18), 1)
+        return SearchDescents(problem, Chords.of(unknown(problem).network, torch.float32, {}), share, 100)
+
+    def note(self, descents: SearchDescents, count: int) -> None:
+        """Offer ``count`` points of the first image, of which the last two are the same."""
+        image = torch.zeros(count, dtype=torch.int64)
+        margin = torch.arange(float(count)).clamp(max=max(1, count - 2))
+        descents.note(image, image, torch.arange(float(count)), descents.problem.region.images[image], margin)
+
+    def test_a_point_is_descended_from_once_and_paid_for(self):
+        descents, image = self.descents(), torch.zeros(1, dtype=torch.int64)
+        self.note(descents, 6)
         assert descents.points(lambda number: False) is None
         points = descents.points(lambda number: True)
-        assert points is not None and len(points) == 5 and points.image.tolist() == [0] * 5  # two are the same
-        descents.earn(image.repeat(100), 1)
-        descents.note(*offer)
+        assert points is not None and points.image.tolist() == [0] * ROOT  # these are free
+        own, drawn = points.points[:5], points.points[5:]  # the sixth was the same as the fifth
+        assert torch.equal(own, descents.problem.region.images[points.image[:5]])
+        assert len(drawn.unique(dim=0)) == ROOT - 5
+        assert descents.problem.region.take(points.image[5:]).contains(drawn).all()
+        self.note(descents, 8)
+        assert descents.points(lambda number: True) is None  # nothing is due
+        descents.earn(image.repeat(2 * LEAST * STEPS - 1), 1)
+        assert descents.points(lambda number: True) is None  # too little is
+        descents.earn(image, 1)
+        points = descents.points(lambda number: True)
+        assert points is not None and len(points) == LEAST
+        descents.earn(image.repeat(100 * STEPS), 1)
+        self.note(descents, 8)
+        assert descents.points(lambda number: True) is None  # none is new
+        self.note(descents, 20)
+        assert len(descents.points(lambda number: True)) == MOST
+
+    def test_none_without_a_share(self):
+        descents = self.descents(0.0)
+        self.note(descents, 6)
         assert descents.points(lambda number: True) is None

@@ -17,7 +17,7 @@ from certtrain.bounds import Box, L2Ball, LinfBall
 from certtrain.bounds.crown import crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.verifiers import CrownStage, InputSplitStage, Judge, Limits, Problem, Specification, falsify, run_cascade
-from certtrain.verifiers import descent as descent_room
+from certtrain.verifiers.chords import Chords
 from certtrain.verifiers.falsify import FalsifyStage
 from certtrain.verifiers.input_split import INPUTS, split_inputs
 from certtrain.verifiers.stages import holds
@@ -352,9 +352,9 @@ class TestFalsify:
         asked = []
         original = falsify.descend
 
-        def watched(problem, members, start, refute, **settings):
+        def watched(problem, chords, members, start, refute, **settings):
             asked.extend(zip(start.image.tolist(), start.clause.tolist()))
-            return original(problem, members, start, refute, **settings)
+            return original(problem, chords, members, start, refute, **settings)
 
         monkeypatch.setattr(falsify, "descend", watched)
         rows = torch.tensor([[1.0], [1.0], [-1.0]]).expand(2, -1, -1)
@@ -369,9 +369,9 @@ class TestFalsify:
 
     def test_the_same_seed_starts_at_the_same_points(self, monkeypatch):
         points: list[Tensor] = []
-        original = descent_room.forward
-        watched = lambda network, x: points.append(x.detach()) or original(network, x)  # noqa: E731
-        monkeypatch.setattr(descent_room, "forward", watched)
+        original = Chords.__call__
+        watched = lambda chords, x, share: points.append(x.detach()) or original(chords, x, share)  # noqa: E731
+        monkeypatch.setattr(Chords, "__call__", watched)
         problem = one_row(linear_model([[1.0, 1.0]]), Box(torch.zeros(2, 2), torch.ones(2, 2)), [1.0], 1.0)
         runs = []
         for seed in (0, 0, 1):

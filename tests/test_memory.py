@@ -99,6 +99,9 @@ class TestBudget:
         memory._available.cache_clear()
         memory._installed.cache_clear()
         assert memory._available(-1) == 2 * GIB and memory._installed() == 3 * GIB
+        files["/proc/self/cgroup"] = "0::/mine/of/a:unit\n"  # a limit holds for all groups inside
+        memory._installed.cache_clear()
+        assert memory._available(-4) == 2 * GIB and memory._installed() == 3 * GIB
         files["/proc/self/cgroup"] = ""
         assert memory._available(-2) == 4 * GIB
         files.clear()  # a system that says nothing
@@ -120,8 +123,11 @@ class TestBudget:
     def test_images_are_kept_as_fits(self):
         network = fold(_network(), torch.Size((1, 8, 8)))
         with within("256MiB"):
-            few, many = (_images_at_a_time(network, torch.zeros(5, rows)) for rows in (99, 9))
-        assert many > few > 200
+            robust = [Specification.robust(torch.zeros(5, dtype=torch.int64), classes) for classes in (100, 10)]
+            few, many = (_images_at_a_time(network, torch.zeros(one.offsets.shape), one) for one in robust)
+            dense = Specification(robust[0].rows, robust[0].offsets, robust[0].clauses)
+            fewest = _images_at_a_time(network, torch.zeros(dense.offsets.shape), dense)
+        assert many > few > 200 and few > fewest
 
 
 def _network() -> nn.Sequential:
@@ -207,7 +213,8 @@ def test_no_array_of_a_backward_pass_is_larger_than_its_share(monkeypatch):
 
 def test_rows_are_copied_for_a_part_of_the_points_at_a_time(monkeypatch):
     torch.manual_seed(0)
-    specification = Specification.robust(torch.randint(0, 30, (5,)), 30)
+    robust = Specification.robust(torch.randint(0, 30, (5,)), 30)
+    specification = Specification(robust.rows, robust.offsets, robust.clauses)
     image, logits = torch.randint(0, 5, (64,)), torch.randn(64, 30)
     some = specification.subset(image)
     expected, largest = some.worst(some.values(logits)), []

@@ -10,7 +10,7 @@ from test_tighter_bounds import a_problem, a_search, hard_problem, known_of, poi
 from certtrain.bounds.rounding import REAL
 from certtrain.verifiers import Search, neuron_split, sign_space
 from certtrain.verifiers import reduced as room
-from certtrain.verifiers.neuron_split import SignBounder
+from certtrain.verifiers.neuron_split import Ascents, SignBounder
 from certtrain.verifiers.neurons import Neurons
 from certtrain.verifiers.sign_space import SignSpace
 
@@ -93,13 +93,13 @@ class TestSearch:
         monkeypatch.setattr(
             neuron_split, "tightening_work", lambda network, *_: torch.full((3,), 1e-9, dtype=torch.float64)
         )
-        used, original = list[int](), SignBounder._ascent
+        used, original = list[int](), Ascents._over
 
         def watched(self, network, *arguments):
             used.append(network is not self.space.network)
             return original(self, network, *arguments)
 
-        monkeypatch.setattr(SignBounder, "_ascent", watched)
+        monkeypatch.setattr(Ascents, "_over", watched)
         problem = hard_problem()
         with_it = a_search(problem, Search(batch=4))
         assert sum(used) > 0.5 * len(used)

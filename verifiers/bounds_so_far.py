@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..bounds import Bounds, Region
 from ..bounds.network import Network
+from ..bounds.output_forms import OutputForms
 from .optimise import finite
 from .problem import Problem, Specification
 
@@ -38,9 +39,14 @@ class BoundsSoFar:
         """The problems' regions in the precision that bounds are computed in."""
         return problem.region.to(self.rows.dtype)
 
-    def rows_of(self, specification: Specification) -> tuple[Tensor, Tensor]:
+    def forms_of(self, specification: Specification) -> tuple[OutputForms, Tensor]:
         """The specification's rows and offsets, in the precision that bounds are computed in."""
-        return specification.rows.to(self.rows.dtype), specification.offsets.to(self.rows.dtype)
+        return specification.forms.to(self.rows.dtype), specification.offsets.to(self.rows.dtype)
+
+    def rows_of(self, specification: Specification) -> tuple[Tensor, Tensor]:
+        """``forms_of`` with dense rows (B, R, K): for the part of a specification that fits into memory."""
+        forms, offsets = self.forms_of(specification)
+        return forms.dense(), offsets
 
     def with_rows(self, rows: Tensor) -> BoundsSoFar:
         """Merge further lower bounds (B, R) of the rows: the larger ones are kept; values that are not finite are

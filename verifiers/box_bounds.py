@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..bounds import Bounds, Box, Region
-from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, slack_of
+from ..bounds.crown import LinearBound, backward_rows, crown_bounds, relax_all, slack_of
 from ..bounds.forward_linear import forward_bounds
 from ..bounds.network import Network
+from ..bounds.output_forms import OutputForms
 from .clipping import Cuts, rounded_down
 from .neurons import Columns, Neurons
-from .optimise import finite, with_offsets
+from .optimise import ascents_at_a_time, finite, with_offsets
 from .tighter_bounds import tightened, tightening_work, work_of_a_row
 
 AFFORDABLE = 30
@@ -61,17 +62,18 @@ class BoxBounds:
     """
 
     def __init__(
-        self, network: Network, rows: Tensor, offsets: Tensor, members: Tensor, outer: dict[int, Bounds],
+        self, network: Network, rows: Tensor | OutputForms, offsets: Tensor, members: Tensor, outer: dict[int, Bounds],
         region: Region, tighten: bool = False,
     ):  # fmt: skip
-        self.network, self.rows, self.offsets, self.members, self.outer = network, rows, offsets, members, dict(outer)
+        self.network, self.rows, self.offsets, self.members = network, OutputForms.of(rows), offsets, members
+        self.outer = dict(outer)
         self.region, self.lower, self.upper = region, region.hull.lower, region.hull.upper
         self._column = work_of_a_row(network, len(network.operations) - 1)
         self._row = {
             number: sum(work_of_a_row(network, read) for read in network.operations[number].inputs)
             for number in network.nonlinear
         }
-        self._spent = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        self._spent = torch.zeros(len(offsets), dtype=torch.float64, device=offsets.device)
         self._enough = torch.full_like(self._spent, torch.inf)
         if tighten and outer and network.piecewise_linear and network.rounding is None:
             self._enough = TIGHTENING * tightening_work(network, outer, ROOT_STEPS)
@@ -100,16 +102,18 @@ class BoxBounds:
     def _tighten(self) -> None:
         """Tighten ``outer`` for the problems whose passes to many neurons have taken enough work."""
         due = (self._spent >= self._enough).nonzero().flatten()
-        if len(due):
-            some = {place: Bounds(ends.lower[due], ends.upper[due]) for place, ends in self.outer.items()}
-            neurons = Neurons.of(self.network)
-            low, up = neurons.ends(some, self.rows[due])
+        if not len(due):
+            return
+        neurons = Neurons.of(self.network)
+        for part in torch.split(due, max(1, ascents_at_a_time(self.network, 2, self.offsets))):
+            some = {place: Bounds(ends.lower[part], ends.upper[part]) for place, ends in self.outer.items()}
+            low, up = neurons.ends(some, self.offsets[part])
             columns = Columns.of(neurons, (low < 0) & (up > 0))
-            tighter, _ = tightened(self.network, self.region.take(due), some, columns, ROOT_STEPS)
+            tighter, _ = tightened(self.network, self.region.take(part), some, columns, ROOT_STEPS)
             for place, ends in tighter.items():
                 lower, upper = self.outer[place].lower, self.outer[place].upper
-                self.outer[place] = Bounds(lower.index_copy(0, due, ends.lower), upper.index_copy(0, due, ends.upper))
-            self._enough[due] = torch.inf
+                self.outer[place] = Bounds(lower.index_copy(0, part, ends.lower), upper.index_copy(0, part, ends.upper))
+        self._enough[due] = torch.inf
 
     def _chosen(self, open_: Tensor, box: Box, image: Tensor, bounds: dict[int, Bounds]) -> Tensor:
         """(P,) bool, the boxes ``open_`` for which backward passes to the neurons behind the first layer are made: few
@@ -128,11 +132,9 @@ class BoxBounds:
         return open_ & few | many
 
     def _clauses(self, box: Box, image: Tensor, bounds: dict[int, Bounds]) -> ClauseBounds:
-        linear = backward(
-            self.network, len(self.network.operations) - 1, self.rows[image], relax_all(self.network, bounds),
-            slack=slack_of(self.network, box, bounds),
-        )  # fmt: skip
         offsets = self.offsets[image]
+        lines, slack = relax_all(self.network, bounds), slack_of(self.network, box, bounds)
+        linear = backward_rows(self.network, self.rows.take(image), offsets, lines, slack)
         values = finite(with_offsets(self.network, linear.lower(box), offsets))
         best, row = values[:, self.members].max(-1)
         forms = linear.forms[:, self.members]  # (P, C, G, *shape)

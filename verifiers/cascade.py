@@ -62,20 +62,21 @@ def run_cascade(
         run = _BatchProgress(problem, (limits or Limits()).of(len(problem)), watch)  # traces the network anew
         if len(problem):
             network, dtype = _folded(problem, arithmetic)
-            rows = images.new_full(problem.specification.rows.shape[:2], -math.inf, dtype=dtype)
+            rows = images.new_full(problem.specification.offsets.shape, -math.inf, dtype=dtype)
             everything = torch.arange(len(problem), device=problem.index.device)
             known, stages = BoundsSoFar(network, rows, {}), _stages_for_region(stages, problem)
-            for part in torch.split(everything, _images_at_a_time(network, rows)):
+            for part in torch.split(everything, _images_at_a_time(network, rows, problem.specification)):
                 run.go(part, known.subset(part), stages)
     precision = str(images.dtype).removeprefix("torch.")
     return run.verdicts(f"nearest {precision}" if arithmetic == "nearest" else arithmetic)
 
 
-def _images_at_a_time(network: Network, rows: Tensor) -> int:
-    """Number of images whose bounds, slopes for ``rows`` (B, R) and intervals are kept together; at least 1."""
+def _images_at_a_time(network: Network, rows: Tensor, specification: Specification) -> int:
+    """Number of images whose specification, bounds, slopes for ``rows`` (B, R) and intervals are kept together; at
+    least 1."""
     outputs = sum(shape.numel() for shape in network.shapes)
     neurons = sum(network.shapes[place].numel() for place in network.nonlinear)
-    numbers = 6 * outputs + (8 + rows.shape[1]) * neurons + rows.shape[1] * network.shapes[-1].numel()
+    numbers = 6 * outputs + (8 + rows.shape[1]) * neurons + specification.forms.numbers
     return max(1, memory.kept(rows) // max(1, numbers * rows.element_size()))
 
 
@@ -117,7 +118,7 @@ def _checked_outputs(problem: Problem, network: Network) -> Network:
         InputError: they do not.
     """
     count, specification = len(problem), problem.specification
-    found, wanted = (count, *network.shapes[-1]), (count, specification.rows.shape[2])
+    found, wanted = (count, *network.shapes[-1]), (count, specification.forms.shape[2])
     if specification.labels is not None:
         classes_in(found)
     if found != wanted:

@@ -2,7 +2,8 @@
 use it.
 
 A step moves each input by a share of the width of its own interval, so that boxes whose inputs differ by orders of
-magnitude are crossed alike. A point where the gradient is 0, as behind dead ReLUs, is drawn anew.
+magnitude are crossed alike. A point where the gradient is 0, as behind dead ReLUs, is drawn anew. Three of four points
+start with a share of the slopes of the activations' chords (``chords.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..bounds import Bounds, forward, memory
+from ..bounds import Bounds, memory
 from ..bounds.clock import look
 from ..bounds.crown import backward, relax_all, rows_at_a_time
 from ..bounds.network import Network
@@ -22,7 +23,11 @@ from ..noise import Noise, key_of
 from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
 from .branching import least_point
+from .chords import Chords
 from .problem import Problem, Specification
+
+SHARES = (0.5, 0.0, 0.25, 0.5)
+"""Shares of the chords' slopes in the first step of points by their stream, in turns; they fall to 0 in equal parts."""
 
 Refute = Callable[[int, Tensor], bool]
 """Replays a candidate (*shape) for the image of the given number; returns whether that image is refuted, by this
@@ -53,6 +58,7 @@ class Points:
 
 def descend(
     problem: Problem,
+    chords: Chords,
     members: Tensor,
     start: Points,
     refute: Refute,
@@ -66,6 +72,7 @@ def descend(
     first violates its clause, and where its descent ends if it violates any clause. Points of refuted images stop.
 
     Args:
+        chords: of the problems' activations.
         members: (C, G) the rows of each clause, as ``rows_of_clauses`` gives them.
         steps: steps of each point; ``first``, ``last``: their sizes, falling geometrically, in widths of the hull.
         key: of the random numbers.
@@ -73,12 +80,14 @@ def descend(
         OutOfTime: the clock ran out.
     """
     active, asked = start, torch.zeros(len(start), dtype=torch.bool, device=start.image.device)
+    own = chords.take(start.image)
+    share = torch.tensor(SHARES, dtype=chords.dtype, device=start.image.device)[start.stream % len(SHARES)]
     for step in range(steps + 1):
         look()
         region = problem.region.take(active.image)
         with torch.enable_grad():
             at = active.points.detach().requires_grad_()
-            logits = forward(problem.network, at).logits
+            logits = own(at, share * (1 - step / max(1, steps)))
             largest = _largest_row(problem.specification, members, active, logits)
             goal = largest.sum()
         wrong = ~(largest.detach() > 0) & ~asked
@@ -101,7 +110,9 @@ def descend(
         if bool(flat.any()):
             anew = random_points(problem, active.take(flat), key_of(key, "flat", step))
             points = points.index_put((flat.nonzero().flatten(),), anew)
-        active, asked = replace(active, points=points).take(left), asked[left]
+        active, asked = replace(active, points=points), asked
+        if not bool(left.all()):
+            active, asked, own, share = active.take(left), asked[left], own.take(left), share[left]
 
 
 def random_points(problem: Problem, some: Points, key: int) -> Tensor:
@@ -118,7 +129,7 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
     """(P, *shape) points of the problems' sets at which CROWN's bound of the clause's highest row is smallest."""
     found: list[Tensor] = []
     network = known.network
-    rows, offsets = known.rows_of(problem.specification)
+    rows, offsets = known.forms_of(problem.specification)
     size = rows_at_a_time(network, members.shape[1], known.rows)
     for part in torch.split(torch.arange(len(some), device=some.image.device), size):
         look()
@@ -132,14 +143,14 @@ def relaxed_minimisers(problem: Problem, known: BoundsSoFar, members: Tensor, so
 
 
 def points_at_a_time(network: Network, specification: Specification, like: Tensor) -> int:
-    """Number of points whose activations, gradients and clause's rows fit into a round's memory; at least 1."""
+    """Number of points whose activations, gradients, chords and clause's rows fit into a round's memory; at least 1."""
     rows = int(torch.bincount(specification.clauses).max())
-    numbers = 4 * sum(shape.numel() for shape in network.shapes) + rows * specification.rows.shape[2]
+    numbers = 6 * sum(shape.numel() for shape in network.shapes) + rows * specification.forms.shape[2]
     return max(1, memory.planned(like) // (numbers * like.element_size()))
 
 
 def _largest_row(specification: Specification, members: Tensor, some: Points, logits: Tensor) -> Tensor:
     """(P,) the largest row of each point's own clause; where <= 0 the point is a counterexample."""
     at = (some.image.unsqueeze(1), members[some.clause])
-    rows, offsets = specification.rows[at].to(logits.dtype), specification.offsets[at]
+    rows, offsets = specification.forms[at].to(logits.dtype), specification.offsets[at]
     return ((rows @ logits.unsqueeze(-1)).squeeze(-1) + offsets).amax(1)

@@ -1,10 +1,10 @@
 """Branch and bound: one search for all kinds of subproblems.
 
 A subproblem is a part of one image's set, or the set under assumptions, with a lower bound of the quantity to be proved
-positive there. Each round takes the open subproblems with the lowest bounds, images taking turns, splits each into
-children that cover it, and bounds the children. Those with a positive bound are closed; the others stay open until
-their image is refuted by a replayed counterexample or given up. An image is proved when all its subproblems are closed
-by a proof.
+positive there. Each round takes the open subproblems with the lowest bounds, of as few images as fill it, which take
+turns, splits each into children that cover it, and bounds the children. Those with a positive bound are closed; the
+others stay open until their image is refuted by a replayed counterexample or given up. An image is proved when all its
+subproblems are closed by a proof.
 
 Three parts depend on the kind of subproblem: a ``Bounder``, a ``Splitter`` and a ``LeafSolver``.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bounds import memory
+from ..bounds import Bounds, memory
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.network import Network
 from ..typed import as_ints
+from .chords import Chords
 from .descent import points_at_a_time
 from .image_progress import ImageProgress, Violates
 from .problem import Problem
@@ -56,11 +57,6 @@ class OpenSubproblems:
         """The subproblems selected by ``index``: numbers, or (P,) bool."""
         return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
-    def replaced(self, index: Tensor, other: Self) -> Self:
-        """The subproblems with those of the numbers ``index`` replaced by ``other``."""
-        names = (field.name for field in fields(self))
-        return type(self)(**{name: getattr(self, name).index_copy(0, index, getattr(other, name)) for name in names})
-
     def joined(self, other: Self) -> Self:
         """Both tables as one; where one's field has fewer columns, these are filled up with 0."""
         return type(self)(**{f.name: _joined(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
@@ -86,6 +82,11 @@ class Bounded(ABC, Generic[S]):
     def points(self, index: Tensor) -> Iterable[Tensor]:
         """Candidates for counterexamples in the subproblems ``index``: tensors (len(index), *shape) of points in the
         images' own sets, computed lazily."""
+
+    def outputs(self, network: Network, index: Tensor, points: Tensor) -> Tensor:
+        """(len(index), K) the folded network's outputs, up to rounding, at such points: only to choose what is
+        replayed."""
+        return network(points)
 
     def targets(self, index: Tensor) -> Tensor:
         """(len(index),) the clause that points in the subproblems ``index`` are to violate; their goals by default."""
@@ -127,6 +128,9 @@ class Bounder(ABC, Generic[S, B]):
         Raises:
             OutOfTime: the clock ran out.
         """
+
+    def release(self, open_: Tensor) -> None:
+        """Called before each round with the images (P,) of the open subproblems: what is kept for others may go."""
 
     @abstractmethod
     def bound(self, subproblems: S) -> B:
@@ -237,7 +241,8 @@ class BranchAndBound(Generic[S, B]):
         roots: subproblems that cover every goal without a positive bound in ``known``, in the bounder's packed form.
         timeout: seconds for each image's share of the time. The batch as a whole has as many times ``timeout`` on the
             wall clock as it has images; the clock is checked within rounds, and an unfinished batch stays open.
-        most: number of splits after which an image is given up; None for no limit.
+        bounds: of the inputs of the network's activations over each problem's set, by position, for descents.
+        most: number of splits after which an image is given up, exactly; None for no limit.
         record: receives the tree of subproblems, with the reason and the proof that closed each.
         descents: share of the evaluations of the network that bounding costs which descents may cost besides.
     """
@@ -254,6 +259,7 @@ class BranchAndBound(Generic[S, B]):
         *,
         timeout: float,
         violates: Violates,
+        bounds: Mapping[int, Bounds],
         most: int | None = None,
         record: SearchRecord | None = None,
         descents: float = SHARE,
@@ -263,7 +269,8 @@ class BranchAndBound(Generic[S, B]):
         self.most, self.record = most, record
         self.progress = ImageProgress(len(problem), timeout, violates, known.device)
         together = points_at_a_time(network, problem.specification, known)
-        self.descents = SearchDescents(problem, descents, together)
+        chords = Chords.of(network, known.dtype, bounds)
+        self.descents = SearchDescents(problem, chords, descents, together)
         self.roots = roots.take(~(roots.bound > 0))
         self.open = OpenList(bounder, self.roots, memory.kept(known))
         self._closed = torch.where(known > 0, known, torch.inf)  # (B, G), least bound of each goal's closed subproblems
@@ -287,9 +294,11 @@ class BranchAndBound(Generic[S, B]):
 
     def _search(self) -> None:
         self._examine(self._recorded(self.roots, root=True), self.bounder.restored, self.open.add_packed)
+        self._descend()
         while len(self.open):
             look()
-            chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time)
+            self.bounder.release(self.open.image)
+            chosen = in_turns(self.open.image, self.open.bound, self.splitter.at_a_time, self._shares())
             if self.leaf.probing and self._probe(self.open.take(chosen)):
                 continue  # an image was refuted: choose again
             parents = self.open.take(chosen)
@@ -297,7 +306,25 @@ class BranchAndBound(Generic[S, B]):
             children = self.splitter.children(parents)
             self.progress.count_splits(parents.image, children.image)
             self._examine(self._recorded(children, root=False), lambda batch: batch, self.open.add)
+            if self.most is not None:
+                spent = {i for i in set(as_ints(parents.image)) if self.progress.splits[i] >= self.most}
+                self._give_up(spent, f"{self.most} splits")
+                self._drop_finished()
             self._descend()
+
+    def _shares(self) -> Tensor:
+        """(B,) the most subproblems of each image to be split next. Only the images with the fewest rounds so far take
+        part, as many as have enough: many subproblems of few images are bounded faster (``reduced``)."""
+        rounds, splits = (
+            torch.tensor(counts, device=self.known.device) for counts in (self.progress.rounds, self.progress.splits)
+        )
+        each = torch.bincount(self.open.image, minlength=len(rounds))
+        if self.most is not None:
+            each = torch.minimum(each, self.most - splits)
+        order = torch.argsort(rounds, stable=True)
+        before = each[order].cumsum(0) - each[order]
+        each[order[before >= self.splitter.at_a_time]] = 0
+        return each
 
     def _descend(self) -> None:
         """Descend from the points of the worst subproblems of unfinished images, where that is due."""
@@ -344,8 +371,6 @@ class BranchAndBound(Generic[S, B]):
                 rest = rest[len(index) :]
                 images = set(as_ints(batch.image))
                 self._give_up({i for i in images if self.progress.time_left(i) < 0}, "timeout")
-                if self.most is not None:
-                    self._give_up({i for i in images if self.progress.splits[i] >= self.most}, f"{self.most} splits")
                 self._drop_finished()
         except OutOfTime:
             keep(subproblems.take(rest))
@@ -401,7 +426,7 @@ class BranchAndBound(Generic[S, B]):
             return
         image = bounded.subproblems.image[index]
         for points in bounded.points(index):
-            outputs = self.network(points.to(self.known.dtype))
+            outputs = bounded.outputs(self.network, index, points.to(self.known.dtype))
             margin = self.problem.specification.worst_at(image, outputs)
             self.descents.note(image, bounded.targets(index), bounded.subproblems.bound[index], points, margin)
             for number in as_ints((~(margin > 0)).nonzero()):
@@ -521,10 +546,12 @@ class OpenList(Generic[S]):
         return removed
 
 
-def in_turns(image: Tensor, bound: Tensor, most: int) -> Tensor:
-    """The numbers of the next ``most`` of P subproblems: those with the lowest bounds, images taking turns."""
+def in_turns(image: Tensor, bound: Tensor, most: int, each: Tensor) -> Tensor:
+    """The numbers of the next ``most`` of P subproblems, of each image (B,) ``each`` at most: those with the lowest
+    bounds, images taking turns."""
     order = torch.argsort(bound, stable=True)
     order = order[torch.argsort(image[order], stable=True)]
     own = image[order]
     rank = torch.arange(len(order), device=order.device) - torch.searchsorted(own, own)  # within its image
+    order, rank = order[rank < each[own]], rank[rank < each[own]]
     return order[torch.argsort(rank, stable=True)[:most]]

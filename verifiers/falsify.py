@@ -16,6 +16,7 @@ from ..errors import check
 from ..noise import key_of
 from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
+from .chords import Chords
 from .descent import Points, Refute, descend, points_at_a_time, random_points, relaxed_minimisers
 from .problem import Problem, Status, rows_of_clauses
 from .stage import Finding, Judge, Stage
@@ -94,6 +95,7 @@ class FalsifyStage(Stage):
     ) -> None:
         """Descend from the starts of these numbers on each open clause of the images without a counterexample."""
         members, _ = rows_of_clauses(problem.specification.clauses)
+        chords = Chords.of(known.network, known.rows.dtype, known.bounds)
         device = known.rows.device
         wanted = torch.tensor([point is None for point in found], dtype=torch.bool, device=device)
         open_ = ~(known.rows[:, members] > 0).any(-1) & wanted.unsqueeze(1)
@@ -110,7 +112,7 @@ class FalsifyStage(Stage):
             if len(part):
                 points = self._starting(problem, known, members, image[part], clause[part], start[part])
                 descend(
-                    problem, members, points, refute,
+                    problem, chords, members, points, refute,
                     steps=self.steps, first=0.25, last=0.01, key=key_of(self.seed, "falsify"),
                 )  # fmt: skip
 

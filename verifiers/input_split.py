@@ -72,8 +72,8 @@ def split_inputs(
     roots = Boxes(image, none, worst, none - 1, hull.lower, hull.upper, none, inf)
     bounder = BoxBounder(problem, known, batch, tighten=record is None)
     return BranchAndBound(
-        problem, known.network, worst.unsqueeze(1), roots, bounder, BoxSplitter(batch), UnsplittableBoxes(),
-        timeout=timeout, violates=violates, record=record,
+        problem, known.network, worst.unsqueeze(1), bounder.packed(roots), bounder, BoxSplitter(batch),
+        UnsplittableBoxes(), timeout=timeout, violates=violates, record=record, bounds=known.bounds,
     ).run()  # fmt: skip
 
 
@@ -84,6 +84,20 @@ class Boxes(OpenSubproblems):
     Args:
         cut: (P,) int64, the input to halve them at.
         level: (P,) > 0, lower bounds of the clauses in all that was cut off; inf where nothing was.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    cut: Tensor
+    level: Tensor
+
+
+@dataclass(frozen=True)
+class PackedBoxes(OpenSubproblems):
+    """Boxes by the ends (P, V) of the inputs that vary in their image's set; the others are those of the set.
+
+    Args:
+        cut, level: as in ``Boxes``.
     """
 
     lower: Tensor
@@ -135,9 +149,13 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
     """
 
     def __init__(self, problem: Problem, known: BoundsSoFar, batch: int, tighten: bool = False):
-        rows, offsets = known.rows_of(problem.specification)
+        rows, offsets = known.forms_of(problem.specification)
         members, _ = rows_of_clauses(problem.specification.clauses)
         self.problem, region = problem, known.region_of(problem)
+        hull, wide = region.hull, (region.hull.radius > 0).flatten(1)
+        most = int(wide.sum(1).max()) if len(wide) else 0
+        self.varying = torch.argsort(wide.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]  # (B, V)
+        self.lower, self.upper = hull.lower, hull.upper
         self.bounds = BoxBounds(known.network, rows, offsets, members, known.bounds, region, tighten)
         inputs = int((problem.region.hull.radius > 0).flatten(1).any(0).sum())  # that vary in any of the sets
         lines = max(rows.shape[1], 1 + inputs)  # backward, and lower and upper ones forward
@@ -147,6 +165,19 @@ class BoxBounder(Bounder[Boxes, BoxLines]):
     @property
     def at_a_time(self) -> int:
         return self._at_a_time
+
+    def packed(self, subproblems: Boxes) -> PackedBoxes:
+        some, varying = subproblems, self.varying[subproblems.image]
+        lower, upper = (end.flatten(1).gather(1, varying) for end in (some.lower, some.upper))
+        return PackedBoxes(some.image, some.goal, some.bound, some.node, lower, upper, some.cut, some.level)
+
+    def restored(self, packed: PackedBoxes) -> Boxes:
+        some, varying = packed, self.varying[packed.image]
+        lower, upper = (
+            whole[some.image].flatten(1).scatter(1, varying, end).reshape(len(some), *whole.shape[1:])
+            for whole, end in ((self.lower, some.lower), (self.upper, some.upper))
+        )
+        return Boxes(some.image, some.goal, some.bound, some.node, lower, upper, some.cut, some.level)
 
     def bound(self, subproblems: Boxes) -> BoxLines:
         box = Box(subproblems.lower, subproblems.upper)

@@ -17,9 +17,10 @@ from torch import Tensor
 from ..bounds import Bounds, memory
 from ..bounds.crown import crown_bounds
 from ..bounds.network import Network
-from ..typed import as_bools, as_ints
+from ..typed import as_bools, as_ints, unique
 from .bounds_so_far import BoundsSoFar
 from .branching import minimiser, scores
+from .descent import points_at_a_time
 from .engine import (
     Bounded,
     Bounder,
@@ -35,6 +36,7 @@ from .lp import LeafSolution, rounded_bound, solve_leaf
 from .neurons import Columns
 from .optimise import BestParameters, Optimised, Subproblems, ascents_at_a_time, joined, maximise
 from .problem import Problem
+from .reduced import Reduced
 from .search import Search
 from .search_record import CrossedBounds, Multipliers, Proof, Relaxed, SearchRecord, Sign, Unsatisfiable
 from .search_statistics import part
@@ -80,7 +82,7 @@ def split_neurons(
     return BranchAndBound(
         problem, known.network, space.worst, space.roots(), bounder, SignSplitter(space, search),
         LinearProgramSolver(space, exact, search.programs), timeout=timeout, violates=violates, most=search.most,
-        record=record, descents=search.descents,
+        record=record, descents=search.descents, bounds=known.bounds,
     ).run()  # fmt: skip
 
 
@@ -102,6 +104,19 @@ class SignBounds(Bounded[SignSubproblems]):
     row: Tensor
     point: Tensor
     best: BestParameters | None
+
+    def outputs(self, network: Network, index: Tensor, points: Tensor) -> Tensor:
+        """Those of the images' reduced networks, where they have one: of the same value, and cheaper."""
+        images, found = self.subproblems.image[index], points.new_empty(len(points), network.shapes[-1].numel())
+        whole = torch.ones_like(images, dtype=torch.bool)
+        for image, small in self.space.reduced.items():
+            own = (images == image).nonzero().flatten()
+            if len(own):
+                whole[own], found[own] = False, small.network(points[own].flatten(1))
+        size = points_at_a_time(network, self.space.problem.specification, points)
+        for own in torch.split(whole.nonzero().flatten(), size):
+            found[own] = network(points[own])
+        return found
 
     def points(self, index: Tensor) -> tuple[Tensor, ...]:
         return (self.space.problem.region.take(self.subproblems.image[index]).nearest(self.point[index]),)
@@ -132,15 +147,110 @@ class SignBounds(Bounded[SignSubproblems]):
         return self.subproblems.lower[number, real], self.subproblems.upper[number, real]
 
 
+OVERHEAD = 1e7
+"""Multiplications of a pass over the whole network that take as long as a pass over a reduced one for few subproblems.
+On a CPU ascents of 6 steps over a reduced CNN (190 neurons) take 13, 15, 27 and 87 ms for 2, 16, 64 and 512
+subproblems; as a part of 512 over the whole CNN (660,000 multiplications for a form) they take 2, 13, 52 and 417."""
+
+
+class Ascents:
+    """Ascents on the slopes and multipliers of subproblems, over their image's reduced network or the whole one.
+
+    Args:
+        steps, rate, with_values: as in ``maximise``.
+    """
+
+    def __init__(self, space: SignSpace, steps: int, rate: float, with_values: bool):
+        self.space, self.steps, self.rate, self.with_values = space, steps, rate, with_values
+        rows = space.clauses.shape[1]
+        self._most = ascents_at_a_time(space.network, rows, space.lower)
+        self._work = rows * work_of_a_row(space.network, len(space.network.operations) - 1)
+
+    def __call__(
+        self, some: SignSubproblems, empty: Tensor | None = None, best: BestParameters | None = None
+    ) -> Optimised:
+        """
+        Args:
+            empty: (P,) bool, subproblems that need no bounds.
+            best: as ``kept`` in ``maximise``; then no image has a reduced network.
+        """
+        space, parts = self.space, list[tuple[Tensor, Optimised]]()
+        empty = torch.zeros_like(some.image, dtype=torch.bool) if empty is None else empty
+        whole = torch.ones_like(some.image, dtype=torch.bool)
+        for small, index in self._chosen(some):
+            whole[index] = False
+            own, columns = some.take(index), small.columns
+            at = (own.image[:, None], space.clauses[own.goal])
+            sub = Subproblems(
+                small.box.take(torch.zeros_like(index)), space.rows[at], space.offsets[at], own.lower[:, columns],
+                own.upper[:, columns], own.signs[:, columns],
+            )  # fmt: skip
+            found = self._over(small.network, sub, own.alphas[..., columns], own.betas[..., columns], empty[index])
+            parts.append((index, self._in_all_columns(found, own, columns)))
+        index = whole.nonzero().flatten()
+        if len(index):
+            own, columns = some.take(index), space.columns.take(some.image[index])
+            found = self._over(space.network, space.linear(own), own.alphas, own.betas, empty[index], columns, best)
+            if len(index) == len(some):
+                return found
+            parts.append((index, found))
+        return joined([index for index, _ in parts], [found for _, found in parts])
+
+    def _chosen(self, some: SignSubproblems) -> list[tuple[Reduced, Tensor]]:
+        """The reduced networks to use, each with the numbers of its subproblems. An image with few of them goes with
+        the others over the whole network, if that takes less time."""
+        space, images = self.space, as_ints(torch.bincount(some.image).nonzero())
+        found = [
+            (space.reduced[image], (some.image == image).nonzero().flatten())
+            for image in images
+            if image in space.reduced
+        ]
+        rest = len(some) - sum(len(index) for _, index in found)
+        few = [len(index) for _, index in found if len(index) * self._work < OVERHEAD]
+        saved = sum(OVERHEAD - count * self._work for count in few)
+        over_whole = 0 if rest else 2 * OVERHEAD  # what its first subproblem takes
+        if saved > over_whole and rest + sum(few) <= self._most:
+            found = [(small, index) for small, index in found if len(index) * self._work >= OVERHEAD]
+        return found
+
+    def _over(
+        self, network: Network, sub: Subproblems, alphas: Tensor, betas: Tensor, empty: Tensor,
+        columns: Columns | None = None, best: BestParameters | None = None,
+    ) -> Optimised:  # fmt: skip
+        return maximise(
+            network, sub, alphas, betas, columns=columns, steps=self.steps, rate=self.rate,
+            done=lambda best: (best.amax(1) > 0) | empty, kept=best, with_values=self.with_values,
+        )  # fmt: skip
+
+    def _in_all_columns(self, found: Optimised, some: SignSubproblems, columns: Tensor) -> Optimised:
+        """Results over a reduced network as over the whole one."""
+
+        def spread(values: Tensor, onto: Tensor) -> Tensor:
+            return onto.index_copy(2, columns, values)
+
+        assert found.betas is not None
+        zero = torch.zeros_like(some.alphas)
+        return replace(
+            found, alphas=spread(found.alphas, some.alphas), betas=spread(found.betas, some.betas),
+            forms=found.forms.reshape(*found.forms.shape[:2], *self.space.network.shapes[0]),
+            reached=spread(found.reached, zero), values=spread(found.values, zero),
+        )  # fmt: skip
+
+
 class SignBounder(Bounder[SignSubproblems, SignBounds]):
     def __init__(self, space: SignSpace, search: Search, recording: bool):
         self.space, self.search, self.recording = space, search, recording
         self.budget = TighteningBudget(space, search)
+        self.ascents = Ascents(space, search.steps, search.rate, with_values=True)
+        self._images = set[int]()  # of the subproblems to be bounded
 
     @property
     def at_a_time(self) -> int:
-        rows = self.space.clauses.shape[1]
-        return max(1, min(2 * self.search.batch, ascents_at_a_time(self.space.network, rows, self.space.lower)))
+        """As many as the networks of the images to be bounded next take together."""
+        rows, like = self.space.clauses.shape[1], self.space.lower
+        return max(1, min(2 * self.search.batch, *(
+            ascents_at_a_time(network, rows, like) for network in self.space.networks(self._images)
+        )))  # fmt: skip
 
     def packed(self, subproblems: SignSubproblems) -> PackedSigns:
         return self.space.packed(subproblems)
@@ -157,11 +267,15 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         if len(due):
             with part("rebounding"):
                 self.space.tighten(due, self.search.root_steps, self.search.clip)
+        self._images = set(as_ints(unique(subproblems.image)))
+
+    def release(self, open_: Tensor) -> None:
+        self.space.release(open_)
 
     def bound(self, subproblems: SignSubproblems) -> SignBounds:
         some, ends, empty = self._tightened(subproblems)
         best = BestParameters() if self.recording else None
-        optimised = self._maximised(some, empty, best)
+        optimised = self.ascents(some, empty, best)
         assert optimised.betas is not None
         bound = torch.where(empty, torch.inf, torch.maximum(some.bound, optimised.best.amax(1)))
         row = optimised.best.argmax(1)
@@ -172,58 +286,6 @@ class SignBounder(Bounder[SignSubproblems, SignBounds]):
         some = self.space.clipped(some, forms.flatten(1), constants, reached < 0)
         point = minimiser(optimised, self.space.region.take(some.image), row)
         return SignBounds(some, self.space, ends, empty, optimised, row, point, best)
-
-    def _maximised(self, some: SignSubproblems, empty: Tensor, best: BestParameters | None) -> Optimised:
-        """Ascents from the subproblems' slopes and multipliers, over their image's reduced network where it has one."""
-        space, whole, parts = (
-            self.space,
-            torch.ones_like(some.image, dtype=torch.bool),
-            list[tuple[Tensor, Optimised]](),
-        )
-        for image, small in space.reduced.items():
-            index = (some.image == image).nonzero().flatten()
-            if len(index):
-                whole[index] = False
-                own, mine, columns = some.take(index), empty[index], small.columns
-                at = (own.image[:, None], space.clauses[own.goal])
-                sub = Subproblems(
-                    small.box.take(torch.zeros_like(index)), space.rows[at], space.offsets[at], own.lower[:, columns],
-                    own.upper[:, columns], own.signs[:, columns],
-                )  # fmt: skip
-                found = self._ascent(small.network, sub, own.alphas[..., columns], own.betas[..., columns], mine)
-                parts.append((index, self._in_all_columns(found, own, columns)))
-        index = whole.nonzero().flatten()
-        if len(index):
-            own, mine = some.take(index), empty[index]
-            columns = space.columns.take(own.image)
-            found = self._ascent(space.network, space.linear(own), own.alphas, own.betas, mine, columns, best)
-            if len(index) == len(some):
-                return found
-            parts.append((index, found))
-        return joined([index for index, _ in parts], [found for _, found in parts])
-
-    def _ascent(
-        self, network: Network, sub: Subproblems, alphas: Tensor, betas: Tensor, empty: Tensor,
-        columns: Columns | None = None, best: BestParameters | None = None,
-    ) -> Optimised:  # fmt: skip
-        return maximise(
-            network, sub, alphas, betas, columns=columns, steps=self.search.steps, rate=self.search.rate,
-            done=lambda best: (best.amax(1) > 0) | empty, kept=best, with_values=True,
-        )  # fmt: skip
-
-    def _in_all_columns(self, found: Optimised, some: SignSubproblems, columns: Tensor) -> Optimised:
-        """Results over a reduced network as over the whole one."""
-
-        def spread(values: Tensor, onto: Tensor) -> Tensor:
-            return onto.index_copy(2, columns, values)
-
-        assert found.betas is not None
-        zero = torch.zeros_like(some.alphas)
-        return replace(
-            found, alphas=spread(found.alphas, some.alphas), betas=spread(found.betas, some.betas),
-            forms=found.forms.reshape(*found.forms.shape[:2], *self.space.network.shapes[0]),
-            reached=spread(found.reached, zero), values=spread(found.values, zero),
-        )  # fmt: skip
 
     def _tightened(self, some: SignSubproblems) -> tuple[SignSubproblems, tuple[Tensor, Tensor], Tensor]:
         """(subproblems, ends, empty): the subproblems with their neurons' bounds recomputed under their signs; these
@@ -275,6 +337,7 @@ class TighteningBudget:
 class SignSplitter(Splitter[SignSubproblems, SignBounds]):
     def __init__(self, space: SignSpace, search: Search):
         self.space, self.search = space, search
+        self.bounds = Ascents(space, 0, search.rate, with_values=False)
 
     @property
     def at_a_time(self) -> int:
@@ -324,11 +387,7 @@ class SignSplitter(Splitter[SignSubproblems, SignBounds]):
 
     def _bounds_of(self, some: SignSubproblems) -> Tensor:
         """(D,) bounds at the subproblems' own slopes and multipliers, without optimisation."""
-        space, some = self.space, self.space.clamped(some)
-        columns = space.columns.take(some.image)
-        return maximise(space.network, space.linear(some), some.alphas, some.betas, columns=columns, steps=0).best.amax(
-            1
-        )
+        return self.bounds(self.space.clamped(some)).best.amax(1)
 
 
 class LinearProgramSolver(LeafSolver[SignSubproblems, SignBounds]):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bounds import Region, memory
+from ..bounds.output_forms import Margins, OutputForms
 from ..errors import InputError
 from ..labels import as_labels, check_labels, classes_in
 from ..typed import unique
@@ -21,29 +21,32 @@ Status = Literal["verified", "falsified", "misclassified", "unknown", "timeout",
 UNDECIDED: tuple[Status, ...] = ("unknown", "timeout", "error")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Specification:
     """Linear output specifications of a batch of images, in disjunctive normal form of the *unsafe* set.
 
     A point is unsafe if in some clause every row holds: <row, logits> + offset <= 0. Ties are unsafe.
 
     Args:
-        rows: (B, R, K); offsets: (B, R).
+        forms: the rows without their offsets, ``OutputForms`` or a tensor (B, R, K); offsets: (B, R).
         clauses: (R,) int64, the clause of each row, numbered from 0.
         labels: (B,) the class that must win, for robustness specifications; None for others.
     Raises:
         InputError: no rows (such a specification would hold for every network); shapes that do not fit.
     """
 
-    rows: Tensor
+    forms: OutputForms
     offsets: Tensor
     clauses: Tensor
     labels: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        shape = tuple(self.rows.shape)
-        if len(shape) != 3 or not shape[1] or self.offsets.shape != shape[:2] or self.clauses.shape != shape[1:2]:
-            found = f"rows {shape}, offsets {tuple(self.offsets.shape)}, clauses {tuple(self.clauses.shape)}"
+    def __init__(self, forms: OutputForms | Tensor, offsets: Tensor, clauses: Tensor, labels: Tensor | None = None):
+        values = {"forms": OutputForms.of(forms), "offsets": offsets, "clauses": clauses, "labels": labels}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        shape = tuple(forms.shape)
+        if len(shape) != 3 or not shape[1] or offsets.shape != shape[:2] or clauses.shape != shape[1:2]:
+            found = f"rows {shape}, offsets {tuple(offsets.shape)}, clauses {tuple(clauses.shape)}"
             raise InputError(f"specification: found {found}; accepted: (B, R, K), (B, R) and (R,), one row or more")
 
     @classmethod
@@ -57,21 +60,23 @@ class Specification:
         labels = as_labels(labels)
         classes_in((len(labels), classes))
         check_labels(labels, classes)
-        others = F.one_hot(labels, classes) == 0
-        other = others.nonzero()[:, 1].reshape(len(labels), classes - 1, 1)
-        rows = torch.zeros(len(labels), classes - 1, classes, device=labels.device).scatter_(2, other, -1.0)
-        rows[torch.arange(len(labels), device=labels.device), :, labels] = 1.0
+        forms = Margins.of_labels(labels, classes)
         clauses = torch.arange(classes - 1, device=labels.device)
-        return cls(rows, torch.zeros(rows.shape[:2], device=labels.device), clauses, labels)
+        return cls(forms, torch.zeros(forms.shape[:2], device=labels.device), clauses, labels)
+
+    @property
+    def rows(self) -> Tensor:
+        """(B, R, K), the rows densely: K^2 numbers for each image of a robustness specification."""
+        return self.forms.dense()
 
     def values(self, logits: Tensor) -> Tensor:
         """(B, R) values of the rows at logits (B, K)."""
-        return (self.rows.to(logits.dtype) @ logits.unsqueeze(-1)).squeeze(-1) + self.offsets
+        return self.forms.values(logits) + self.offsets
 
     def worst_at(self, image: Tensor, logits: Tensor) -> Tensor:
         """(P,) the worst margin of the images ``image`` (P,) at logits (P, K); the images' rows are copied for a part
         of the points at a time."""
-        size = max(1, memory.planned(logits) // (self.rows.shape[1:].numel() * logits.element_size()))
+        size = max(1, memory.planned(logits) // (self.forms.numbers * logits.element_size()))
         parts = zip(torch.split(image, size), torch.split(logits, size), strict=True)
         return torch.cat([(some := self.subset(own)).worst(some.values(part)) for own, part in parts])
 
@@ -85,20 +90,28 @@ class Specification:
     def part(self, rows: Tensor) -> Specification:
         """The specification of some rows (their numbers), without labels: whole clauses, numbered anew."""
         clauses = torch.searchsorted(unique(self.clauses[rows]), self.clauses[rows])
-        return Specification(self.rows[:, rows], self.offsets[:, rows], clauses)
+        return Specification(self.forms.part(rows), self.offsets[:, rows], clauses)
 
     def subset(self, index: Tensor) -> Specification:
         labels = None if self.labels is None else self.labels[index]
-        return Specification(self.rows[index], self.offsets[index], self.clauses, labels)
+        return Specification(self.forms.take(index), self.offsets[index], self.clauses, labels)
 
 
 def rows_of_clauses(clauses: Tensor) -> tuple[Tensor, int]:
-    """(members, C): members (C, G) int64 are the row numbers of each clause; short clauses repeat their first row."""
-    count = int(clauses.max()) + 1 if len(clauses) else 0
-    members = [(clauses == clause).nonzero().flatten() for clause in range(count)]
-    most = max((len(m) for m in members), default=1)
-    rows = [torch.cat([m, m[:1].expand(most - len(m))]) for m in members]
-    return (torch.stack(rows) if rows else clauses.reshape(0, 1)), count
+    """(members, C): members (C, G) int64 are the row numbers of each clause; short clauses repeat their first row.
+
+    Raises:
+        InputError: a number below the largest is no row's.
+    """
+    if not len(clauses):
+        return clauses.reshape(0, 1), 0
+    order, sizes = torch.argsort(clauses, stable=True), torch.bincount(clauses)
+    if not int(sizes.min()):
+        missing = int(sizes.argmin())
+        raise InputError(f"specification: found no row of clause {missing} of {len(sizes)}; accepted: a row of each")
+    place = torch.arange(int(sizes.max()), device=clauses.device)
+    first = (sizes.cumsum(0) - sizes).unsqueeze(1)
+    return order[first + torch.where(place < sizes.unsqueeze(1), place, 0)], len(sizes)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ network is many times smaller than it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,9 +40,18 @@ class Reduced:
     box: Box
     columns: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, nearly all that it takes."""
+        layers = (operation.layer for operation in self.network.operations if isinstance(operation, Dense))
+        return sum(layer.weight.nbytes for layer in layers)
 
-def reduced(network: Network, region: Region, bounds: Mapping[int, Bounds], columns: Columns) -> Reduced | None:
-    """Reduce a piecewise linear network over the hull of one image's region; None if that is not worth while.
+
+def reduced(
+    network: Network, region: Region, bounds: Mapping[int, Bounds], columns: Columns, room: float = math.inf
+) -> Reduced | None:
+    """Reduce a piecewise linear network over the hull of one image's region; None if that is not worth while, needs
+    more than ``room`` bytes, or a bound is NaN.
 
     Args:
         bounds: of every non-linear operation's input, by position, (1, *shape).
@@ -50,7 +60,10 @@ def reduced(network: Network, region: Region, bounds: Mapping[int, Bounds], colu
     neurons = Neurons.of(network)
     lower, upper = neurons.ends(bounds, region.hull.center)
     chosen = columns.real[0] & ((lower < 0) & (upper > 0))[0, columns.neurons[0]]
-    if not bool(chosen.any()) or not _worth_while(network, [int(part.sum()) for part in _split(chosen, columns)]):
+    known = not bool((lower.isnan() | upper.isnan()).any())  # else stable neurons cannot be told
+    work = _work(network, [int(part.sum()) for part in _split(chosen, columns)])
+    small = work <= FASTER * work_of_a_row(network, len(network.operations) - 1)
+    if not (bool(chosen.any()) and known and small and work * lower.element_size() <= room):
         return None
     numbers = dict[int, Tensor]()  # by position: the numbers of the unstable neurons in the operation's input
     first = 0
@@ -75,13 +88,15 @@ def _split(values: Tensor, columns: Columns) -> tuple[Tensor, ...]:
     return torch.split(values, list(columns.sizes))
 
 
-def _worth_while(network: Network, counts: list[int]) -> bool:
+def _work(network: Network, counts: list[int]) -> float:
+    """Multiplications of one linear form's way through a network reduced to ``counts`` neurons of each operation, at
+    most, which are as many as its weights."""
     inputs, outputs = network.shapes[0].numel(), network.shapes[-1].numel()
     work, before = 0.0, inputs
     for count in [*counts, outputs]:
         work += count * before
         before += count
-    return work <= FASTER * work_of_a_row(network, len(network.operations) - 1)
+    return work
 
 
 def _linear_part(network: Network, place: int, bounds: Bounds, unstable: Tensor) -> Lines:

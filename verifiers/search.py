@@ -25,7 +25,7 @@ class Search(Presets):
         programs: most open neurons of a subproblem that is solved by a linear program before it is a leaf.
         most: number of splits after which an image is given up; None for no limit.
         descents: gradient steps towards counterexamples, as a share of the evaluations of the network that bounding
-            subproblems costs; 0 for none.
+            subproblems costs, besides eight descents of each image before its first split; 0 for none.
     """
 
     batch: int = 256
@@ -37,7 +37,7 @@ class Search(Presets):
     clip: bool = True
     programs: int = 64
     most: int | None = None
-    descents: float = 0.1
+    descents: float = 0.05
 
     def __post_init__(self) -> None:
         check(self.batch >= 1, "batch", self.batch, "a whole number >= 1")

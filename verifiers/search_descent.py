@@ -1,4 +1,5 @@
-"""Descents inside a search, from the points at which the bounds of its worst subproblems are smallest.
+"""Descents inside a search, from the points at which the bounds of its worst subproblems are smallest, and from random
+points beside them.
 
 A counterexample that descents from random points miss lies in a basin of its own. The search comes near to it: the
 relaxation of the subproblem that holds it is the tighter, and its minimiser the closer, the deeper the subproblem.
@@ -7,6 +8,7 @@ relaxation of the subproblem that holds it is the tighter, and its minimiser the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,19 +16,23 @@ from torch import Tensor
 
 from ..noise import key_of
 from ..typed import as_ints
-from .descent import Points, Refute, descend
+from .chords import Chords
+from .descent import Points, Refute, descend, random_points
 from .problem import Problem, rows_of_clauses
 
-SHARE = 0.1
+SHARE = 0.05
 """Descents' share of the evaluations of the network, forward and backward, that bounding subproblems costs."""
 
-STEPS = 10
+STEPS = 20
 """Steps of a descent."""
+
+ROOT = 8
+"""Descents of an image before the first split, which need not be earned."""
 
 LEAST, MOST = 4, 16
 """Fewest and most descents of an image together."""
 
-FIRST, LAST = 0.1, 0.005
+FIRST, LAST = 0.25, 0.01
 """Sizes of the first and the last step, in widths of the image's set."""
 
 
@@ -42,14 +48,15 @@ class SearchDescents:
     Work is counted in evaluations of the network, never in seconds: a search without a time limit repeats exactly.
 
     Args:
-        share: share of the evaluations that bounding costs; 0 for no descents.
+        share: share of the evaluations that bounding costs, besides the first ``ROOT`` descents of each image; 0 for
+            no descents.
         at_a_time: most points that go through the network together.
     """
 
-    def __init__(self, problem: Problem, share: float, at_a_time: int):
-        self.problem, self.share, self.at_a_time = problem, share, at_a_time
+    def __init__(self, problem: Problem, chords: Chords, share: float, at_a_time: int):
+        self.problem, self.chords, self.share, self.at_a_time = problem, chords, share, at_a_time
         self.members, _ = rows_of_clauses(problem.specification.clauses)
-        self._due = [0.0] * len(problem)
+        self._due = [float(ROOT * STEPS if share else 0)] * len(problem)
         self._runs = 0
         self._kept: list[list[_Start]] = [[] for _ in range(len(problem))]
         self._met: list[set[tuple[int, float]]] = [set() for _ in range(len(problem))]
@@ -76,13 +83,16 @@ class SearchDescents:
                 self._kept[number] = sorted([*self._kept[number], start], key=lambda start: start.bound)[:MOST]
 
     def points(self, wanted: Callable[[int], bool]) -> Points | None:
-        """The kept points of every wanted image that has enough due for them; None if there is none."""
+        """As many points as are due for every wanted image with new points: these, then random ones for their clauses;
+        None where fewer than ``LEAST`` are due for each."""
         chosen: list[tuple[int, int, _Start]] = []
+        random: list[bool] = []
         for image, kept in enumerate(self._kept):
-            count = min(len(kept), int(self._due[image] / STEPS))
-            if count >= LEAST and wanted(image):
+            count = min(MOST, int(self._due[image] / STEPS))
+            if kept and count >= LEAST and wanted(image):
                 self._due[image] -= STEPS * count
-                chosen += [(image, stream, start) for stream, start in enumerate(kept[:count])]
+                chosen += [(image, stream, kept[stream % len(kept)]) for stream in range(count)]
+                random += [stream >= len(kept) for stream in range(count)]
                 self._kept[image] = []
         if not chosen:
             return None
@@ -91,7 +101,10 @@ class SearchDescents:
             torch.tensor(column, device=points.device)
             for column in zip(*((image, start.clause, stream) for image, stream, start in chosen), strict=True)
         )
-        return Points(images, clauses, points, streams)
+        found = Points(images, clauses, points, streams)
+        drawn = torch.tensor(random, device=points.device).nonzero().flatten()
+        own = random_points(self.problem, found.take(drawn), key_of("search", self._runs))
+        return replace(found, points=points.index_put((drawn,), own))
 
     def descend(self, points: Points, refute: Refute) -> None:
         """Descend from points.
@@ -102,7 +115,7 @@ class SearchDescents:
         self._runs += 1
         for part in torch.split(torch.arange(len(points), device=points.image.device), self.at_a_time):
             descend(
-                self.problem, self.members, points.take(part), refute,
+                self.problem, self.chords, self.members, points.take(part), refute,
                 steps=STEPS, first=FIRST, last=LAST, key=key_of("search", self._runs),
             )  # fmt: skip
 

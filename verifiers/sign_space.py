@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..bounds import memory
 from ..bounds.interval import Interval
+from ..bounds.network import Network
+from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
 from .engine import OpenSubproblems
 from .neuron_clipping import LEVEL, NeuronLines, scaled
@@ -66,7 +68,7 @@ class SignSpace:
     def __init__(self, problem: Problem, known: BoundsSoFar):
         self.problem, self.network = problem, known.network
         self.region = known.region_of(problem)
-        self.rows, self.offsets = known.rows_of(problem.specification)
+        self.rows, self.offsets = known.forms_of(problem.specification)
         self.neurons = Neurons.of(known.network)
         self.lower, self.upper = self.neurons.ends(known.bounds, known.rows)  # (B, N)
         self.known = known
@@ -126,9 +128,25 @@ class SignSpace:
             self.lower[image], self.upper[image] = self.neurons.ends(tighter, known.rows)
             for own in lines:
                 self.lines[int(image)] = own
-            small = reduced(self.network, region, tighter, columns) if self.network.rounding is None else None
-            if small is not None:
-                self.reduced[int(image)] = small
+            if self.network.rounding is None:
+                room = memory.kept(self.lower) // 2 - sum(small.nbytes for small in self.reduced.values())
+                small = reduced(self.network, region, tighter, columns, room)
+                if small is not None:
+                    self.reduced[int(image)] = small
+
+    def networks(self, images: set[int]) -> list[Network]:
+        """The networks over which subproblems of ``images`` are bounded; the whole one if there are none."""
+        small = [self.reduced[image].network for image in images if image in self.reduced]
+        return small if small and len(small) == len(images) else [*small, self.network]
+
+    def release(self, open_: Tensor) -> None:
+        """Free what was found for images, but those with open subproblems (P,)."""
+        if not (self.lines or self.reduced):
+            return
+        still = set(as_ints(torch.bincount(open_).nonzero()))
+        for found in (self.lines, self.reduced):
+            for image in found.keys() - still:
+                del found[image]
 
     def clamped(self, some: SignSubproblems) -> SignSubproblems:
         """The subproblems with bounds clamped to their image's bounds and to the assumed signs."""
@@ -149,7 +167,10 @@ class SignSpace:
             forms, constants: (P, N) and (P,), a linear bound of a row of each subproblem's clause.
             used: (P, U) bool, the neurons whose upper lines that bound uses.
         """
+        if not self.lines:
+            return some
         open_ = ~(some.bound > 0)
+        changed = {name: getattr(some, name).clone() for name in ("bound", "signs", "lower", "upper", "level")}
         for image, lines in self.lines.items():
             index = (open_ & (some.image == image)).nonzero().flatten()
             if len(index):
@@ -158,8 +179,10 @@ class SignSpace:
                 level = torch.minimum(some.level[index], (-LEVEL * some.bound[index]).clamp(min=tiny))
                 cuts, offsets = scaled(forms[index], constants[index], Interval(hull.center[0], hull.radius[0]))
                 ends = lines.clipped(cuts, offsets - level, some.lower[index], some.upper[index], used[index])
-                some = some.replaced(index, self._assumed(some.take(index), level, *ends))
-        return some
+                found = self._assumed(some.take(index), level, *ends)
+                for name, values in changed.items():
+                    values[index] = getattr(found, name)
+        return replace(some, **changed)
 
     def _assumed(self, some: SignSubproblems, level: Tensor, lower: Tensor, upper: Tensor) -> SignSubproblems:
         """The subproblems with bounds that hold below ``level``, and may cross."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import Bounds, Box, memory
-from ..bounds.crown import LinearBound, backward, crown_bounds, relax_all, rows_at_a_time
+from ..bounds.crown import LinearBound, backward_rows, crown_bounds, relax_all, rows_at_a_time
 from ..bounds.folding import fold
 from ..bounds.sparse import SparseBall
 from ..bounds.sparse_part import SparsePart
@@ -77,7 +77,7 @@ def split_locations(
     return BranchAndBound(
         problem, known.network, problem.specification.worst(known.rows).unsqueeze(1), _roots(problem, known, ball),
         bounder, UnitSplitter(ball, max(1, bounder.at_a_time // 8)), leaf,
-        timeout=timeout, violates=violates, record=record,
+        timeout=timeout, violates=violates, record=record, bounds=known.bounds,
     ).run()  # fmt: skip
 
 
@@ -156,7 +156,7 @@ class PartBounder(Bounder[SparseSubproblems, PartBounds]):
     def __init__(self, problem: Problem, known: BoundsSoFar, ball: SparseBall, batch: int):
         self.problem, self.known, self.ball = problem, known, ball
         self.images = known.region_of(problem).images
-        self.forms, self.offsets = known.rows_of(problem.specification)
+        self.forms, self.offsets = known.forms_of(problem.specification)
         size = memory.planned(known.rows)
         self._at_a_time = max(1, min(batch, rows_at_a_time(known.network, self.forms.shape[1], known.rows, size=size)))
 
@@ -169,11 +169,12 @@ class PartBounder(Bounder[SparseSubproblems, PartBounds]):
         region = SparsePart.of(self.ball, self.images[image], some.free, some.possible, some.budget)
         given = {place: Bounds(b.lower[image], b.upper[image]) for place, b in self.known.bounds.items()}
         lines = relax_all(network, crown_bounds(network, region, given or None))
-        linear = backward(network, len(network.operations) - 1, self.forms[image], lines)
-        lower = with_offsets(network, linear.lower(region), self.offsets[image])
+        offsets = self.offsets[image]
+        linear = backward_rows(network, self.forms.take(image), offsets, lines)
+        lower = with_offsets(network, linear.lower(region), offsets)
         rows = torch.maximum(some.rows, finite(lower))
         some = replace(some, rows=rows, bound=self.problem.specification.worst(rows))
-        return PartBounds(some, self.problem, region, linear, self.offsets[image])
+        return PartBounds(some, self.problem, region, linear, offsets)
 
 
 class UnitSplitter(Splitter[SparseSubproblems, PartBounds]):

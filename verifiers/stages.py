@@ -128,7 +128,7 @@ class IbpStage(Stage):
     name: ClassVar[str] = "ibp"
 
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
-        forms, offsets = known.rows_of(problem.specification)
+        forms, offsets = known.forms_of(problem.specification)
         if known.network.rounding is None:  # the layers' fused kernels are 1.6 times as fast
             rows = compute_rows(problem.network, problem.region, forms)
         else:
@@ -139,7 +139,7 @@ class IbpStage(Stage):
 def _with_bounds(problem: Problem, known: BoundsSoFar, refine: bool = True) -> BoundsSoFar:
     """Add bounds of the activations' inputs, by linear bounds (``refine``) or intervals. The expected time of the pass
     that uses them is kept back from the clock."""
-    network, numbers = known.network, problem.specification.rows.shape[:2].numel()
+    network, numbers = known.network, problem.specification.offsets.numel()
     work = work_of(network, len(network.operations) - 1, lambda number: numbers * network.shapes[number].numel())
     region = known.region_of(problem)
     with until(keep=expected(work)):
@@ -177,13 +177,13 @@ class CrownStage(Stage):
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         known = _with_bounds(problem, known, refine=self.refine)
         region, network = known.region_of(problem), known.network
-        forms, offsets = known.rows_of(problem.specification)
+        forms, offsets = known.forms_of(problem.specification)
         rows: list[Tensor] = []
-        for part in torch.split(forms, rows_at_a_time(network, len(problem), forms), 1):
+        for part in forms.split(rows_at_a_time(network, len(problem), offsets)):
             try:
-                rows.append(bound_forms(network, region, part, known.bounds))
+                rows.append(bound_forms(network, region, part.dense(), known.bounds))
             except OutOfTime:
-                rows.append(torch.full_like(part[..., 0], -torch.inf))
+                rows.append(offsets.new_full(part.shape[:2], -torch.inf))
         return proof(problem, known.with_rows(with_offsets(network, torch.cat(rows, 1), offsets)))
 
 
@@ -218,7 +218,7 @@ class AlphaStage(Stage):
 
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         known = known if known.bounds else _with_bounds(problem, known)
-        network, count = known.network, problem.specification.rows.shape[1]
+        network, count = known.network, problem.specification.offsets.shape[1]
         neurons, best = Neurons.of(network), torch.full_like(known.rows, -torch.inf)
         size, groups = self._sizes(problem, known)
         numbers = len(problem) * count * sum(neurons.sizes)
@@ -228,10 +228,10 @@ class AlphaStage(Stage):
         for part in torch.split(torch.arange(len(problem), device=problem.index.device), size):
             own, some = known.subset(part), problem.subset(part)
             lower, upper = neurons.ends(own.bounds, own.rows)
-            region, (forms, offsets) = own.region_of(some), own.rows_of(some.specification)
+            region = own.region_of(some)
             for group in groups:
                 at, rows = (part[:, None], group), some.specification.part(group)
-                sub = Subproblems(region, forms[:, group], offsets[:, group], lower, upper)
+                sub = Subproblems(region, *own.rows_of(rows), lower, upper)
                 alphas = starting_slopes(lower, upper, len(group))
                 if slopes is not None:
                     slopes[at] = alphas
@@ -265,9 +265,10 @@ class AlphaStage(Stage):
         """(images, groups): the number of images, and the groups of rows, that are optimised together. Only where one
         image's rows are too many are there several groups, each of whole clauses."""
         specification = problem.specification
-        size = ascents_at_a_time(known.network, specification.rows.shape[1], known.rows)
+        count = specification.offsets.shape[1]
+        size = ascents_at_a_time(known.network, count, known.rows)
         if size:
-            return size, [torch.arange(specification.rows.shape[1], device=known.rows.device)]
+            return size, [torch.arange(count, device=known.rows.device)]
         groups, most = list[list[int]](), ascents_at_a_time(known.network, 1, known.rows)
         for clause in range(int(specification.clauses.max()) + 1):
             rows = as_ints((specification.clauses == clause).nonzero())

@@ -17,6 +17,7 @@ from .effort import work_of
 from .interval import Bounds, Interval
 from .network import Network
 from .operations import Dense, Nonlinear, Sum
+from .output_forms import OutputForms
 from .region import Region, least
 from .relaxation import Relaxation
 from .rounding import Slack, interval_of, widened
@@ -59,6 +60,19 @@ class LinearBound:
         if self.slack is None or self.size is None:
             return 0.0
         return self.slack.remainder(self.forms, self.size, region.hull)
+
+
+def joined(parts: Sequence[LinearBound]) -> LinearBound:
+    """The bounds of all forms (B, R, *shape) from those of parts of them, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    slack = parts[0].slack
+    sizes = [part.size for part in parts if part.size is not None]
+    floors = [part.floor for part in parts if part.floor is not None]
+    return LinearBound(
+        torch.cat([part.forms for part in parts], 1), torch.cat([part.constants for part in parts], 1), slack,
+        torch.cat(sizes, 1) if sizes else None, torch.cat(floors, 1) if floors else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -157,23 +171,59 @@ def bound_forms(
     return backward(network, position, forms, relax_all(network, bounds), slack=slack).lower(region)
 
 
-def interval_forms(network: Network, region: Region, forms: Tensor) -> Tensor:
-    """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone; forms are merged into the last
-    layer if it is dense."""
+def backward_rows(
+    network: Network, rows: OutputForms, like: Tensor, lines: Mapping[int, Relaxation], slack: Slack | None = None
+) -> LinearBound:
+    """``backward`` of rows of the logits, of as many at a time as fit into a search's round (``memory.planned``)."""
+    size = rows_at_a_time(network, rows.shape[0], like, size=memory.planned(like))
+    last = len(network.operations) - 1
+    return joined([backward(network, last, part.dense(), lines, slack=slack) for part in rows.split(size)])
+
+
+def interval_forms(network: Network, region: Region, rows: Tensor | OutputForms) -> Tensor:
+    """(B, R) lower bounds of linear forms (B, R, K) of the logits by intervals alone, of as many at a time as fit into
+    memory; forms are merged into the last layer if it is dense."""
     walk = _Bounding(network, region, refine=False)
     walk.run()
-    number, slack = len(network.operations) - 1, None
-    cost = size = constants = forms.new_zeros(forms.shape[:2])
-    if network.rounding is not None:
-        slack = Slack.of(network, walk.intervals)
-        cost, size = slack.charge(number, forms)
-    if isinstance(operation := network.operations[number], Dense):
-        (read,) = operation.inputs
-        constants = constants + operation.constant(forms)
-        (forms,), number = operation.adjoints(forms, network.shapes[read]), read
+    number, last, rows = len(network.operations) - 1, network.operations[-1], OutputForms.of(rows)
+    slack = None if network.rounding is None else Slack.of(network, walk.intervals)
+
+    def lower(forms: Tensor) -> Tensor:
+        cost = size = constants = forms.new_zeros(forms.shape[:2])
+        if slack is not None:
+            cost, size = slack.charge(number, forms)
+        box = walk.intervals[number]
+        if isinstance(last, Dense):
+            (read,) = last.inputs
+            constants, box = constants + last.constant(forms), walk.intervals[read]
+            (forms,) = last.adjoints(forms, network.shapes[read])
+        bound = least(forms, box) + constants - cost
+        return bound if slack is None else bound - slack.remainder(forms, size, box)
+
+    return torch.cat([lower(part.dense()) for part in rows.split(_rows_of_intervals(network, walk))], 1)
+
+
+def interval_ends(network: Network, region: Region, rows: OutputForms) -> tuple[Tensor, Tensor]:
+    """(lower, upper), each (B, R): ``interval_forms`` of rows of the logits from below and above, for networks without
+    a ``rounding``. Differentiable."""
+    walk = _Bounding(network, region, refine=False)
+    walk.run()
+    number, last, constants = len(network.operations) - 1, network.operations[-1], 0.0
+    if isinstance(last, Dense):
+        forms, (number,) = rows.through(last.weight), last.inputs
+        constants = 0.0 if last.bias is None else rows.through(last.bias)
+    else:
+        forms = rows.dense()
     box = walk.intervals[number]
-    lower = least(forms, box) + constants - cost
-    return lower if slack is None else lower - slack.remainder(forms, size, box)
+    return least(forms, box) + constants, constants - least(-forms, box)
+
+
+def _rows_of_intervals(network: Network, walk: _Bounding) -> int:
+    """Number of linear forms of the logits, for each image, that go through the last layer together; at least 1."""
+    like = walk.region.images
+    before = max(network.shapes[read].numel() for read in network.operations[-1].inputs)
+    numbers = network.shapes[-1].numel() + 3 * before  # forms of both, magnitudes and a temporary
+    return max(1, memory.at_once(like) // max(1, len(like) * numbers * like.element_size()))
 
 
 def slack_of(network: Network, region: Region, bounds: Mapping[int, Bounds]) -> Slack | None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..labels import as_labels, check_logits, classes_in
-from . import clock
+from . import clock, memory
 from .faithful import check_faithful
 from .first_layer import first_layer
 from .interval import Interval
 from .network import Network, Statistics
 from .operations import Affine, Dense, Relu
+from .output_forms import OutputForms
 from .region import Region
 from .tracing import is_traced, trace
 
@@ -104,23 +105,32 @@ def compute_activity(
 
 
 def compute_rows(
-    model: nn.Module, box: Interval | Region, rows: Tensor, statistics: Statistics | None = None
+    model: nn.Module, box: Interval | Region, rows: Tensor | OutputForms, statistics: Statistics | None = None
 ) -> Tensor:
     """Lower bounds of linear forms of the logits, merged into the last linear layer.
 
     Args:
         rows: (B, R, K), R forms for each image. Others as in ``compute_bounds``.
     Returns:
-        (B, R).
+        (B, R), computed for as many rows at a time as fit into memory.
     """
     output, last = _Propagation(model, box, statistics, keep=False).run(box, stop_before_last=True)
-    constant: Tensor | float = 0.0
-    if last is not None:
-        weight, bias = last
-        constant = 0.0 if bias is None else rows @ bias
-        rows = rows @ weight
     center, radius = output.center.unsqueeze(-1), output.radius.unsqueeze(-1)
-    return (rows @ center - rows.abs() @ radius).squeeze(-1) + constant
+
+    def bound(part: OutputForms) -> Tensor:
+        constant: Tensor | float = 0.0
+        if last is None:
+            forms = part.dense()
+        else:
+            weight, bias = last
+            constant = 0.0 if bias is None else part.through(bias)
+            forms = part.through(weight)
+        return (forms @ center - forms.abs() @ radius).squeeze(-1) + constant
+
+    rows = OutputForms.of(rows)
+    numbers = rows.shape[2] + 3 * output.center.shape[1:].numel()  # the forms, their magnitudes and a temporary
+    size = memory.at_once(center) // max(1, len(center) * numbers * center.element_size())
+    return torch.cat([bound(part) for part in rows.split(max(1, size))], 1)
 
 
 def _difference(logits: Interval, labels: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def _resident() -> int:
 
 
 def _groups() -> list[tuple[int, int]]:
-    """(limit, used) bytes of each control group of this process that has a limit, and of none at the end."""
+    """(limit, used) bytes of each control group around this process that has a limit, and of none at first."""
     found = [(1 << 62, 0)]
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, name = line.split(":", 2)
@@ -137,7 +137,8 @@ def _groups() -> list[tuple[int, int]]:
         root, files = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
         if controllers:
             root, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        for folder in {root, root / name.lstrip("/")}:
+        own = root / name.lstrip("/")
+        for folder in (folder for folder in (own, *own.parents) if folder.is_relative_to(root)):
             most, used = (_read(folder / file).strip() for file in files[:2])
             if most.isdigit() and used.isdigit():
                 stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())

@@ -157,7 +157,8 @@ def _stages_and_memory(options: argparse.Namespace) -> dict[str, str]:
 
     fields: dict[str, str] = {}
     if options.stages is not None:
-        if not options.stages.strip():
+        first, *more = options.stages.split(",")
+        if not all(name.strip() for name in (first, *more[:-1])):  # a comma may end the list, as in YAML
             raise InputError(f"--stages: found {options.stages!r}; accepted: names of stages, such as ibp,crown,bab")
         fields["certify.stages"] = f"[{options.stages}]"
     if options.memory is not None:

@@ -22,6 +22,7 @@ from ..bounds import (
     forward,
     trace,
 )
+from ..bounds.output_forms import Margins
 from ..errors import check
 from ..labels import check_logits
 from ..step import Batch, StateSpec, Step
@@ -50,9 +51,7 @@ def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 def margin_rows(labels: Tensor, logits: Tensor) -> Tensor:
     """(B, K - 1, K) linear forms e_y - e_j of logits (B, K), in the same order."""
-    classes = logits.shape[1]
-    own, others = F.one_hot(labels, classes)[:, None], F.one_hot(_wrong_classes(labels, classes), classes)
-    return (own - others).to(logits.dtype)
+    return Margins.of_labels(labels, logits.shape[1]).to(logits.dtype).dense()
 
 
 def mix(at_zero: Tensor, at_one: Tensor, share: float) -> Tensor:

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import Activity, Forward
-from ..bounds.crown import best_forms, bound_forms, interval_bounds, interval_forms
+from ..bounds.crown import best_forms, bound_forms, interval_bounds, interval_ends
 from ..bounds.folding import fold
 from ..bounds.network import Network
+from ..bounds.output_forms import Margins, OutputForms
 from ..bounds.region import Region
 from ..step import Batch, Step
 from .base import Ramp, check_share, value_at
@@ -45,11 +46,11 @@ class CrownIbp(CertifiedLoss):
         if share == 0:
             return margin_loss(verified).mean(), verified_parts(verified), activity
         network, region = fold(model, batch.images.shape[1:], clean.statistics), step.ball.region(batch.images)
-        rows = margin_rows(batch.labels, clean.logits)
         if self.fusion:
+            rows = Margins.of_labels(batch.labels, clean.logits.shape[1]).to(clean.logits.dtype)
             fused = fused_loss(network, region, rows, self.best_layer)
             return mix(margin_loss(verified).mean(), fused.mean(), share), verified_parts(verified), activity
-        linear = _bounded(network, region, rows, self.best_layer)
+        linear = _bounded(network, region, margin_rows(batch.labels, clean.logits), self.best_layer)
         verified = mix(verified, linear, share)
         return margin_loss(verified).mean(), verified_parts(verified), activity
 
@@ -60,21 +61,22 @@ def _bounded(network: Network, region: Region, forms: Tensor, best_layer: bool) 
     return bound_forms(network, region, forms, interval_bounds(network, region))
 
 
-def fused_loss(network: Network, region: Region, rows: Tensor, best_layer: bool = False) -> Tensor:
+def fused_loss(network: Network, region: Region, rows: Tensor | OutputForms, best_layer: bool = False) -> Tensor:
     """(B,) upper bounds of log(1 + sum_j e^(-z_j)) over the region, z = rows · logits, rows (B, K - 1, K).
 
     Over the interval [a, b] of a margin, e^(-z) is below its chord e^(-a) - s (z - a). The sum of chords is one linear
     form of the logits, whose minimum one backward pass bounds.
     """
-    lower, negated = interval_forms(network, region, torch.cat([rows, -rows], 1)).chunk(2, 1)
-    width = -negated - lower
+    rows = OutputForms.of(rows)
+    lower, upper = interval_ends(network, region, rows)
+    width = upper - lower
     # exponentials relative to the largest one, which overflows float32
     largest = (-lower).amax(1, keepdim=True).clamp(min=0).detach()
     at_lower = torch.exp(-lower - largest)
     wide = width > 1e-4  # below it the quotient cancels: the first two terms of its series instead
     share = torch.where(wide, -torch.expm1(-width) / torch.where(wide, width, 1), 1 - width / 2)
     slopes = at_lower * share
-    least = _bounded(network, region, (slopes.unsqueeze(2) * rows).sum(1, keepdim=True), best_layer).squeeze(1)
+    least = _bounded(network, region, rows.weighted(slopes).unsqueeze(1), best_layer).squeeze(1)
     one = torch.exp(-largest.squeeze(1))
     total = one + (at_lower + slopes * lower).sum(1) - least
     return largest.squeeze(1) + total.clamp(min=one).log()

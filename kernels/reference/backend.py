@@ -88,9 +88,11 @@ def margins_backward(grad: Tensor, radius: Tensor, weight: Tensor, labels: Tenso
     rows = weight[labels][:, None] - weight[others]
     grad_radius = -torch.einsum("bk,bkd->bd", grad, rows.abs())
     for_rows = -grad[..., None] * rows.sign() * radius[:, None]
-    own = F.one_hot(labels, classes).to(weight.dtype)
-    other = F.one_hot(others, classes).to(weight.dtype)
-    return grad_radius, own.T @ for_rows.sum(1) - torch.einsum("bkc,bkd->cd", other, for_rows)
+    own, place, label = F.one_hot(labels, classes), torch.arange(classes, device=labels.device), labels[:, None]
+    padded = F.pad(for_rows, (0, 0, 0, 1))  # for the label
+    at = torch.where(place == label, classes - 1, place - (place > label).long()).unsqueeze(2)
+    for_others = padded.gather(1, at.expand(-1, -1, padded.shape[2])).sum(0)
+    return grad_radius, own.to(weight.dtype).T @ for_rows.sum(1) - for_others
 
 
 def _others(labels: Tensor, classes: int) -> Tensor:
