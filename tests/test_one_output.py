@@ -247,15 +247,16 @@ TRIVIAL = {
     "0 <= 1": ("(assert (<= 0.0 1.0))", "violated"),
     "a tie of constants": ("(assert (<= 1.0 1.0))", "violated"),
     "an output and itself": ("(assert (<= Y_0 Y_0))", "violated"),
-    "an output and itself, strictly": ("(assert (< Y_0 Y_0))", "violated"),  # ties are unsafe
     "one disjunct is true": ("(assert (or (<= Y_0 -1e6) (<= 0.0 1.0)))", "violated"),
     "a conjunction of truths": ("(assert (and (<= 0.0 1.0) (>= Y_0 Y_0)))", "violated"),
     "inputs alone": ("(assert (or (<= X_0 0.25) (>= X_0 0.75)))", "violated"),
     # no point is
-    "1 <= 0": ("(assert (<= 1.0 0.0))", "holds"),
-    "an output and more than itself": ("(assert (<= (+ Y_0 1.0) Y_0))", "holds"),
-    "a false conjunct": ("(assert (and (<= Y_0 1e6) (<= 1.0 0.0)))", "holds"),
-    "all disjuncts are false": ("(assert (or (<= 1.0 0.0) (<= 2.0 1.0)))", "holds"),
+    "an output and itself, strictly": ("(assert (< Y_0 Y_0))", "holds (no input satisfies the asserts)"),
+    "1 <= 0": ("(assert (<= 1.0 0.0))", "holds (no input satisfies the asserts)"),
+    "1 < 1": ("(assert (< 1.0 1.0))", "holds (no input satisfies the asserts)"),
+    "an output and more than itself": ("(assert (<= (+ Y_0 1.0) Y_0))", "holds (no input satisfies the asserts)"),
+    "a false conjunct": ("(assert (and (<= Y_0 1e6) (<= 1.0 0.0)))", "holds (no input satisfies the asserts)"),
+    "all disjuncts are false": ("(assert (or (<= 1.0 0.0) (<= 2.0 1.0)))", "holds (no input satisfies the asserts)"),
     "as far as the network goes": ("(assert (<= Y_0 -1e6))", "holds"),
     "the other way": ("(assert (>= Y_0 -1e6))", "violated"),
 }

@@ -524,17 +524,6 @@ def one(op_type, *inputs, shape=ROW, outputs=1, kind=TensorProto.FLOAT, opset=13
     return build
 
 
-def two_inputs():
-    graph = Graph(ROW)
-    graph.inputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ROW))
-    return graph.model(graph("Add", "x", "z"))
-
-
-def two_outputs():
-    graph = Graph(ROW)
-    return graph.model(graph("Relu", "x"), graph("Tanh", "x"))
-
-
 def backwards():
     graph = Graph(ROW)
     model = graph.model(graph("Relu", graph("Tanh", "x")))
@@ -590,8 +579,6 @@ REFUSED = {
     "dynamic size alone": (one("Relu", shape=["width"]), ["input 'x'", "(width)"]),
     "no dimension": (one("Relu", shape=[]), ["input 'x'", "()"]),
     "float16": (one("Relu", kind=TensorProto.FLOAT16), ["input 'x'", "FLOAT16", "float32"]),
-    "two inputs": (two_inputs, ["2 inputs (x, z)", "accepted: one"]),
-    "two outputs": (two_outputs, ["2 outputs (v0_0, v1_0)", "accepted: one"]),
     "constant output": (constant_output, ["'v1_0'", "constant"]),
     "order of operators": (backwards, ["topologically sorted", "v0_0"]),
     "sizes that do not fit": (one("MatMul", weights(4, 3)), ["onnxruntime refuses", "MatMul"]),

@@ -125,14 +125,29 @@ class TestAnswer:
         assert 0 < found.seconds < 20
 
     def test_strict_comparisons_and_ties(self, ask):
-        """The unsafe set is closed: a tie is unsafe, whatever is written."""
-        for comparison in ("<=", "<"):
-            found, text = ask(f"(and {box(('0.5', '2.0'))} ({comparison} Y_0 0.5))")
-            assert found.word == "violated" and numbers_of(text) == (["0.5"], ["0.5"])
+        """A tie is unsafe under <=, and safe under <: where only ties are found the answer is open, and says so."""
+        found, text = ask(f"(and {box(('0.5', '2.0'))} (<= Y_0 0.5))")
+        assert found.word == "violated" and numbers_of(text) == (["0.5"], ["0.5"])
+        assert ask(f"(and {box(('0.5', '2.0'))} (>= Y_0 2.0))")[0].word == "violated"
+        for tied in ("(< Y_0 0.5)", "(> Y_0 2.0)"):
+            found, text = ask(f"(and {box(('0.5', '2.0'))} {tied})")
+            assert str(found) == "unknown (only ties found, which its strict comparisons exclude)"
+            assert text == "unknown\n"
         for comparison in (">=", ">"):
-            assert ask(f"(and {box(('0.5', '2.0'))} ({comparison} Y_0 2.0))")[0].word == "violated"
             assert ask(f"(and {box(('0.5', '2.0'))} ({comparison} Y_0 2.001))")[0].word == "holds"
+            assert ask(f"(and {box(('0.5', '2.0'))} ({comparison} Y_0 1.999))")[0].word == "violated"
         assert ask(f"(and {box(('0.5', '2.0'))} (<= Y_0 Y_0))")[0].word == "violated"
+
+    def test_strict_ends_of_inputs(self, ask):
+        """What is printed lies inside, by a float32 at least: as decimals and as onnxruntime's input."""
+        for formula in ("(and (> X_0 0.5) (< X_0 2.0) (<= Y_0 0.6))", "(and (> X_0 0.1) (< X_0 0.3) (>= Y_0 0.29))"):
+            found, _ = ask(formula)
+            low, high = (Fraction(end) for end in re.findall(r"X_0 ([0-9.]+)", formula))
+            (stated,) = found.inputs
+            assert found.word == "violated" and low < Fraction(stated) < high
+            assert low < Fraction(float(np.float32(stated))) < high
+        for closed, word in (("(>= X_0 0.5000000000001)", "violated"), ("(> X_0 0.5)", "unknown")):  # no float32 inside
+            assert ask(f"(and {closed} (<= X_0 0.5000000000001) (<= Y_0 2.0))")[0].word == word
 
     def test_a_disjunction_of_outputs(self, ask):
         layers = [([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [0.0, 0.0, -1.0])]

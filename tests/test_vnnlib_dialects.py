@@ -14,7 +14,6 @@ from walking import walk
 
 from certtrain.command_line import main
 from certtrain.errors import InputError
-from certtrain.verifiers.problem import Specification
 from certtrain.verifiers.vnncomp import answer
 from certtrain.verifiers.vnnlib import Case, Property
 from certtrain.verifiers.vnnlib_reader import read_property
@@ -34,13 +33,7 @@ def read(tmp_path):
 
 
 def unsafe(prop: Property, x: float, *y: float) -> bool:
-    for case in prop.cases:
-        logits = torch.tensor([y], dtype=torch.float64)
-        specification = Specification(case.rows[None], case.offsets[None], case.clauses)
-        bad = bool(specification.worst(specification.values(logits)) <= 0)
-        if bad and all(low <= Fraction(x) <= high for low, high in case.ends):
-            return True
-    return False
+    return any(case.contains(y) and all(low <= Fraction(x) <= high for low, high in case.ends) for case in prop.cases)
 
 
 SCRIPTS = {
@@ -62,14 +55,16 @@ def test_scripts(read, name):
     assert found.ends == plain.ends and torch.equal(found.rows, plain.rows) and not read(HEADER + BOX).remark
 
 
-# a formula, and whether it is unsafe at (y_0, y_1); strict comparisons are closed
+# a formula, and whether it is unsafe at (y_0, y_1)
 FORMULAS = {
     "true": lambda a, b: True,
     "false": lambda a, b: False,
     "(= Y_0 Y_1)": lambda a, b: a == b,
     "(= (+ Y_0 Y_1) 1)": lambda a, b: a + b == 1,
-    "(not (<= Y_0 Y_1))": lambda a, b: a >= b,
-    "(not (>= Y_0 Y_1))": lambda a, b: a <= b,
+    "(not (= Y_0 Y_1))": lambda a, b: a != b,
+    "(and (not (= (+ Y_0 Y_1) 1)) (= Y_0 1))": lambda a, b: a == 1 and b != 0,
+    "(not (<= Y_0 Y_1))": lambda a, b: a > b,
+    "(not (>= Y_0 Y_1))": lambda a, b: a < b,
     "(not (< Y_0 Y_1))": lambda a, b: a >= b,
     "(not (> Y_0 1))": lambda a, b: a <= 1,
     "(not (not (<= Y_0 Y_1)))": lambda a, b: a <= b,
@@ -79,10 +74,10 @@ FORMULAS = {
     "(or false (<= Y_0 Y_1))": lambda a, b: a <= b,
     "(or true (<= Y_0 Y_1))": lambda a, b: True,
     "(and false (<= Y_0 Y_1))": lambda a, b: False,
-    "(not (and (<= Y_0 Y_1) (>= Y_0 1)))": lambda a, b: a >= b or a <= 1,
-    "(not (or (<= Y_0 Y_1) (>= Y_0 1)))": lambda a, b: a >= b and a <= 1,
-    "(not (or (and (<= Y_0 0) (<= Y_1 0)) (>= Y_0 1)))": lambda a, b: (a >= 0 or b >= 0) and a <= 1,
-    "(or (= Y_0 0) (and (= Y_0 1) (not (<= Y_1 0))))": lambda a, b: a == 0 or (a == 1 and b >= 0),
+    "(not (and (<= Y_0 Y_1) (>= Y_0 1)))": lambda a, b: a > b or a < 1,
+    "(not (or (<= Y_0 Y_1) (>= Y_0 1)))": lambda a, b: a > b and a < 1,
+    "(not (or (and (<= Y_0 0) (<= Y_1 0)) (>= Y_0 1)))": lambda a, b: (a > 0 or b > 0) and a < 1,
+    "(or (= Y_0 0) (and (= Y_0 1) (not (<= Y_1 0))))": lambda a, b: a == 0 or (a == 1 and b > 0),
     "(<= 0 1)": lambda a, b: True,
     "(<= 1 0)": lambda a, b: False,
     "(= 1 1.0)": lambda a, b: True,
@@ -96,6 +91,14 @@ def test_formulas(read, formula):
     for a, b in itertools.product(GRID, GRID):
         assert unsafe(found, 0.25, a, b) == FORMULAS[formula](a, b), (a, b)
         assert not unsafe(found, 1.5, a, b)
+
+
+def test_inputs_tied_to_outputs(read):
+    """Rows read the input behind the outputs."""
+    found = read(HEADER + BOX + "(assert (and (>= X_0 (- Y_1 Y_0)) (not (<= (* 2 X_0) 1))))")
+    (case,) = found.cases
+    assert found.tied == (0,) and case.rows.tolist() == [[-1.0, 1.0, -1.0]] and case.excluded == {(0, False)}
+    assert case.ends == ((Fraction(1, 2), Fraction(1)),)
 
 
 def test_equality_and_negation_of_inputs(read):

@@ -17,8 +17,7 @@ from ..run_folder import JsonLines, LineFile
 from .limits import out_of_memory
 from .onnx_network import OnnxNetwork, read_onnx
 from .settings import Arithmetic, Certify
-from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, present, with_limits
-from .vnnlib_reader import read_property
+from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, present, read_question, with_limits
 
 
 class Instance(NamedTuple):
@@ -99,7 +98,8 @@ def run_instances(
                     lines.append({**_names(instance), **answer.record(), "reason": why})
                 line = f"{_line_start(instance)}{RESULTS[answer.word]},{answer.seconds:.3f}"
                 file.append_text(line + "\n")
-                watch(number, len(instances), f"{line}{'' if why is None else f'  ({why})'}")
+                notes = "; ".join(note for note in (why, answer.remark) if note is not None)
+                watch(number, len(instances), f"{line}{f'  ({notes})' if notes else ''}")
     except OSError as error:
         raise InputError(f"{where}: cannot be written ({error.strerror}); accepted: a file of results") from error
 
@@ -176,8 +176,7 @@ def _answer_instance(
     try:
         with until(started + settings.timeout):
             network = networks(instance.network)
-            path = present(folder / instance.property)
-            property = read_property(path, network.shape.numel(), network.outputs)
+            property = read_question(network, present(folder / instance.property))
             answer = check_property(network, property, started + settings.timeout, settings)
         return answer.finished(started), answer.reason
     except OutOfTime:

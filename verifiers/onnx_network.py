@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -27,6 +26,7 @@ from ..bounds.clock import look, looking
 from ..bounds.network import NetworkModule
 from ..bounds.operations import Input, Rearrangement, UnsupportedOperation
 from ..errors import InputError
+from .onnx_joined import GraphInput, joined
 from .onnx_operators import RULES
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 
@@ -63,9 +63,12 @@ class OnnxNetwork:
     Args:
         module: (B, *shape) → (B, outputs), for bounds and verifiers like any model.
         shape: shape of one input without the batch dimension. A file's first dimension is the batch if it is dynamic,
-            or 1 and not the only one; otherwise ``shape`` is the file's whole shape.
-        outputs: number of outputs, flattened.
-        model: the file's content, weights included, without operators on which the output does not depend.
+            or 1 and not the only one; otherwise ``shape`` is the file's whole shape. Several inputs are flattened and
+            concatenated.
+        outputs: number of outputs, flattened, of all of the file's output tensors.
+        model: the file's content, weights included; with one input and output, without operators on which the output
+            does not depend.
+        inputs: the file's input tensors. computed: shapes of its output tensors, with a batch of one.
         dtype: of the module: float64 for a file whose weights float32 does not hold, else float32.
     """
 
@@ -73,6 +76,8 @@ class OnnxNetwork:
     shape: torch.Size
     outputs: int
     model: onnx.ModelProto
+    inputs: tuple[GraphInput, ...]
+    computed: tuple[Shape, ...]
     dtype: torch.dtype
 
 
@@ -81,21 +86,24 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
 
     Raises:
         UnsupportedOperation: an operator without a rule, or used in a way without one; names it.
-        InputError: no such file, or no valid model; several inputs or outputs; an input that is not float32, or has
-            a dynamic dimension other than the first; an output that does not depend on the input.
+        InputError: no such file, or no valid model; an input that is not float32, or has a dynamic dimension other than
+            the first; an output that does not depend on the inputs.
     """
     path = Path(path)
-    model = load_onnx(path)
+    file = load_onnx(path)
     look()
-    name, shape = _input(model, path)
+    inputs = _inputs(file, path)
+    if len({given.kind for given in inputs}) > 1:
+        kinds = ", ".join(f"{given.name!r} {given.kind}" for given in inputs)
+        raise InputError(f"{path}: found inputs {kinds}; accepted: inputs of one element type")
+    model = joined(file, inputs)
+    (whole,) = _inputs(model, path)
     outputs = [output.name for output in model.graph.output]
-    if len(outputs) != 1:
-        raise InputError(f"{path}: found {len(outputs)} outputs ({', '.join(outputs)}); accepted: one")
     live = _live(list(model.graph.node), outputs[0])
     del model.graph.node[:]
     model.graph.node.extend(live)
-    nodes = _computed(model, name, path)
-    run = _construction(model, nodes, name, shape, path)
+    nodes = _computed(model, whole.name, path)
+    run = _construction(model, nodes, whole, path)
     for node in looking(nodes):
         for output in (output for output in node.output if run.readers[output]):
             step = OnnxStep(run, node, output)
@@ -113,30 +121,34 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     if logits.position == 0:
         run.operations.append(Rearrangement("output", (0,), lambda x: x.flatten(1)))
     module = NetworkModule(run.operations)
-    return OnnxNetwork(module, torch.Size(held(shape)), logits.shape[1], model, run.dtype)
+    computed = tuple(_shape_of(output, run) for output in file.graph.output)
+    return OnnxNetwork(module, torch.Size(held(whole.shape)), logits.shape[1], file, tuple(inputs), computed, run.dtype)
 
 
 def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
     """A function that replays counterexamples: one input (*shape) → float32 logits (R, K) by onnxruntime on the CPU.
+    Several inputs and outputs are flattened and concatenated.
 
     The first run evaluates the file's own operators, unfused, in the shape that the file declares; the second has the
     default optimisations, as in VNN-COMP's scorer. They differ by 1e-6 of the logits' size, because convolutions of
     several channels are summed in another order. Where onnxruntime refuses the second run, R is 1.
     """
     plain = session(model)
-    name, shape = _input(model, Path())
-    kind = _element_type(model)
+    inputs = _inputs(model, Path())
+    sizes = [math.prod(given.shape) for given in inputs]
     runs = [plain]
     try:
         optimised = session(model, optimised=True)
-        optimised.run(None, {name: np.zeros(shape, kind)})
+        optimised.run(None, {given.name: np.zeros(given.shape, given.kind) for given in inputs})
         runs.append(optimised)
     except Exception:  # onnxruntime's exceptions have no common base class
         pass
 
     def replay(image: Tensor) -> Tensor:
-        given = {name: image.detach().cpu().float().numpy().astype(kind).reshape(shape)}
-        return torch.as_tensor(np.stack([np.asarray(run.run(None, given)[0]).reshape(-1) for run in runs]))
+        parts = torch.split(image.detach().cpu().float().flatten(), sizes)
+        fed = {given.name: part.numpy().astype(given.kind).reshape(given.shape) for given, part in zip(inputs, parts)}
+        outputs = [[np.asarray(output).reshape(-1) for output in run.run(None, fed)] for run in runs]
+        return torch.as_tensor(np.stack([np.concatenate(each) for each in outputs]))
 
     return replay
 
@@ -159,14 +171,15 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
-    """(name, shape): the input's name, and its shape with a batch of one."""
+def _inputs(model: onnx.ModelProto, path: Path) -> list[GraphInput]:
     weights = {weight.name for weight in model.graph.initializer}  # old files list weights as inputs too
-    inputs = [given for given in model.graph.input if given.name not in weights]
-    if len(inputs) != 1:
-        names = ", ".join(given.name for given in inputs)
-        raise InputError(f"{path}: found {len(inputs)} inputs ({names}); accepted: one")
-    (given,) = inputs
+    inputs = [_input(given, path) for given in model.graph.input if given.name not in weights]
+    if not inputs or not model.graph.output:
+        raise InputError(f"{path}: found no inputs, or no outputs; accepted: one or more of each")
+    return inputs
+
+
+def _input(given: onnx.ValueInfoProto, path: Path) -> GraphInput:
     kind, place = given.type.tensor_type, f"{path}: input {given.name!r}"
     if kind.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
         found = onnx.TensorProto.DataType.Name(kind.elem_type)
@@ -176,14 +189,13 @@ def _input(model: onnx.ModelProto, path: Path) -> tuple[str, Shape]:
     if not sizes or min(sizes[1:], default=sizes[0]) < 1:
         accepted = "sizes that are known, but for a batch dimension in front"
         raise InputError(f"{place}: found shape ({', '.join(names)}); accepted: {accepted}")
-    return given.name, (max(sizes[0], 1), *sizes[1:])
+    return GraphInput(given.name, (max(sizes[0], 1), *sizes[1:]), helper.tensor_dtype_to_np_dtype(kind.elem_type))
 
 
-def _element_type(model: onnx.ModelProto) -> np.dtype[Any]:
-    """The element type of the network's input: float32 or float64."""
-    weights = {weight.name for weight in model.graph.initializer}
-    (given,) = (given for given in model.graph.input if given.name not in weights)
-    return helper.tensor_dtype_to_np_dtype(given.type.tensor_type.elem_type)
+def _shape_of(output: onnx.ValueInfoProto, run: Construction) -> Shape:
+    """The shape of an output, which may be a constant beside others that are computed."""
+    value = run.values.get(output.name)
+    return value.shape if value else tuple(size.dim_value for size in output.type.tensor_type.shape.dim)
 
 
 def _live(nodes: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
@@ -224,16 +236,14 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
     return computed
 
 
-def _construction(
-    model: onnx.ModelProto, nodes: list[onnx.NodeProto], name: str, shape: Shape, path: Path
-) -> Construction:
+def _construction(model: onnx.ModelProto, nodes: list[onnx.NodeProto], given: GraphInput, path: Path) -> Construction:
     """The construction before its first operator, with the shapes and constants that onnxruntime gives at an input of
     zeros."""
     output = model.graph.output[0].name
     readers = Counter([output, *(read for node in nodes for read in node.input)])
     weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
+    name, shape, kind = given
     names = sorted(readers.keys() - weights.keys() - {name, ""})
-    kind = _element_type(model)
     try:
         arrays = dict(zip(names, evaluate(model, np.zeros(shape, kind), names)))
     except Exception as error:  # onnxruntime's exceptions have no common base class
@@ -245,8 +255,8 @@ def _construction(
     shapes = {read: array.shape for read, array in arrays.items() if read in computed}
     kinds = {name: kind} | {read: array.dtype for read, array in arrays.items() if read in computed}
     constants = weights | {read: array for read, array in arrays.items() if read not in computed}
-    given = {read for node in nodes if node.op_type in WEIGHTED for read in node.input} & constants.keys()
-    exact = all(_is_exact(constants[read]) for read in given)
+    weighted = {read for node in nodes if node.op_type in WEIGHTED for read in node.input} & constants.keys()
+    exact = all(_is_exact(constants[read]) for read in weighted)
     return Construction(
         str(path), model, shapes, kinds, constants, readers, torch.float32 if exact else torch.float64,
         [Input(name, ())], {name: Value(0, shape)},

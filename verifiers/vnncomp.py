@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -26,8 +27,9 @@ from .onnx_network import OnnxNetwork, read_onnx, replay_session
 from .problem import Problem, Specification, Verdict
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
-from .stage import Judge, Replay, Stage, holds
-from .vnnlib import Case, Property
+from .stage import Judge, Replay, Stage
+from .tied_inputs import replay_with_inputs, with_inputs
+from .vnnlib import Case, Declarations, Property
 from .vnnlib_reader import read_property
 
 Word = Literal["holds", "violated", "timeout", "unknown", "error"]
@@ -60,6 +62,10 @@ MOST_ACTIVATIONS = 1 << 24
 WITHIN_TOLERANCE = "within tolerance"
 """Reason of a property left undecided because its answer depends on floating-point rounding."""
 
+ONLY_TIES = "only ties found, which its strict comparisons exclude"
+"""Reason of a property left undecided whose closed form is violated, while no point is known that violates the property
+as written."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -76,6 +82,8 @@ class Answer:
         spent: seconds by stage.
         search: counts and times of all searches; None without one.
         peak_memory: largest resident memory of the process so far, in bytes; None where the system does not tell.
+        remark: what was repaired in the property's file; None where nothing was.
+        declared: the tensors that a property in VNN-LIB 2.0 declares, which its result file lists.
     """
 
     word: Word
@@ -88,13 +96,15 @@ class Answer:
     spent: Mapping[str, float] = field(default_factory=dict[str, float])
     search: SearchStatistics | None = None
     peak_memory: int | None = None
+    remark: str | None = None
+    declared: Declarations | None = None
 
     def record(self) -> dict[str, Any]:
         """The answer as JSON, without the counterexample: entries as in a verdict's line."""
         return {
             "answer": str(self.word), "stage": self.stage, "seconds": round(self.seconds, 6),
             "arithmetic": self.arithmetic, "reason": self.reason, "spent": rounded(self.spent),
-            **record_of_search(self.search), "peak_memory": self.peak_memory,
+            **record_of_search(self.search), "peak_memory": self.peak_memory, "remark": self.remark,
         }  # fmt: skip
 
     def finished(self, started: float) -> Answer:
@@ -103,14 +113,16 @@ class Answer:
 
     def __str__(self) -> str:
         """One line: the word, and the reason where it qualifies the word."""
-        qualified = self.reason and (self.reason == WITHIN_TOLERANCE or self.word == "holds")
+        qualified = self.reason and (self.reason in (WITHIN_TOLERANCE, ONLY_TIES) or self.word == "holds")
         return f"{self.word} ({self.reason})" if qualified else self.word
 
     def result(self) -> str:
-        """The content of VNN-COMP's result file."""
+        """The content of VNN-COMP's result file, in the form of the property's version of VNN-LIB."""
         if self.inputs is None or self.outputs is None:
             return RESULTS[self.word] + "\n"
-        outputs = map(repr, as_floats(self.outputs))
+        outputs = [repr(value) for value in as_floats(self.outputs)]
+        if self.declared is not None:
+            return "\n".join(["sat", *self.declared.assigned(self.inputs, outputs), ""])
         pairs = [f"({letter}_{i} {value})" for letter, values in (("X", self.inputs), ("Y", outputs))
                  for i, value in enumerate(values)]  # fmt: skip
         return "sat\n(" + "\n".join(pairs) + ")\n"
@@ -146,8 +158,8 @@ def answer(
     with until(started + settings.timeout):
         try:
             read = read_onnx(present(network))
-            case = read_property(present(property), read.shape.numel(), read.outputs)
-            decided = check_property(read, case, started + settings.timeout, settings)
+            asked = read_question(read, present(property))
+            decided = check_property(read, asked, started + settings.timeout, settings)
         except OutOfTime:
             decided = Answer("timeout", settings.timeout, settings.arithmetic, "timeout")
     decided = decided.finished(started)
@@ -160,6 +172,28 @@ def answer(
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}); accepted: a file of results") from error
     return decided
+
+
+def read_question(network: OnnxNetwork, path: Path) -> Property:
+    """Read a property of the network.
+
+    Raises:
+        InputError: the file cannot be read, or declares other tensors than the network has.
+    """
+    property = read_property(path, network.shape.numel(), network.outputs)
+    if property.declared is None:
+        return property
+    for what, declared, shapes in (
+        ("input", property.declared.inputs, [given.shape for given in network.inputs]),
+        ("output", property.declared.outputs, network.computed),
+    ):
+        kind = str(network.inputs[0].kind)
+        own = ", ".join(f"{kind} {list(shape)}" for shape in shapes)
+        for number, tensor in enumerate(declared):
+            if len(declared) != len(shapes) or not tensor.fits(kind, shapes[number]):
+                accepted = f"the network's {what}s, in their order, as they are or real: {own}"
+                raise InputError(f"{path}, line {tensor.line}: found '{tensor}'; accepted: {accepted}")
+    return property
 
 
 def check_files(results: str | Path | None, record: str | Path | None) -> None:
@@ -190,7 +224,7 @@ def check_property(network: OnnxNetwork, property: Property, deadline: float, se
     timeout of ``settings``."""
     started = now()
     if not property.cases:
-        return Answer("holds", 0.0, "exact", property.remark)
+        return Answer("holds", 0.0, "exact", property.remark, remark=property.repaired)
     settings = replace(settings, timeout=max(deadline - started, 1e-9))
     clock = _StageClock()
     with until(deadline), within(settings.memory), gathered() as searches:
@@ -199,7 +233,10 @@ def check_property(network: OnnxNetwork, property: Property, deadline: float, se
         except OutOfTime:
             found = Answer("timeout", now() - started, settings.arithmetic, "timeout")
     search = sum(searches, SearchStatistics()) if searches else None
-    return replace(found, stage=clock.stage, spent=clock.seconds(), search=search)
+    return replace(
+        found, stage=clock.stage, spent=clock.seconds(), search=search, remark=property.repaired,
+        declared=property.declared,
+    )  # fmt: skip
 
 
 class _StageClock:
@@ -227,8 +264,10 @@ def _check_cases(
 ) -> Answer:
     look()
     replay = replay_session(network.model)
+    if property.tied:
+        network, replay = with_inputs(network, property.tied), replay_with_inputs(replay, property.tied)
     look()
-    judge = _ExactJudge(cases=property.cases, replay=replay)
+    judge = _ExactJudge(property=property, replay=replay)
     verdicts: list[Verdict] = []
     try:
         points = _points(property.cases[0], network.shape)
@@ -245,6 +284,8 @@ def _check_cases(
     seconds = now() - started
     if judge.disputed:
         return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN_TOLERANCE)
+    if judge.ties:
+        return Answer("unknown", seconds, verdicts[0].arithmetic, ONLY_TIES)
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
         return Answer("holds", seconds, verdicts[0].arithmetic, property.remark)
@@ -327,21 +368,24 @@ class _Refuted(Portable, Exception):
 
 @dataclass(frozen=True)
 class _ExactJudge(Judge):
-    """Judges points exactly: within the box as it was read, and unsafe in float64 arithmetic on the outputs of each of
-    onnxruntime's runs. A counterexample ends the search by ``_Refuted``.
+    """Judges points exactly: within the property as it was read, strict comparisons included, with the outputs of each
+    of onnxruntime's runs. A counterexample ends the search by ``_Refuted``.
 
     A box's float32 ends are rounded outward, so a point at them is first moved into the box; onnxruntime is given its
     decimals rounded to float32, as every reader of the counterexample would do.
 
     Args:
         disputed: the first point that is unsafe in some of the runs only.
+        ties: the first point that is unsafe in all runs, were it not for strict comparisons.
     """
 
-    cases: Sequence[Case] = ()
+    property: Property | None = None
     disputed: list[Tensor] = field(default_factory=list[Tensor])
+    ties: list[Tensor] = field(default_factory=list[Tensor])
 
     def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
-        self.refute(self.cases[int(problem.index[number])], image)
+        assert self.property is not None
+        self.refute(self.property.cases[int(problem.index[number])], image)
         return False
 
     def refute(self, case: Case, image: Tensor) -> None:
@@ -350,19 +394,29 @@ class _ExactJudge(Judge):
         Raises:
             _Refuted: the point is a counterexample.
         """
-        assert self.replay is not None
-        decimals = case.written(image.double().flatten().cpu().clamp(case.lower, case.upper))
+        assert self.replay is not None and self.property is not None
+        decimals = case.written(image.double().flatten().cpu())
         if decimals is None:
             return
         point = torch.tensor([float(text) for text in decimals], dtype=torch.float64).float().reshape(image.shape)
-        outputs = self.replay(point)
-        specification = Specification(case.rows[None], case.offsets[None], case.clauses)
-        unsafe = [bool(run.isfinite().all()) and not bool(holds(specification, run.double())[0])
-                  for run in torch.split(outputs, 1)]  # fmt: skip
+        runs = self.replay(point)
+        closed = [bool(run.isfinite().all()) and case.closure.contains(as_floats(run)) for run in runs]
+        if not any(closed):
+            return
+        # a tied input has two values where no float32 lies within its ends: the decimal, and what is replayed
+        outputs, given = runs.shape[1] - len(self.property.tied), as_floats(point)
+        tied = [
+            Fraction(given[i]) if float(decimals[i]) == given[i] else Fraction(decimals[i]) for i in self.property.tied
+        ]
+        unsafe = [
+            one and case.contains(values := as_floats(run)) and case.contains([*values[:outputs], *tied])
+            for one, run in zip(closed, runs, strict=True)
+        ]
         if all(unsafe):
-            raise _Refuted(decimals, outputs[-1])
-        if any(unsafe) and not self.disputed:
-            self.disputed.append(point)
+            raise _Refuted(decimals, runs[-1][:outputs])
+        kept = self.ties if all(closed) and not any(unsafe) and case.strict else self.disputed
+        if not kept:
+            kept.append(point)
 
 
 def _grouped_by_clauses(cases: Sequence[Case], most: int) -> Iterator[list[int]]:

@@ -1,15 +1,18 @@
-"""Properties in VNN-LIB 1.0, the format of VNN-COMP (https://www.vnnlib.org), and their writer.
+"""Properties in VNN-LIB, the format of VNN-COMP (https://www.vnnlib.org), and their writer in version 1.0.
 
-Asserts over inputs X_i and outputs Y_j state the *unsafe* set. Decimals are read exactly; conversion to floats rounds
-outward for boxes, to nearest for output rows.
+Assertions over inputs and outputs state the *unsafe* set. Decimals are read exactly; conversion to floats rounds
+outward for boxes, to nearest for rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,20 +20,27 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..run_folder import write_atomically
-from ..typed import as_floats
+from ..typed import as_floats, as_ints
+from .vnnlib_text import DIGITS
 
-DIGITS = 1000  # limit for one decimal and for its exponent: exact fractions take as many digits
+ROUNDING = 1e-9
+"""Bound of float64's rounding error of a row, relative to the sum of its terms' sizes; 1e-11 at 100,000 of them."""
 
 
 @dataclass(frozen=True)
 class Case:
     """A box of inputs and its unsafe set: the points where in some clause every row has <row, outputs> + offset <= 0.
+    Box and set are closed; ``excluded`` and ``strict`` say which of their boundaries do not belong to the unsafe set as
+    written.
 
     Args:
         lower, upper: (N,) float64, ends of the box, rounded outward.
         ends: (lower, upper) of each input, exactly as read.
-        rows: (R, K) float64; offsets: (R,) float64.
+        rows: (R, K) float64, for K outputs, the tied inputs of the property behind them; offsets: (R,) float64.
         clauses: (R,) int64, the clause of each row, numbered from 0; there is at least one, and none is empty.
+        excluded: the ends that are not in the box as read, since their comparisons are strict: (input, whether it is
+            the upper end).
+        strict: numbers of the rows that must be < 0, as written.
     """
 
     lower: Tensor
@@ -39,6 +49,8 @@ class Case:
     rows: Tensor
     offsets: Tensor
     clauses: Tensor
+    excluded: frozenset[tuple[int, bool]] = frozenset()
+    strict: frozenset[int] = frozenset()
 
     @property
     def lower32(self) -> Tensor:
@@ -50,29 +62,126 @@ class Case:
         """(N,) ``upper`` rounded up to float32; inf where no float32 is that high."""
         return _outward32(self.upper, math.inf)
 
-    def written(self, point: Tensor) -> list[str] | None:
-        """Decimals within the box as read, nearest to a point (N,) float64; None if an input has none.
+    @cached_property
+    def closure(self) -> Case:
+        """The same case, in which no comparison is strict."""
+        return replace(self, excluded=frozenset(), strict=frozenset())
 
-        Each is the entry's shortest decimal where that lies within the ends, else the end that it oversteps, with as
-        many digits as needed.
+    def contains(self, outputs: Sequence[float | Fraction]) -> bool:
+        """Whether outputs (K), finite, lie in the unsafe set as written: in some clause every row holds, in exact
+        arithmetic."""
+        exact, near = [Fraction(value) for value in outputs], torch.tensor([*map(float, outputs)], dtype=torch.float64)
+        values, size = self.rows @ near + self.offsets, self.rows.abs() @ near.abs() + self.offsets.abs()
+        fails = values > ROUNDING * size
+        for number in as_ints((~(fails | (values < -ROUNDING * size))).nonzero()):
+            fails[number] = not self._holds(number, exact)
+        return bool(torch.isin(self.clauses, self.clauses[fails], invert=True).any())
+
+    def _holds(self, number: int, values: Sequence[Fraction]) -> bool:
+        """Whether a row holds as written, in exact arithmetic."""
+        row, total = self.rows[number], Fraction(float(self.offsets[number]))
+        for column in as_ints(row.nonzero()):
+            total += Fraction(float(row[column])) * values[column]
+        return total < 0 if number in self.strict else total <= 0
+
+    def written(self, point: Tensor) -> list[str] | None:
+        """Decimals within the box as read, next to a point (N,) float64; None if an input has none.
+
+        Each is the entry's shortest decimal where that lies within, else that of the first float32 within, else the end
+        that it oversteps, with as many digits as needed.
         """
-        texts = [_decimal_within(value, *ends) for value, ends in zip(as_floats(point + 0.0), self.ends, strict=True)]
-        written = [text for text in texts if text is not None]
-        return written if len(written) == len(texts) else None
+        texts = [repr(value) for value in as_floats(point + 0.0)]
+        # two steps inside of a rounded end a float is within, and so is its decimal, which is less than half a step off
+        least, most = (_next(_next(ends, way), way) for ends, way in ((self.lower, math.inf), (self.upper, -math.inf)))
+        within = (least <= point) & (point <= most)
+        floor, ceiling = (
+            as_floats(_three(ends, way)) for ends, way in ((self.lower32, math.inf), (self.upper32, -math.inf))
+        )
+        for i in as_ints((~within).nonzero()):
+            text = self._within(i, texts[i], floor[3 * i : 3 * i + 3], ceiling[3 * i : 3 * i + 3])
+            if text is None:
+                return None
+            texts[i] = text
+        return texts
+
+    def _within(self, i: int, text: str, floor: Sequence[float], ceiling: Sequence[float]) -> str | None:
+        """The decimal of input ``i``, whose entry's is ``text``. ``floor`` and ``ceiling`` are float32s at its ends and
+        inside of them."""
+        if self._contains(i, near := Fraction(text)):
+            return text
+        lower, upper = self.ends[i]
+        end, rounding, inward = (lower, ROUND_CEILING, floor) if near <= lower else (upper, ROUND_FLOOR, ceiling)
+        inside = (repr(number) for number in inward if math.isfinite(number))
+        # a float32 stands for a decimal behind it, but not on the other side of a strict comparison
+        strict = not self.excluded.isdisjoint(((i, False), (i, True)))
+        candidates = itertools.chain(inside, () if strict else _decimals_at(end, rounding))
+        return next((text for text in candidates if self._contains(i, Fraction(text))), None)
+
+    def _contains(self, i: int, value: Fraction) -> bool:
+        """Whether the value lies in the box of input ``i`` as read."""
+        lower, upper = self.ends[i]
+        above = value > lower or (value == lower and (i, False) not in self.excluded)
+        return above and (value < upper or (value == upper and (i, True) not in self.excluded))
+
+
+@dataclass(frozen=True)
+class DeclaredTensor:
+    """An input or output as VNN-LIB 2.0 declares it.
+
+    Args:
+        name: its name in the file. kind: its element type, as written there. line: of its declaration.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.kind} [{','.join(map(str, self.shape))}]"
+
+    def fits(self, kind: str, shape: Sequence[int]) -> bool:
+        """Whether it stands for a tensor of the element type ``kind`` and of this shape, dimensions of size 1 aside."""
+        sizes, own = ([size for size in sizes if size != 1] for sizes in (shape, self.shape))
+        return self.kind in (kind, "real") and sizes == own
+
+    def assigned(self, values: Iterator[str]) -> list[str]:
+        """The lines that assign the next of the values, decimals, to the entries in row-major order."""
+        entries = itertools.islice(values, math.prod(self.shape))
+        return [str(self), *(format(Decimal(value), "f") for value in entries)]
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """The inputs and outputs that a property in VNN-LIB 2.0 declares, in order."""
+
+    inputs: tuple[DeclaredTensor, ...]
+    outputs: tuple[DeclaredTensor, ...]
+
+    def assigned(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[str]:
+        """The lines that assign decimals to all entries of the inputs and of the outputs."""
+        values = iter((*inputs, *outputs))
+        return [line for tensor in (*self.inputs, *self.outputs) for line in tensor.assigned(values)]
 
 
 @dataclass(frozen=True)
 class Property:
-    """A property, which is violated if and only if, for some case, a point of the box has unsafe outputs. Ties are
-    unsafe.
+    """A property, which is violated if and only if, for some case, a point of the box has unsafe outputs. A tie is
+    unsafe under ``<=``, safe under ``<``.
 
     Args:
         cases: the cases; empty where no point is unsafe, whatever the network.
+        tied: numbers of the inputs that rows of the cases read, behind the outputs.
         remark: a note on disjuncts that no input satisfies, which are left out; None without any.
+        declared: the tensors as declared; None in VNN-LIB 1.0.
+        repaired: a note on what was repaired in the file; None where nothing was.
     """
 
     cases: tuple[Case, ...]
+    tied: tuple[int, ...] = ()
     remark: str | None = None
+    declared: Declarations | None = None
+    repaired: str | None = None
 
 
 def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, classes: int) -> None:
@@ -115,16 +224,19 @@ def _outward32(ends: Tensor, direction: float) -> Tensor:
     return torch.where(inside, torch.nextafter(near, torch.full_like(near, direction)), near)
 
 
-def _decimal_within(value: float, lower: Fraction, upper: Fraction) -> str | None:
-    """A decimal in [lower, upper] at or next to ``value``; None if it would need too many digits."""
-    text = repr(value)
-    near = Fraction(text)
-    if lower <= near <= upper:
-        return text
-    end, rounding = (lower, ROUND_CEILING) if near < lower else (upper, ROUND_FLOOR)
+def _next(ends: Tensor, direction: float) -> Tensor:
+    """The next floats in the direction of ±inf."""
+    return torch.nextafter(ends, torch.full_like(ends, direction))
+
+
+def _three(ends: Tensor, direction: float) -> Tensor:
+    """(N, 3) the ``ends`` (N,) and their next two neighbours in the direction of ±inf."""
+    second = _next(ends, direction)
+    return torch.stack([ends, second, _next(second, direction)], 1) + 0.0  # + 0.0: there is no -0
+
+
+def _decimals_at(end: Fraction, rounding: str) -> Iterator[str]:
+    """Decimals at ``end``, or next to it in the direction of rounding, of more and more digits."""
     for digits in (16, 17, 20, 50, 4 * DIGITS):  # the last holds whatever decimal was read
         context = Context(prec=digits, rounding=rounding)
-        decimal = context.divide(Decimal(end.numerator), Decimal(end.denominator))
-        if lower <= Fraction(decimal) <= upper:
-            return str(decimal).replace("E", "e")
-    return None
+        yield str(context.divide(Decimal(end.numerator), Decimal(end.denominator))).replace("E", "e")

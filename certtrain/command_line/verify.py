@@ -177,6 +177,8 @@ def _property(options: argparse.Namespace, rest: list[str]) -> int:
         found = answer(
             options.onnx, options.vnnlib, results=options.results, record=options.json, certify=settings
         )  # fmt: skip
+    if found.remark is not None:
+        print(f"remark: {found.remark}", file=sys.stderr)
     print(found)
     return 0
 
