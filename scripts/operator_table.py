@@ -50,8 +50,8 @@ Written by `python scripts/operator_table.py > docs/operators.md`, which puts ea
 - *as*: the operations that it becomes in a network.
 - *bounds*: `exact` for an affine map, whose intervals and linear forms are its own; `lines` for intervals, and lines
   above and below.
-- *complete*: it is affine or folded into ReLUs, so that branch and bound on their signs decides everything. Others are
-  split on the inputs alone (`input_split`), or end with `alpha`.
+- *complete*: it is affine or folded into ReLUs, so that branch and bound on their signs decides everything. Others
+  stay relaxed there (`bab`), and are split on the inputs alone (`input_split`).
 - *slopes*: whether the `alpha` stage moves its lines. *arithmetics*: `all` are `nearest`, `real` and `float32`.
 - *gradients*: of interval bounds, so that training goes through it; `zero` for steps.
 - *refused: accepted*: what its own errors find, and what they would take instead. Inputs other than the first are
