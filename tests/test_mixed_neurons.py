@@ -195,13 +195,13 @@ def tied(function: Callable[[Tensor], Tensor], margin: float) -> Problem:
 
 @walk("function", [nn.functional.gelu, torch.sigmoid, torch.tanh, lambda z: z * torch.cos(z)])
 def test_it_proves_what_alpha_leaves_open(function):
-    """The smooth function's relaxation is narrow only where its input's bounds are computed under the signs."""
+    """The smooth function's relaxation is narrow only where its input's bounds are recomputed under all signs."""
     value = float(function(torch.zeros(1, 1)))
     problem = tied(function, 0.01 - value)
     assert alone(AlphaStage(), problem).statuses == [None]
     finding = searched(problem)
     assert finding.statuses == ["verified"] and 0 < float(finding.lower) <= 0.01 + 1e-6
-    assert finding.search[0].children in (2, 4)
+    assert finding.search[0].children <= 6
     assert searched(tied(function, -0.01 - value)).statuses == ["falsified"]
 
 
