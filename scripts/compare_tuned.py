@@ -39,8 +39,10 @@ def tuning_of(file: Path, share: float) -> dict[str, Any]:
     Args:
         share: share of the training images that is held out.
     Raises:
-        InputError: the study cannot be read, has no sweep, does not certify, or compares times with a swept row's.
+        InputError: the share is not in (0, 1); the study cannot be read, has no sweep, does not certify, or compares
+            times with a swept row's.
     """
+    check(0 < share < 1, "--share", share, "a number between 0 and 1")
     study = read_study(file)
     certified = all(row.config.certify.enabled for row in study.rows)
     check(certified, f"{file}: certify.enabled", False, "true, for values are chosen by certified accuracy")
@@ -120,7 +122,7 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     try:
         return 0 if all([compare_tuned(file, options.share, options.out) for file in options.studies]) else 1
-    except (InputError, Failure) as error:
+    except (InputError, Failure, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Failure) else 2
     except Interrupted as stopped:

@@ -116,3 +116,9 @@ def test_the_architectures_are_of_similar_size_and_tuned_alike(tmp_path):
         assert len(set(groups)) == 12 and {groups.count(group) for group in groups} == {3}
         assert len({(row.config.training, row.config.certify, row.config.perturbation) for row in rows}) == 1
         assert len(compare_tuned.tuning_of(STUDIES / f"{name}.yaml", 0.2)["rows"]) == 12
+
+
+@pytest.mark.parametrize("share", ["0", "1", "-0.5", "nan"])
+def test_a_share_is_refused_before_anything_is_written(share, tmp_path, capsys):
+    assert compare_tuned.main([str(written(tmp_path)), f"--share={share}", "--out", str(tmp_path / "out")]) == 2
+    assert "--share: found" in capsys.readouterr().err and not (tmp_path / "out").exists()
