@@ -89,7 +89,8 @@ class TestImages:
         x = lower.double() + shares * (upper.double() - lower.double())
         x = torch.cat([x, torch.full_like(x[:1], TROUGHS[kind].place)]).clamp(lower.double(), upper.double())
         values, largest, finfo = activation(x), torch.maximum(lower.abs(), upper.abs()), torch.finfo(dtype)
-        rounding = 2 * finfo.eps * largest + finfo.smallest_normal  # half of the least subnormal number is rounded to 0
+        # torch's vectorised GELU of float32 is off by up to 3.2 eps |x|; half of the least subnormal number becomes 0
+        rounding = 4 * finfo.eps * largest + finfo.smallest_normal
         assert found.lower.dtype == dtype
         assert (found.lower - rounding <= values).all() and (values <= found.upper + rounding).all()
         assert (found.lower >= values.amin(0) - 2 * rounding).all()

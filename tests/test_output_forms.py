@@ -279,3 +279,11 @@ def test_the_gradient_of_interval_margins_in_plain_torch_is_linear_in_the_classe
             torch.testing.assert_close(one, other)
         largest.append(mode.bytes_)
     assert largest[3] <= 4.5 * largest[2] and largest[3] < 160 * 159 * 4
+
+
+def test_values_of_one_images_forms_at_many_outputs():
+    outputs, labels = torch.randn(20, 5), torch.tensor([3])
+    margins = Margins.of_labels(labels, 5)
+    torch.testing.assert_close(margins.values(outputs), DenseForms(margins.dense()).values(outputs), rtol=0, atol=0)
+    with pytest.raises(RuntimeError):
+        Margins.of_labels(torch.tensor([3, 1]), 5).values(outputs)

@@ -14,6 +14,7 @@ from certtrain.comparison import read_study
 from certtrain.config import structure, unstructure
 from certtrain.losses import Loss
 from certtrain.losses.adversarial import AdversarialLoss, Qub
+from certtrain.losses.certified import CertifiedLoss
 from certtrain.losses.expressive import ExpressiveLoss
 from certtrain.models import SmallCnn, WideResNet
 from certtrain.noise import Noise
@@ -22,6 +23,9 @@ from certtrain.step import Batch, State, Step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STUDIES = [path.stem for path in sorted((CONFIGS / "studies").glob("*.yaml"))]
+CERTIFIED = {
+    "certified_digits": ExpressiveLoss, "architectures_digits": CertifiedLoss, "architectures_mnist": CertifiedLoss,
+}  # fmt: skip
 RECIPES = [path.stem for path in sorted((CONFIGS / "adversarial").glob("*.yaml"))]
 
 every_study = pytest.mark.parametrize("name", STUDIES)
@@ -220,12 +224,12 @@ def test_recipes_take_steps(name, tmp_path):
 @every_study
 def test_studies_are_read(name, tmp_path):
     study = read_study(CONFIGS / "studies" / f"{name}.yaml")
-    assert study.name == name and study.seeds == (0, 1, 2)
-    trials, certified = list(study.trials(tmp_path)), name == "certified_digits"
-    assert len({trial.path for trial in trials}) == len(trials) == 3 * len(study.rows)
+    assert study.name == name and study.seeds == ((0,) if name == "architectures_mnist" else (0, 1, 2))
+    trials, certified = list(study.trials(tmp_path)), name in CERTIFIED
+    assert len({trial.path for trial in trials}) == len(trials) == len(study.seeds) * len(study.rows)
     for row in study.rows:
         assert structure(Config, unstructure(row.config)) == row.config
-        assert isinstance(row.config.loss, ExpressiveLoss if certified else AdversarialLoss) and "," not in row.label
+        assert isinstance(row.config.loss, CERTIFIED.get(name, AdversarialLoss)) and "," not in row.label
         assert row.config.certify.enabled == certified and row.config.evaluate.attacks
     shared = {(row.config.data, row.config.training.batch_size, row.config.certify) for row in study.rows}
     assert len(shared) == 1  # rows differ in what they compare, not in their data

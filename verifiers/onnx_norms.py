@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..bounds.operations import AveragePool, Centering, CenteringOnce, Operation, Power, Reciprocal, RowNorm, Sum
-from ..bounds.operations.normalisation import SMALLEST, normalise
+from ..bounds.operations.normalisation import normalise
+from ..bounds.operations.row_norm import SMALLEST
 from ..bounds.operations.rows import Along, Groups, LastOnes, Rows
 from .onnx_gates import chain, near
 from .onnx_steps import Construction, OnnxStep, Value

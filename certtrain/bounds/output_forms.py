@@ -60,8 +60,8 @@ class OutputForms(ABC):
 
     @abstractmethod
     def values(self, outputs: Tensor) -> Tensor:
-        """(B, R) values at outputs (B, K), in the outputs' dtype; NaN where an output with a coefficient of 0 is not
-        finite."""
+        """(B, R) values at outputs (B, K), or (N, K) for the forms of one image, in the outputs' dtype; NaN where an
+        output with a coefficient of 0 is not finite."""
 
     @abstractmethod
     def through(self, weight: Tensor) -> Tensor:
@@ -168,6 +168,7 @@ class Margins(OutputForms):
 
     def values(self, outputs: Tensor) -> Tensor:
         label, other = self._classes(self.labels.unsqueeze(1), self.others)
+        label, other = label.expand(len(outputs), -1), other.expand(len(outputs), -1)  # gather takes too few rows too
         values, wrong = outputs.gather(1, label) - outputs.gather(1, other), ~outputs.isfinite()
         apart = wrong.sum(1, keepdim=True) > wrong.gather(1, label).int() + wrong.gather(1, other).int()
         return torch.where(apart, torch.nan, values)

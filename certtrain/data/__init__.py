@@ -4,6 +4,7 @@ from .arrays import Arrays
 from .dataset import Dataset, Source, Split
 from .digits import Digits
 from .gtsrb import Gtsrb
+from .held_out import HeldOut
 from .idx_files import FashionMnist, Mnist
 from .imagenet64 import ImageNet64
 from .imagenet100 import ImageNet100
@@ -12,6 +13,6 @@ from .tiny_imagenet import TinyImageNet
 from .torchvision_files import Cifar10, Cifar100, Svhn
 
 __all__ = [
-    "Arrays", "Augment", "Cifar10", "Cifar100", "Dataset", "Digits", "FashionMnist", "Gtsrb", "ImageNet64",
-    "ImageNet100", "Loader", "Mnist", "Source", "Split", "Svhn", "TinyImageNet", "in_order",
+    "Arrays", "Augment", "Cifar10", "Cifar100", "Dataset", "Digits", "FashionMnist", "Gtsrb", "HeldOut",
+    "ImageNet64", "ImageNet100", "Loader", "Mnist", "Source", "Split", "Svhn", "TinyImageNet", "in_order",
 ]  # fmt: skip

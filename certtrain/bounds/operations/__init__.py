@@ -1,12 +1,14 @@
 """The operations of networks, one class per file; importing this package registers their tracing rules."""
 
-from . import extremes as extremes  # these three for their tracing rules
+from . import extremes as extremes  # these four for their tracing rules
 from . import layer_functions as layer_functions
 from . import masks as masks
+from . import normalisation as normalisation
 from .affine import Affine, Weights
 from .attention import ByRoot
 from .base import Function, Input, LinearOperation, Nonlinear, Operation, Unbounded, UnsupportedOperation
 from .batch_norm import BatchNorm, BatchStatistics
+from .centering import Centering, CenteringOnce
 from .concat import Bordered, Concat
 from .convolution import Convolution
 from .curves import Piece, ScalarCurve
@@ -18,7 +20,6 @@ from .linear import Dense
 from .matrix_product import MatrixProduct
 from .means import Reduction, Resampling
 from .moves import ConstantPad
-from .normalisation import ByRootOf, Centering, CenteringOnce, RowNorm, SquareSum
 from .opaque import Opaque
 from .piecewise import Abs, Clamp, Maximum, PiecewiseLinear, PRelu
 from .pooling import AveragePool, MaxPool
@@ -26,6 +27,7 @@ from .product import Product, Quotient
 from .rearrangement import Copies, Rearrangement, Selection
 from .registry import from_call, from_function, from_module
 from .relu import LeakyRelu, Relu
+from .row_norm import ByRootOf, RowNorm, SquareSum
 from .scale import Constants, Scale
 from .sigmoid import Sigmoid, Tanh
 from .smooth import Celu, Elu, Hardswish, Mish, Selu, Softplus, Softsign, ThresholdedRelu
