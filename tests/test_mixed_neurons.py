@@ -5,18 +5,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from networks import Apply
+from networks import Apply, Residual
 from problems import alone, problem_of, unknown
 from test_mixed_search import MIXES
 from torch import Tensor, nn
 from walking import walk
 
 import certtrain
-from certtrain.bounds import LinfBall
-from certtrain.bounds.crown import crown_bounds
+from certtrain.bounds import Bounds, Box, LinfBall
+from certtrain.bounds.crown import bound_forms, crown_bounds
 from certtrain.bounds.folding import fold
+from certtrain.bounds.overflow import fits
 from certtrain.verifiers import Certify
+from certtrain.verifiers.bounds_so_far import BoundsSoFar
 from certtrain.verifiers.neuron_split import RELAXED, LinearProgramSolver, SignBounder, SignSplitter
+from certtrain.verifiers.neurons import Columns, Neurons
 from certtrain.verifiers.problem import Problem
 from certtrain.verifiers.search import Search
 from certtrain.verifiers.sign_space import SignSpace, SignSubproblems
@@ -180,6 +183,45 @@ def test_bounds_of_neurons_are_tightened(kind):
                 ends = network.split_bounds(place, bounds)
                 for read, own in zip(network.operations[place].inputs, ends, strict=True):
                     assert (own.lower - 1e-9 <= values[read]).all() and (values[read] <= own.upper + 1e-9).all()
+
+
+@walk("seed", [15, 67, 76])
+@walk("function", [torch.exp, lambda z: z * z.flip(1)])
+def test_ends_that_rounding_crosses_are_put_right(seed, function):
+    """Over crossed ends lines are NaN or infinite: nothing was proved, or, by an infinite lower bound, everything."""
+    torch.manual_seed(seed)
+    branch = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    layers = Residual(branch), nn.ReLU(), nn.Linear(8, 8), Apply(lambda _, x: function(x)), nn.Linear(8, 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), *layers).requires_grad_(False).eval()
+    images = torch.rand(1, 1, 1, 4)
+    region, network = Box(images - 3e-8, images + 3e-8), fold(model, torch.Size([1, 1, 4]))
+    bounds = crown_bounds(network, region)
+    (place,) = (place for place in network.nonlinear if not network.nonlinear_at(place).piecewise_linear)
+    assert (bounds[place].lower <= bounds[place].upper).all()
+    lower, logits = bound_forms(network, region, torch.eye(2)[None], bounds), model(images)
+    assert (lower <= logits + 1e-5).all() and (lower >= logits - 1e-4).all()
+    neurons = Neurons.of(network)
+    columns = Columns.of(neurons, neurons.open(network, bounds, images))
+    found, lines = tightened(network, region, bounds, columns, steps=3, room=1 << 20)
+    assert (found[place].lower <= found[place].upper).all()
+    assert all(own.constants.isfinite().all() for own in lines)
+    known = BoundsSoFar(network, torch.zeros(1, 2), bounds)
+    moved = {at: Bounds(own.upper + 1e-7, own.upper + 1e-7) for at, own in bounds.items()}
+    assert all((own.lower <= own.upper).all() for own in known.with_bounds(moved).bounds.values())
+
+
+def test_the_size_of_log_sum_exp_has_its_shape():
+    """The check for overflow carries sizes through the network; the sum of a row has one."""
+    model = Apply(lambda _, x: x.flatten(1).relu() - torch.logsumexp(x.flatten(1), -1, keepdim=True))
+    images = torch.rand(2, 1, 1, 4)
+    network = fold(nn.Sequential(model, nn.Linear(4, 3)).eval(), images.shape[1:])
+    (place,) = (place for place in network.nonlinear if not network.nonlinear_at(place).piecewise_linear)
+    operation, values = network.nonlinear_at(place), network.values(100 * images)
+    (read,) = operation.inputs
+    assert operation.magnitude(values[read]).shape == values[place].shape
+    assert (values[place].abs() <= operation.magnitude(values[read].abs())).all()
+    region = LinfBall(0.01).region(images)
+    assert fits(network, region, crown_bounds(network, region)).all()
 
 
 def tied(function: Callable[[Tensor], Tensor], margin: float) -> Problem:

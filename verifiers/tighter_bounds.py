@@ -141,7 +141,7 @@ def _tightened_at(
         below, above = (torch.where(is_real, end, -math.inf) for end in torch.split(ascent.best, count, 1))
         lower.scatter_reduce_(1, part, below, "amax")
         upper.scatter_reduce_(1, part, -above, "amin")
-    tighter = Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape))
+    tighter = Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape)).uncrossed()
     if not lines:
         return tighter, None
     below, above, below_constants, above_constants = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
