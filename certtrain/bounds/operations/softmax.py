@@ -9,6 +9,7 @@ is convex, and below the chord of exp at the tangent plane of the concave -log S
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -257,6 +258,11 @@ class LogSumExp(OfRows):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.rows.join(torch.logsumexp(self.rows.split(x), -1, keepdim=True), x.shape[1:])
+
+    def magnitude(self, x: Tensor) -> Tensor:
+        """The row's largest number, plus what as many equal ones add."""
+        rows = self.rows.split(x)
+        return self.rows.join(rows.amax(-1, keepdim=True) + math.log(rows.shape[-1]), x.shape[1:])
 
     def row_interval(self, x: Bounds) -> Interval:
         low, high = (torch.logsumexp(end, -1, keepdim=True) for end in (x.lower, x.upper))
