@@ -25,6 +25,7 @@ from .options import Dimensions, dimensions, options, refuse
 from .rearrangement import Rearrangement, Selection
 from .registry import Tracing, from_function, from_module
 from .rows import Along, LastOnes, RowLines, Rows
+from .scale import Scale
 
 ROUNDING = 8
 """Lines are moved outward by this, plus the number of summands, times eps and the size of their terms."""
@@ -303,6 +304,11 @@ def _stacked(tracing: Tracing, node: fx.Node, source: int, kind: type[OfRows]) -
 @from_function("softmax")
 def _softmax(tracing: Tracing, node: fx.Node, source: int) -> int:
     return _stacked(tracing, node, source, Softmax)
+
+
+@from_function("softmin")
+def _softmin(tracing: Tracing, node: fx.Node, source: int) -> int:
+    return _stacked(tracing, node, tracing.append(Scale(node.name, (source,), lambda: (-1.0, 0.0))), Softmax)
 
 
 @from_function("log_softmax")
