@@ -15,13 +15,15 @@ from ..errors import InputError
 from ..ledger import mistyped
 from ..run_folder import JsonLines, LineFile
 from .limits import out_of_memory
+from .network_list import by_file, named_networks, only_one
 from .onnx_network import OnnxNetwork, read_onnx
 from .settings import Arithmetic, Certify
 from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, present, read_question, with_limits
 
 
 class Instance(NamedTuple):
-    """A line of the table: file names as written, relative to the table's folder, and the timeout in seconds."""
+    """A line of the table: file names as written, relative to the table's folder, and the timeout in seconds.
+    ``network`` may be a list of named files, see ``named_networks``."""
 
     network: str
     property: str
@@ -29,7 +31,7 @@ class Instance(NamedTuple):
 
 
 def read_instances(path: str | Path) -> list[Instance]:
-    """Read the lines ``onnx,vnnlib,seconds`` of a table without a header.
+    """Read the lines ``onnx,vnnlib,seconds`` of a table without a header. Lists of networks are not read yet.
 
     Raises:
         InputError: the table cannot be read, or has a line of another form.
@@ -93,7 +95,8 @@ def run_instances(
             reader = _NetworkReader(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):
                 limit = instance.timeout if timeout is None else min(timeout, instance.timeout)
-                answer, why = _answer_instance(reader, folder, instance, replace(settings, timeout=limit))
+                where, limited = f"{path}, line {number}", replace(settings, timeout=limit)
+                answer, why = _answer_instance(reader, where, instance, limited)
                 if lines is not None:
                     lines.append({**_names(instance), **answer.record(), "reason": why})
                 line = f"{_line_start(instance)}{RESULTS[answer.word]},{answer.seconds:.3f}"
@@ -161,22 +164,23 @@ class _NetworkReader:
         self.folder, self.name = folder, ""
         self.network: OnnxNetwork | None = None
 
-    def __call__(self, name: str) -> OnnxNetwork:
+    def __call__(self, name: str, where: str) -> OnnxNetwork:
         if self.network is None or name != self.name:
             self.network, self.name = None, ""
-            self.network, self.name = read_onnx(present(self.folder / name)), name
+            file = only_one(by_file(named_networks(name, where), self.folder))
+            self.network, self.name = read_onnx(present(file)), name
         return self.network
 
 
 def _answer_instance(
-    networks: _NetworkReader, folder: Path, instance: Instance, settings: Certify
+    networks: _NetworkReader, where: str, instance: Instance, settings: Certify
 ) -> tuple[Answer, str | None]:
     """(answer, reason): the answer on one instance, and a reason to report; exceptions become answers."""
     started, arithmetic = now(), settings.arithmetic
     try:
         with until(started + settings.timeout):
-            network = networks(instance.network)
-            property = read_question(network, present(folder / instance.property))
+            network = networks(instance.network, where)
+            property = read_question(network, present(networks.folder / instance.property))
             answer = check_property(network, property, started + settings.timeout, settings)
         return answer.finished(started), answer.reason
     except OutOfTime:

@@ -1,0 +1,217 @@
+"""The command line of the VNN-LIB standard: words, where they go, and what is refused."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_vnncomp import IDENTITY, TENT, save_network, save_property
+from test_vnncomp_second import assert_accepted, interval, query
+
+import certtrain
+from certtrain.command_line import capabilities, main
+from certtrain.errors import InputError
+from certtrain.verifiers import vnnlib_second
+from certtrain.verifiers.onnx_operators import RULES
+from certtrain.verifiers.solving import said, solve
+from tests import test_onnx_versions as versions
+
+BOX = interval("0.0", "1.0")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A tent of height 1 at 0.3, and queries about it."""
+    monkeypatch.chdir(tmp_path)
+    save_network(tmp_path / "tent.onnx", TENT)
+    for name, height in (("unsat", "1.001"), ("sat", "0.999")):
+        (tmp_path / f"{name}.vnnlib").write_text(query(BOX + f"(assert (> Y[0,0] {height}))"))
+    return tmp_path
+
+
+def test_words(here, capsys):
+    assert main(["verify", "unsat.vnnlib", "--network", "f=tent.onnx", "--timeout", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "unsat\n" and "arithmetic: nearest" in err
+    assert main(["verify", "--timeout=20", "--network=f=tent.onnx", "sat.vnnlib"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("sat\nX float32 [1,1]\n") and "arithmetic: onnxruntime" in err
+    assert_accepted(out, (here / "sat.vnnlib").read_text(), here / "tent.onnx")
+
+
+def test_time_is_up_before_the_imports_are_done(here, capsys):
+    assert main(["verify", "unsat.vnnlib", "--network", "f=tent.onnx", "--timeout", "1e-6"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "timed-out\n" and "reason: timeout" in err
+
+
+def test_an_open_answer_says_why_on_stderr(here, capsys):
+    """The tent's top is where it is tied."""
+    (here / "tie.vnnlib").write_text(query(interval("0.3", "0.3") + "(assert (> Y[0,0] Y[0,0]))"))
+    save_network(here / "identity.onnx", IDENTITY)
+    (here / "edge.vnnlib").write_text(query(interval("0.0", "1.0") + "(assert (> Y[0,0] 1.0))"))
+    assert main(["verify", "edge.vnnlib", "--network", "f=identity.onnx", "--timeout", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "unknown\n" and "reason: only ties found" in err
+
+
+def test_one_network_needs_no_name_and_files_no_gz(here, capsys):
+    for words in (["--network", "tent.onnx"], ["--network", "./tent.onnx"], ["--network", f"{here}/tent.onnx"]):
+        assert main(["verify", "unsat.vnnlib", *words]) == 0 and capsys.readouterr().out == "unsat\n"
+    (here / "a=b.onnx").write_bytes((here / "tent.onnx").read_bytes())
+    assert main(["verify", "unsat.vnnlib", "--network", "./a=b.onnx"]) == 0 and capsys.readouterr().out == "unsat\n"
+    import gzip
+
+    for name in ("unsat.vnnlib", "tent.onnx"):
+        (here / f"{name}.gz").write_bytes(gzip.compress((here / name).read_bytes()))
+        (here / name).unlink()
+    assert main(["verify", "unsat.vnnlib", "--network", "f=tent.onnx"]) == 0 and capsys.readouterr().out == "unsat\n"
+
+
+def test_first_version(here, capsys):
+    """It declares no network: the one file has no name, and assignments are in its own form."""
+    save_property(here / "old.vnnlib", "(assert (>= X_0 0))(assert (<= X_0 1))(assert (>= Y_0 0.999))")
+    assert main(["verify", "old.vnnlib", "--network", "tent.onnx"]) == 0
+    assert re.fullmatch(r"sat\n\(\(X_0 \S+\)\n\(Y_0 \S+\)\)\n", capsys.readouterr().out)
+
+
+def test_other_options_work_with_a_query(here, capsys):
+    words = ["--results", "r.txt", "--json", "r.json", "--arithmetic", "real", "--stages", "ibp,crown",
+             "--certify.alpha_steps", "3", "--memory", "2GiB"]  # fmt: skip
+    assert main(["verify", "unsat.vnnlib", "--network", "f=tent.onnx", *words]) == 0
+    out, err = capsys.readouterr()
+    assert out in ("unsat\n", "unknown\n") and "arithmetic: real" in err
+    assert (here / "r.txt").read_text() == out and '"arithmetic": "real"' in (here / "r.json").read_text()
+
+
+def test_a_plugin_that_prints_does_not_reach_stdout(here, capsys):
+    (here / "noise.py").write_text("print('noise')\n")
+    assert main(["verify", "unsat.vnnlib", "--network", "f=tent.onnx", "--plugin", "noise.py"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "unsat\n" and "noise" in err
+
+
+REFUSED = {
+    "no network": ([], ["--network: found none", "NAME=FILE"]),
+    "a name twice": (["--network", "f=tent.onnx", "--network", "f=tent.onnx"], ["'f=tent.onnx'", "once"]),
+    "no file": (["--network", "f="], ["'f='", "NAME=FILE"]),
+    "an empty word": (["--network", ""], ["--network: found ''"]),
+    "one without a name": (["--network", "f=tent.onnx", "--network", "tent.onnx"], ["'tent.onnx'"]),
+    "a file that is not there": (["--network", "f=none.onnx"], ["none.onnx", "No such file"]),
+    "a bad timeout": (["--network", "f=tent.onnx", "--timeout", "soon"], ["--timeout", "'soon'", "seconds > 0"]),
+    "no time": (["--network", "f=tent.onnx", "--timeout", "0"], ["timeout", "0"]),
+    "options of runs": (["--network", "f=tent.onnx", "--images", "0:5"], ["--images", "accepted: --timeout"]),
+    "a second word": (["--network", "f=tent.onnx", "sat.vnnlib"], ["'sat.vnnlib'", "stray"]),
+    "a stage that is none": (["--network", "f=tent.onnx", "--stages", "magic"], ["magic"]),
+}
+
+
+@pytest.mark.parametrize(("words", "mentions"), REFUSED.values(), ids=REFUSED)
+def test_refusals_go_to_stderr(words, mentions, here, capsys):
+    before = sorted(here.iterdir())
+    assert main(["verify", "unsat.vnnlib", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert all(mention in err for mention in mentions) and "accepted" in err
+    assert sorted(here.iterdir()) == before
+
+
+def test_files_that_are_no_queries(here, capsys):
+    (here / "notes.txt").write_text("holds\n")
+    (here / "folder.vnnlib").mkdir()
+    for path, mentions in (
+        ("none.vnnlib", ["none.vnnlib", "No such file"]),
+        ("notes.txt", ["notes.txt, line 1", "'holds'"]),
+        ("folder.vnnlib", ["--network", "a folder"]),
+        (".", ["--network", "a folder"]),
+    ):
+        assert main(["verify", path, "--network", "f=tent.onnx"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and all(mention in err for mention in mentions) and err.count("\n") == 1
+    assert main(["verify", "folder"]) == 2  # a run, as ever
+    assert "folder" in capsys.readouterr().err
+
+
+def test_runs_take_no_networks(here, capsys):
+    assert main(["verify", "--network", "f=tent.onnx"]) == 2
+    assert "found no query" in capsys.readouterr().err
+
+
+def test_the_words_of_other_ways_stay(here, capsys):
+    assert main(["verify", "--onnx", "tent.onnx", "--vnnlib", "unsat.vnnlib"]) == 0
+    assert capsys.readouterr().out == "holds\n"
+    assert main(["verify", "--onnx", "[('f', 'tent.onnx')]", "--vnnlib", "sat.vnnlib"]) == 0
+    assert capsys.readouterr().out == "violated\n"
+    assert main(["verify", "--onnx", f"{here}/[('f', 'tent.onnx')]", "--vnnlib", "unsat.vnnlib"]) == 0
+    assert capsys.readouterr().out == "holds\n"
+    assert main(["verify", "--onnx", "[('f')]", "--vnnlib", "sat.vnnlib"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "error\n" and "--onnx: found ) in a list of networks" in err
+
+
+def test_without_torch():
+    """In a process of its own, within the time that the standard's callers wait: 0.3 s of CPU."""
+    code = """
+import io, os, resource, sys
+from contextlib import redirect_stdout
+from certtrain.command_line import main
+for words in (["--name"], ["--version"], ["capabilities"], ["supports", "--vnnlib-versions"]):
+    out = io.StringIO()
+    try:
+        with redirect_stdout(out):
+            code = main(words)
+    except SystemExit as end:
+        code = end.code
+    assert not code
+    print(out.getvalue().splitlines()[0])
+assert not {"torch", "numpy", "onnx", "vnnlib"} & set(sys.modules), sorted(sys.modules)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, version, *lines, seconds = result.stdout.splitlines()
+    assert (name, version) == ("certtrain", certtrain.__version__)
+    assert lines == ["onnx-opset-versions: 7 23", "1.0"] and float(seconds) < 0.3
+
+
+@pytest.mark.parametrize("command", ["capabilities", "supports"])
+def test_capabilities(command, capsys):
+    for name, items in capabilities.CAPABILITIES.items():
+        assert main([command, f"--{name}"]) == 0
+        assert capsys.readouterr().out.splitlines() == list(items)
+    assert main([command]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(capabilities.CAPABILITIES)
+    for words in (["--dreams"], ["dreams"], ["--vnnlib-versions", "--onnx-operators"]):
+        assert main([command, *words]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and "accepted" in err and err.count("\n") == 1
+
+
+def test_capabilities_are_those_of_the_readers():
+    found = capabilities.CAPABILITIES
+    assert set(found["onnx-operators"]) == {*RULES, "Constant", "Shape", "Size"}
+    assert found["onnx-opset-versions"] == (str(versions.FIRST), str(versions.LAST))
+    assert found["onnx-element-types"] == vnnlib_second.TYPES
+    for kind in ("float64", "int32"):
+        assert kind not in found["onnx-element-types"]
+
+
+def test_from_python(here):
+    found = certtrain.solve("sat.vnnlib", {"f": "tent.onnx"}, 20.0, results="r.txt")
+    assert found.word == "violated" and said(found) == (here / "r.txt").read_text()
+    for networks in ("tent.onnx", here / "tent.onnx", {"f": here / "tent.onnx"}):
+        found = solve(here / "unsat.vnnlib", networks, timeout=20.0)
+        assert found.word == "holds" and said(found) == "unsat\n"
+    with pytest.raises(InputError, match=r"none.onnx"):
+        certtrain.solve("sat.vnnlib", "none.onnx")
+
+
+def test_memory_that_runs_out_leaves_a_query_open(here, capsys, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("certtrain.verifiers.solving.answer", full)
+    assert main(["verify", "sat.vnnlib", "--network", "f=tent.onnx"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "unknown\n" and "reason: out of memory" in err

@@ -1,0 +1,56 @@
+"""Answers queries in the words of the VNN-LIB standard's command line (VNN-LIB/VNNLIB-Standard, chapter 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import InputError
+from .limits import out_of_memory
+from .network_list import only_one
+from .settings import Arithmetic, Certify
+from .vnncomp import PROPERTY, Answer, Word, answer, with_limits
+
+STANDARD: dict[Word, str] = {"violated": "sat", "holds": "unsat", "timeout": "timed-out", "unknown": "unknown"}
+"""The standard's words: whether an assignment exists that satisfies the query."""
+
+
+def solve(
+    query: str | Path,
+    networks: str | Path | Mapping[str, str | Path],
+    timeout: float | None = None,
+    *,
+    arithmetic: Arithmetic | None = None,
+    results: str | Path | None = None,
+    record: str | Path | None = None,
+    certify: Certify = PROPERTY,
+) -> Answer:
+    """Decide whether a query has an assignment of inputs that satisfies it.
+
+    Args:
+        query: a VNN-LIB file, plain or gzipped, of version 1.0 or 2.0.
+        networks: ONNX files by the names that the query declares, except of networks that equal another; or the one
+            file of a query about one network, whatever its name.
+        timeout: seconds, reading included; None for those of ``certify``.
+        arithmetic, results, record, certify: as for ``certtrain.verifiers.vnncomp.answer``.
+    Returns:
+        an ``Answer``: its ``word`` is ``violated`` where an assignment exists, and ``holds`` where it is proved that
+        none does. Where memory ran out it is ``unknown``.
+    Raises:
+        InputError: a file that cannot be read, or does not fit the others; networks missing or too many.
+    """
+    try:
+        return answer(
+            only_one(networks), query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify
+        )
+    except Exception as error:
+        if isinstance(error, InputError) or not out_of_memory(error):
+            raise
+        return Answer("unknown", 0.0, with_limits(certify, timeout, arithmetic).arithmetic, "out of memory")
+
+
+def said(answer: Answer) -> str:
+    """The answer as the standard's command line prints it: its word in the first line, and behind ``sat`` the
+    assignment, in the form of the query's version of VNN-LIB."""
+    word, newline, assignment = answer.result().partition("\n")
+    return f"{STANDARD.get(answer.word, word)}{newline}{assignment}"
