@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ..bounds.clock import OutOfTime, now, until
 from ..errors import InputError
 from ..ledger import mistyped
 from ..run_folder import JsonLines, LineFile
 from .limits import out_of_memory
-from .network_list import by_file, named_networks, only_one
+from .network_list import by_file, named_networks
 from .onnx_network import OnnxNetwork, read_onnx
+from .queries import read_question
 from .settings import Arithmetic, Certify
-from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, present, read_question, with_limits
+from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, with_limits
 
 
 class Instance(NamedTuple):
@@ -95,8 +98,8 @@ def run_instances(
             reader = _NetworkReader(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):
                 limit = instance.timeout if timeout is None else min(timeout, instance.timeout)
-                where, limited = f"{path}, line {number}", replace(settings, timeout=limit)
-                answer, why = _answer_instance(reader, where, instance, limited)
+                limited = replace(settings, timeout=limit)
+                answer, why = _answer_instance(reader, f"{path}, line {number}", instance, limited)
                 if lines is not None:
                     lines.append({**_names(instance), **answer.record(), "reason": why})
                 line = f"{_line_start(instance)}{RESULTS[answer.word]},{answer.seconds:.3f}"
@@ -157,19 +160,23 @@ def _count_answered(file: LineFile, instances: list[Instance]) -> int:
     return len(lines)
 
 
+KEPT_NETWORKS = 2
+
+
 class _NetworkReader:
-    """Reads networks and keeps the last one: consecutive lines often name the same."""
+    """Reads the networks of a table in a folder and keeps the last ones: consecutive lines often name the same."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.name = folder, ""
-        self.network: OnnxNetwork | None = None
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.networks: dict[tuple[Path, tuple[str, ...], torch.dtype], OnnxNetwork] = {}
 
-    def __call__(self, name: str, where: str) -> OnnxNetwork:
-        if self.network is None or name != self.name:
-            self.network, self.name = None, ""
-            file = only_one(by_file(named_networks(name, where), self.folder))
-            self.network, self.name = read_onnx(present(file)), name
-        return self.network
+    def __call__(self, path: Path, hidden: Sequence[str], dtype: torch.dtype) -> OnnxNetwork:
+        known = path, tuple(hidden), dtype
+        network = self.networks.pop(known, None)
+        while len(self.networks) >= KEPT_NETWORKS:  # before another is read: memory
+            del self.networks[next(iter(self.networks))]
+        self.networks[known] = read_onnx(path, hidden, dtype) if network is None else network
+        return self.networks[known]
 
 
 def _answer_instance(
@@ -179,8 +186,8 @@ def _answer_instance(
     started, arithmetic = now(), settings.arithmetic
     try:
         with until(started + settings.timeout):
-            network = networks(instance.network, where)
-            property = read_question(network, present(networks.folder / instance.property))
+            files = by_file(named_networks(instance.network, where), networks.folder)
+            network, property = read_question(files, networks.folder / instance.property, networks)
             answer = check_property(network, property, started + settings.timeout, settings)
         return answer.finished(started), answer.reason
     except OutOfTime:

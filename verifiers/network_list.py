@@ -36,7 +36,7 @@ def named_networks(text: str, where: str) -> str | dict[str, str]:
     return _List(match[2] or match[4], where).read(Path(match[1] or match[3] or ""))
 
 
-def by_file(networks: str | Path | Mapping[str, str | Path], folder: Path) -> Path | dict[str, Path]:
+def by_file(networks: str | Mapping[str, str], folder: Path) -> Path | dict[str, Path]:
     """The networks' files, with relative names taken from ``folder``."""
     if isinstance(networks, Mapping):
         return {name: folder / file for name, file in networks.items()}
@@ -94,16 +94,3 @@ class _List:
         raise InputError(
             f"{self.where}: found {' '.join(found.split())[:60]} in a list of networks; accepted: {ACCEPTED}"
         )
-
-
-def only_one(networks: str | Path | Mapping[str, str | Path]) -> str | Path:
-    """The file of a single network.
-
-    Raises:
-        InputError: several networks.
-    """
-    if not isinstance(networks, Mapping):
-        return networks
-    if len(networks) != 1:
-        raise InputError(f"networks: found {', '.join(networks)}; accepted: one network")
-    return next(iter(networks.values()))

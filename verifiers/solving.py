@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import InputError
 from .limits import out_of_memory
-from .network_list import only_one
+from .queries import Networks
 from .settings import Arithmetic, Certify
-from .vnncomp import PROPERTY, Answer, Word, answer, with_limits
+from .vnncomp import PROPERTY, RESULTS, Answer, Word, answer, with_limits
 
-STANDARD: dict[Word, str] = {"violated": "sat", "holds": "unsat", "timeout": "timed-out", "unknown": "unknown"}
+STANDARD: dict[Word, str] = {**RESULTS, "timeout": "timed-out"}
 """The standard's words: whether an assignment exists that satisfies the query."""
 
 
 def solve(
     query: str | Path,
-    networks: str | Path | Mapping[str, str | Path],
+    networks: Networks,
     timeout: float | None = None,
     *,
     arithmetic: Arithmetic | None = None,
@@ -40,9 +39,7 @@ def solve(
         InputError: a file that cannot be read, or does not fit the others; networks missing or too many.
     """
     try:
-        return answer(
-            only_one(networks), query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify
-        )
+        return answer(networks, query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify)
     except Exception as error:
         if isinstance(error, InputError) or not out_of_memory(error):
             raise
@@ -52,5 +49,4 @@ def solve(
 def said(answer: Answer) -> str:
     """The answer as the standard's command line prints it: its word in the first line, and behind ``sat`` the
     assignment, in the form of the query's version of VNN-LIB."""
-    word, newline, assignment = answer.result().partition("\n")
-    return f"{STANDARD.get(answer.word, word)}{newline}{assignment}"
+    return "\n".join([STANDARD[answer.word], *answer.assigned(), ""])
