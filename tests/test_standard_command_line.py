@@ -1,11 +1,15 @@
 """The command line of the VNN-LIB standard: words, where they go, and what is refused."""
 
+import gzip
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from test_vnncomp import IDENTITY, TENT, save_network, save_property
 from test_vnncomp_second import assert_accepted, interval, query
 
@@ -61,8 +65,6 @@ def test_one_network_needs_no_name_and_files_no_gz(here, capsys):
         assert main(["verify", "unsat.vnnlib", *words]) == 0 and capsys.readouterr().out == "unsat\n"
     (here / "a=b.onnx").write_bytes((here / "tent.onnx").read_bytes())
     assert main(["verify", "unsat.vnnlib", "--network", "./a=b.onnx"]) == 0 and capsys.readouterr().out == "unsat\n"
-    import gzip
-
     for name in ("unsat.vnnlib", "tent.onnx"):
         (here / f"{name}.gz").write_bytes(gzip.compress((here / name).read_bytes()))
         (here / name).unlink()
@@ -215,3 +217,74 @@ def test_memory_that_runs_out_leaves_a_query_open(here, capsys, monkeypatch):
     assert main(["verify", "sat.vnnlib", "--network", "f=tent.onnx"]) == 0
     out, err = capsys.readouterr()
     assert out == "unknown\n" and "reason: out of memory" in err
+
+
+PAIR = """(vnnlib-version <2.0>)
+(declare-network f (declare-input X {0} [1,1]) (declare-hidden H {0} [1,2] "y0") (declare-output Y {0} [1,1]))
+(declare-network g {1} (declare-input U {0} [1,1]) (declare-output V {0} [1,1]))
+(assert (and (>= X[0,0] 0.0) (<= X[0,0] 1.0) (>= U[0,0] 0.5) (<= U[0,0] 1.0)))
+(assert (> Y[0,0] (+ V[0,0] {2})))
+"""
+"""A tent of height 1 at 0.3, and of 0.2 at 0.5: the first is higher by 1.0 + 1.8 at most."""
+
+
+@pytest.mark.parametrize("kind", ["float32", "real"])
+def test_serialised_assignments(here, kind, capsys):
+    save_network(here / "g.onnx", TENT)
+    (here / "pair.vnnlib").write_text(PAIR.format(kind, "", "2.7"))
+    words = ["verify", "pair.vnnlib", "--network", "f=tent.onnx", "--network", "g=g.onnx", "--timeout", "20"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    names = ["X", "H", "Y", "U", "V"]
+    assert [line.split()[0] for line in printed.splitlines() if kind in line] == names
+    for _ in range(2):  # a folder that is there is used again
+        assert main([*words, "--serialise-assignments", "folder"]) == 0
+        assert capsys.readouterr().out == "sat\n"
+        assert sorted(path.name for path in (here / "folder").iterdir()) == sorted(f"{name}.pb" for name in names)
+    tensors = {name: onnx.load_tensor(here / "folder" / f"{name}.pb") for name in names}
+    lines = ["sat"]
+    for name, tensor in tensors.items():
+        array = numpy_helper.to_array(tensor)
+        assert tensor.name == name and array.dtype == (np.float32 if kind == "float32" else np.float64)
+        lines += [f"{name} {kind} {str(list(array.shape)).replace(' ', '')}", *map(float, array.ravel())]
+    number = np.float32 if kind == "float32" else np.float64
+    assert lines == [line if kind in line or line == "sat" else float(number(line)) for line in printed.splitlines()]
+
+
+def test_nothing_is_serialised_without_an_assignment(here, capsys):
+    words = ["verify", "--network", "f=tent.onnx", "--serialise-assignments", "folder"]
+    assert main([*words, "unsat.vnnlib"]) == 0 and capsys.readouterr().out == "unsat\n"
+    assert not (here / "folder").exists()
+    before = (here / "tent.onnx").read_bytes()
+    for place in ("tent.onnx", "none/folder"):
+        assert main([*words[:-1], place, "sat.vnnlib"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and place in err and "accepted: a folder" in err
+    assert (here / "tent.onnx").read_bytes() == before and not (here / "none").exists()
+    save_property(here / "old.vnnlib", "(assert (>= X_0 0))(assert (<= X_0 1))(assert (>= Y_0 0.999))")
+    assert main([*words, "old.vnnlib"]) == 0 and capsys.readouterr().out == "sat\n"
+    assert sorted(path.name for path in (here / "folder").iterdir()) == ["X_0.pb", "Y_0.pb"]
+    assert numpy_helper.to_array(onnx.load_tensor(here / "folder" / "Y_0.pb")) >= 0.999
+
+
+def test_several_networks(here, capsys):
+    save_network(here / "g.onnx", TENT)
+    for relation, files in (("", ["f=tent.onnx", "g=g.onnx"]), ("(isomorphic-to f)", ["g=g.onnx", "f=tent.onnx"]),
+                            ("(equal-to f)", ["f=tent.onnx"]), ("(equal-to f)", ["tent.onnx"])):  # fmt: skip
+        words = [word for file in files for word in ("--network", file)]
+        for height, word in (("2.81", "unsat"), ("2.7", "sat")):
+            (here / "pair.vnnlib").write_text(PAIR.format("float32", relation, height))
+            assert main(["verify", "pair.vnnlib", *words, "--timeout", "20"]) == 0
+            assert capsys.readouterr().out.splitlines()[0] == word
+            files_by_name = dict(file.split("=") for file in files) if "=" in files[0] else files[0]
+            assert said(certtrain.solve("pair.vnnlib", files_by_name, 20.0)).splitlines()[0] == word
+    (here / "pair.vnnlib").write_text(PAIR.format("float32", "", "2.7"))
+    for files, mentions in (
+        (["f=tent.onnx"], ["pair.vnnlib, line 3", "declare-network g without a file", "f, g"]),
+        (["tent.onnx"], ["pair.vnnlib, line 3", "declare-network g without a file", "f, g"]),
+        (["f=tent.onnx", "g=g.onnx", "h=g.onnx"], ["'h', which is not declared", "f, g"]),
+    ):
+        words = [word for file in files for word in ("--network", file)]
+        assert main(["verify", "pair.vnnlib", *words]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and all(mention in err for mention in mentions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import InputError
+from .assignments import check_folder, write_assignment
 from .limits import out_of_memory
 from .queries import Networks
 from .settings import Arithmetic, Certify
@@ -22,6 +23,7 @@ def solve(
     arithmetic: Arithmetic | None = None,
     results: str | Path | None = None,
     record: str | Path | None = None,
+    assignments: str | Path | None = None,
     certify: Certify = PROPERTY,
 ) -> Answer:
     """Decide whether a query has an assignment of inputs that satisfies it.
@@ -31,22 +33,30 @@ def solve(
         networks: ONNX files by the names that the query declares, except of networks that equal another; or the one
             file of a query about one network, whatever its name.
         timeout: seconds, reading included; None for those of ``certify``.
+        assignments: folder for the assignment, a file ``NAME.pb`` (an ONNX TensorProto) for each declared tensor; it is
+            made where there is none.
         arithmetic, results, record, certify: as for ``certtrain.verifiers.vnncomp.answer``.
     Returns:
         an ``Answer``: its ``word`` is ``violated`` where an assignment exists, and ``holds`` where it is proved that
         none does. Where memory ran out it is ``unknown``.
     Raises:
-        InputError: a file that cannot be read, or does not fit the others; networks missing or too many.
+        InputError: a file that cannot be read, or does not fit the others; networks missing or too many; a place where
+            nothing can be written.
     """
+    if assignments is not None:
+        check_folder(assignments)
     try:
-        return answer(networks, query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify)
+        found = answer(networks, query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify)
     except Exception as error:
         if isinstance(error, InputError) or not out_of_memory(error):
             raise
         return Answer("unknown", 0.0, with_limits(certify, timeout, arithmetic).arithmetic, "out of memory")
+    if assignments is not None:
+        write_assignment(assignments, found)
+    return found
 
 
-def said(answer: Answer) -> str:
+def said(answer: Answer, *, serialised: bool = False) -> str:
     """The answer as the standard's command line prints it: its word in the first line, and behind ``sat`` the
-    assignment, in the form of the query's version of VNN-LIB."""
-    return "\n".join([STANDARD[answer.word], *answer.assigned(), ""])
+    assignment, in the form of the query's version of VNN-LIB, unless it is ``serialised``."""
+    return "\n".join([STANDARD[answer.word], *([] if serialised else answer.assigned()), ""])

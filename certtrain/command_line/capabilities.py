@@ -31,7 +31,7 @@ CAPABILITIES: dict[str, tuple[str, ...]] = {
     "multiple-node-comparison-theories": ("SNC", "MNC"),
     "arithmetic-complexity-theories": ("BND", "OUTC", "LIN"),
     "optimised-disjunctive-reasoning": ("false",),
-    "serialise-assignments": ("false",),
+    "serialise-assignments": ("true",),
 }
 """Lines of the answer on each capability."""
 

@@ -50,15 +50,18 @@ def answer_query(
     *,
     results: str | None,
     record: str | None,
+    assignments: str | None,
 ) -> int:
-    """Print the answer on a query. Its timeout counts from ``started``, by ``perf_counter``: imports take seconds."""
+    """Print the answer on a query; its assignment goes to the folder ``assignments`` where one is given. The timeout
+    counts from ``started``, by ``perf_counter``: imports take seconds."""
     with contextlib.redirect_stdout(sys.stderr):
         from ..verifiers.solving import said, solve
 
         left = max(settings.timeout - (perf_counter() - started), 1e-9)
-        found = solve(path, networks, results=results, record=record, certify=replace(settings, timeout=left))
+        settings = replace(settings, timeout=left)
+        found = solve(path, networks, results=results, record=record, assignments=assignments, certify=settings)
     for name, note in (("remark", found.remark), ("reason", found.reason), ("arithmetic", found.arithmetic)):
         if note is not None:
             print(f"{name}: {note}", file=sys.stderr)
-    print(said(found), end="")
+    print(said(found, serialised=assignments is not None), end="")
     return 0

@@ -73,6 +73,8 @@ def add(commands) -> None:
     query.add_argument("--network", dest="networks", metavar="NAME=FILE", action="append", default=[],
                        help="the ONNX file of a network that the query declares (repeatable); of a query about one "
                        "network FILE alone will do; sat, unsat, unknown or timed-out is printed")  # fmt: skip
+    query.add_argument("--serialise-assignments", metavar="DIR", help="write the assignment behind sat there, a file "
+                       "NAME.pb for each tensor, and not to stdout")  # fmt: skip
     verify.set_defaults(run=_verify, parser=verify)
 
 
@@ -87,7 +89,7 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         return _instances(options, rest)
     if options.onnx or options.vnnlib:
         return _property(options, rest)
-    if options.networks or _names_query(rest):
+    if options.networks or options.serialise_assignments or _names_query(rest):
         return _query(options, rest, started)
     return _run(options, rest)
 
@@ -211,11 +213,15 @@ def _query(options: argparse.Namespace, rest: list[str], started: float) -> int:
 
     path, overrides = one_word_and_pairs("verify", rest, "query", "QUERY.vnnlib --network NAME=FILE")
     if path.is_dir():
-        raise InputError(f"--network: found with {path}, a folder; accepted: with a query, a VNN-LIB file")
+        name = "network" if options.networks else "serialise-assignments"
+        raise InputError(f"--{name}: found with {path}, a folder; accepted: with a query, a VNN-LIB file")
     networks = named_files(options.networks)
     with contextlib.redirect_stdout(sys.stderr):  # for the imports' own words, and plug-ins'
         settings, _ = _property_settings(options, overrides)
-    return answer_query(path, networks, settings, started, results=options.results, record=options.json)
+    return answer_query(
+        path, networks, settings, started,
+        results=options.results, record=options.json, assignments=options.serialise_assignments,
+    )  # fmt: skip
 
 
 def _instances(options: argparse.Namespace, rest: list[str]) -> int:
