@@ -19,7 +19,7 @@ NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 
 
 def named_files(words: Sequence[str]) -> str | dict[str, str]:
-    """The files of ``--network`` by the names of their networks, or the only file, which needs no name.
+    """The files of ``--network`` by the names of their networks, or the only word without a name: a file, or a list.
 
     A file whose own name begins like ``name=`` is told apart by a folder in front, ``./name=net.onnx``.
 
@@ -55,8 +55,11 @@ def answer_query(
     """Print the answer on a query; its assignment goes to the folder ``assignments`` where one is given. The timeout
     counts from ``started``, by ``perf_counter``: imports take seconds."""
     with contextlib.redirect_stdout(sys.stderr):
+        from ..verifiers.network_list import named_networks
         from ..verifiers.solving import said, solve
 
+        if isinstance(networks, str):
+            networks = named_networks(networks, "--network")
         left = max(settings.timeout - (perf_counter() - started), 1e-9)
         settings = replace(settings, timeout=left)
         found = solve(path, networks, results=results, record=record, assignments=assignments, certify=settings)
