@@ -248,16 +248,18 @@ def _check_hidden(shown: onnx.ModelProto, hidden: Sequence[str], kind: np.dtype[
     """
     names = tensor_names(shown)[: -len(hidden)]
     if missing := [name for name in hidden if name not in names]:
-        near = get_close_matches(missing[0], names, 8, 0.0)
-        raise InputError(
-            f"{path}: found no tensor {missing[0]!r}; accepted: names of its graph, like {', '.join(near)}"
-        )
+        near = ", ".join(get_close_matches(missing[0], names, 8, 0.0))
+        accepted = f"names of tensors that its operators compute, like {near}"
+        raise HiddenTensorError(missing[0], f"{path}: found no tensor {missing[0]!r}; accepted: {accepted}")
     element = {np.dtype(np.float32): "tensor(float)", np.dtype(np.float64): "tensor(double)"}[kind]
-    for name, output in zip(hidden, session(shown).get_outputs()[-len(hidden) :]):
+    try:
+        outputs = session(shown).get_outputs()[-len(hidden) :]
+    except Exception:  # onnxruntime's exceptions have no common base class; ``_construction`` reports them
+        return
+    for name, output in zip(hidden, outputs):
         if output.type != element:
-            raise InputError(
-                f"{path}: found {name!r}, a {output.type}; accepted: a hidden {element}, as the inputs are"
-            )
+            accepted = f"a hidden {element}, as the inputs are"
+            raise HiddenTensorError(name, f"{path}: found {name!r}, a {output.type}; accepted: {accepted}")
 
 
 def _shape_of(output: onnx.ValueInfoProto, run: Construction) -> Shape:
