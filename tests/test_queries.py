@@ -350,6 +350,7 @@ def test_hidden_tensors(ask, tmp_path):
     networks = {"f": save_image_network(tmp_path / "n.onnx")}
     hidden = '(declare-hidden C float32 [1,2,3,3] "c") (declare-hidden side float32 [2] "side")'
     hidden += '\n(declare-hidden again float32 [1,2,3,3] "c") (declare-hidden last float32 [1,2] "y")'
+    hidden += '(declare-hidden given float32 [4,4] "x")'
     for assertion, word in {
         "(>= C[0,0,1,1] 2.501)": "holds",
         "(>= C[0,0,1,1] 2.499)": "violated",
@@ -360,6 +361,8 @@ def test_hidden_tensors(ask, tmp_path):
         "(> C[0,0,1,1] side[0])": "unknown",
         "(>= C[0,0,1,1] (+ side[0] 0.1))": "holds",
         "(or (> C[0,1,2,2] again[0,1,2,2]) (>= (- last[0,0] Y[0,0]) 0.001))": "unknown",
+        "(and (<= given[1,1] -0.5) (== given[1,1] X[0,0,1,1]) (>= C[0,1,1,1] 1.49))": "violated",
+        "(and (<= given[1,2] -0.5) (>= C[0,1,1,1] 1.26))": "holds",
         "(and (>= C[0,0,1,1] 1.0) (<= Y[0,0] 0.99))": "holds",
         "(and (>= C[0,0,1,1] 1.0) (<= Y[0,0] 2.51))": "violated",
     }.items():
@@ -396,6 +399,19 @@ def test_element_types_of_the_networks_differ(ask, tmp_path):
         InputError, match=r"line 3: found 'U float32 \[1,1\]'; accepted: the network's inputs, .*float64"
     ):
         ask(pair("(assert (>= V[0,0] 0.0))"), networks)
+
+
+def test_networks_in_float64_read_the_same_numbers(ask, tmp_path):
+    """Whoever runs them on the decimals as float64 gets the outputs that are listed."""
+    networks = {"f": save_double(tmp_path / "f.onnx", [[1 / 3, 0.7]], [0.1]), "g": save_double(
+        tmp_path / "g.onnx", [[0.2, -0.9]], [0.0])}  # fmt: skip
+    text = pair("(assert (<= (+ Y[0,0] V[0,0]) 0.314159))(assert (>= (+ Y[0,0] V[0,0]) 0.314158))", size=2)
+    found = ask(text.replace("float32", "real"), networks)
+    assert found.word == "violated"
+    listed = np.array([[float(text) for text in found.inputs]])
+    runs = [session(networks[name].read_bytes(), True) for name in "fg"]
+    outputs = [run.run(None, {"x": part}) for run, part in zip(runs, np.split(listed, 2, 1), strict=True)]
+    assert np.array_equal(np.ravel(outputs), found.outputs)
 
 
 NAMES = ["X[0,0]", "U[0,0]", "Y[0,0]", "V[0,0]", "H[0,1]"]
@@ -524,9 +540,9 @@ def test_what_is_refused(tmp_path, name):
 def test_hidden_tensors_that_a_graph_does_not_have(tmp_path):
     path = save_image_network(tmp_path / "n.onnx")
     for name, said in {
-        "q": "found no tensor 'q'; accepted: names of tensors that its operators compute, like ",
-        "x": "found no tensor 'x'; accepted: names",
-        "k": "found no tensor 'k'; accepted: names",
+        "q": "found no tensor 'q'; accepted: names of inputs and of what operators compute, like ",
+        "": "found no tensor ''; accepted: names of inputs",
+        "k": "found no tensor 'k'; accepted: names of inputs",
         "index": r"found 'index', a tensor\(int64\); accepted: a hidden tensor\(float\), as the inputs are",
         "constant": "found 'constant', a constant; accepted: a hidden tensor computed from the input",
     }.items():
