@@ -1,6 +1,7 @@
 """Queries in VNN-LIB 2.0 about several networks and hidden tensors: answers, counterexamples, and what is refused."""
 
 import itertools
+import json
 import math
 import random
 from functools import cache
@@ -46,12 +47,12 @@ def save_graph(path: Path, nodes, given: dict, found: dict, weights: dict, kind=
     return path
 
 
-def save_double(path: Path, weight, bias) -> Path:
+def save_double(path: Path, weight, bias, kind=TensorProto.DOUBLE) -> Path:
     """One dense layer and a ReLU in float64, with weights that float32 does not hold."""
     nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["h"], transB=1), helper.make_node("Relu", ["h"], ["y"])]
-    weights = {"w": np.asarray(weight, np.float64), "b": np.asarray(bias, np.float64)}
+    weights = {"w": np.asarray(weight, KINDS[kind]), "b": np.asarray(bias, KINDS[kind])}
     ends = {"x": [1, len(weight[0])]}, {"y": [1, len(weight)]}
-    return save_graph(path, nodes, *ends, weights, TensorProto.DOUBLE)
+    return save_graph(path, nodes, *ends, weights, kind)
 
 
 def save_image_network(path: Path) -> Path:
@@ -582,6 +583,13 @@ def test_files_that_are_not_the_networks(tmp_path, name):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_record_names_all_files(tmp_path):
+    network = save_network(tmp_path / "n.onnx", LINE)
+    (tmp_path / "q.vnnlib").write_text(PAIR)
+    answer({"f": network, "g": network}, tmp_path / "q.vnnlib", record=tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["onnx"] == {"f": str(network), "g": str(network)}
+
+
 def test_a_mapping_names_the_only_network(tmp_path):
     network = save_network(tmp_path / "n.onnx", LINE)
     (tmp_path / "1.vnnlib").write_text("(declare-const X_0 Real)(declare-const Y_0 Real)"
@@ -625,7 +633,10 @@ def test_isomorphic_networks(tmp_path):
     flat = save_network(tmp_path / "flat.onnx", [(np.ones((1, 2)), [0.0])])
     assert difference_between(read_onnx(deeper), read_onnx(flat)).startswith("operator 0, Gemm, has other")
     images = read_onnx(save_image_network(tmp_path / "image.onnx"))
-    assert "inputs are [((1, 2), 'float32')] and [((1, 1, 4, 4)" in difference_between(read_onnx(flat), images)
+    assert difference_between(read_onnx(flat), images) == "inputs are [(1, 2)] and [(1, 1, 4, 4)]"
+    double = save_double(tmp_path / "double.onnx", np.ones((3, 2)) / 3, np.zeros(3))
+    single = save_double(tmp_path / "single.onnx", np.ones((3, 2)), np.zeros(3), TensorProto.FLOAT)
+    assert difference_between(read_onnx(double), read_onnx(single)) is None
 
 
 def test_a_table_keeps_its_answers(tmp_path):
