@@ -1,5 +1,6 @@
 """Queries in VNN-LIB 2.0 about several networks and hidden tensors: answers, counterexamples, and what is refused."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -11,6 +12,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import test_onnx_more
+import test_onnx_network
+import test_onnx_norms
+import test_onnx_products
 import torch
 import vnnlib
 from milp_oracle import minimum
@@ -369,6 +374,24 @@ def test_hidden_tensors(ask, tmp_path):
     }.items():
         found = ask(image_query(assertion, hidden), networks, timeout=3.0 if word == "unknown" else 30.0)
         assert found.word == word, assertion
+
+
+@pytest.mark.filterwarnings("ignore")  # onnx's, of shapes that it does not infer
+def test_every_tensor_of_every_graph(tmp_path):
+    """Whatever rules make of the operators around it: as in onnxruntime, and within its bounds."""
+    graphs = (*test_onnx_network.NETWORKS.values(), *test_onnx_more.NETWORKS.values())
+    count = 0
+    for build, shape in (*graphs, *test_onnx_norms.NETWORKS.values(), *test_onnx_products.NETWORKS.values()):
+        graph = test_onnx_network.Graph(shape)
+        model = graph.model(build(graph))
+        (tmp_path / "n.onnx").write_bytes(model.SerializeToString())
+        hidden = list[str]()
+        for name in (name for node in model.graph.node for name in node.output):
+            with contextlib.suppress(HiddenTensorError):  # a constant, or integers
+                hidden += read_onnx(tmp_path / "n.onnx", [name]).hidden
+        test_onnx_network.agrees(read_onnx(tmp_path / "n.onnx", hidden))
+        count += len(hidden)
+    assert count > 800
 
 
 def test_hidden_tensors_of_several_networks(ask, tmp_path):
