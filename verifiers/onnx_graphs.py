@@ -25,15 +25,14 @@ def difference_between(first: OnnxNetwork, second: OnnxNetwork) -> str | None:
     """A few words on how two networks' graphs differ; None where they are isomorphic.
 
     They are where the operators that lead to their outputs are of the same kinds, with the same integers and words as
-    attributes, and read the same tensors; inputs and constants are of the same shapes and element types. Names,
-    floats, such as weights and slopes, and the order of independent operators do not count; integer constants, which
-    say shapes and axes, do.
+    attributes, and read the same tensors; inputs and constants are of the same shapes. Names, floats and their types,
+    such as weights and slopes, and the order of independent operators do not count; integer constants, which say shapes
+    and axes, do.
     """
     for what, own, other in (
-        ("inputs", [(given.shape, str(given.kind)) for given in first.inputs],
-         [(given.shape, str(given.kind)) for given in second.inputs]),
+        ("inputs", [given.shape for given in first.inputs], [given.shape for given in second.inputs]),
         ("outputs", _own_shapes(first), _own_shapes(second)),
-    ):  # fmt: skip
+    ):
         if own != other:
             return f"{what} are {own} and {other}"
     graphs = _operators(first), _operators(second)
@@ -102,6 +101,7 @@ def _attribute(value: Any) -> Any:
 
 
 def _described(tensor: onnx.TensorProto) -> tuple[Any, ...]:
-    """The element type and shape of a constant; of integers and truth values the contents, too."""
-    array = numpy_helper.to_array(tensor) if tensor.data_type not in FLOATS else None
-    return (tensor.data_type, tuple(tensor.dims), None if array is None else array.tobytes())
+    """The shape of a constant; of integers and truth values the element type and contents, too."""
+    if tensor.data_type in FLOATS:
+        return "floats", tuple(tensor.dims)
+    return tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes()

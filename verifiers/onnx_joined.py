@@ -23,8 +23,9 @@ class GraphInput(NamedTuple):
 
 
 def tensor_names(model: onnx.ModelProto) -> list[str]:
-    """Names of the tensors that a graph's operators compute, in its order."""
-    return [name for node in model.graph.node for name in node.output if name]
+    """Names of a graph's inputs and of the tensors that its operators compute, in its order."""
+    graph = model.graph
+    return [*(given.name for given in graph.input), *(name for node in graph.node for name in node.output if name)]
 
 
 def showing(model: onnx.ModelProto, hidden: Sequence[str]) -> onnx.ModelProto:

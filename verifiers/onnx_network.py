@@ -112,7 +112,7 @@ def read_onnx(path: str | Path, hidden: Sequence[str] = (), dtype: torch.dtype =
     """Read the network in an ONNX file, plain or gzipped, with its weights inside or in files of the same folder.
 
     Args:
-        hidden: names of tensors that operators of its graph compute, which the network gives behind its outputs.
+        hidden: names of tensors of its graph, computed from the inputs, which the network gives behind its outputs.
         dtype: float64 for a network in float64 even where float32 holds its weights.
     Raises:
         UnsupportedOperation: an operator without a rule, or used in a way without one; names it.
@@ -248,16 +248,18 @@ def _check_hidden(shown: onnx.ModelProto, hidden: Sequence[str], kind: np.dtype[
     """
     names = tensor_names(shown)[: -len(hidden)]
     if missing := [name for name in hidden if name not in names]:
-        near = get_close_matches(missing[0], names, 8, 0.0)
-        raise InputError(
-            f"{path}: found no tensor {missing[0]!r}; accepted: names of its graph, like {', '.join(near)}"
-        )
+        near = ", ".join(get_close_matches(missing[0], names, 8, 0.0))
+        accepted = f"names of inputs and of what operators compute, like {near}"
+        raise HiddenTensorError(missing[0], f"{path}: found no tensor {missing[0]!r}; accepted: {accepted}")
     element = {np.dtype(np.float32): "tensor(float)", np.dtype(np.float64): "tensor(double)"}[kind]
-    for name, output in zip(hidden, session(shown).get_outputs()[-len(hidden) :]):
+    try:
+        outputs = session(shown).get_outputs()[-len(hidden) :]
+    except Exception:  # onnxruntime's exceptions have no common base class; ``_construction`` reports them
+        return
+    for name, output in zip(hidden, outputs):
         if output.type != element:
-            raise InputError(
-                f"{path}: found {name!r}, a {output.type}; accepted: a hidden {element}, as the inputs are"
-            )
+            accepted = f"a hidden {element}, as the inputs are"
+            raise HiddenTensorError(name, f"{path}: found {name!r}, a {output.type}; accepted: {accepted}")
 
 
 def _shape_of(output: onnx.ValueInfoProto, run: Construction) -> Shape:

@@ -45,8 +45,7 @@ def read_question(networks: Networks, property: str | Path, read: Reader = read_
 def _networks(query: VnnlibQuery, networks: Networks, read: Reader) -> list[OnnxNetwork]:
     """The networks in the order of declaration, all in float64 where one must be."""
     if query.declared is None:
-        files = {"": _only(query, networks)}
-        return [read(present(files[""]), (), torch.float32)]
+        return [read(present(_only(query, networks)), (), torch.float32)]
     files = _files(query, query.declared, networks)
     found = _read(query, query.declared, files, read, torch.float32)
     if len({network.dtype for network in found}) > 1:

@@ -118,9 +118,11 @@ class Answer:
         return f"{self.word} ({self.reason})" if qualified else self.word
 
     def assigned(self) -> list[str]:
-        """The lines that state the counterexample, in the form of the property's version of VNN-LIB; in 2.0 a line
-        ``NAME TYPE [SHAPE]`` for each declared tensor and one for each of its entries, in the order of declaration, of
-        each network its inputs, hidden tensors and outputs. None without a counterexample."""
+        """The lines that state the counterexample, in the form of the property's version of VNN-LIB; none without one.
+
+        In 2.0 they are a line ``NAME TYPE [SHAPE]`` for each declared tensor and one for each of its entries, in the
+        order of declaration: of each network its inputs, hidden tensors and outputs.
+        """
         if self.inputs is None or self.outputs is None:
             return []
         outputs = [repr(value) for value in as_floats(self.outputs)]
@@ -128,7 +130,8 @@ class Answer:
             return self.declared.assigned(self.inputs, outputs)
         pairs = [f"({letter}_{i} {value})" for letter, values in (("X", self.inputs), ("Y", outputs))
                  for i, value in enumerate(values)]  # fmt: skip
-        return ("(" + "\n".join(pairs) + ")").splitlines()
+        pairs[0], pairs[-1] = f"({pairs[0]}", f"{pairs[-1]})"
+        return pairs
 
     def result(self) -> str:
         """The content of VNN-COMP's result file, in the form of the property's version of VNN-LIB."""
