@@ -213,10 +213,19 @@ def test_memory_that_runs_out_leaves_a_query_open(here, capsys, monkeypatch):
     def full(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("certtrain.verifiers.solving.answer", full)
-    assert main(["verify", "sat.vnnlib", "--network", "f=tent.onnx"]) == 0
+    monkeypatch.setattr("certtrain.verifiers.vnncomp.check_property", full)
+    assert main(["verify", "sat.vnnlib", "--network", "f=tent.onnx", "--results", "r.txt", "--json", "r.json"]) == 0
     out, err = capsys.readouterr()
-    assert out == "unknown\n" and "reason: out of memory" in err
+    assert out == (here / "r.txt").read_text() == "unknown\n" and "reason: out of memory" in err
+    assert '"reason": "out of memory"' in (here / "r.json").read_text()
+
+
+def test_options_of_queries_are_refused_elsewhere(here, capsys):
+    for words in (["--onnx", "tent.onnx", "--vnnlib", "sat.vnnlib"], ["--instances", "i.csv", "--results", "r.csv"]):
+        for more in (["--network", "f=tent.onnx"], ["--serialise-assignments", "folder"]):
+            assert main(["verify", *words, *more]) == 2
+            out, err = capsys.readouterr()
+            assert out == "error\n" and f"{more[0]}: cannot be given here" in err and not (here / "folder").exists()
 
 
 PAIR = """(vnnlib-version <2.0>)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import InputError
 from .assignments import check_folder, write_assignment
-from .limits import out_of_memory
 from .queries import Networks
 from .settings import Arithmetic, Certify
-from .vnncomp import PROPERTY, RESULTS, Answer, Word, answer, with_limits
+from .vnncomp import PROPERTY, RESULTS, Answer, Word, answer
 
 STANDARD: dict[Word, str] = {**RESULTS, "timeout": "timed-out"}
 """The standard's words: whether an assignment exists that satisfies the query."""
@@ -45,12 +43,7 @@ def solve(
     """
     if assignments is not None:
         check_folder(assignments)
-    try:
-        found = answer(networks, query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify)
-    except Exception as error:
-        if isinstance(error, InputError) or not out_of_memory(error):
-            raise
-        return Answer("unknown", 0.0, with_limits(certify, timeout, arithmetic).arithmetic, "out of memory")
+    found = answer(networks, query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify)
     if assignments is not None:
         write_assignment(assignments, found)
     return found

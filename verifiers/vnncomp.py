@@ -23,7 +23,7 @@ from ..typed import as_floats, as_ints, unique
 from .cascade import run_cascade
 from .input_split import few_inputs
 from .joint_network import JointNetwork
-from .limits import Limits
+from .limits import Limits, out_of_memory
 from .problem import Problem, Specification, Verdict
 from .queries import Networks, read_question
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
@@ -149,7 +149,7 @@ def answer(
     certify: Certify = PROPERTY,
 ) -> Answer:
     """Decide whether a property holds of a network, or of several. All are files, plain or gzipped (``.gz`` may be left
-    out).
+    out). Where memory runs out the answer is ``unknown``.
 
     Args:
         networks: the file of the only network; or files by the names that a query in VNN-LIB 2.0 declares, without
@@ -174,6 +174,10 @@ def answer(
             decided = check_property(network, asked, started + settings.timeout, settings)
         except OutOfTime:
             decided = Answer("timeout", settings.timeout, settings.arithmetic, "timeout")
+        except Exception as error:
+            if isinstance(error, InputError) or not out_of_memory(error):
+                raise
+            decided = Answer("unknown", 0.0, settings.arithmetic, "out of memory")
     decided = decided.finished(started)
     file = results
     try:

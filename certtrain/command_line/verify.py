@@ -186,6 +186,7 @@ def _property(options: argparse.Namespace, rest: list[str]) -> int:
         from ..verifiers.network_list import named_networks
         from ..verifiers.solving import solve
 
+        _refuse_options_of_queries(options)
         settings, _ = _property_settings(options, pairs(rest))
         if not (options.onnx and options.vnnlib):
             raise InputError("found one file; accepted: --onnx FILE and --vnnlib FILE together")
@@ -195,6 +196,14 @@ def _property(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"remark: {found.remark}", file=sys.stderr)
     print(found)
     return 0
+
+
+def _refuse_options_of_queries(options: argparse.Namespace) -> None:
+    from ..errors import InputError
+
+    for name, given in (("network", options.networks), ("serialise-assignments", options.serialise_assignments)):
+        if given:
+            raise InputError(f"--{name}: cannot be given here; accepted: with QUERY.vnnlib as a word of its own")
 
 
 def _names_query(rest: list[str]) -> bool:
@@ -230,6 +239,7 @@ def _instances(options: argparse.Namespace, rest: list[str]) -> int:
         from ..training import StopRequest
         from ..verifiers.instances import run_instances
 
+        _refuse_options_of_queries(options)
         settings, seconds = _property_settings(options, pairs(rest))
         if not options.results or options.onnx or options.vnnlib:
             raise InputError("--instances: accepted: --instances CSV and --results CSV, without --onnx and --vnnlib")
