@@ -137,3 +137,42 @@ def test_resuming(table, left, capsys):
     assert [line.rpartition(",")[0] for line in (table / "r.csv").read_text().splitlines()] == [
         line.rpartition(",")[0] for line in whole.splitlines()
     ]
+
+
+PAIR = """(vnnlib-version <2.0>)
+(declare-network f (declare-input X float32 [1,1]) (declare-output Y float32 [1,1]))
+(declare-network g {} (declare-input U float32 [1,1]) (declare-output V float32 [1,1]))
+(assert (and (>= X[0,0] 0.0) (<= X[0,0] 1.0) (>= U[0,0] 0.5) (<= U[0,0] 1.0)))
+(assert (> Y[0,0] (+ V[0,0] {})))
+"""
+"""A tent of height 1 at 0.3, and of 0.2 at 0.5: the first is higher by 2.8 at most."""
+
+
+def test_rows_of_several_networks(table):
+    save_network(table / "onnx" / "g.onnx", TENT)
+    for name, relation, height in (
+        ("two", "", "2.7"), ("isomorphic", "(isomorphic-to f)", "2.81"), ("equal", "(equal-to f)", "2.7"),
+    ):  # fmt: skip
+        (table / f"{name}.vnnlib").write_text(PAIR.format(relation, height))
+    f, g = "('f', 'onnx/tent.onnx')", "('g', 'onnx/g.onnx')"
+    rows = {
+        (f"[{f}, {g}]", "two"): "sat",
+        (f"[{g}, {f}]", "isomorphic"): "unsat",
+        (f"[{f}, ('g', 'onnx/tent.onnx')]", "equal"): "sat",  # as a table of 2026 has it
+        (f"[{f}]", "equal"): "sat",
+        ("onnx/tent.onnx", "equal"): "sat",
+        (f"[{f}, {g}]", "equal"): "g equal-to f with a file of its own",
+        (f"[{f}]", "two"): "two.vnnlib, line 3: found 'declare-network g without a file'; accepted: a file for each",
+        ("onnx/tent.onnx", "two"): "declare-network g without a file",
+        (f"[{f}, {g}, ('h', 'onnx/g.onnx')]", "two"): "'h', which is not declared; accepted: a file for each of f, g",
+        (f"[{f}, ('g', 'onnx/none.onnx')]", "two"): "none.onnx",
+        (f"[{f}, {f}]", "two"): "instances.csv, line 11: found network 'f' a second time",
+        ("[('g', 'onnx/g.onnx')]", "two"): "declare-network f without a file",
+    }
+    with (table / "instances.csv").open("w") as file:
+        csv.writer(file, lineterminator="\n").writerows((networks, f"{name}.vnnlib", 20) for networks, name in rows)
+    said = []
+    run_instances("instances.csv", "r.csv", watch=lambda *line: said.append(line[2]))
+    found = [row[2] for row in csv.reader((table / "r.csv").open())]
+    for wanted, status, line in zip(rows.values(), found, said, strict=True):
+        assert status == (wanted if wanted in ("sat", "unsat") else "error") and wanted in line
