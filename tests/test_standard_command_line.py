@@ -287,6 +287,13 @@ def test_several_networks(here, capsys):
             assert capsys.readouterr().out.splitlines()[0] == word
             files_by_name = dict(file.split("=") for file in files) if "=" in files[0] else files[0]
             assert said(certtrain.solve("pair.vnnlib", files_by_name, 20.0)).splitlines()[0] == word
+    words = ["--network", "f=tent.onnx", "--network", "g=tent.onnx"]
+    (here / "pair.vnnlib").write_text(PAIR.format("float32", "(equal-to f)", "2.7"))
+    assert main(["verify", "pair.vnnlib", *words]) == 2  # an unnecessary file, though it is the same
+    out, err = capsys.readouterr()
+    assert out == "" and "pair.vnnlib, line 3: found 'g equal-to f with a file of its own'" in err
+    assert main(["verify", "pair.vnnlib", "--network", "[('f','tent.onnx'),('g','tent.onnx')]"]) == 0
+    assert capsys.readouterr().out.startswith("sat\n")
     (here / "pair.vnnlib").write_text(PAIR.format("float32", "", "2.7"))
     for files, mentions in (
         (["f=tent.onnx"], ["pair.vnnlib, line 3", "declare-network g without a file", "f, g"]),

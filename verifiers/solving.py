@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from .assignments import check_folder, write_assignment
-from .queries import Networks
+from .queries import Networks, present
 from .settings import Arithmetic, Certify
 from .vnncomp import PROPERTY, RESULTS, Answer, Word, answer
+from .vnnlib_reader import read_query
+from .vnnlib_text import Token
 
 STANDARD: dict[Word, str] = {**RESULTS, "timeout": "timed-out"}
 """The standard's words: whether an assignment exists that satisfies the query."""
@@ -47,6 +50,22 @@ def solve(
     if assignments is not None:
         write_assignment(assignments, found)
     return found
+
+
+def refuse_unnecessary(query: str | Path, networks: Mapping[str, str | Path]) -> None:
+    """Refuse a file for a network that is ``equal-to`` another, as the standard's command line must.
+
+    Raises:
+        InputError: such a file, also where both have the same, as tables of instances list it; a query that cannot be
+            read.
+    """
+    if len(networks) < 2:
+        return
+    asked = read_query(present(query))
+    for network in asked.declared.networks if asked.declared else ():
+        if network.equal_to and network.name in networks:
+            found = Token(f"{network.name} equal-to {network.equal_to} with a file of its own", network.line)
+            asked.source.refuse(found, f"a file for {network.equal_to}, and none for {network.name}")
 
 
 def said(answer: Answer, *, serialised: bool = False) -> str:

@@ -56,10 +56,12 @@ def answer_query(
     counts from ``started``, by ``perf_counter``: imports take seconds."""
     with contextlib.redirect_stdout(sys.stderr):
         from ..verifiers.network_list import named_networks
-        from ..verifiers.solving import said, solve
+        from ..verifiers.solving import refuse_unnecessary, said, solve
 
-        if isinstance(networks, str):
+        if isinstance(networks, str):  # as instances have it
             networks = named_networks(networks, "--network")
+        else:
+            refuse_unnecessary(path, networks)
         left = max(settings.timeout - (perf_counter() - started), 1e-9)
         settings = replace(settings, timeout=left)
         found = solve(path, networks, results=results, record=record, assignments=assignments, certify=settings)

@@ -1,3 +1,4 @@
+#!/bin/bash
 # Sourced by prepare_instance.sh and run_instance.sh, with $here as their folder.
 
 environment=${CERTTRAIN_ENVIRONMENT:-$here/../../.venv-vnncomp}
