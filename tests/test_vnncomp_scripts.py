@@ -61,7 +61,8 @@ def test_an_instance(script, benchmark, tmp_path):
     done = script("run_instance.sh", "v1", "tents", onnx, benchmark / "vnnlib" / "sat.vnnlib", results, "60")
     assert (done.returncode, done.stdout) == (0, "sat\n")
     assert_accepted(results.read_text(), (benchmark / "vnnlib" / "sat.vnnlib").read_text(), onnx)
-    done = script("run_instance.sh", "v1", "tents", onnx, benchmark / "vnnlib" / "unsat.vnnlib", results, "60")
+    (tmp_path / "f=g.onnx").write_bytes(onnx.read_bytes())
+    done = script("run_instance.sh", "v1", "tents", "f=g.onnx", benchmark / "vnnlib" / "unsat.vnnlib", results, "60")
     assert (done.returncode, done.stdout, results.read_text()) == (0, "unsat\n", "unsat\n")
 
 

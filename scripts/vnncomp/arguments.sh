@@ -35,6 +35,12 @@ take_arguments() {
         "["*) there "$first" || onnx="$(dirname "$(dirname "$vnnlib")")/$onnx" ;;
         esac
         ;;
-    *) there "$onnx" || refuse "$onnx: not found; accepted: an ONNX file, or a list of named ones" || return 1 ;;
+    *)
+        there "$onnx" || refuse "$onnx: not found; accepted: an ONNX file, or a list of named ones" || return 1
+        case $onnx in
+        /*) ;;
+        *) onnx=./$onnx ;; # f=g.onnx would be a network's name and its file
+        esac
+        ;;
     esac
 }
