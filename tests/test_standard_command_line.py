@@ -95,7 +95,7 @@ def test_a_plugin_that_prints_does_not_reach_stdout(here, capsys):
 
 
 REFUSED = {
-    "no network": ([], ["--network: found none", "NAME=FILE"]),
+    "no network": ([], ["unsat.vnnlib: found a query without networks", "--network NAME=FILE"]),
     "a name twice": (["--network", "f=tent.onnx", "--network", "f=tent.onnx"], ["'f=tent.onnx'", "once"]),
     "no file": (["--network", "f="], ["'f='", "NAME=FILE"]),
     "an empty word": (["--network", ""], ["--network: found ''"]),

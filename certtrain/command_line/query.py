@@ -18,7 +18,7 @@ NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 """A network's name, and its file."""
 
 
-def named_files(words: Sequence[str]) -> str | dict[str, str]:
+def named_files(query: Path, words: Sequence[str]) -> str | dict[str, str]:
     """The files of ``--network`` by the names of their networks, or the only word without a name: a file, or a list.
 
     A file whose own name begins like ``name=`` is told apart by a folder in front, ``./name=net.onnx``.
@@ -38,7 +38,7 @@ def named_files(words: Sequence[str]) -> str | dict[str, str]:
             raise InputError(f"--network: found {word!r}; accepted: {accepted}")
         named[match[1]] = match[2]
     if not named:
-        raise InputError(f"--network: found none; accepted: {accepted}")
+        raise InputError(f"{query}: found a query without networks; accepted: {accepted}; of a run its folder")
     return named
 
 

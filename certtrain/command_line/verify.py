@@ -224,7 +224,7 @@ def _query(options: argparse.Namespace, rest: list[str], started: float) -> int:
     if path.is_dir():
         name = "network" if options.networks else "serialise-assignments"
         raise InputError(f"--{name}: found with {path}, a folder; accepted: with a query, a VNN-LIB file")
-    networks = named_files(options.networks)
+    networks = named_files(path, options.networks)
     with contextlib.redirect_stdout(sys.stderr):  # for the imports' own words, and plug-ins'
         settings, _ = _property_settings(options, overrides)
     return answer_query(
