@@ -516,7 +516,7 @@ REFUSED = {
         PAIR.replace("U float32", "U real").replace("V float32", "V real").replace("Y[0,0] V", "V[0,0] V"), 3,
         "float32 and real", "one element type in a query",
     ),
-    "inputs alone": (pair("(assert (<= X[0,0] U[0,0])) ; Y[0,0]"), 4, "assertions about inputs alone", "tensor: V, Y"),
+    "inputs alone": (pair("(assert (<= X[0,0] U[0,0])) ; Y[0,0]"), 4, "assertions about inputs alone", "tensor: Y, V"),
     # what it refuses
     "an unknown network": (pair(HOLDS, "(equal-to h)"), 3, "h", "not found"),
     "equal to itself": (pair(HOLDS, "(equal-to g)"), 3, "g", "type checker"),

@@ -29,7 +29,6 @@ COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|;[^\n]*')
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 ESCAPES = {r"\n": "\n", r"\t": "\t"}
 INDICES = re.compile(r"\[([^\]\[()]*)\]")
-NAME = re.compile(r"[A-Za-z]\w*")
 NUMBERS = re.compile(r"\s*(?:[0-9]{1,9}\s*(?:,\s*[0-9]{1,9}\s*)*)?")
 SYNTAX_ERROR = re.compile(r"Parse error: syntax error at line (\d+), column \d+: '(.*)'", re.DOTALL)
 GRAMMAR = "VNN-LIB 2.0, in which numbers are 1 or 1.5, without an exponent, and equality is =="
@@ -140,9 +139,9 @@ class SecondQuery(VnnlibQuery):
         text = _without_strings(self.source.text)
         first = re.search(r"\(\s*assert\b", text)
         assert first is not None  # the grammar has one or more
-        names = {tensor.name for tensor in (*self.declared.outputs, *self.declared.hidden)}
-        if not any(word[0] in names for word in NAME.finditer(text, first.end())):
-            accepted = f"a constraint on an output or hidden tensor: {', '.join(sorted(names))}"
+        names = [tensor.name for tensor in (*self.declared.outputs, *self.declared.hidden)]
+        if not re.compile(rf"\b(?:{'|'.join(names)})\b").search(text, first.end()):
+            accepted = f"a constraint on an output or hidden tensor: {', '.join(names)}"
             self.source.refuse(_token_at(self.source, "assertions about inputs alone", first.start()), accepted)
 
     def _parsed(self) -> vnnlib.Query:
