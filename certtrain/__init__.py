@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .models import BinaryScore
     from .recipe import Config
     from .verifiers import certify
+    from .verifiers.solving import solve
     from .workflows.compare import compare
     from .workflows.diagnose import diagnose
     from .workflows.evaluate import evaluate
@@ -24,13 +25,14 @@ _HOMES = {
     "L2Ball": "bounds", "LinfBall": "bounds", "SparseBall": "bounds", "compute_bounds": "bounds",
     "Config": "recipe", "certify": "verifiers", "compare": "workflows.compare", "diagnose": "workflows.diagnose",
     "evaluate": "workflows.evaluate", "export_onnx": "export", "import_checkpoint": "workflows.import_checkpoint",
-    "load_model": "workflows.run", "train": "workflows.train", "verify": "workflows.verify",
+    "load_model": "workflows.run", "solve": "verifiers.solving", "train": "workflows.train",
+    "verify": "workflows.verify",
 }  # fmt: skip
 
 __all__ = [
     "BinaryScore", "Bounds", "Box", "Config", "Interval", "L1Ball", "L2Ball", "LinfBall", "SparseBall", "certify",
-    "compare", "compute_bounds", "diagnose", "evaluate", "export_onnx", "import_checkpoint", "load_model", "train",
-    "verify",
+    "compare", "compute_bounds", "diagnose", "evaluate", "export_onnx", "import_checkpoint", "load_model", "solve",
+    "train", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

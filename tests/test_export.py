@@ -395,4 +395,5 @@ class TestCommandLine:
     def test_training_ends_with_an_export(self, trained, here):
         """And the recipe in ``run.json`` says which."""
         assert description(here)["config"] == unstructure(load_config(ROOT / "configs" / "smoke.yaml", TRAINED))
-        assert description(here)["config"]["export"] == {"enabled": True, "images": COUNT, "timeout": 60.0}
+        written = {"enabled": True, "images": COUNT, "timeout": 60.0, "vnnlib_version": 1.0}
+        assert description(here)["config"]["export"] == written

@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ..bounds.clock import OutOfTime, now, until
 from ..errors import InputError
 from ..ledger import mistyped
 from ..run_folder import JsonLines, LineFile
 from .limits import out_of_memory
+from .network_list import by_file, named_networks
 from .onnx_network import OnnxNetwork, read_onnx
+from .queries import read_question
 from .settings import Arithmetic, Certify
-from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, present, read_question, with_limits
+from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, with_limits
 
 
 class Instance(NamedTuple):
-    """A line of the table: file names as written, relative to the table's folder, and the timeout in seconds."""
+    """A line of the table: file names as written, relative to the table's folder, and the timeout in seconds.
+    ``network`` may be a list of named files, see ``named_networks``."""
 
     network: str
     property: str
@@ -29,7 +34,7 @@ class Instance(NamedTuple):
 
 
 def read_instances(path: str | Path) -> list[Instance]:
-    """Read the lines ``onnx,vnnlib,seconds`` of a table without a header.
+    """Read the lines ``onnx,vnnlib,seconds`` of a table without a header. Lists of networks are not read yet.
 
     Raises:
         InputError: the table cannot be read, or has a line of another form.
@@ -93,7 +98,8 @@ def run_instances(
             reader = _NetworkReader(folder)
             for number, instance in enumerate(instances[done:], start=done + 1):
                 limit = instance.timeout if timeout is None else min(timeout, instance.timeout)
-                answer, why = _answer_instance(reader, folder, instance, replace(settings, timeout=limit))
+                limited = replace(settings, timeout=limit)
+                answer, why = _answer_instance(reader, f"{path}, line {number}", instance, limited)
                 if lines is not None:
                     lines.append({**_names(instance), **answer.record(), "reason": why})
                 line = f"{_line_start(instance)}{RESULTS[answer.word]},{answer.seconds:.3f}"
@@ -154,29 +160,34 @@ def _count_answered(file: LineFile, instances: list[Instance]) -> int:
     return len(lines)
 
 
+KEPT_NETWORKS = 2
+
+
 class _NetworkReader:
-    """Reads networks and keeps the last one: consecutive lines often name the same."""
+    """Reads the networks of a table in a folder and keeps the last ones: consecutive lines often name the same."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.name = folder, ""
-        self.network: OnnxNetwork | None = None
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.networks: dict[tuple[Path, tuple[str, ...], torch.dtype], OnnxNetwork] = {}
 
-    def __call__(self, name: str) -> OnnxNetwork:
-        if self.network is None or name != self.name:
-            self.network, self.name = None, ""
-            self.network, self.name = read_onnx(present(self.folder / name)), name
-        return self.network
+    def __call__(self, path: Path, hidden: Sequence[str], dtype: torch.dtype) -> OnnxNetwork:
+        known = path, tuple(hidden), dtype
+        network = self.networks.pop(known, None)
+        while len(self.networks) >= KEPT_NETWORKS:  # before another is read: memory
+            del self.networks[next(iter(self.networks))]
+        self.networks[known] = read_onnx(path, hidden, dtype) if network is None else network
+        return self.networks[known]
 
 
 def _answer_instance(
-    networks: _NetworkReader, folder: Path, instance: Instance, settings: Certify
+    networks: _NetworkReader, where: str, instance: Instance, settings: Certify
 ) -> tuple[Answer, str | None]:
     """(answer, reason): the answer on one instance, and a reason to report; exceptions become answers."""
     started, arithmetic = now(), settings.arithmetic
     try:
         with until(started + settings.timeout):
-            network = networks(instance.network)
-            property = read_question(network, present(folder / instance.property))
+            files = by_file(named_networks(instance.network, where), networks.folder)
+            network, property = read_question(files, networks.folder / instance.property, networks)
             answer = check_property(network, property, started + settings.timeout, settings)
         return answer.finished(started), answer.reason
     except OutOfTime:

@@ -1,4 +1,4 @@
-"""Properties in VNN-LIB, the format of VNN-COMP (https://www.vnnlib.org), and their writer in version 1.0.
+"""Properties in VNN-LIB, the format of VNN-COMP (https://www.vnnlib.org), and their writer in versions 1.0 and 2.0.
 
 Assertions over inputs and outputs state the *unsafe* set. Decimals are read exactly; conversion to floats rounds
 outward for boxes, to nearest for rows.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
@@ -18,13 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, check
 from ..run_folder import write_atomically
 from ..typed import as_floats, as_ints
-from .vnnlib_text import DIGITS
+from .vnnlib_text import DIGITS, VnnlibText
 
 ROUNDING = 1e-9
 """Bound of float64's rounding error of a row, relative to the sum of its terms' sizes; 1e-11 at 100,000 of them."""
+
+VERSIONS = (1.0, 2.0)
+"""Versions of VNN-LIB that are written; the first is what alpha-beta-CROWN reads."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,11 @@ class Case:
     def written(self, point: Tensor) -> list[str] | None:
         """Decimals within the box as read, next to a point (N,) float64; None if an input has none.
 
-        Each is the entry's shortest decimal where that lies within, else that of the first float32 within, else the end
-        that it oversteps, with as many digits as needed.
+        Each is the decimal of the entry's float32 where that lies within, else that of the first float32 within, else
+        the end that it oversteps, with as many digits as needed. So where a float32 lies within, readers in float64 see
+        the same number as those in float32.
         """
+        point = point.float().double()
         texts = [repr(value) for value in as_floats(point + 0.0)]
         # two steps inside of a rounded end a float is within, and so is its decimal, which is less than half a step off
         least, most = (_next(_next(ends, way), way) for ends, way in ((self.lower, math.inf), (self.upper, -math.inf)))
@@ -126,16 +132,23 @@ class Case:
 
 @dataclass(frozen=True)
 class DeclaredTensor:
-    """An input or output as VNN-LIB 2.0 declares it.
+    """An input, output or hidden tensor as VNN-LIB 2.0 declares it.
 
     Args:
         name: its name in the file. kind: its element type, as written there. line: of its declaration.
+        source: a hidden tensor's name in the ONNX graph; empty for others.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     line: int
+    source: str = ""
+
+    @property
+    def size(self) -> int:
+        """The number of its entries."""
+        return math.prod(self.shape)
 
     def __str__(self) -> str:
         return f"{self.name} {self.kind} [{','.join(map(str, self.shape))}]"
@@ -147,21 +160,57 @@ class DeclaredTensor:
 
     def assigned(self, values: Iterator[str]) -> list[str]:
         """The lines that assign the next of the values, decimals, to the entries in row-major order."""
-        entries = itertools.islice(values, math.prod(self.shape))
+        entries = itertools.islice(values, self.size)
         return [str(self), *(format(Decimal(value), "f") for value in entries)]
 
 
 @dataclass(frozen=True)
-class Declarations:
-    """The inputs and outputs that a property in VNN-LIB 2.0 declares, in order."""
+class DeclaredNetwork:
+    """A network as VNN-LIB 2.0 declares it.
 
+    Args:
+        name: its name in the file. line: of its declaration.
+        equal_to: name of the network that it equals; None for one with a file of its own.
+        isomorphic_to: name of a network with the same graph; None without.
+    """
+
+    name: str
+    line: int
     inputs: tuple[DeclaredTensor, ...]
+    hidden: tuple[DeclaredTensor, ...]
     outputs: tuple[DeclaredTensor, ...]
+    equal_to: str | None = None
+    isomorphic_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """The networks that a query in VNN-LIB 2.0 declares, and their tensors, in order.
+
+    Variables are numbered tensor by tensor: the inputs of all networks, then their outputs, then their hidden tensors.
+    """
+
+    networks: tuple[DeclaredNetwork, ...]
+
+    @property
+    def inputs(self) -> tuple[DeclaredTensor, ...]:
+        return tuple(tensor for network in self.networks for tensor in network.inputs)
+
+    @property
+    def outputs(self) -> tuple[DeclaredTensor, ...]:
+        return tuple(tensor for network in self.networks for tensor in network.outputs)
+
+    @property
+    def hidden(self) -> tuple[DeclaredTensor, ...]:
+        return tuple(tensor for network in self.networks for tensor in network.hidden)
 
     def assigned(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[str]:
-        """The lines that assign decimals to all entries of the inputs and of the outputs."""
+        """The lines that assign decimals to all entries of all tensors, in the order of declaration. ``outputs`` are
+        those of all networks, their hidden tensors behind them."""
         values = iter((*inputs, *outputs))
-        return [line for tensor in (*self.inputs, *self.outputs) for line in tensor.assigned(values)]
+        lines = {tensor.name: tensor.assigned(values) for tensor in (*self.inputs, *self.outputs, *self.hidden)}
+        tensors = [tensor for one in self.networks for tensor in (*one.inputs, *one.hidden, *one.outputs)]
+        return [line for tensor in tensors for line in lines[tensor.name]]
 
 
 @dataclass(frozen=True)
@@ -173,7 +222,7 @@ class Property:
         cases: the cases; empty where no point is unsafe, whatever the network.
         tied: numbers of the inputs that rows of the cases read, behind the outputs.
         remark: a note on disjuncts that no input satisfies, which are left out; None without any.
-        declared: the tensors as declared; None in VNN-LIB 1.0.
+        declared: the networks and tensors as declared; None in VNN-LIB 1.0.
         repaired: a note on what was repaired in the file; None where nothing was.
     """
 
@@ -184,7 +233,40 @@ class Property:
     repaired: str | None = None
 
 
-def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, classes: int) -> None:
+class VnnlibQuery(ABC):
+    """A query in a file, of which the networks are still to be read.
+
+    Args:
+        source: its text.
+    """
+
+    source: VnnlibText
+
+    @property
+    @abstractmethod
+    def declared(self) -> Declarations | None:
+        """The networks and tensors as declared; None in VNN-LIB 1.0."""
+
+    @abstractmethod
+    def property(self, inputs: int, outputs: int) -> Property:
+        """The unsafe set that it states, for networks with so many inputs and outputs in all, flattened; hidden tensors
+        count as outputs.
+
+        Raises:
+            InputError: the file states no such set.
+        """
+
+    @abstractmethod
+    def check_outputs_asserted(self) -> None:
+        """
+        Raises:
+            InputError: no assertion names an output or a hidden tensor; of VNN-LIB 2.0 alone.
+        """
+
+
+def write_property(
+    path: str | Path, lower: Tensor, upper: Tensor, label: int, classes: int, version: float = 1.0
+) -> None:
     """Write the property that class ``label`` wins against every other on a box: Y_j >= Y_label is unsafe, j != label.
 
     Ends are written with nine digits. Neither the decimals nor the float32 that they round to lie inside the given
@@ -192,29 +274,75 @@ def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, c
 
     Args:
         lower, upper: ends of the box, floats of one shape, flattened in order (C, H, W).
+        version: of VNN-LIB, one of ``VERSIONS``. In 2.0 network ``f`` has the input ``X`` float32 [1, *shape] and the
+            output ``Y`` float32 [1, classes], and decimals are written in full, because its numbers have no exponents.
     Raises:
-        InputError: ends that are not finite in float32, of different shapes, or crossed; a label that is no class.
+        InputError: ends that are not finite in float32, of different shapes, or crossed; a label that is no class;
+            another version.
     """
     if lower.shape != upper.shape or not lower.numel() or not (lower.is_floating_point() and upper.is_floating_point()):
         found = f"{lower.dtype} {(*lower.shape,)} and {upper.dtype} {(*upper.shape,)}"
         raise InputError(f"box: found {found}; accepted: two tensors of floats of one shape, not empty")
     if classes < 2 or label not in range(classes):  # a fraction is not in the range either
         raise InputError(f"label: found {label} of {classes} classes; accepted: 0 to classes - 1, of 2 classes or more")
+    check_version("version", version)
     low, high = lower.detach().double().flatten().cpu(), upper.detach().double().flatten().cpu()
     ends32 = torch.stack([_outward32(low, -math.inf), _outward32(high, math.inf)])
     if not (ends32.isfinite().all() and (low <= high).all()):
         raise InputError("box: found ends that are crossed, or infinite or NaN in float32; accepted: lower <= upper")
     # nine digits are finer than half a float32 step: the decimals round back to the very float32
     down, up = (Context(prec=9, rounding=rounding) for rounding in (ROUND_FLOOR, ROUND_CEILING))
-    lines = [f"(declare-const X_{i} Real)" for i in range(len(low))]
-    lines += [f"(declare-const Y_{j} Real)" for j in range(classes)]
     floors, ceilings = (as_floats(end) for end in ends32 + 0.0)  # + 0.0: there is no -0
-    for i, (least, most) in enumerate(zip(floors, ceilings, strict=True)):
-        lines.append(f"(assert (>= X_{i} {down.create_decimal_from_float(least)}))".replace("E", "e"))
-        lines.append(f"(assert (<= X_{i} {up.create_decimal_from_float(most)}))".replace("E", "e"))
-    losses = " ".join(f"(and (<= Y_{int(label)} Y_{j}))" for j in range(classes) if j != label)
-    lines += [f"(assert (or {losses}))", ""]
-    write_atomically(Path(path), lambda temporary: temporary.write_text("\n".join(lines)))
+    ends = [
+        (down.create_decimal_from_float(least), up.create_decimal_from_float(most))
+        for least, most in zip(floors, ceilings, strict=True)
+    ]
+    others = [j for j in range(classes) if j != label]
+    if version == 1.0:
+        lines = _first(ends, int(label), others, classes)
+    else:
+        lines = _second(ends, int(label), others, classes, lower.shape)
+    write_atomically(Path(path), lambda temporary: temporary.write_text("\n".join([*lines, ""])))
+
+
+def check_version(name: str, version: float) -> None:
+    """
+    Raises:
+        InputError: no version of VNN-LIB that is written; names the field.
+    """
+    check(version in VERSIONS, name, version, " or ".join(map(str, VERSIONS)))
+
+
+def _first(ends: Sequence[tuple[Decimal, Decimal]], label: int, others: Sequence[int], classes: int) -> Iterator[str]:
+    """The lines of a property in VNN-LIB 1.0."""
+    yield from (f"(declare-const X_{i} Real)" for i in range(len(ends)))
+    yield from (f"(declare-const Y_{j} Real)" for j in range(classes))
+    for i, (least, most) in enumerate(ends):
+        yield f"(assert (>= X_{i} {least}))".replace("E", "e")
+        yield f"(assert (<= X_{i} {most}))".replace("E", "e")
+    losses = " ".join(f"(and (<= Y_{label} Y_{j}))" for j in others)
+    yield f"(assert (or {losses}))"
+
+
+def _second(
+    ends: Sequence[tuple[Decimal, Decimal]], label: int, others: Sequence[int], classes: int, shape: Sequence[int]
+) -> Iterator[str]:
+    """The lines of a property in VNN-LIB 2.0, for inputs of this shape behind a batch of one."""
+    yield "(vnnlib-version <2.0>)"
+    yield "(declare-network f"
+    yield f"  (declare-input X float32 [{','.join(map(str, (1, *shape)))}])"
+    yield f"  (declare-output Y float32 [1,{classes}]))"
+    for place, (least, most) in zip(itertools.product(*map(range, shape)), ends, strict=True):
+        entry = f"X[{','.join(map(str, (0, *place)))}]"
+        yield f"(assert (and (>= {entry} {_in_full(least)}) (<= {entry} {_in_full(most)})))"
+    losses = " ".join(f"(<= Y[0,{label}] Y[0,{j}])" for j in others)
+    yield f"(assert (or {losses}))"
+
+
+def _in_full(value: Decimal) -> str:
+    """The decimal without exponent and with a decimal point, without which it would be an integer."""
+    text = format(value, "f")
+    return text if "." in text else f"{text}.0"
 
 
 def _outward32(ends: Tensor, direction: float) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..streams import tolerant_streams
-from . import compare, diagnose, evaluate, export, import_checkpoint, train, verify
+from . import capabilities, compare, diagnose, evaluate, export, import_checkpoint, train, verify
 from .words import Parser
 
 
@@ -27,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(prog="certtrain", description="Certified training, and the proof.")
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--name", action="version", version="certtrain", help="show program's name and exit")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, verify, evaluate, diagnose, export, import_checkpoint, compare):
+    for command in (train, verify, evaluate, diagnose, export, import_checkpoint, compare, capabilities):
         command.add(commands)
     with tolerant_streams() as out:
         try:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from .query import answer_query, named_files
 from .tables import agreement, say_where, stages
 from .words import add_plugins, number, one_word_and_pairs, pairs
 
@@ -25,8 +27,9 @@ RUNS_ALONE = ("certify.enabled", "certify.images", "certify.attack")
 def add(commands) -> None:
     verify = commands.add_parser(
         "verify",
-        help="certify the test images of a finished run, or answer VNN-COMP's questions",
-        usage="certtrain verify RUN_DIR [options]\n       certtrain verify --onnx FILE --vnnlib FILE [--results FILE] "
+        help="certify the test images of a finished run, or answer VNN-LIB queries",
+        usage="certtrain verify RUN_DIR [options]\n       certtrain verify QUERY.vnnlib --network NAME=FILE … "
+        "[--timeout SECONDS] [options]\n       certtrain verify --onnx FILE --vnnlib FILE [--results FILE] "
         "[--json FILE] [options]\n       certtrain verify --instances CSV --results CSV [--json FILE] [options]\n"
         "       certtrain verify --check-abcrown",
         description="Certify the test images of a run whose training is finished. Verdicts are written the moment "
@@ -66,10 +69,17 @@ def add(commands) -> None:
     files.add_argument("--results", metavar="FILE", help="where answers are written, in VNN-COMP's form")
     files.add_argument("--json", metavar="FILE", help="where answers are written with their times and counts, as JSON; "
                        "with --instances a line for each")  # fmt: skip
+    query = verify.add_argument_group("a VNN-LIB query, as the standard's command line has it")
+    query.add_argument("--network", dest="networks", metavar="NAME=FILE", action="append", default=[],
+                       help="the ONNX file of a network that the query declares (repeatable); of a query about one "
+                       "network FILE alone will do; sat, unsat, unknown or timed-out is printed")  # fmt: skip
+    query.add_argument("--serialise-assignments", metavar="DIR", help="write the assignment behind sat there, a file "
+                       "NAME.pb for each tensor, and not to stdout")  # fmt: skip
     verify.set_defaults(run=_verify, parser=verify)
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    started = perf_counter()
     options.go_on = "the same call"
     if options.help:
         return _help(options)
@@ -79,6 +89,8 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         return _instances(options, rest)
     if options.onnx or options.vnnlib:
         return _property(options, rest)
+    if options.networks or options.serialise_assignments or _names_query(rest):
+        return _query(options, rest, started)
     return _run(options, rest)
 
 
@@ -114,9 +126,11 @@ def _is_for_properties(path: str) -> bool:
     return path.startswith("certify.") and ".".join(path.split(".")[:2]) not in RUNS_ALONE
 
 
-def _property_settings(options: argparse.Namespace, rest: list[str]) -> tuple[Certify, float | None]:
+def _property_settings(options: argparse.Namespace, given: Mapping[str, str]) -> tuple[Certify, float | None]:
     """(settings, seconds): the settings of a property, and its timeout where one is given.
 
+    Args:
+        given: the options that argparse does not know.
     Raises:
         InputError: options about a run's images, which do not apply to a property; a bad value.
     """
@@ -126,7 +140,7 @@ def _property_settings(options: argparse.Namespace, rest: list[str]) -> tuple[Ce
     from ..verifiers.settings import ROUNDINGS, Certify
     from ..verifiers.vnncomp import PROPERTY
 
-    overrides = pairs(rest)
+    overrides = dict(given)
     about_runs = ("images", "epsilon", "total_timeout", "device", "abcrown_python", "abcrown_home")
     refused = [f"--{name.replace('_', '-')}" for name in about_runs if getattr(options, name) is not None]
     refused += ["--verifier"] if options.verifier != "embedded" else []
@@ -169,18 +183,54 @@ def _stages_and_memory(options: argparse.Namespace) -> dict[str, str]:
 def _property(options: argparse.Namespace, rest: list[str]) -> int:
     with _says_error():
         from ..errors import InputError
-        from ..verifiers.vnncomp import answer
+        from ..verifiers.network_list import named_networks
+        from ..verifiers.solving import solve
 
-        settings, _ = _property_settings(options, rest)
+        _refuse_options_of_queries(options)
+        settings, _ = _property_settings(options, pairs(rest))
         if not (options.onnx and options.vnnlib):
             raise InputError("found one file; accepted: --onnx FILE and --vnnlib FILE together")
-        found = answer(
-            options.onnx, options.vnnlib, results=options.results, record=options.json, certify=settings
-        )  # fmt: skip
+        networks = named_networks(options.onnx, "--onnx")
+        found = solve(options.vnnlib, networks, results=options.results, record=options.json, certify=settings)
     if found.remark is not None:
         print(f"remark: {found.remark}", file=sys.stderr)
     print(found)
     return 0
+
+
+def _refuse_options_of_queries(options: argparse.Namespace) -> None:
+    from ..errors import InputError
+
+    for name, given in (("network", options.networks), ("serialise-assignments", options.serialise_assignments)):
+        if given:
+            raise InputError(f"--{name}: cannot be given here; accepted: with QUERY.vnnlib as a word of its own")
+
+
+def _names_query(rest: list[str]) -> bool:
+    """Whether the word that is no option is a query's file, and not a run's folder."""
+    from ..errors import InputError
+
+    try:
+        path, _ = one_word_and_pairs("verify", rest)
+    except InputError:
+        return False
+    return not path.is_dir() and (path.is_file() or path.name.endswith((".vnnlib", ".vnnlib.gz")))
+
+
+def _query(options: argparse.Namespace, rest: list[str], started: float) -> int:
+    from ..errors import InputError
+
+    path, overrides = one_word_and_pairs("verify", rest, "query", "QUERY.vnnlib --network NAME=FILE")
+    if path.is_dir():
+        name = "network" if options.networks else "serialise-assignments"
+        raise InputError(f"--{name}: found with {path}, a folder; accepted: with a query, a VNN-LIB file")
+    networks = named_files(path, options.networks)
+    with contextlib.redirect_stdout(sys.stderr):  # for the imports' own words, and plug-ins'
+        settings, _ = _property_settings(options, overrides)
+    return answer_query(
+        path, networks, settings, started,
+        results=options.results, record=options.json, assignments=options.serialise_assignments,
+    )  # fmt: skip
 
 
 def _instances(options: argparse.Namespace, rest: list[str]) -> int:
@@ -189,7 +239,8 @@ def _instances(options: argparse.Namespace, rest: list[str]) -> int:
         from ..training import StopRequest
         from ..verifiers.instances import run_instances
 
-        settings, seconds = _property_settings(options, rest)
+        _refuse_options_of_queries(options)
+        settings, seconds = _property_settings(options, pairs(rest))
         if not options.results or options.onnx or options.vnnlib:
             raise InputError("--instances: accepted: --instances CSV and --results CSV, without --onnx and --vnnlib")
         with StopRequest(at_once=True):

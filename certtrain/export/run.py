@@ -20,7 +20,7 @@ from ..errors import check
 from ..labels import check_labels, classes_of
 from ..run_folder import RunFolder, sha256, write_atomically
 from ..verifiers.abcrown import configuration
-from ..verifiers.vnnlib import write_property
+from ..verifiers.vnnlib import VERSIONS, check_version, write_property
 from .onnx_file import export_onnx
 
 PARITY = 1000
@@ -35,15 +35,18 @@ class Export:
         enabled: whether a run ends with an export.
         images: number of test images, from the first on, for which a property is written; null for all.
         timeout: seconds per property in ``instances.csv``.
+        vnnlib_version: version of VNN-LIB of the properties, 1.0 or 2.0.
     """
 
     enabled: bool = True
     images: int | None = 100
     timeout: float = 60.0
+    vnnlib_version: float = VERSIONS[0]
 
     def __post_init__(self) -> None:
         check(self.images is None or self.images >= 0, "images", self.images, "a whole number >= 0, or null")
         check(0 < self.timeout < float("inf"), "timeout", self.timeout, "seconds > 0")
+        check_version("vnnlib_version", self.vnnlib_version)
 
 
 def write_files(
@@ -54,6 +57,7 @@ def write_files(
     ball: PerturbationSet,
     images: range,
     timeout: float,
+    vnnlib_version: float = VERSIONS[0],
 ) -> dict[str, Any]:
     """Write ``model.onnx``, ``specs/NNNN.vnnlib`` for ``images``, ``instances.csv``, ``abcrown.yaml``, ``SHA256SUMS``.
 
@@ -79,7 +83,7 @@ def write_files(
         (folder.specs / stale).unlink()
     for name, number in zip(names, images):
         lower, upper = ball.ends(split.pixels(torch.tensor([number])).cpu())
-        write_property(folder.specs / name, lower[0], upper[0], int(split.labels[number]), classes)
+        write_property(folder.specs / name, lower[0], upper[0], int(split.labels[number]), classes, vnnlib_version)
     rows = [(folder.onnx.name, f"{folder.specs.name}/{name}", f"{timeout:.15g}") for name in names]
     _write(folder.instances, _lines(rows))
     _write(folder.abcrown, yaml.safe_dump(configuration(timeout, "cpu"), sort_keys=False))
@@ -88,7 +92,7 @@ def write_files(
     record = {**dataclasses.asdict(network), "path": folder.onnx.name}
     found = {
         "weights": folder.weights_sha256(), "network": record, "epsilon": float(ball.epsilon),
-        "properties": len(names), "timeout": timeout,
+        "properties": len(names), "timeout": timeout, "vnnlib_version": vnnlib_version,
         "first_image": images.start, "sums": {"path": folder.sums.name, "sha256": sha256(folder.sums)},
     }  # fmt: skip
     folder.describe("export", found)

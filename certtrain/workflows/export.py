@@ -23,6 +23,7 @@ def export(
     images: str | range | None = None,
     epsilon: float | None = None,
     timeout: float | None = None,
+    vnnlib_version: float | None = None,
     plugins: Sequence[str | Path] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def export(
         images: test images for which properties are written, ``"start:stop"`` or a range; None for the recipe's.
         epsilon: radius of the properties in pixel units; None for the run's.
         timeout: seconds per property; None for the recipe's.
+        vnnlib_version: version of VNN-LIB of the properties, 1.0 or 2.0; None for the recipe's.
         plugins: modules or files whose classes the recipe may name, see docs/plugins.md.
     Returns:
         the section ``export`` of ``run.json``.
@@ -43,7 +45,8 @@ def export(
     load_plugins(plugins)
     run = Run.open(path)
     ball = run.config.perturbation if epsilon is None else run.config.perturbation.with_epsilon(float(epsilon))
-    settings = run.config.export if timeout is None else replace(run.config.export, timeout=timeout)
+    given = {"timeout": timeout, "vnnlib_version": vnnlib_version}
+    settings = replace(run.config.export, **{name: value for name, value in given.items() if value is not None})
     dataset = run.dataset()
     with run.folder.exclusive():
         return export_run(run, dataset, ball, images, settings, quiet)
@@ -58,7 +61,9 @@ def export_run(
     default = range(count if settings.images is None else min(settings.images, count))
     chosen = default if images is None else images_of(images, count)
     with full_float32():
-        found = write_files(folder, model, dataset.test, dataset.classes, ball, chosen, settings.timeout)
+        found = write_files(
+            folder, model, dataset.test, dataset.classes, ball, chosen, settings.timeout, settings.vnnlib_version
+        )
     if not quiet:
         network = found["network"]
         properties = f"{found['properties']} properties at epsilon {found['epsilon']:.6g}"
