@@ -86,7 +86,7 @@ class OnnxNetwork:
         inputs: the file's input tensors. computed: shapes of its output tensors, with a batch of one; then those of
             the hidden tensors.
         hidden: names of the tensors of its graph that it gives behind its outputs.
-        dtype: of the module: float64 for a file whose weights float32 does not hold, else float32.
+        dtype: of the module: float64 for a file whose weights float32 does not hold, else as asked for.
     """
 
     module: NetworkModule

@@ -388,7 +388,8 @@ class _ExactJudge(Judge):
             _Refuted: the point is a counterexample.
         """
         assert self.replay is not None and self.property is not None
-        decimals = case.written(image.double().flatten().cpu())
+        # of float32s where they lie within: then models in float64 read the same numbers
+        decimals = case.written(image.float().double().flatten().cpu())
         if decimals is None:
             return
         point = torch.tensor([float(text) for text in decimals], dtype=torch.float64).float().reshape(image.shape)

@@ -91,11 +91,9 @@ class Case:
     def written(self, point: Tensor) -> list[str] | None:
         """Decimals within the box as read, next to a point (N,) float64; None if an input has none.
 
-        Each is the decimal of the entry's float32 where that lies within, else that of the first float32 within, else
-        the end that it oversteps, with as many digits as needed. So where a float32 lies within, readers in float64 see
-        the same number as those in float32.
+        Each is the entry's shortest decimal where that lies within, else that of the first float32 within, else the end
+        that it oversteps, with as many digits as needed.
         """
-        point = point.float().double()
         texts = [repr(value) for value in as_floats(point + 0.0)]
         # two steps inside of a rounded end a float is within, and so is its decimal, which is less than half a step off
         least, most = (_next(_next(ends, way), way) for ends, way in ((self.lower, math.inf), (self.upper, -math.inf)))
