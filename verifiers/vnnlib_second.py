@@ -8,14 +8,25 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from typing import NoReturn, TypeAlias
 
 import vnnlib
 
 from ..bounds.clock import looking
-from .constraints import CONSTANT, ONE, Conjunction, Constraint, Disjunction, Term, added, compare
+from .constraints import (
+    CONSTANT,
+    DEGREE,
+    ONE,
+    Conjunction,
+    Constraint,
+    Disjunction,
+    Term,
+    added,
+    compare,
+    degree,
+    multiplied,
+)
 from .normal_form import Variables, normal_form
 from .vnnlib import Declarations, DeclaredTensor, Property
 from .vnnlib_text import DEPTH, Token, VnnlibText
@@ -31,6 +42,8 @@ COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|;[^\n]*')
 INDICES = re.compile(r"\[([^\]\[()]*)\]")
 NUMBERS = re.compile(r"\s*(?:[0-9]{1,9}\s*(?:,\s*[0-9]{1,9}\s*)*)?")
 SYNTAX_ERROR = re.compile(r"Parse error: syntax error at line (\d+), column \d+: '(.*)'", re.DOTALL)
+PRODUCTS = 1_000_000
+"""Most products of variables of one term: of sums, as many as their lengths multiplied."""
 GRAMMAR = "VNN-LIB 2.0, in which numbers are 1 or 1.5, without an exponent, and equality is =="
 
 _Definition: TypeAlias = vnnlib.InputDefinition | vnnlib.OutputDefinition
@@ -44,12 +57,12 @@ def read_second(source: VnnlibText, inputs: int, outputs: int) -> Property:
     """Read the query in a VNN-LIB 2.0 file for one network with so many inputs and outputs.
 
     The network may have several inputs and outputs, which are flattened and concatenated in their order. Accepted are
-    the element types of ``TYPES``, and comparisons of linear terms over inputs and outputs alike.
+    the element types of ``TYPES``, and comparisons of terms over inputs and outputs alike, of degree 2 at most.
 
     Raises:
         InputError: syntax, types and scopes that the package refuses; another element type; an index or size that is
-            no natural number, which the package takes; several networks, hidden tensors, products of variables; an
-            input without a lower or upper end in some disjunct; too many disjuncts.
+            no natural number, which the package takes; several networks, hidden tensors; products of more than two
+            variables; an input without a lower or upper end in some disjunct; too many disjuncts.
     """
     return _Query(_checked(source), inputs, outputs).read()
 
@@ -203,7 +216,7 @@ class _Query:
     def _term(self, node: vnnlib.ArithExpr) -> Term:
         match node:
             case vnnlib.Var():
-                return {self.tensors[node.name].entry(node.indices): ONE}
+                return {(self.tensors[node.name].entry(node.indices),): ONE}
             case vnnlib.Literal():
                 return {CONSTANT: self.source.number(Token(node.lexeme, node.line))}
             case vnnlib.Negate():
@@ -225,14 +238,15 @@ class _Query:
     def _product(self, node: vnnlib.Multiply) -> Term:
         """
         Raises:
-            InputError: two of the factors have variables.
+            InputError: a product of more than two variables; of two sums that are too long.
         """
         total: Term = {CONSTANT: ONE}
         for term in map(self._term, node.args):
-            if total.keys() - {CONSTANT} and term.keys() - {CONSTANT}:
-                self.source.refuse(Token(str(node), _line(node)), "products of numbers and one term with variables")
-            factor, other = (term, total) if term.keys() <= {CONSTANT} else (total, term)
-            total = added({}, other, factor.get(CONSTANT, Fraction(0)))
+            if degree(total) + degree(term) > DEGREE:
+                self.source.refuse(Token(str(node), _line(node)), f"terms of degree {DEGREE} at most")
+            if min(len(total), len(term)) > 1 and len(total) * len(term) > PRODUCTS:
+                self.source.refuse(Token("*", _line(node)), f"at most {PRODUCTS} products in one term")
+            total = multiplied(total, term)
         return total
 
 
