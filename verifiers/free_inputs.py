@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
@@ -11,8 +12,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..typed import as_floats
 from .constraints import CONSTANT, Monomial, Term, added, multiplied
 from .vnnlib_text import DIGITS
+
+BITS = (22, 20, 16, 12, 8, 4)
+"""Numbers of bits to which points are rounded until float32 holds all inputs exactly, of the largest input's 24."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +51,20 @@ class FreeInputs:
         return torch.tensor([float(term.get(CONSTANT, 0)) for term in self.terms], dtype=torch.float64)
 
     @cached_property
+    def _odd(self) -> Mapping[int, float]:
+        """For the free inputs that others are computed of, the odd number whose multiples these need to be floats."""
+        found = dict[int, int]()
+        for term in (term for term in self.terms if not _is_copy(term)):
+            for monomial, factor in term.items():
+                odd = factor.denominator // (factor.denominator & -factor.denominator)
+                for place in monomial:
+                    found[place] = math.lcm(found.get(place, 1), odd)
+        return {place: float(odd) if odd < 1 << 24 else 1.0 for place, odd in found.items()}
+
+    @cached_property
     def copies(self) -> bool:
         """Whether each input is one of the free inputs itself."""
-        return all(len(term) == 1 and CONSTANT not in term and 1 in term.values() for term in self.terms)
+        return all(map(_is_copy, self.terms))
 
     def at(self, free: Tensor) -> Tensor:
         """(P, N) float64: the inputs at points (P, F), up to rounding."""
@@ -57,20 +73,47 @@ class FreeInputs:
             total = total + free.double()[:, index] * factor
         return total
 
+    def on_grid(self, free: Tensor) -> list[str] | None:
+        """Decimals of a point near ``free`` (F,), exactly, at which float32 holds all inputs exactly, as it often does
+        sums of floats of fewer bits; None where there is none near, and where all inputs are copies anyway."""
+        if self.copies:
+            return None
+        computed = [term for term in self.terms if not _is_copy(term)]
+        shared = sorted(self._odd)
+        odd = torch.tensor([self._odd[place] for place in shared], dtype=torch.float64)
+        largest = max(float(self.at(free[None]).abs().max()), float(free.abs().max()), torch.finfo(torch.float32).tiny)
+        for bits in BITS:
+            step, point = odd * 2.0 ** (math.frexp(largest)[1] - bits), free.float().double()
+            point[shared] = (point[shared] / step).round() * step
+            values = [Fraction(value) for value in as_floats(point)]
+            if all(map(_is_float32, values)) and all(_is_float32(_value(term, values)) for term in computed):
+                return [str(Decimal(value)).replace("E", "e") for value in as_floats(point + 0.0)]
+        return None
+
     def written(self, free: Sequence[str]) -> list[str] | None:
         """The decimals of all inputs, exactly, at decimals of the free ones; None where one has no end, such as 1/3."""
         if self.copies:
             return [free[monomial[0]] for term in self.terms for monomial in term]
         values, texts = [Fraction(text) for text in free], list[str]()
         for term in self.terms:
-            if len(term) == 1 and CONSTANT not in term and 1 in term.values():
-                texts.append(free[next(iter(term))[0]])
-                continue
-            text = _decimal(sum((factor * (values[m[0]] if m else 1) for m, factor in term.items()), Fraction(0)))
+            text = free[min(min(term))] if _is_copy(term) else _decimal(_value(term, values))
             if text is None:
                 return None
             texts.append(text)
         return texts
+
+
+def _is_copy(term: Mapping[Monomial, Fraction]) -> bool:
+    return len(term) == 1 and CONSTANT not in term and 1 in term.values()
+
+
+def _value(term: Mapping[Monomial, Fraction], values: Sequence[Fraction]) -> Fraction:
+    """An affine term of the free inputs at their values."""
+    return sum((factor * (values[min(one)] if one else 1) for one, factor in term.items()), Fraction(0))
+
+
+def _is_float32(value: Fraction) -> bool:
+    return abs(value) < torch.finfo(torch.float32).max and Fraction(float(torch.tensor(float(value)).float())) == value
 
 
 def _decimal(value: Fraction) -> str | None:
@@ -86,10 +129,22 @@ def _decimal(value: Fraction) -> str | None:
 
 
 class Equalities:
-    """Equalities among variables, each solved for one of them."""
+    """Equalities among variables, each solved for one of them.
 
-    def __init__(self) -> None:
+    Args:
+        terms: of degree 1, each of which is 0. An equality in which one variable is left, once all others are solved,
+            is not solved.
+    """
+
+    def __init__(self, terms: Sequence[Mapping[Monomial, Fraction]] = ()) -> None:
         self._solved: dict[int, Term] = {}
+        before = -1
+        while before < len(self._solved):  # what was left in one variable may be in several now
+            before = len(self._solved)
+            for term in terms:
+                self._solve(term)
+        for variable in reversed(self._solved):
+            self._solved[variable] = self.resolved(self._solved[variable])
 
     def __len__(self) -> int:
         return len(self._solved)
@@ -97,8 +152,7 @@ class Equalities:
     def __contains__(self, variable: int) -> bool:
         return variable in self._solved
 
-    def add(self, term: Mapping[Monomial, Fraction]) -> None:
-        """Solve ``term`` == 0, of degree 1, for one of its variables; not where less than two are left in it."""
+    def _solve(self, term: Mapping[Monomial, Fraction]) -> None:
         left = self.resolved(term)
         variables = [monomial for monomial, factor in left.items() if monomial and factor]
         if len(variables) < 2:
@@ -118,11 +172,6 @@ class Equalities:
                 product = multiplied(product, self._value(variable))
             added(total, product, 1)
         return total
-
-    def finish(self) -> None:
-        """Resolve all solutions, so that ``resolved`` takes one step."""
-        for variable in reversed(self._solved):
-            self._solved[variable] = self.resolved(self._solved[variable])
 
     def _value(self, variable: int) -> Term:
         if variable not in self._solved:

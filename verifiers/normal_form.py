@@ -115,13 +115,15 @@ class _NormalForm:
             self._check_bounded(box | own)
             crossed = self._crossed(box | own)
             if crossed is None:
-                cases.append(self._case(box | own, [rows + clause or [ALWAYS] for clause in clauses], terms))
+                common = len(rows) if len(clauses) > 1 else len(rows) + len(clauses[0])
+                cases.append(self._case(box | own, [rows + clause or [ALWAYS] for clause in clauses], terms, common))
             remark = remark or crossed
         return Property(tuple(cases), terms, free, remark)
 
     def _solve(self, shared: Literals) -> FreeInputs | None:
         """Solve the equalities among inputs that all disjuncts share; None without any."""
-        count, met = self.variables.inputs, dict[tuple[frozenset[tuple[Monomial, Fraction]], Fraction], Inequality]()
+        count, met = self.variables.inputs, set[tuple[frozenset[tuple[Monomial, Fraction]], Fraction]]()
+        equalities = list[Term]()
         for literal in shared:
             if literal.strict or not all(len(one) == 1 and one[0] < count for one, _ in literal.coefficients):
                 continue
@@ -129,11 +131,11 @@ class _NormalForm:
             coefficients = [(one, factor / size) for one, factor in literal.coefficients]
             opposite = frozenset((one, -factor) for one, factor in coefficients), -literal.constant / size
             if opposite in met:
-                self.equalities.add({**dict(literal.coefficients), CONSTANT: literal.constant})
-            met[frozenset(coefficients), literal.constant / size] = literal
+                equalities.append({**dict(literal.coefficients), CONSTANT: literal.constant})
+            met.add((frozenset(coefficients), literal.constant / size))
+        self.equalities = Equalities(equalities)
         if not len(self.equalities):
             return None
-        self.equalities.finish()
         self.inputs = [number for number in range(count) if number not in self.equalities]
         places = [*self.inputs, *range(count, count + self.variables.outputs)]
         self.places = {number: place for place, number in enumerate(places)}
@@ -210,7 +212,7 @@ class _NormalForm:
                 return f"{self.source.path}, line {line}: an empty box: {self.variables.declared(number).text} {found}"
         return None
 
-    def _case(self, box: _Box, clauses: list[list[_Row]], terms: tuple[Monomial, ...]) -> Case:
+    def _case(self, box: _Box, clauses: list[list[_Row]], terms: tuple[Monomial, ...], common: int) -> Case:
         inputs, outputs = len(self.inputs), self.variables.outputs
         columns = [*((output,) for output in range(inputs, inputs + outputs)), *terms, CONSTANT]
         rows = [row for clause in clauses for row in clause]
@@ -221,7 +223,7 @@ class _NormalForm:
         exact = tuple((lower.value, upper.value) for lower, upper in pairs)
         excluded = frozenset(place for place, end in box.items() if end.strict)
         written = tuple(row.literal for row in rows)
-        return Case(ends[:, 0], ends[:, 1], exact, table[:, :-1], table[:, -1], numbers, excluded, written)
+        return Case(ends[:, 0], ends[:, 1], exact, table[:, :-1], table[:, -1], numbers, excluded, written, common)
 
 
 def _tighter(end: _End, other: _End, upper: bool) -> bool:

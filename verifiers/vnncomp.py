@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import Box
+from ..bounds import Box, Region
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.folding import fold
 from ..bounds.memory import within
@@ -24,6 +24,7 @@ from .cascade import run_cascade
 from .input_split import few_inputs
 from .limits import Limits
 from .onnx_network import OnnxNetwork, read_onnx, replay_session
+from .polytope import Polytope
 from .problem import Problem, Specification, Verdict
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
@@ -54,6 +55,9 @@ READING_TOLERANCE = 1e-3
 RANDOM_POINTS = 3
 """Number of random corners of a box, and of random points inside, at which our network is compared with onnxruntime;
 besides the lower and the upper corner and the middle, where a centred input is all zeros."""
+
+POLYTOPE = 1 << 22
+"""Most coefficients of rows of inputs alone, over all boxes of one batch, that searches for points respect."""
 
 MOST_ACTIVATIONS = 1 << 24
 """Most entries of the widest layer's output, over all boxes of one batch."""
@@ -351,7 +355,7 @@ def _verdicts_of(
     latest = {verdict.index: verdict for verdict in late}
     stages: list[Stage] = []
     while numbers and (left := deadline - now()) > 0:
-        problem = _problem(network, [property.cases[number] for number in numbers], numbers)
+        problem = _problem(network, property, numbers)
         again, stages = bool(stages), _stages(problem, judge, settings)
         if again:
             if stages[-1].within(left)[1]:
@@ -396,16 +400,23 @@ class _ExactJudge(Judge):
         return False
 
     def refute(self, case: Case, image: Tensor) -> None:
-        """Replay a point (*shape) of the free inputs.
+        """Replay a point (*shape) of the free inputs, and before it one at which float32 holds all inputs exactly.
 
         Raises:
             _Refuted: the point is a counterexample.
         """
+        assert self.property is not None
+        point = image.double().flatten().cpu()
+        free = self.property.free
+        near = None if free is None else free.on_grid(point)
+        for decimals in (near if near is not None and case.within(near) else None, case.written(point)):
+            if decimals is not None:
+                self._replay(case, decimals)
+
+    def _replay(self, case: Case, own: list[str]) -> None:
+        """Replay a point by the decimals of the free inputs."""
         assert self.replay is not None and self.property is not None
         free = self.property.free
-        own = case.written(image.double().flatten().cpu())
-        if own is None:
-            return
         decimals = own if free is None else free.written(own)
         if free is not None and decimals is None:
             point = free.at(torch.tensor([[float(text) for text in own]]))[0].float()
@@ -440,7 +451,8 @@ def _grouped_by_clauses(cases: Sequence[Case], most: int) -> Iterator[list[int]]
         yield from (numbers[first : first + most] for first in range(0, len(numbers), most))
 
 
-def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]) -> Problem:
+def _problem(network: OnnxNetwork, property: Property, numbers: Sequence[int]) -> Problem:
+    cases = [property.cases[number] for number in numbers]
     lower, upper = (torch.stack(ends) for ends in zip(*((case.lower32, case.upper32) for case in cases), strict=True))
     if not (lower.isfinite().all() and upper.isfinite().all()):
         raise InputError("property: found an end that is infinite in float32; accepted: ends of float32's range")
@@ -448,10 +460,28 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
     rows, offsets = torch.stack([case.rows for case in cases]), torch.stack([case.offsets for case in cases])
     size = torch.exp2(rows.abs().amax(-1).frexp().exponent.double())  # a power of 2, so exact: float32 loses no row
     specification = Specification(rows / size.unsqueeze(-1), offsets / size, cases[0].clauses)
-    return Problem(
-        network.module, Box(*(end.reshape(shape).to(network.dtype) for end in (lower, upper))), specification,
-        torch.tensor(numbers),
-    )  # fmt: skip
+    box = Box(*(end.reshape(shape).to(network.dtype) for end in (lower, upper)))
+    region = _within_common_rows(network, property, box, specification, min(case.common for case in cases))
+    return Problem(network.module, region, specification, torch.tensor(numbers))
+
+
+def _within_common_rows(
+    network: OnnxNetwork, property: Property, box: Box, specification: Specification, common: int
+) -> Region:
+    """The boxes with those of the first rows that are linear in the inputs alone; the boxes themselves without any."""
+    inputs, outputs = network.shape.numel(), network.outputs - len(property.terms)
+    column = {place: outputs + number for number, (place, *more) in enumerate(property.terms)
+              if not more and place < inputs}  # fmt: skip
+    others = torch.ones(network.outputs, dtype=torch.bool)
+    others[list(column.values())] = False
+    rows, offsets = specification.rows[:, :common], specification.offsets[:, :common]
+    linear = (rows[..., others] == 0).flatten(2).all(-1).all(0) & (rows != 0).any(-1).any(0)
+    count = int(linear.sum())
+    if not count or len(rows) * count * inputs > POLYTOPE:
+        return box
+    normals = rows.new_zeros(len(rows), count, inputs)
+    normals[..., list(column)] = rows[:, linear][..., list(column.values())]
+    return Polytope(box, normals.reshape(len(rows), count, *network.shape), offsets[:, linear])
 
 
 def _stages(problem: Problem, judge: Judge, settings: Certify) -> list[Stage]:

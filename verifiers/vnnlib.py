@@ -45,6 +45,7 @@ class Case:
         excluded: the ends that are not in the box as read, since their comparisons are strict: (input, whether it is
             the upper end).
         comparisons: of each row the comparison in the file, exact, on all variables of the property.
+        common: number of rows, the first ones, that stand in every clause.
     """
 
     lower: Tensor
@@ -55,6 +56,7 @@ class Case:
     clauses: Tensor
     excluded: frozenset[tuple[int, bool]] = frozenset()
     comparisons: tuple[Inequality, ...] = ()
+    common: int = 0
 
     @property
     def lower32(self) -> Tensor:
@@ -133,6 +135,10 @@ class Case:
         strict = not self.excluded.isdisjoint(((i, False), (i, True)))
         candidates = itertools.chain(inside, () if strict else _decimals_at(end, rounding))
         return next((text for text in candidates if self._contains(i, Fraction(text))), None)
+
+    def within(self, texts: Sequence[str]) -> bool:
+        """Whether decimals of all free inputs lie in the box as read."""
+        return all(self._contains(i, Fraction(text)) for i, text in enumerate(texts))
 
     def _contains(self, i: int, value: Fraction) -> bool:
         """Whether the value lies in the box of input ``i`` as read."""
