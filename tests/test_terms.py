@@ -395,3 +395,53 @@ def test_products_have_no_bounds_of_rounding(tmp_path, arithmetic):
     (tmp_path / "q.vnnlib").write_text(query(interval("0.0", "1.0") + "(assert (> (* Y[0,0] X[0,0]) 1.5))"))
     with pytest.raises(InputError, match="products of the property: found product of two computed values; accepted"):
         answer(network, tmp_path / "q.vnnlib", 20.0, arithmetic=arithmetic)
+
+
+# equalities of outputs
+
+
+def test_equalities_of_outputs(ask, tmp_path):
+    """Whether two outputs meet is told by their difference's extremes, by integer programs; points are found at which
+    onnxruntime gives the same float32 for both."""
+    words = list[str]()
+    for seed in range(6):
+        draw = np.random.default_rng(seed)
+        shapes = ((12, 4), (12, 12), (2, 12))
+        layers = [(draw.normal(size=(k, n)) / 2, draw.normal(size=k) / 2) for k, n in shapes]
+        network = save_network(tmp_path / "n.onnx", layers)
+        folded = fold(read_onnx(network).module, torch.Size((4,)), dtype=torch.float64)
+        ends = torch.ones(1, 4, dtype=torch.float64)
+        rows = torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]], dtype=torch.float64)
+        square, zero = Box(-ends, ends), torch.zeros(1, 2, dtype=torch.float64)
+        best = minimum(folded, square, rows, zero, crown_bounds(folded, square), clauses=torch.arange(2))
+        least, most = float(best.values[0]), -float(best.values[1])
+        assert bool(best.optimal.all()) and min(abs(least), abs(most)) > 1e-3
+        box = "".join(interval("-1.0", "1.0", f"X[0,{i}]") for i in range(4))
+        for asserted, word in (
+            ("(== Y[0,0] Y[0,1])", "violated" if least < 0 < most else "holds"),
+            (f"(== Y[0,0] (+ Y[0,1] {most + 0.001:.6f}))", "holds"),
+            ("(and (== Y[0,0] Y[0,1]) (or (> Y[0,0] 99.0) (< Y[0,1] -99.0)))", "holds"),
+        ):
+            found = ask(query(box + f"(assert {asserted})", "X float32 [1,4]", "Y float32 [1,2]"), network)
+            words.append(found.word)
+            assert found.word == word, (seed, asserted, found)
+    assert "violated" in words and words.count("holds") > 12
+
+
+def test_equalities_of_outputs_with_other_constraints(ask, tmp_path):
+    """Inside of a polytope, of products, and two at a time."""
+    draw = np.random.default_rng(1)
+    layers = [(draw.normal(size=(k, n)) / 2, draw.normal(size=k) / 4) for k, n in ((16, 5), (16, 16), (3, 16))]
+    network = save_network(tmp_path / "n.onnx", layers)
+    point = np.zeros(5)
+    for number, (weight, bias) in enumerate(layers):
+        point = weight @ (np.maximum(point, 0) if number else point) + bias
+    shifts = [f"(== (- Y[0,{j}] Y[0,0]) {round((point[j] - point[0]) * 64) / 64:.6f})" for j in (1, 2)]
+    box = "".join(interval("-1.0", "1.0", f"X[0,{i}]") for i in range(5))
+    for asserted in (
+        shifts[0] + "(<= (+ X[0,0] X[0,1] X[0,2]) 0.2)(>= (+ X[0,0] X[0,1] X[0,2]) -0.2)",
+        " ".join(shifts), shifts[0] + "(>= (* X[0,0] X[0,1]) 0.01)",
+        "(== (* Y[0,0] Y[0,0]) (* Y[0,1] Y[0,1]))",
+    ):  # fmt: skip
+        found = ask(query(box + f"(assert (and {asserted}))", "X float32 [1,5]", "Y float32 [1,3]"), network)
+        assert (found.word, found.stage in ("", "falsify")) == ("violated", True), (asserted, found)
