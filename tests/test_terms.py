@@ -22,11 +22,11 @@ from certtrain.bounds.crown import crown_bounds
 from certtrain.bounds.folding import fold
 from certtrain.errors import InputError
 from certtrain.verifiers.constraints import CONSTANT, multiplied
-from certtrain.verifiers.free_inputs import Equalities
+from certtrain.verifiers.free_inputs import Equalities, FreeInputs
 from certtrain.verifiers.onnx_network import read_onnx
 from certtrain.verifiers.polytope import Polytope
 from certtrain.verifiers.terms import with_terms
-from certtrain.verifiers.vnncomp import ONLY_TIES, UNWRITTEN, answer
+from certtrain.verifiers.vnncomp import ONLY_TIES, UNMET, UNWRITTEN, answer
 from certtrain.verifiers.vnnlib_reader import read_property
 
 __all__ = ["ask"]  # a fixture
@@ -163,6 +163,35 @@ def test_equalities_are_solved_exactly(equalities, values):
     assert at(solved.resolved(product), values) == at(terms[0], whole) * at(terms[-1], whole)
 
 
+def test_decimals_satisfy_equalities_exactly():
+    """Of random decimals as factors, whose solutions have no end, next to random points."""
+    found, draw = 0, random.Random(0)
+    for _ in range(200):
+        count, rows = draw.randint(3, 7), draw.randint(1, 3)
+        terms = [
+            {(v,): Fraction(draw.randint(1, 999999), 10 ** draw.randint(0, 6)) for v in draw.sample(range(count), 3)}
+            | {CONSTANT: Fraction(draw.randint(-99999, 99999), 10**4)}
+            for _ in range(rows)
+        ]
+        solved = Equalities(terms)
+        place = {v: k for k, v in enumerate(v for v in range(count) if v not in solved)}
+        inputs = [solved.resolved({(v,): Fraction(1)}) for v in range(count)]
+        free = FreeInputs(
+            tuple({tuple(place[v] for v in one): value for one, value in term.items() if value} for term in inputs),
+            len(place),
+        )
+        point = [repr(draw.uniform(-1, 1)) for _ in place]
+        near = [(Fraction(text) - Fraction(1, 10**12), Fraction(text) + Fraction(1, 10**12)) for text in point]
+        texts = free.written(point, lambda number, value, near=near: near[number][0] <= value <= near[number][1])
+        if texts is not None:
+            found += 1
+            values = [Fraction(text) for text in texts]
+            for term in terms:
+                left = sum(factor * math.prod(values[v] for v in one) for one, factor in term.items())
+                assert left == 0 or any(solved.resolved(term).values())
+    assert found > 140
+
+
 def chain(count: int, reverse: bool) -> str:
     pairs = [(f"X[0,{i}]", f"X[0,{i + 1}]") for i in range(count - 1)]
     return "".join(f"(assert (== {a} {b}))" for a, b in (reversed(pairs) if reverse else pairs))
@@ -241,6 +270,7 @@ def test_affine_equalities(tmp_path):
         ("(== X[0,1] (+ X[0,0] 0.5))", 1.5, True),
         ("(== X[0,1] (* X[0,0] 2.0))", 1.5, True),
         ("(== (* 2.5 X[0,1]) (- 1.0 (* 0.3 X[0,0])))", 1.28, False),
+        ("(== (+ (* 0.123457 X[0,0]) (* 0.7 X[0,1])) 0.5)", 1 + 0.376543 / 0.7, False),
         ("(== (* 3.0 X[0,1]) (* X[0,0] 7.0))", 1 + 3 / 7, True),
         ("(== (* 5.3 X[0,1]) (* X[0,0] 7.1))", 1 + 53 / 71, True),
     ):
@@ -426,6 +456,18 @@ def test_equalities_of_outputs(ask, tmp_path):
             words.append(found.word)
             assert found.word == word, (seed, asserted, found)
     assert "violated" in words and words.count("holds") > 12
+
+
+def test_equalities_that_float32_cannot_meet(ask, tmp_path):
+    network = save_network(tmp_path / "n.onnx", IDENTITY)
+    for asserted, word in (
+        ("(== Y[0,0] 0.3)", "unknown"),
+        ("(== Y[0,0] 0.25)", "violated"),
+        ("(== Y[0,0] 1.3)", "holds"),
+    ):
+        found = ask(query(interval("0.0", "1.0") + f"(assert {asserted})"), network)
+        assert found.word == word and (found.reason == UNMET) == (word == "unknown"), (number, found)
+        assert str(found) == (f"unknown ({UNMET})" if word == "unknown" else word)
 
 
 def test_equalities_of_outputs_with_other_constraints(ask, tmp_path):

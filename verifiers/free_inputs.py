@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
@@ -18,6 +18,9 @@ from .vnnlib_text import DIGITS
 
 BITS = (22, 20, 16, 12, 8, 4)
 """Numbers of bits to which points are rounded until float32 holds all inputs exactly, of the largest input's 24."""
+
+PLACES = 12
+"""Decimal places beside those of the numbers that denominators are multiples of: points move by 10^-12 at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,17 +93,71 @@ class FreeInputs:
                 return [str(Decimal(value)).replace("E", "e") for value in as_floats(point + 0.0)]
         return None
 
-    def written(self, free: Sequence[str]) -> list[str] | None:
-        """The decimals of all inputs, exactly, at decimals of the free ones; None where one has no end, such as 1/3."""
+    def written(self, free: Sequence[str], allows: Callable[[int, Fraction], bool]) -> list[str] | None:
+        """The decimals of all inputs, exactly, at decimals of the free ones, or at others next to these where an input
+        has no end there, such as 1/3; None where none are found.
+
+        Args:
+            allows: whether a free input, by its number, may have a value.
+        """
         if self.copies:
-            return [free[monomial[0]] for term in self.terms for monomial in term]
-        values, texts = [Fraction(text) for text in free], list[str]()
-        for term in self.terms:
-            text = free[min(min(term))] if _is_copy(term) else _decimal(_value(term, values))
-            if text is None:
-                return None
-            texts.append(text)
-        return texts
+            return [free[min(min(term))] for term in self.terms]
+        values, moved = [Fraction(text) for text in free], set[int]()
+        if self._endless and not self._fit(values, moved, allows):
+            return None
+        own = [_decimal(values[place]) if place in moved else text for place, text in enumerate(free)]
+        texts = [own[min(min(term))] if _is_copy(term) else _decimal(_value(term, values)) for term in self.terms]
+        whole = [text for text in texts if text is not None]
+        return whole if len(whole) == len(texts) else None
+
+    @cached_property
+    def _endless(self) -> tuple[tuple[int, Mapping[Monomial, Fraction]], ...]:
+        """The inputs, as terms, that may have no end as decimals, each with the odd number, no multiple of 5, of which
+        its denominators are multiples."""
+        found = [(math.lcm(*(_endless_part(factor.denominator) for factor in term.values())), term)
+                 for term in self.terms if not _is_copy(term)]  # fmt: skip
+        return tuple((modulus, term) for modulus, term in found if modulus > 1)
+
+    def _fit(self, values: list[Fraction], moved: set[int], allows: Callable[[int, Fraction], bool]) -> bool:
+        """Move ``values``, decimals of the free inputs, so little that all inputs are decimals; whether it is done.
+
+        For each input that is no decimal yet, one of its free inputs is moved by a multiple of 10^-digits that makes up
+        the remainder, and of the numbers that the inputs before it ask for.
+        """
+        digits = PLACES + sum(len(str(modulus)) for modulus, _ in self._endless)
+        if digits > DIGITS:
+            return False
+        steps = dict[int, int]()
+        for modulus, term in self._endless:
+            places = [min(one) for one in term if one]
+            if _endless_part(_value(term, values).denominator) > 1 and not any(
+                self._move(place, modulus, term, values, Fraction(steps.get(place, 1), 10**digits), allows)
+                and not moved.add(place)
+                for place in places
+            ):
+                return False
+            steps |= {place: math.lcm(steps.get(place, 1), modulus) for place in places}
+        return True
+
+    @staticmethod
+    def _move(
+        place: int, modulus: int, term: Mapping[Monomial, Fraction], values: list[Fraction], step: Fraction,
+        allows: Callable[[int, Fraction], bool],
+    ) -> bool:  # fmt: skip
+        """Move a free input by a multiple of ``step`` to where the term is a decimal; whether there is one."""
+        value, slope = _value(term, values), term[place,] * step
+        power = 10 ** max(_ending(value.denominator), _ending(slope.denominator))
+        rest, rise = int(value * power * modulus), int(slope * power * modulus)
+        common = math.gcd(rise, modulus)
+        if rest % common:
+            return False
+        period = modulus // common
+        count = -rest // common * pow(rise // common, -1, period) % period
+        for times in (count, count - period):
+            if allows(place, values[place] + times * step):
+                values[place] += times * step
+                return True
+        return False
 
 
 def _is_copy(term: Mapping[Monomial, Fraction]) -> bool:
@@ -116,15 +173,24 @@ def _is_float32(value: Fraction) -> bool:
     return abs(value) < torch.finfo(torch.float32).max and Fraction(float(torch.tensor(float(value)).float())) == value
 
 
+def _endless_part(denominator: int) -> int:
+    """The largest divisor without factors 2 and 5."""
+    for prime in (2, 5):
+        while denominator % prime == 0:
+            denominator //= prime
+    return denominator
+
+
+def _ending(denominator: int) -> int:
+    """The number of digits of a decimal with the divisor of ``denominator`` that has no factors but 2 and 5."""
+    return (denominator // _endless_part(denominator)).bit_length()
+
+
 def _decimal(value: Fraction) -> str | None:
     """A fraction as a decimal, exactly; None where that has no end, or too many digits."""
-    rest, context = value.denominator, Context(prec=2 * DIGITS)
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest != 1:
+    if _endless_part(value.denominator) > 1:
         return None
-    decimal = context.divide(Decimal(value.numerator), Decimal(value.denominator))
+    decimal = Context(prec=2 * DIGITS).divide(Decimal(value.numerator), Decimal(value.denominator))
     return str(decimal).replace("E", "e") if Fraction(decimal) == value else None
 
 

@@ -30,8 +30,8 @@ BEST, AROUND, REPLAYED = 6, 512, 48
 ULPS = 4
 """Largest distance of the floats around a point, in units in the last place of each input."""
 
-ROWS = 32
-"""Most rows of a clause that is searched."""
+ROWS, PAIRS = 32, 1 << 24
+"""Most rows of a clause that is searched, and most pairs of rows in all clauses."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,26 @@ def meet(problem: Problem, members: Tensor, open_: Tensor, refute: Refute, seed:
     Raises:
         OutOfTime: the clock ran out.
     """
-    if not 1 < members.shape[1] <= ROWS:
+    size = members.shape[1]
+    if not 1 < size <= ROWS or open_.numel() * size**2 > PAIRS:
         return
-    done, (images, clauses) = set[int](), open_.nonzero(as_tuple=True)
+    done, (images, clauses) = set[int](), (open_ & _may_have_equalities(problem, members)).nonzero(as_tuple=True)
     for image, clause in zip(as_ints(images), as_ints(clauses), strict=True):
         found = None if image in done else _equalities(problem, members, image, clause)
         if found is not None and _search(problem, found, refute, seed, most):
             done.add(found.image)
+
+
+def _may_have_equalities(problem: Problem, members: Tensor) -> Tensor:
+    """(B, C) bool, whether two rows of a clause are opposite at a random point."""
+    specification, offsets = problem.specification, problem.specification.offsets.double()
+    place = torch.rand(
+        specification.forms.shape[2] + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    place = place.to(offsets.device)
+    values = specification.forms.to(torch.float64).values(place[1:].expand(len(offsets), -1)) + place[0] * offsets
+    own = values[:, members]
+    return ((own.unsqueeze(-1) + own.unsqueeze(-2)).abs() <= 1e-9 * own.abs().unsqueeze(-1)).flatten(2).any(-1)
 
 
 def _equalities(problem: Problem, members: Tensor, image: int, clause: int) -> _Clause | None:

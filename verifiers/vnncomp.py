@@ -73,6 +73,12 @@ as written."""
 UNWRITTEN = "points found whose inputs are no decimals, as its equalities ask of them"
 """Reason of a property left undecided because the inputs of all points that violate it have no end as decimals."""
 
+UNMET = "its equalities hold exactly at no point that was tried"
+"""Reason of a property left undecided that has equalities, which no bounds exclude."""
+
+QUALIFYING = (WITHIN_TOLERANCE, ONLY_TIES, UNWRITTEN, UNMET)
+"""Reasons that stand beside ``unknown`` in the one line of an answer."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -120,7 +126,9 @@ class Answer:
 
     def __str__(self) -> str:
         """One line: the word, and the reason where it qualifies the word."""
-        qualified = self.reason and (self.reason in (WITHIN_TOLERANCE, ONLY_TIES) or self.word == "holds")
+        qualified = self.reason and (
+            self.reason in (WITHIN_TOLERANCE, ONLY_TIES, UNWRITTEN, UNMET) or self.word == "holds"
+        )
         return f"{self.word} ({self.reason})" if qualified else self.word
 
     def result(self) -> str:
@@ -300,7 +308,9 @@ def _check_cases(
         return Answer("holds", seconds, verdicts[0].arithmetic, property.remark)
     late = any(verdict.status == "timeout" for verdict in open_)
     first = next((verdict for verdict in open_ if verdict.status == "timeout"), open_[0])
-    return Answer("timeout" if late else "unknown", seconds, first.arithmetic, "timeout" if late else first.reason)
+    unmet = any(property.cases[verdict.index].equalities for verdict in open_)
+    reason = "timeout" if late else UNMET if unmet else first.reason
+    return Answer("timeout" if late else "unknown", seconds, first.arithmetic, reason)
 
 
 def _points(case: Case) -> Tensor:
@@ -417,7 +427,7 @@ class _ExactJudge(Judge):
         """Replay a point by the decimals of the free inputs."""
         assert self.replay is not None and self.property is not None
         free = self.property.free
-        decimals = own if free is None else free.written(own)
+        decimals = own if free is None else free.written(own, case.allows)
         if free is not None and decimals is None:
             point = free.at(torch.tensor([[float(text) for text in own]]))[0].float()
         else:

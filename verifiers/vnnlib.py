@@ -73,6 +73,12 @@ class Case:
         """Whether some row must be < 0, as written."""
         return any(comparison.strict for comparison in self.comparisons)
 
+    @property
+    def equalities(self) -> bool:
+        """Whether some rows are the two of an equality."""
+        pairs = zip(self.comparisons, self.comparisons[1:])
+        return any(one.token is other.token and not (one.strict or other.strict) for one, other in pairs)
+
     def contains(
         self, inputs: Sequence[float | Fraction], outputs: Sequence[float | Fraction], closed: bool = False
     ) -> bool:
@@ -126,7 +132,7 @@ class Case:
     def _within(self, i: int, text: str, floor: Sequence[float], ceiling: Sequence[float]) -> str | None:
         """The decimal of input ``i``, whose entry's is ``text``. ``floor`` and ``ceiling`` are float32s at its ends and
         inside of them."""
-        if self._contains(i, near := Fraction(text)):
+        if self.allows(i, near := Fraction(text)):
             return text
         lower, upper = self.ends[i]
         end, rounding, inward = (lower, ROUND_CEILING, floor) if near <= lower else (upper, ROUND_FLOOR, ceiling)
@@ -134,14 +140,14 @@ class Case:
         # a float32 stands for a decimal behind it, but not on the other side of a strict comparison
         strict = not self.excluded.isdisjoint(((i, False), (i, True)))
         candidates = itertools.chain(inside, () if strict else _decimals_at(end, rounding))
-        return next((text for text in candidates if self._contains(i, Fraction(text))), None)
+        return next((text for text in candidates if self.allows(i, Fraction(text))), None)
 
     def within(self, texts: Sequence[str]) -> bool:
         """Whether decimals of all free inputs lie in the box as read."""
-        return all(self._contains(i, Fraction(text)) for i, text in enumerate(texts))
+        return all(self.allows(i, Fraction(text)) for i, text in enumerate(texts))
 
-    def _contains(self, i: int, value: Fraction) -> bool:
-        """Whether the value lies in the box of input ``i`` as read."""
+    def allows(self, i: int, value: Fraction) -> bool:
+        """Whether the value lies in the box of free input ``i`` as read."""
         lower, upper = self.ends[i]
         above = value > lower or (value == lower and (i, False) not in self.excluded)
         return above and (value < upper or (value == upper and (i, True) not in self.excluded))
