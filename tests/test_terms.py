@@ -466,7 +466,7 @@ def test_equalities_that_float32_cannot_meet(ask, tmp_path):
         ("(== Y[0,0] 1.3)", "holds"),
     ):
         found = ask(query(interval("0.0", "1.0") + f"(assert {asserted})"), network)
-        assert found.word == word and (found.reason == UNMET) == (word == "unknown"), (number, found)
+        assert found.word == word and (found.reason == UNMET) == (word == "unknown"), (asserted, found)
         assert str(found) == (f"unknown ({UNMET})" if word == "unknown" else word)
 
 
@@ -487,3 +487,29 @@ def test_equalities_of_outputs_with_other_constraints(ask, tmp_path):
     ):  # fmt: skip
         found = ask(query(box + f"(assert (and {asserted}))", "X float32 [1,5]", "Y float32 [1,3]"), network)
         assert (found.word, found.stage in ("", "falsify")) == ("violated", True), (asserted, found)
+
+
+def test_comparisons_that_exclude_each_other(tmp_path):
+    """A clause with two of them is left out, though its closed form is not empty; one that follows from another is
+    not kept."""
+
+    def read(asserted: str):
+        (tmp_path / "p.vnnlib").write_text(query(SQUARE + f"(assert {asserted})", *TWO))
+        return read_property(tmp_path / "p.vnnlib", 2, 2)
+
+    for asserted in (
+        "(and (> Y[0,0] Y[0,1]) (<= (* 2.0 Y[0,0]) (* 2.0 Y[0,1])))",
+        "(and (!= Y[0,0] 0.0) (== (* -3.0 Y[0,0]) 0.0))",
+        "(and (> (* Y[0,0] X[0,0]) 1.0) (< (* X[0,0] Y[0,0]) 1.0))",
+        "(and (>= (- Y[0,0] Y[0,1]) 0.3) (<= (- Y[0,0] Y[0,1]) 0.2))",
+    ):
+        prop = read(asserted)
+        assert not prop.cases and prop.remark == "no input satisfies the asserts", asserted
+    for asserted, clauses, rows in (
+        ("(and (>= Y[0,0] Y[0,1]) (<= Y[0,0] Y[0,1]))", 1, 2),
+        ("(and (> Y[0,0] 1.0) (or (< Y[0,0] 1.0) (> Y[0,0] 0.5) (> Y[0,0] 2.0)))", 2, 3),
+        ("(and (> Y[0,0] 1.0) (>= (* 2.0 Y[0,0]) 2.0))", 1, 1),
+        ("(and (>= (* 2.0 Y[0,0]) 2.0) (> Y[0,0] 1.0))", 1, 2),
+    ):
+        (case,) = read(asserted).cases
+        assert (int(case.clauses.max()) + 1, len(case.rows)) == (clauses, rows), asserted

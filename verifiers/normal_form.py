@@ -19,6 +19,8 @@ from .free_inputs import Equalities, FreeInputs
 from .vnnlib import Case, Property
 from .vnnlib_text import Token, VnnlibText
 
+NONE = "no input satisfies the asserts"
+
 DISJUNCTS = 1_000_000
 SIZE = 20_000_000  # most comparisons of a normal form, and most entries of the tensors made from it
 
@@ -32,13 +34,36 @@ class _End(NamedTuple):
     rounded: float
 
 
+_Direction: TypeAlias = frozenset[tuple[Monomial, Fraction]]
+"""Coefficients, of which that of the first monomial is 1 or -1."""
+
+
 class _Row(NamedTuple):
     """A comparison of the file, and its polynomial in free inputs and outputs, with coefficients rounded to nearest and
-    the constant rounded down; without monomials where it is decided: ``never`` says that it does not hold then."""
+    the constant rounded down; without monomials where it is decided: ``never`` says that it does not hold then.
+    Exactly, it is direction + level <= 0, or < 0.
+    """
 
     literal: Inequality
     form: Mapping[Monomial, float]
     never: bool = False
+    direction: _Direction = frozenset()
+    level: Fraction = Fraction(0)
+
+    @property
+    def opposite(self) -> _Direction:
+        return frozenset((monomial, -factor) for monomial, factor in self.direction)
+
+    def follows_from(self, other: _Row) -> bool:
+        """Whether the comparison holds where another one of the same direction does."""
+        if self.level == other.level:
+            return other.literal.strict or not self.literal.strict
+        return self.level < other.level
+
+    def excludes(self, other: _Row) -> bool:
+        """Whether it holds nowhere where one of the opposite direction does."""
+        gap = self.level + other.level
+        return gap > 0 or (gap == 0 and (self.literal.strict or other.literal.strict))
 
 
 ALWAYS = _Row(Inequality(Token("true", 1), (), Fraction(0), False), {})
@@ -62,8 +87,9 @@ def normal_form(source: VnnlibText, constraint: Conjunction, variables: Variable
     """The property whose unsafe set is where the constraint holds.
 
     Disjuncts whose boxes differ from the shared one in the same way become one case. A disjunct without rows gets a row
-    of zeros, which always holds; one with an empty box, or with a comparison that cannot hold where inputs are equal as
-    asserted, is left out, with a remark.
+    of zeros, which always holds. One with an empty box, or with a comparison that cannot hold where inputs are equal as
+    asserted, is left out, with a remark; one with two comparisons that exclude each other, such as a < b and a >= b,
+    without.
 
     Args:
         constraint: the assertions; its token stands for the whole file in errors.
@@ -91,17 +117,18 @@ class _NormalForm:
     def build(self, constraint: Conjunction) -> Property:
         shared, alternatives = constraint.factored(self.limit)
         free = self._solve(shared)
-        box, rows, remark = self._tightest(shared, {}), self._rows(shared), self._never(shared)
-        if remark is not None:
-            return Property((), remark=remark)
+        box, rows, remark = self._tightest(shared, {}), self._rows(shared, {}), self._never(shared)
+        if rows is None or remark is not None:
+            return Property((), remark=remark or NONE)
+        known = {row.direction: row for row in rows}
         groups: dict[frozenset[tuple[_Place, Fraction, bool]], tuple[_Box, list[list[_Row]]]] = {}
         for literals in looking(alternatives):
-            never = self._never(literals)
+            never, clause = self._never(literals), self._rows(literals, known)
             remark = remark or never
-            if never is None:
+            if never is None and clause is not None:
                 own = self._tightest(literals, box)
                 key = frozenset((place, end.value, end.strict) for place, end in own.items())
-                groups.setdefault(key, (own, []))[1].append(self._rows(literals))
+                groups.setdefault(key, (own, []))[1].append(clause)
         inputs, outputs = len(self.inputs), self.variables.outputs
         read = {monomial for part in self.parts.values() if isinstance(part, _Row) for monomial in part.form}
         own_columns = {CONSTANT, *((output,) for output in range(inputs, inputs + outputs))}
@@ -110,7 +137,7 @@ class _NormalForm:
         size = lengths * (outputs + len(terms)) + 2 * inputs * len(groups)
         self.limit(constraint.token, len(alternatives), size)
         cases = list[Case]()
-        remark = remark if groups or remark else "no input satisfies the asserts"
+        remark = remark if groups or remark else NONE
         for own, clauses in groups.values():
             self._check_bounded(box | own)
             crossed = self._crossed(box | own)
@@ -168,13 +195,30 @@ class _NormalForm:
         variable = min(monomial)
         if others or len(monomial) > 1 or variable >= len(self.inputs):
             form = {monomial: float(factor) for monomial, factor in coefficients}
-            return _Row(literal, {**form, CONSTANT: outward64(constant, -math.inf)})  # the closed set grows
+            form[CONSTANT] = outward64(constant, -math.inf)  # the closed set grows
+            size = abs(min(coefficients)[1])
+            direction = frozenset((monomial, factor / size) for monomial, factor in coefficients)
+            return _Row(literal, form, False, direction, constant / size)
         value, upper = -constant / factor, factor > 0
         end = outward64(value, math.inf if upper else -math.inf)
         return (variable, upper), _End(literal.token, value, literal.strict, end)
 
-    def _rows(self, literals: Literals) -> list[_Row]:
-        return [part for part in map(self._part, literals) if isinstance(part, _Row) and part.form]
+    def _rows(self, literals: Literals, known: Mapping[_Direction, _Row]) -> list[_Row] | None:
+        """The rows among the literals, without those that follow from one before or from one that is ``known``; None
+        where two of all exclude each other, such as a < b and a >= b."""
+        found, rows = dict[_Direction, _Row](), list[_Row]()
+        for part in map(self._part, literals):
+            if isinstance(part, _Row) and part.form:
+                across, follows = part.opposite, False
+                for others in (known, found):
+                    if across in others and part.excludes(others[across]):
+                        return None
+                    follows |= part.direction in others and part.follows_from(others[part.direction])
+                if not follows:
+                    found[part.direction] = part
+                if not follows or len(self.equalities):  # float32 may round inputs so that one holds without the other
+                    rows.append(part)
+        return rows
 
     def _never(self, literals: Literals) -> str | None:
         """Why some of the comparisons cannot hold where inputs are equal as asserted; None where each can."""
