@@ -150,8 +150,9 @@ def test_inputs_tied_to_outputs_and_to_each_other(ask, tmp_path):
         square + "(assert (> (- Y[0,0] X[0,0]) 0.9))": "violated",
         square + "(assert (<= X[0,0] X[0,1]))(assert (>= Y[0,1] 0.001))": "holds",
         square + "(assert (== X[0,0] X[0,1]))(assert (<= Y[0,1] 3.0))": "violated",
-        # closed, the diagonal is left
-        square + "(assert (and (> X[0,0] X[0,1]) (< X[0,0] X[0,1]) (<= Y[0,1] 3.0)))": "unknown",
+        square + "(assert (and (> X[0,0] X[0,1]) (< X[0,0] X[0,1]) (<= Y[0,1] 3.0)))": "holds",
+        square
+        + "(assert (and (> X[0,0] X[0,1]) (< (+ X[0,0] Y[0,1]) X[0,1])))": "unknown",  # closed, the diagonal is left
     }
     for text, word in cases.items():
         asked = query(text, "X float32 [1,2]", "Y float32 [1,2]")

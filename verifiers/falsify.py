@@ -18,6 +18,7 @@ from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
 from .chords import Chords
 from .descent import Points, Refute, descend, points_at_a_time, random_points, relaxed_minimisers
+from .meeting import meet
 from .problem import Problem, Status, rows_of_clauses
 from .stage import Finding, Judge, Stage
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FalsifyStage(Stage):
     """Falsifies by gradient-sign descent on the largest row of each open clause: from the middle of the region, from
-    the minimiser of CROWN's bound where the activations' inputs are bounded already, and from random points.
+    the minimiser of CROWN's bound where the activations' inputs are bounded already, and from random points; then, for
+    clauses with equalities, by the search of ``meeting.py``.
 
     The starts of all open clauses of all images go through the network together, as far as memory and time allow; an
     image takes no further part once it is refuted. Random numbers depend on the image, the clause and the start alone.
@@ -85,20 +87,29 @@ class FalsifyStage(Stage):
             try:
                 for starts in (range(min(SURE, self.starts)), range(SURE, self.starts)):
                     self._descend(problem, known, starts, counterexamples, refute)
+                members, open_ = self._open(problem, known, counterexamples)
+                most = min(self.most, points_at_a_time(known.network, problem.specification, known.rows))
+                meet(problem, members, open_, refute, self.seed, most)
             except OutOfTime:
                 pass
         statuses: list[Status | None] = [None if point is None else "falsified" for point in counterexamples]
         return Finding(statuses, known, counterexamples=counterexamples)
 
+    @staticmethod
+    def _open(problem: Problem, known: BoundsSoFar, found: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """(members, open): the rows (C, G) of each clause, and whether it is open (B, C), for images without a
+        counterexample."""
+        members, _ = rows_of_clauses(problem.specification.clauses)
+        wanted = torch.tensor([point is None for point in found], dtype=torch.bool, device=known.rows.device)
+        return members, ~(known.rows[:, members] > 0).any(-1) & wanted.unsqueeze(1)
+
     def _descend(
         self, problem: Problem, known: BoundsSoFar, starts: range, found: list[Tensor | None], refute: Refute
     ) -> None:
         """Descend from the starts of these numbers on each open clause of the images without a counterexample."""
-        members, _ = rows_of_clauses(problem.specification.clauses)
+        members, open_ = self._open(problem, known, found)
         chords = Chords.of(known.network, known.rows.dtype, known.bounds)
         device = known.rows.device
-        wanted = torch.tensor([point is None for point in found], dtype=torch.bool, device=device)
-        open_ = ~(known.rows[:, members] > 0).any(-1) & wanted.unsqueeze(1)
         image, clause = open_.nonzero(as_tuple=True)
         start = torch.tensor(starts, dtype=torch.int64, device=device).repeat_interleave(len(image))
         every = torch.arange(len(start), device=device)

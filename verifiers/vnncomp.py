@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import Box
+from ..bounds import Box, Region
 from ..bounds.clock import OutOfTime, look, now, until
 from ..bounds.folding import fold
 from ..bounds.memory import within
@@ -24,12 +24,13 @@ from .cascade import run_cascade
 from .input_split import few_inputs
 from .joint_network import JointNetwork
 from .limits import Limits, out_of_memory
+from .polytope import Polytope
 from .problem import Problem, Specification, Verdict
 from .queries import Networks, read_question
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
 from .stage import Judge, Replay, Stage
-from .tied_inputs import replay_with_inputs, with_inputs
+from .terms import with_terms
 from .vnnlib import Case, Declarations, Property
 
 Word = Literal["holds", "violated", "timeout", "unknown", "error"]
@@ -55,6 +56,9 @@ RANDOM_POINTS = 3
 """Number of random corners of a box, and of random points inside, at which our network is compared with onnxruntime;
 besides the lower and the upper corner and the middle, where a centred input is all zeros."""
 
+POLYTOPE = 1 << 22
+"""Most coefficients of rows of inputs alone, over all boxes of one batch, that searches for points respect."""
+
 MOST_ACTIVATIONS = 1 << 24
 """Most entries of the widest layer's output, over all boxes of one batch."""
 
@@ -65,6 +69,15 @@ WITHIN_TOLERANCE = "within tolerance"
 ONLY_TIES = "only ties found, which its strict comparisons exclude"
 """Reason of a property left undecided whose closed form is violated, while no point is known that violates the property
 as written."""
+
+UNWRITTEN = "points found whose inputs are no decimals, as its equalities ask of them"
+"""Reason of a property left undecided because the inputs of all points that violate it have no end as decimals."""
+
+UNMET = "its equalities hold exactly at no point that was tried"
+"""Reason of a property left undecided that has equalities, which no bounds exclude."""
+
+QUALIFYING = (WITHIN_TOLERANCE, ONLY_TIES, UNWRITTEN, UNMET)
+"""Reasons that stand beside ``unknown`` in the one line of an answer."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,9 @@ class Answer:
 
     def __str__(self) -> str:
         """One line: the word, and the reason where it qualifies the word."""
-        qualified = self.reason and (self.reason in (WITHIN_TOLERANCE, ONLY_TIES) or self.word == "holds")
+        qualified = self.reason and (
+            self.reason in (WITHIN_TOLERANCE, ONLY_TIES, UNWRITTEN, UNMET) or self.word == "holds"
+        )
         return f"{self.word} ({self.reason})" if qualified else self.word
 
     def assigned(self) -> list[str]:
@@ -263,16 +278,16 @@ def _check_cases(
 ) -> Answer:
     look()
     replay = network.replay()
-    if property.tied:
-        network, replay = with_inputs(network, property.tied), replay_with_inputs(replay, property.tied)
     look()
     judge = _ExactJudge(property=property, replay=replay)
     verdicts: list[Verdict] = []
     try:
-        points = _points(property.cases[0], network.shape)
-        _check_reading(network, points, replay)
+        points = _points(property.cases[0])
+        inputs = points if property.free is None else property.free.at(points).float()
+        _check_reading(network, inputs.reshape(-1, *network.shape), replay)
         for point in points:
             judge.refute(property.cases[0], point)
+        network = with_terms(network, property)
         widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
         most = max(1, min(settings.batch_size, MOST_ACTIVATIONS // widest))
         for numbers in _grouped_by_clauses(property.cases, most):
@@ -285,16 +300,20 @@ def _check_cases(
         return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN_TOLERANCE)
     if judge.ties:
         return Answer("unknown", seconds, verdicts[0].arithmetic, ONLY_TIES)
+    if judge.unwritten:
+        return Answer("unknown", seconds, verdicts[0].arithmetic, UNWRITTEN)
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
         return Answer("holds", seconds, verdicts[0].arithmetic, property.remark)
     late = any(verdict.status == "timeout" for verdict in open_)
     first = next((verdict for verdict in open_ if verdict.status == "timeout"), open_[0])
-    return Answer("timeout" if late else "unknown", seconds, first.arithmetic, "timeout" if late else first.reason)
+    unmet = any(property.cases[verdict.index].equalities for verdict in open_)
+    reason = "timeout" if late else UNMET if unmet else first.reason
+    return Answer("timeout" if late else "unknown", seconds, first.arithmetic, reason)
 
 
-def _points(case: Case, shape: torch.Size) -> Tensor:
-    """(P, *shape) float32 points of a box: middle, lower and upper corner, random corners, random points inside."""
+def _points(case: Case) -> Tensor:
+    """(P, F) float32 points of a box: middle, lower and upper corner, random corners, random points inside."""
     lower, upper = case.lower32.double(), case.upper32.double()
     noise = torch.Generator().manual_seed(0)
     corners = torch.randint(2, (RANDOM_POINTS, len(lower)), generator=noise).double()
@@ -303,7 +322,7 @@ def _points(case: Case, shape: torch.Size) -> Tensor:
         [torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64).expand(3, len(lower)), corners, inside]
     )
     points = (lower * (1 - shares) + upper * shares).float()  # no difference of ends: it may overflow
-    return unique(torch.minimum(torch.maximum(points, case.lower32), case.upper32), dim=0).reshape(-1, *shape)
+    return unique(torch.minimum(torch.maximum(points, case.lower32), case.upper32), dim=0)
 
 
 def _check_reading(network: JointNetwork, points: Tensor, replay: Replay) -> None:
@@ -339,7 +358,7 @@ def _verdicts_of(
     latest = {verdict.index: verdict for verdict in late}
     stages: list[Stage] = []
     while numbers and (left := deadline - now()) > 0:
-        problem = _problem(network, [property.cases[number] for number in numbers], numbers)
+        problem = _problem(network, property, numbers)
         again, stages = bool(stages), _stages(problem, judge, settings)
         if again:
             if stages[-1].within(left)[1]:
@@ -370,11 +389,13 @@ class _ExactJudge(Judge):
     Args:
         disputed: the first point that is unsafe in some of the runs only.
         ties: the first point that is unsafe in all runs, were it not for strict comparisons.
+        unwritten: the first point that is unsafe once its inputs are rounded, and that no decimals state.
     """
 
     property: Property | None = None
     disputed: list[Tensor] = field(default_factory=list[Tensor])
     ties: list[Tensor] = field(default_factory=list[Tensor])
+    unwritten: list[Tensor] = field(default_factory=list[Tensor])
 
     def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
         assert self.property is not None
@@ -382,32 +403,44 @@ class _ExactJudge(Judge):
         return False
 
     def refute(self, case: Case, image: Tensor) -> None:
-        """Replay a point (*shape).
+        """Replay a point (*shape) of the free inputs, and before it one at which float32 holds all inputs exactly.
 
         Raises:
             _Refuted: the point is a counterexample.
         """
-        assert self.replay is not None and self.property is not None
+        assert self.property is not None
         # of float32s where they lie within: then models in float64 read the same numbers
-        decimals = case.written(image.float().double().flatten().cpu())
-        if decimals is None:
-            return
-        point = torch.tensor([float(text) for text in decimals], dtype=torch.float64).float().reshape(image.shape)
-        runs = self.replay(point)
-        closed = [bool(run.isfinite().all()) and case.closure.contains(as_floats(run)) for run in runs]
+        point = image.float().double().flatten().cpu()
+        free = self.property.free
+        near = None if free is None else free.on_grid(point)
+        for decimals in (near if near is not None and case.within(near) else None, case.written(point)):
+            if decimals is not None:
+                self._replay(case, decimals)
+
+    def _replay(self, case: Case, own: list[str]) -> None:
+        """Replay a point by the decimals of the free inputs."""
+        assert self.replay is not None and self.property is not None
+        free = self.property.free
+        decimals = own if free is None else free.written(own, case.allows)
+        if free is not None and decimals is None:
+            point = free.at(torch.tensor([[float(text) for text in own]]))[0].float()
+        else:
+            point = torch.tensor([float(text) for text in decimals or ()], dtype=torch.float64).float()
+        runs, given = self.replay(point), as_floats(point)
+        closed = [bool(run.isfinite().all()) and case.contains(given, as_floats(run), closed=True) for run in runs]
         if not any(closed):
             return
-        # a tied input has two values where no float32 lies within its ends: the decimal, and what is replayed
-        outputs, given = runs.shape[1] - len(self.property.tied), as_floats(point)
-        tied = [
-            Fraction(given[i]) if float(decimals[i]) == given[i] else Fraction(decimals[i]) for i in self.property.tied
-        ]
+        if decimals is None:
+            self.unwritten.append(point)
+            return
+        # an input has two values where no float32 is what was written: the decimal, and what is replayed
+        read = [value if float(text) == value else Fraction(text) for text, value in zip(decimals, given, strict=True)]
         unsafe = [
-            one and case.contains(values := as_floats(run)) and case.contains([*values[:outputs], *tied])
+            one and case.contains(given, values := as_floats(run)) and case.contains(read, values)
             for one, run in zip(closed, runs, strict=True)
         ]
         if all(unsafe):
-            raise _Refuted(decimals, runs[-1][:outputs])
+            raise _Refuted(decimals, runs[-1])
         kept = self.ties if all(closed) and not any(unsafe) and case.strict else self.disputed
         if not kept:
             kept.append(point)
@@ -422,7 +455,8 @@ def _grouped_by_clauses(cases: Sequence[Case], most: int) -> Iterator[list[int]]
         yield from (numbers[first : first + most] for first in range(0, len(numbers), most))
 
 
-def _problem(network: JointNetwork, cases: Sequence[Case], numbers: Sequence[int]) -> Problem:
+def _problem(network: JointNetwork, property: Property, numbers: Sequence[int]) -> Problem:
+    cases = [property.cases[number] for number in numbers]
     lower, upper = (torch.stack(ends) for ends in zip(*((case.lower32, case.upper32) for case in cases), strict=True))
     if not (lower.isfinite().all() and upper.isfinite().all()):
         raise InputError("property: found an end that is infinite in float32; accepted: ends of float32's range")
@@ -430,10 +464,28 @@ def _problem(network: JointNetwork, cases: Sequence[Case], numbers: Sequence[int
     rows, offsets = torch.stack([case.rows for case in cases]), torch.stack([case.offsets for case in cases])
     size = torch.exp2(rows.abs().amax(-1).frexp().exponent.double())  # a power of 2, so exact: float32 loses no row
     specification = Specification(rows / size.unsqueeze(-1), offsets / size, cases[0].clauses)
-    return Problem(
-        network.module, Box(*(end.reshape(shape).to(network.dtype) for end in (lower, upper))), specification,
-        torch.tensor(numbers),
-    )  # fmt: skip
+    box = Box(*(end.reshape(shape).to(network.dtype) for end in (lower, upper)))
+    region = _within_common_rows(network, property, box, specification, min(case.common for case in cases))
+    return Problem(network.module, region, specification, torch.tensor(numbers))
+
+
+def _within_common_rows(
+    network: JointNetwork, property: Property, box: Box, specification: Specification, common: int
+) -> Region:
+    """The boxes with those of the first rows that are linear in the inputs alone; the boxes themselves without any."""
+    inputs, outputs = network.shape.numel(), network.outputs - len(property.terms)
+    column = {place: outputs + number for number, (place, *more) in enumerate(property.terms)
+              if not more and place < inputs}  # fmt: skip
+    others = torch.ones(network.outputs, dtype=torch.bool)
+    others[list(column.values())] = False
+    rows, offsets = specification.rows[:, :common], specification.offsets[:, :common]
+    linear = (rows[..., others] == 0).flatten(2).all(-1).all(0) & (rows != 0).any(-1).any(0)
+    count = int(linear.sum())
+    if not count or len(rows) * count * inputs > POLYTOPE:
+        return box
+    normals = rows.new_zeros(len(rows), count, inputs)
+    normals[..., list(column)] = rows[:, linear][..., list(column.values())]
+    return Polytope(box, normals.reshape(len(rows), count, *network.shape), offsets[:, linear])
 
 
 def _stages(problem: Problem, judge: Judge, settings: Certify) -> list[Stage]:
