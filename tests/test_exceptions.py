@@ -20,6 +20,7 @@ from certtrain.config import structure
 from certtrain.errors import FieldError, InputError, Portable, Unwritable, check, writing
 from certtrain.training import Interrupted, Training
 from certtrain.training.update import NonFinite
+from certtrain.verifiers.onnx_network import HiddenTensorError
 from certtrain.verifiers.vnncomp import _Refuted
 
 
@@ -38,6 +39,7 @@ MADE = {
     FieldError: lambda: FieldError("epsilon", float("inf"), "a radius >= 0"),
     Interrupted: lambda: Interrupted(signal.SIGTERM),
     NonFinite: lambda: NonFinite({"loss": float("inf"), "part": 1.0}),
+    HiddenTensorError: lambda: HiddenTensorError("h", "what was found; accepted: what is"),
     Unwritable: lambda: Unwritable(28, "No space left on device", "runs/a/metrics.jsonl"),
     _Refuted: lambda: _Refuted(torch.tensor([0.5]), torch.tensor([1.0, 2.0])),
 }

@@ -22,7 +22,7 @@ from torch import nn
 from certtrain.command_line import main
 from certtrain.errors import InputError
 from certtrain.training import Interrupted
-from certtrain.verifiers import InputSplitStage, instances, vnncomp
+from certtrain.verifiers import InputSplitStage, instances, onnx_network, vnncomp
 from certtrain.verifiers.instances import Instance, read_instances, run_instances
 from certtrain.verifiers.vnncomp import Answer, answer
 
@@ -386,7 +386,7 @@ class TestCounterexamples:
         """onnxruntime has the last word."""
         network = save_network(tmp_path / "network.onnx", IDENTITY)
         asked = save_property(tmp_path / "p.vnnlib", f"(assert (and {box(('0', '1'))} (<= Y_0 0.5)))")
-        monkeypatch.setattr(vnncomp, "replay_session", lambda model: lambda image: torch.ones(2, 1))
+        monkeypatch.setattr(onnx_network, "replay_session", lambda *model: lambda image: torch.ones(2, 1))
         monkeypatch.setattr(vnncomp, "_check_reading", lambda *given: None)
         found = answer(network, asked, 2.0)
         assert found.word in ("unknown", "timeout") and found.inputs is None
@@ -411,8 +411,8 @@ class TestFiles:
     def test_a_model_that_is_read_wrongly_is_an_error(self, tmp_path, monkeypatch):
         network = save_network(tmp_path / "network.onnx", IDENTITY)
         asked = save_property(tmp_path / "p.vnnlib", f"(assert (and {box(('0', '1'))} (<= Y_0 -0.5)))")
-        original = vnncomp.replay_session
-        monkeypatch.setattr(vnncomp, "replay_session", lambda model: lambda image: original(model)(image) + 0.1)
+        original = onnx_network.replay_session
+        monkeypatch.setattr(onnx_network, "replay_session", lambda *model: lambda x: original(*model)(x) + 0.1)
         with pytest.raises(InputError, match=r"differ from onnxruntime's by 0\.1"):
             answer(network, asked)
 
@@ -596,7 +596,7 @@ BAD = {
     "unsupported operator": (["operator.onnx", "safe.vnnlib"], ["operator.onnx", "Sin"]),
     "unknown name": (["network.onnx", "malformed.vnnlib"], ["malformed.vnnlib, line 4", "'Z_7'"]),
     "wrong inputs": (["network.onnx", "inputs.vnnlib"], ["inputs.vnnlib, line 2", "X_1"]),
-    "files exchanged": (["safe.vnnlib", "network.onnx"], ["safe.vnnlib"]),
+    "files exchanged": (["safe.vnnlib", "network.onnx"], ["network.onnx", "VNN-LIB"]),
     "one file": (["network.onnx", None], ["--onnx FILE and --vnnlib FILE"]),
     "the other file": ([None, "safe.vnnlib"], ["--onnx FILE and --vnnlib FILE"]),
     "stray word": (["network.onnx", "safe.vnnlib", "runs/x"], ["'runs/x'"]),

@@ -255,9 +255,11 @@ FILES = {
     "Y": HEADER + TAIL.replace("[3]", "[0]"),
     "[-3]": HEADER + TAIL.replace("[3]", "[-3]"),
     "[3.0]": HEADER + TAIL.replace("[3]", "[3.0]"),
-    "declare-network g": HEADER + "(declare-network f (declare-input A real [1,2]) (declare-output B real [3]))"
+    "4 inputs up to declare-input X": HEADER
+    + "(declare-network f (declare-input A real [1,2]) (declare-output B real [3]))"
     "(declare-network g (equal-to f) (declare-input X real [1,2]) (declare-output Y real [3]))" + BOX,
-    "declare-hidden H": HEADER + '(declare-network f (declare-input X real [1,2]) (declare-hidden H real [2] "a;b(")'
+    "5 outputs up to declare-hidden H": HEADER
+    + '(declare-network f (declare-input X real [1,2]) (declare-hidden H real [2] "a;b(")'
     "(declare-output Y real [3]))" + BOX,
     "3 inputs up to declare-input X": HEADER + TAIL.replace("[1,2]", "[1,3]"),
     "4 outputs up to declare-output Y": HEADER + TAIL.replace("[3]", "[4]"),

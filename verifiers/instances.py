@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ..bounds.clock import OutOfTime, now, until
 from ..errors import InputError
@@ -16,8 +18,9 @@ from ..ledger import mistyped
 from ..run_folder import JsonLines, LineFile
 from .limits import out_of_memory
 from .onnx_network import OnnxNetwork, read_onnx
+from .queries import read_question
 from .settings import Arithmetic, Certify
-from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, present, read_question, with_limits
+from .vnncomp import PROPERTY, RESULTS, Answer, check_files, check_property, with_limits
 
 
 class Instance(NamedTuple):
@@ -90,7 +93,7 @@ def run_instances(
                 _check_records(lines)
                 stack.enter_context(lines.exclusive())
                 lines.drop_half_line()
-            reader = _NetworkReader(folder)
+            reader = _NetworkReader()
             for number, instance in enumerate(instances[done:], start=done + 1):
                 limit = instance.timeout if timeout is None else min(timeout, instance.timeout)
                 answer, why = _answer_instance(reader, folder, instance, replace(settings, timeout=limit))
@@ -154,18 +157,22 @@ def _count_answered(file: LineFile, instances: list[Instance]) -> int:
     return len(lines)
 
 
+KEPT_NETWORKS = 2
+
+
 class _NetworkReader:
-    """Reads networks and keeps the last one: consecutive lines often name the same."""
+    """Reads networks and keeps the last ones: consecutive lines often name the same."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.name = folder, ""
-        self.network: OnnxNetwork | None = None
+    def __init__(self) -> None:
+        self.networks: dict[tuple[Path, tuple[str, ...], torch.dtype], OnnxNetwork] = {}
 
-    def __call__(self, name: str) -> OnnxNetwork:
-        if self.network is None or name != self.name:
-            self.network, self.name = None, ""
-            self.network, self.name = read_onnx(present(self.folder / name)), name
-        return self.network
+    def __call__(self, path: Path, hidden: Sequence[str], dtype: torch.dtype) -> OnnxNetwork:
+        known = path, tuple(hidden), dtype
+        network = self.networks.pop(known, None)
+        while len(self.networks) >= KEPT_NETWORKS:  # before another is read: memory
+            del self.networks[next(iter(self.networks))]
+        self.networks[known] = read_onnx(path, hidden, dtype) if network is None else network
+        return self.networks[known]
 
 
 def _answer_instance(
@@ -175,8 +182,7 @@ def _answer_instance(
     started, arithmetic = now(), settings.arithmetic
     try:
         with until(started + settings.timeout):
-            network = networks(instance.network)
-            property = read_question(network, present(folder / instance.property))
+            network, property = read_question(folder / instance.network, folder / instance.property, networks)
             answer = check_property(network, property, started + settings.timeout, settings)
         return answer.finished(started), answer.reason
     except OutOfTime:

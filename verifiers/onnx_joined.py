@@ -1,4 +1,5 @@
-"""Models of several inputs or outputs as models of one, which is what all rules and verifiers know."""
+"""Models of several inputs or outputs as models of one, which is what all rules and verifiers know, and models that
+give tensors of their graph as further outputs."""
 
 from __future__ import annotations
 
@@ -21,6 +22,33 @@ class GraphInput(NamedTuple):
     kind: np.dtype[Any]
 
 
+def tensor_names(model: onnx.ModelProto) -> list[str]:
+    """Names of the tensors that a graph's operators compute, in its order."""
+    return [name for node in model.graph.node for name in node.output if name]
+
+
+def showing(model: onnx.ModelProto, hidden: Sequence[str]) -> onnx.ModelProto:
+    """The model with the tensors ``hidden`` of its graph as outputs behind its own, under other names; the model itself
+    without any."""
+    if not hidden:
+        return model
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    prefix = _unused_prefix(model, "hidden.")
+    for number, name in enumerate(hidden):
+        shown.graph.node.append(helper.make_node("Identity", [name], [f"{prefix}{number}"]))
+        shown.graph.output.append(onnx.ValueInfoProto(name=f"{prefix}{number}"))
+    return shown
+
+
+def _unused_prefix(model: onnx.ModelProto, prefix: str) -> str:
+    """``prefix``, repeated until no tensor's name begins with it."""
+    names, found = [name for node in model.graph.node for name in (*node.input, *node.output)], prefix
+    while any(name.startswith(found) for name in names):
+        found += prefix
+    return found
+
+
 def joined(model: onnx.ModelProto, inputs: Sequence[GraphInput]) -> onnx.ModelProto:
     """The model with one input (1, N) and one output (1, K), in which its own are flattened and concatenated in their
     order; the model itself where it has one of each.
@@ -33,10 +61,7 @@ def joined(model: onnx.ModelProto, inputs: Sequence[GraphInput]) -> onnx.ModelPr
         return model
     whole, nodes = onnx.ModelProto(), list[onnx.NodeProto]()
     whole.CopyFrom(model)
-    names = [name for node in model.graph.node for name in (*node.input, *node.output)]
-    prefix = "joined."
-    while any(name.startswith(prefix) for name in names):
-        prefix += "joined."
+    prefix = _unused_prefix(model, "joined.")
 
     def constant(name: str, values: Sequence[int]) -> str:
         value = numpy_helper.from_array(np.array(values, np.int64))

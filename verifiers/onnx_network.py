@@ -10,9 +10,11 @@ import gzip
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,9 +28,10 @@ from ..bounds.clock import look, looking
 from ..bounds.network import NetworkModule
 from ..bounds.operations import Input, Rearrangement, UnsupportedOperation
 from ..errors import InputError
-from .onnx_joined import GraphInput, joined
+from .onnx_joined import GraphInput, joined, showing, tensor_names
 from .onnx_operators import RULES
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
+from .stage import Replay
 
 SUPPORTED = ", ".join(RULES)
 BOOLEAN = "a network that ends before it, with comparisons in the property"
@@ -56,6 +59,18 @@ WEIGHTED = {"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul"}
 """Operators with weights, which are exact in their network's dtype; other constants stay beside it in float64."""
 
 
+class HiddenTensorError(InputError):
+    """A tensor that a graph does not compute from its inputs in their element type.
+
+    Args:
+        tensor: its name.
+    """
+
+    def __init__(self, tensor: str, message: str):
+        super().__init__(message)
+        self.tensor = tensor
+
+
 @dataclass(frozen=True, eq=False)
 class OnnxNetwork:
     """A network read from an ONNX file.
@@ -65,10 +80,12 @@ class OnnxNetwork:
         shape: shape of one input without the batch dimension. A file's first dimension is the batch if it is dynamic,
             or 1 and not the only one; otherwise ``shape`` is the file's whole shape. Several inputs are flattened and
             concatenated.
-        outputs: number of outputs, flattened, of all of the file's output tensors.
+        outputs: number of outputs, flattened, of all of the file's output tensors, hidden tensors behind them.
         model: the file's content, weights included; with one input and output, without operators on which the output
-            does not depend.
-        inputs: the file's input tensors. computed: shapes of its output tensors, with a batch of one.
+            does not depend; with hidden tensors as outputs behind its own.
+        inputs: the file's input tensors. computed: shapes of its output tensors, with a batch of one; then those of
+            the hidden tensors.
+        hidden: names of the tensors of its graph that it gives behind its outputs.
         dtype: of the module: float64 for a file whose weights float32 does not hold, else float32.
     """
 
@@ -78,21 +95,38 @@ class OnnxNetwork:
     model: onnx.ModelProto
     inputs: tuple[GraphInput, ...]
     computed: tuple[Shape, ...]
+    hidden: tuple[str, ...]
     dtype: torch.dtype
 
+    @property
+    def own_outputs(self) -> int:
+        """The number of outputs without hidden tensors."""
+        return self.outputs - sum(math.prod(shape) for shape in self.computed[len(self.computed) - len(self.hidden) :])
 
-def read_onnx(path: str | Path) -> OnnxNetwork:
+    def replay(self) -> Replay:
+        """Replays of the file's network by onnxruntime, as ``replay_session`` gives them."""
+        return replay_session(self.model, len(self.hidden))
+
+
+def read_onnx(path: str | Path, hidden: Sequence[str] = (), dtype: torch.dtype = torch.float32) -> OnnxNetwork:
     """Read the network in an ONNX file, plain or gzipped, with its weights inside or in files of the same folder.
 
+    Args:
+        hidden: names of tensors that operators of its graph compute, which the network gives behind its outputs.
+        dtype: float64 for a network in float64 even where float32 holds its weights.
     Raises:
         UnsupportedOperation: an operator without a rule, or used in a way without one; names it.
         InputError: no such file, or no valid model; an input that is not float32, or has a dynamic dimension other than
             the first; an output that does not depend on the inputs.
+        HiddenTensorError: a hidden tensor that the graph does not compute from the inputs, or of another type.
     """
     path = Path(path)
     file = load_onnx(path)
     look()
     inputs = _inputs(file, path)
+    if hidden:
+        file = showing(file, hidden)
+        _check_hidden(file, hidden, inputs[0].kind, path)
     if len({given.kind for given in inputs}) > 1:
         kinds = ", ".join(f"{given.name!r} {given.kind}" for given in inputs)
         raise InputError(f"{path}: found inputs {kinds}; accepted: inputs of one element type")
@@ -103,7 +137,7 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     del model.graph.node[:]
     model.graph.node.extend(live)
     nodes = _computed(model, whole.name, path)
-    run = _construction(model, nodes, whole, path)
+    run = _construction(model, nodes, whole, dtype, path)
     for node in looking(nodes):
         for output in (output for output in node.output if run.readers[output]):
             step = OnnxStep(run, node, output)
@@ -121,34 +155,49 @@ def read_onnx(path: str | Path) -> OnnxNetwork:
     if logits.position == 0:
         run.operations.append(Rearrangement("output", (0,), lambda x: x.flatten(1)))
     module = NetworkModule(run.operations)
+    for name, output in zip(hidden, file.graph.output[len(file.graph.output) - len(hidden) :]):
+        if output.name not in run.values:
+            accepted = "a hidden tensor computed from the input"
+            raise HiddenTensorError(name, f"{path}: found {name!r}, a constant; accepted: {accepted}")
     computed = tuple(_shape_of(output, run) for output in file.graph.output)
-    return OnnxNetwork(module, torch.Size(held(whole.shape)), logits.shape[1], file, tuple(inputs), computed, run.dtype)
+    return OnnxNetwork(
+        module, torch.Size(held(whole.shape)), logits.shape[1], file, tuple(inputs), computed, tuple(hidden), run.dtype
+    )
 
 
-def replay_session(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
+def replay_session(model: onnx.ModelProto, hidden: int = 0) -> Replay:
     """A function that replays counterexamples: one input (*shape) → float32 logits (R, K) by onnxruntime on the CPU.
     Several inputs and outputs are flattened and concatenated.
 
     The first run evaluates the file's own operators, unfused, in the shape that the file declares; the second has the
     default optimisations, as in VNN-COMP's scorer. They differ by 1e-6 of the logits' size, because convolutions of
     several channels are summed in another order. Where onnxruntime refuses the second run, R is 1.
+
+    Args:
+        hidden: how many of the last outputs are hidden tensors. Optimisations leave operators before these apart, so a
+            third run has the second's hidden tensors behind the outputs of the model without them, as others run it.
     """
-    plain = session(model)
     inputs = _inputs(model, Path())
-    sizes = [math.prod(given.shape) for given in inputs]
-    runs = [plain]
+    sizes, sessions = [math.prod(given.shape) for given in inputs], [session(model)]
     try:
-        optimised = session(model, optimised=True)
-        optimised.run(None, {given.name: np.zeros(given.shape, given.kind) for given in inputs})
-        runs.append(optimised)
+        optimised = [session(model, optimised=True)]
+        if hidden:
+            bare = onnx.ModelProto()
+            bare.CopyFrom(model)
+            del bare.graph.output[-hidden:]
+            optimised.append(session(bare, optimised=True))
+        for run in optimised:
+            run.run(None, {given.name: np.zeros(given.shape, given.kind) for given in inputs})
+        sessions += optimised
     except Exception:  # onnxruntime's exceptions have no common base class
         pass
 
     def replay(image: Tensor) -> Tensor:
         parts = torch.split(image.detach().cpu().float().flatten(), sizes)
         fed = {given.name: part.numpy().astype(given.kind).reshape(given.shape) for given, part in zip(inputs, parts)}
-        outputs = [[np.asarray(output).reshape(-1) for output in run.run(None, fed)] for run in runs]
-        return torch.as_tensor(np.stack([np.concatenate(each) for each in outputs]))
+        runs = [[np.asarray(output).reshape(-1) for output in run.run(None, fed)] for run in sessions]
+        runs = [[*outputs, *runs[1][len(outputs) :]] if number else outputs for number, outputs in enumerate(runs)]
+        return torch.as_tensor(np.stack([np.concatenate(outputs) for outputs in runs]))
 
     return replay
 
@@ -190,6 +239,25 @@ def _input(given: onnx.ValueInfoProto, path: Path) -> GraphInput:
         accepted = "sizes that are known, but for a batch dimension in front"
         raise InputError(f"{place}: found shape ({', '.join(names)}); accepted: {accepted}")
     return GraphInput(given.name, (max(sizes[0], 1), *sizes[1:]), helper.tensor_dtype_to_np_dtype(kind.elem_type))
+
+
+def _check_hidden(shown: onnx.ModelProto, hidden: Sequence[str], kind: np.dtype[Any], path: Path) -> None:
+    """
+    Raises:
+        HiddenTensorError: a name that is no computed tensor's; another element type than the inputs'.
+    """
+    names = tensor_names(shown)[: -len(hidden)]
+    if missing := [name for name in hidden if name not in names]:
+        near = get_close_matches(missing[0], names, 8, 0.0)
+        raise InputError(
+            f"{path}: found no tensor {missing[0]!r}; accepted: names of its graph, like {', '.join(near)}"
+        )
+    element = {np.dtype(np.float32): "tensor(float)", np.dtype(np.float64): "tensor(double)"}[kind]
+    for name, output in zip(hidden, session(shown).get_outputs()[-len(hidden) :]):
+        if output.type != element:
+            raise InputError(
+                f"{path}: found {name!r}, a {output.type}; accepted: a hidden {element}, as the inputs are"
+            )
 
 
 def _shape_of(output: onnx.ValueInfoProto, run: Construction) -> Shape:
@@ -236,9 +304,11 @@ def _computed(model: onnx.ModelProto, name: str, path: Path) -> list[onnx.NodePr
     return computed
 
 
-def _construction(model: onnx.ModelProto, nodes: list[onnx.NodeProto], given: GraphInput, path: Path) -> Construction:
+def _construction(
+    model: onnx.ModelProto, nodes: list[onnx.NodeProto], given: GraphInput, dtype: torch.dtype, path: Path
+) -> Construction:
     """The construction before its first operator, with the shapes and constants that onnxruntime gives at an input of
-    zeros."""
+    zeros; in float64 where ``dtype`` is, or float32 does not hold the weights."""
     output = model.graph.output[0].name
     readers = Counter([output, *(read for node in nodes for read in node.input)])
     weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
@@ -258,7 +328,7 @@ def _construction(model: onnx.ModelProto, nodes: list[onnx.NodeProto], given: Gr
     weighted = {read for node in nodes if node.op_type in WEIGHTED for read in node.input} & constants.keys()
     exact = all(_is_exact(constants[read]) for read in weighted)
     return Construction(
-        str(path), model, shapes, kinds, constants, readers, torch.float32 if exact else torch.float64,
+        str(path), model, shapes, kinds, constants, readers, dtype if exact else torch.float64,
         [Input(name, ())], {name: Value(0, shape)},
     )  # fmt: skip
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..bounds.network import NetworkModule
 from ..bounds.operations import Concat, Selection
-from .onnx_network import OnnxNetwork
+from .joint_network import JointNetwork
 from .stage import Replay
 
 
-def with_inputs(network: OnnxNetwork, tied: Sequence[int]) -> OnnxNetwork:
+def with_inputs(network: JointNetwork, tied: Sequence[int]) -> JointNetwork:
     """The network with the inputs ``tied``, by their numbers, behind its outputs."""
     operations, index = list(network.module.operations), torch.tensor(tied)
 

@@ -22,15 +22,15 @@ from ..run_folder import write_atomically, write_json
 from ..typed import as_floats, as_ints, unique
 from .cascade import run_cascade
 from .input_split import few_inputs
+from .joint_network import JointNetwork
 from .limits import Limits
-from .onnx_network import OnnxNetwork, read_onnx, replay_session
 from .problem import Problem, Specification, Verdict
+from .queries import Networks, read_question
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
 from .stage import Judge, Replay, Stage
 from .tied_inputs import replay_with_inputs, with_inputs
 from .vnnlib import Case, Declarations, Property
-from .vnnlib_reader import read_property
 
 Word = Literal["holds", "violated", "timeout", "unknown", "error"]
 
@@ -77,7 +77,8 @@ class Answer:
         arithmetic: arithmetic in which ``holds`` is proved.
         reason: why the property is undecided, or that it holds because no input satisfies it; None where not known.
         inputs: (N,) the counterexample as decimals, which lie within the property's box.
-        outputs: (K,) onnxruntime's outputs, with its default optimisations, at the decimals rounded to float32.
+        outputs: (K,) onnxruntime's outputs, with its default optimisations, at the decimals rounded to float32; the
+            hidden tensors behind the outputs of all networks.
         stage: the last stage that ran; empty where none did.
         spent: seconds by stage.
         search: counts and times of all searches; None without one.
@@ -116,20 +117,26 @@ class Answer:
         qualified = self.reason and (self.reason in (WITHIN_TOLERANCE, ONLY_TIES) or self.word == "holds")
         return f"{self.word} ({self.reason})" if qualified else self.word
 
-    def result(self) -> str:
-        """The content of VNN-COMP's result file, in the form of the property's version of VNN-LIB."""
+    def assigned(self) -> list[str]:
+        """The lines that state the counterexample, in the form of the property's version of VNN-LIB; in 2.0 a line
+        ``NAME TYPE [SHAPE]`` for each declared tensor and one for each of its entries, in the order of declaration, of
+        each network its inputs, hidden tensors and outputs. None without a counterexample."""
         if self.inputs is None or self.outputs is None:
-            return RESULTS[self.word] + "\n"
+            return []
         outputs = [repr(value) for value in as_floats(self.outputs)]
         if self.declared is not None:
-            return "\n".join(["sat", *self.declared.assigned(self.inputs, outputs), ""])
+            return self.declared.assigned(self.inputs, outputs)
         pairs = [f"({letter}_{i} {value})" for letter, values in (("X", self.inputs), ("Y", outputs))
                  for i, value in enumerate(values)]  # fmt: skip
-        return "sat\n(" + "\n".join(pairs) + ")\n"
+        return ("(" + "\n".join(pairs) + ")").splitlines()
+
+    def result(self) -> str:
+        """The content of VNN-COMP's result file, in the form of the property's version of VNN-LIB."""
+        return "\n".join([RESULTS[self.word], *self.assigned(), ""])
 
 
 def answer(
-    network: str | Path,
+    networks: Networks,
     property: str | Path,
     timeout: float | None = None,
     *,
@@ -138,9 +145,12 @@ def answer(
     record: str | Path | None = None,
     certify: Certify = PROPERTY,
 ) -> Answer:
-    """Decide whether a property holds of a network. Both are files, plain or gzipped (``.gz`` may be left out).
+    """Decide whether a property holds of a network, or of several. All are files, plain or gzipped (``.gz`` may be left
+    out).
 
     Args:
+        networks: the file of the only network; or files by the names that a query in VNN-LIB 2.0 declares, without
+            those that are ``equal-to`` others.
         timeout: seconds, including the reading of the files; None for those of ``certify``.
         arithmetic: arithmetic of proofs: ``nearest``, for the network with its batch norms folded in float32; the
             others, for each operator as the file has it; None for that of ``certify``.
@@ -157,9 +167,8 @@ def answer(
     started = now()
     with until(started + settings.timeout):
         try:
-            read = read_onnx(present(network))
-            asked = read_question(read, present(property))
-            decided = check_property(read, asked, started + settings.timeout, settings)
+            network, asked = read_question(networks, property)
+            decided = check_property(network, asked, started + settings.timeout, settings)
         except OutOfTime:
             decided = Answer("timeout", settings.timeout, settings.arithmetic, "timeout")
     decided = decided.finished(started)
@@ -168,32 +177,15 @@ def answer(
         if results is not None:
             write_atomically(Path(results).resolve(), lambda temporary: temporary.write_text(decided.result()))
         if (file := record) is not None:
-            write_json(Path(record).resolve(), {"onnx": str(network), "vnnlib": str(property), **decided.record()})
+            write_json(Path(record).resolve(), {"onnx": named(networks), "vnnlib": str(property), **decided.record()})
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}); accepted: a file of results") from error
     return decided
 
 
-def read_question(network: OnnxNetwork, path: Path) -> Property:
-    """Read a property of the network.
-
-    Raises:
-        InputError: the file cannot be read, or declares other tensors than the network has.
-    """
-    property = read_property(path, network.shape.numel(), network.outputs)
-    if property.declared is None:
-        return property
-    for what, declared, shapes in (
-        ("input", property.declared.inputs, [given.shape for given in network.inputs]),
-        ("output", property.declared.outputs, network.computed),
-    ):
-        kind = str(network.inputs[0].kind)
-        own = ", ".join(f"{kind} {list(shape)}" for shape in shapes)
-        for number, tensor in enumerate(declared):
-            if len(declared) != len(shapes) or not tensor.fits(kind, shapes[number]):
-                accepted = f"the network's {what}s, in their order, as they are or real: {own}"
-                raise InputError(f"{path}, line {tensor.line}: found '{tensor}'; accepted: {accepted}")
-    return property
+def named(networks: Networks) -> str | dict[str, str]:
+    """The networks' files as in JSON records: a name, or names by those of the networks."""
+    return {name: str(file) for name, file in networks.items()} if isinstance(networks, Mapping) else str(networks)
 
 
 def check_files(results: str | Path | None, record: str | Path | None) -> None:
@@ -219,7 +211,7 @@ def with_limits(certify: Certify, timeout: float | None, arithmetic: Arithmetic 
     return replace(certify, timeout=timeout, arithmetic=arithmetic)
 
 
-def check_property(network: OnnxNetwork, property: Property, deadline: float, settings: Certify = PROPERTY) -> Answer:
+def check_property(network: JointNetwork, property: Property, deadline: float, settings: Certify = PROPERTY) -> Answer:
     """As ``answer``, for a network and a property already read. ``deadline``, by ``time.perf_counter``, stands for the
     timeout of ``settings``."""
     started = now()
@@ -260,10 +252,10 @@ class _StageClock:
 
 
 def _check_cases(
-    network: OnnxNetwork, property: Property, deadline: float, settings: Certify, started: float, clock: _StageClock
+    network: JointNetwork, property: Property, deadline: float, settings: Certify, started: float, clock: _StageClock
 ) -> Answer:
     look()
-    replay = replay_session(network.model)
+    replay = network.replay()
     if property.tied:
         network, replay = with_inputs(network, property.tied), replay_with_inputs(replay, property.tied)
     look()
@@ -307,7 +299,7 @@ def _points(case: Case, shape: torch.Size) -> Tensor:
     return unique(torch.minimum(torch.maximum(points, case.lower32), case.upper32), dim=0).reshape(-1, *shape)
 
 
-def _check_reading(network: OnnxNetwork, points: Tensor, replay: Replay) -> None:
+def _check_reading(network: JointNetwork, points: Tensor, replay: Replay) -> None:
     """Compare our network's outputs with onnxruntime's at points (P, *shape).
 
     Raises:
@@ -324,14 +316,8 @@ def _check_reading(network: OnnxNetwork, points: Tensor, replay: Replay) -> None
                 )
 
 
-def present(path: str | Path) -> Path:
-    """The path itself, or with ``.gz`` appended where only that file exists."""
-    plain, zipped = Path(path), Path(f"{path}.gz")
-    return zipped if zipped.exists() and not plain.exists() else plain
-
-
 def _verdicts_of(
-    network: OnnxNetwork,
+    network: JointNetwork,
     property: Property,
     numbers: list[int],
     judge: _ExactJudge,
@@ -428,7 +414,7 @@ def _grouped_by_clauses(cases: Sequence[Case], most: int) -> Iterator[list[int]]
         yield from (numbers[first : first + most] for first in range(0, len(numbers), most))
 
 
-def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]) -> Problem:
+def _problem(network: JointNetwork, cases: Sequence[Case], numbers: Sequence[int]) -> Problem:
     lower, upper = (torch.stack(ends) for ends in zip(*((case.lower32, case.upper32) for case in cases), strict=True))
     if not (lower.isfinite().all() and upper.isfinite().all()):
         raise InputError("property: found an end that is infinite in float32; accepted: ends of float32's range")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..run_folder import write_atomically
 from ..typed import as_floats, as_ints
-from .vnnlib_text import DIGITS
+from .vnnlib_text import DIGITS, VnnlibText
 
 ROUNDING = 1e-9
 """Bound of float64's rounding error of a row, relative to the sum of its terms' sizes; 1e-11 at 100,000 of them."""
@@ -126,16 +127,23 @@ class Case:
 
 @dataclass(frozen=True)
 class DeclaredTensor:
-    """An input or output as VNN-LIB 2.0 declares it.
+    """An input, output or hidden tensor as VNN-LIB 2.0 declares it.
 
     Args:
         name: its name in the file. kind: its element type, as written there. line: of its declaration.
+        source: a hidden tensor's name in the ONNX graph; empty for others.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     line: int
+    source: str = ""
+
+    @property
+    def size(self) -> int:
+        """The number of its entries."""
+        return math.prod(self.shape)
 
     def __str__(self) -> str:
         return f"{self.name} {self.kind} [{','.join(map(str, self.shape))}]"
@@ -147,21 +155,57 @@ class DeclaredTensor:
 
     def assigned(self, values: Iterator[str]) -> list[str]:
         """The lines that assign the next of the values, decimals, to the entries in row-major order."""
-        entries = itertools.islice(values, math.prod(self.shape))
+        entries = itertools.islice(values, self.size)
         return [str(self), *(format(Decimal(value), "f") for value in entries)]
 
 
 @dataclass(frozen=True)
-class Declarations:
-    """The inputs and outputs that a property in VNN-LIB 2.0 declares, in order."""
+class DeclaredNetwork:
+    """A network as VNN-LIB 2.0 declares it.
 
+    Args:
+        name: its name in the file. line: of its declaration.
+        equal_to: name of the network that it equals; None for one with a file of its own.
+        isomorphic_to: name of a network with the same graph; None without.
+    """
+
+    name: str
+    line: int
     inputs: tuple[DeclaredTensor, ...]
+    hidden: tuple[DeclaredTensor, ...]
     outputs: tuple[DeclaredTensor, ...]
+    equal_to: str | None = None
+    isomorphic_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """The networks that a query in VNN-LIB 2.0 declares, and their tensors, in order.
+
+    Variables are numbered tensor by tensor: the inputs of all networks, then their outputs, then their hidden tensors.
+    """
+
+    networks: tuple[DeclaredNetwork, ...]
+
+    @property
+    def inputs(self) -> tuple[DeclaredTensor, ...]:
+        return tuple(tensor for network in self.networks for tensor in network.inputs)
+
+    @property
+    def outputs(self) -> tuple[DeclaredTensor, ...]:
+        return tuple(tensor for network in self.networks for tensor in network.outputs)
+
+    @property
+    def hidden(self) -> tuple[DeclaredTensor, ...]:
+        return tuple(tensor for network in self.networks for tensor in network.hidden)
 
     def assigned(self, inputs: Sequence[str], outputs: Sequence[str]) -> list[str]:
-        """The lines that assign decimals to all entries of the inputs and of the outputs."""
+        """The lines that assign decimals to all entries of all tensors, in the order of declaration. ``outputs`` are
+        those of all networks, their hidden tensors behind them."""
         values = iter((*inputs, *outputs))
-        return [line for tensor in (*self.inputs, *self.outputs) for line in tensor.assigned(values)]
+        lines = {tensor.name: tensor.assigned(values) for tensor in (*self.inputs, *self.outputs, *self.hidden)}
+        tensors = [tensor for one in self.networks for tensor in (*one.inputs, *one.hidden, *one.outputs)]
+        return [line for tensor in tensors for line in lines[tensor.name]]
 
 
 @dataclass(frozen=True)
@@ -173,7 +217,7 @@ class Property:
         cases: the cases; empty where no point is unsafe, whatever the network.
         tied: numbers of the inputs that rows of the cases read, behind the outputs.
         remark: a note on disjuncts that no input satisfies, which are left out; None without any.
-        declared: the tensors as declared; None in VNN-LIB 1.0.
+        declared: the networks and tensors as declared; None in VNN-LIB 1.0.
         repaired: a note on what was repaired in the file; None where nothing was.
     """
 
@@ -182,6 +226,37 @@ class Property:
     remark: str | None = None
     declared: Declarations | None = None
     repaired: str | None = None
+
+
+class VnnlibQuery(ABC):
+    """A query in a file, of which the networks are still to be read.
+
+    Args:
+        source: its text.
+    """
+
+    source: VnnlibText
+
+    @property
+    @abstractmethod
+    def declared(self) -> Declarations | None:
+        """The networks and tensors as declared; None in VNN-LIB 1.0."""
+
+    @abstractmethod
+    def property(self, inputs: int, outputs: int) -> Property:
+        """The unsafe set that it states, for networks with so many inputs and outputs in all, flattened; hidden tensors
+        count as outputs.
+
+        Raises:
+            InputError: the file states no such set.
+        """
+
+    @abstractmethod
+    def check_outputs_asserted(self) -> None:
+        """
+        Raises:
+            InputError: no assertion names an output or a hidden tensor; of VNN-LIB 2.0 alone.
+        """
 
 
 def write_property(path: str | Path, lower: Tensor, upper: Tensor, label: int, classes: int) -> None:

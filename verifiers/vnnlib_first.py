@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 from ..bounds.clock import looking
 from .constraints import CONSTANT, NEGATED, ONE, Conjunction, Constraint, Disjunction, Term, added, compare
 from .normal_form import Variables, normal_form
-from .vnnlib import Property
+from .vnnlib import Property, VnnlibQuery
 from .vnnlib_text import DEPTH, Token, VnnlibText
 
 # SMT-LIB commands to solvers, which state nothing about the property
@@ -21,19 +21,31 @@ COMPARISONS = {"<=": "<=", ">=": ">=", "<": "<", ">": ">", "=": "=="}
 _Node: TypeAlias = Token | list[Any]  # a list holds its opening parenthesis, then nodes
 
 
-def read_first(source: VnnlibText, inputs: int, outputs: int) -> Property:
-    """Read the property in a VNN-LIB 1.0 file for a network with so many inputs and outputs.
+class FirstQuery(VnnlibQuery):
+    """The query in a VNN-LIB 1.0 file, which is about one network.
 
     Accepted are ``(declare-const X_i Real)`` or ``(declare-fun X_i () Real)``, likewise ``Y_j``, and ``(assert F)``,
     with F built from ``and``, ``or``, ``not``, ``true``, ``false`` and comparisons of linear terms (decimals,
     variables, ``+``, ``-``, ``(* NUMBER TERM)``). SMT-LIB commands to solvers (``set-logic``, ``check-sat``, …) are
     ignored; ``exit`` ends the file.
 
-    Raises:
+    ``property`` raises:
         InputError: another syntax; names or numbers that do not fit; products of variables; an X without a lower or
             upper end in some disjunct; too many disjuncts.
     """
-    return _Reader(source, inputs, outputs).read()
+
+    def __init__(self, source: VnnlibText):
+        self.source = source
+
+    @property
+    def declared(self) -> None:
+        """None: its variables are those of one network."""
+
+    def property(self, inputs: int, outputs: int) -> Property:
+        return _Reader(self.source, inputs, outputs).read()
+
+    def check_outputs_asserted(self) -> None:
+        """Accept a file of this version without one."""
 
 
 class _Reader:

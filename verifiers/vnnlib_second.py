@@ -4,12 +4,10 @@ constraint."""
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from typing import NoReturn, TypeAlias
 
 import vnnlib
@@ -17,7 +15,7 @@ import vnnlib
 from ..bounds.clock import looking
 from .constraints import CONSTANT, ONE, Conjunction, Constraint, Disjunction, Term, added, compare
 from .normal_form import Variables, normal_form
-from .vnnlib import Declarations, DeclaredTensor, Property
+from .vnnlib import Declarations, DeclaredNetwork, DeclaredTensor, Property, VnnlibQuery
 from .vnnlib_text import DEPTH, Token, VnnlibText
 
 TYPES = ("float32", "real")
@@ -28,30 +26,21 @@ REAL = re.compile(r"(\(\s*declare-(?:input|hidden|output)\s+\w+\s+)Real\b")
 as the first factor of a product."""
 
 COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|;[^\n]*')
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+ESCAPES = {r"\n": "\n", r"\t": "\t"}
 INDICES = re.compile(r"\[([^\]\[()]*)\]")
+NAME = re.compile(r"[A-Za-z]\w*")
 NUMBERS = re.compile(r"\s*(?:[0-9]{1,9}\s*(?:,\s*[0-9]{1,9}\s*)*)?")
 SYNTAX_ERROR = re.compile(r"Parse error: syntax error at line (\d+), column \d+: '(.*)'", re.DOTALL)
 GRAMMAR = "VNN-LIB 2.0, in which numbers are 1 or 1.5, without an exponent, and equality is =="
 
-_Definition: TypeAlias = vnnlib.InputDefinition | vnnlib.OutputDefinition
+MINOR_VERSION = "an input without it: it is of VNN-LIB 2.1, which the package vnnlib does not read yet"
+
+_Definition: TypeAlias = vnnlib.InputDefinition | vnnlib.OutputDefinition | vnnlib.HiddenDefinition
 _SIGNS: dict[type[vnnlib.Comparison], str] = {
     vnnlib.LessEqual: "<=", vnnlib.GreaterEqual: ">=", vnnlib.LessThan: "<", vnnlib.GreaterThan: ">",
     vnnlib.Equal: "==", vnnlib.NotEqual: "!=",
 }  # fmt: skip
-
-
-def read_second(source: VnnlibText, inputs: int, outputs: int) -> Property:
-    """Read the query in a VNN-LIB 2.0 file for one network with so many inputs and outputs.
-
-    The network may have several inputs and outputs, which are flattened and concatenated in their order. Accepted are
-    the element types of ``TYPES``, and comparisons of linear terms over inputs and outputs alike.
-
-    Raises:
-        InputError: syntax, types and scopes that the package refuses; another element type; an index or size that is
-            no natural number, which the package takes; several networks, hidden tensors, products of variables; an
-            input without a lower or upper end in some disjunct; too many disjuncts.
-    """
-    return _Query(_checked(source), inputs, outputs).read()
 
 
 def _checked(source: VnnlibText) -> VnnlibText:
@@ -70,11 +59,16 @@ def _checked(source: VnnlibText) -> VnnlibText:
         depth += {"(": 1, ")": -1}.get(token.text, 0)
         if depth > DEPTH:
             source.refuse(token, f"at most {DEPTH} levels of parentheses")
-    for match in INDICES.finditer(source.text):
+    for match in INDICES.finditer(_without_strings(source.text)):
         if not NUMBERS.fullmatch(match[1]):
             accepted = "natural numbers with commas between them, of 9 digits at most"
             source.refuse(_token_at(source, match[0], match.start()), accepted)
     return source
+
+
+def _without_strings(text: str) -> str:
+    """The text with underscores in place of what its strings, the names of hidden tensors, contain."""
+    return STRING.sub(lambda match: re.sub(r"[^\n]", "_", match[0]), text)
 
 
 def _token_at(source: VnnlibText, text: str, position: int) -> Token:
@@ -87,10 +81,6 @@ class _Tensor:
 
     declared: DeclaredTensor
     first: int
-
-    @cached_property
-    def size(self) -> int:
-        return math.prod(self.declared.shape)
 
     def entry(self, indices: Sequence[int]) -> int:
         """The number of an entry among the variables."""
@@ -108,18 +98,52 @@ class _Tensor:
         return self.declared.name + (f"[{','.join(map(str, indices))}]" if indices else "")
 
 
-class _Query:
-    def __init__(self, source: VnnlibText, inputs: int, outputs: int):
-        self.source, self.inputs, self.outputs = source, inputs, outputs
-        self.tensors: dict[str, _Tensor] = {}
+class SecondQuery(VnnlibQuery):
+    """The query in a VNN-LIB 2.0 file, about one network or several.
 
-    def read(self) -> Property:
+    Each may have several inputs, outputs and hidden tensors, which are flattened and concatenated: the inputs of all
+    networks, their outputs, their hidden tensors, in the order of declaration. Accepted are the element types of
+    ``TYPES``, and comparisons of linear terms over all of these alike.
+
+    Raises:
+        InputError: syntax, types and scopes that the package refuses; another element type, or two; an index or size
+            that is no natural number, or a name declared twice, which the package takes. ``property`` also raises it
+            for: other counts than those declared; products of variables; an input without a lower or upper end in
+            some disjunct; too many disjuncts.
+    """
+
+    def __init__(self, source: VnnlibText):
+        self.source = _checked(source)
         query = self._parsed()
-        declared = self._declare(query.networks)
-        assertions = tuple(self._constraint(assertion.expr) for assertion in looking(query.assertions))
+        self.assertions = query.assertions
+        self._declared = Declarations(tuple(self._network(network) for network in query.networks))
+        self._check_declarations()
+        self.tensors, start = dict[str, _Tensor](), 0
+        for tensor in (*self.declared.inputs, *self.declared.outputs, *self.declared.hidden):
+            self.tensors[tensor.name] = _Tensor(tensor, start)
+            start += tensor.size
+
+    @property
+    def declared(self) -> Declarations:
+        return self._declared
+
+    def property(self, inputs: int, outputs: int) -> Property:
+        self._check_size("input", self.declared.inputs, inputs)
+        self._check_size("output", (*self.declared.outputs, *self.declared.hidden), outputs)
+        assertions = tuple(self._constraint(assertion.expr) for assertion in looking(self.assertions))
         last = Token("assert", 1 + self.source.text.rstrip().count("\n"))
-        variables = Variables(self.inputs, self.outputs, self._declaration)
-        return replace(normal_form(self.source, Conjunction(last, assertions), variables), declared=declared)
+        variables = Variables(inputs, outputs, self._declaration)
+        found = normal_form(self.source, Conjunction(last, assertions), variables)
+        return replace(found, declared=self.declared, repaired=self.source.repaired)
+
+    def check_outputs_asserted(self) -> None:
+        text = _without_strings(self.source.text)
+        first = re.search(r"\(\s*assert\b", text)
+        assert first is not None  # the grammar has one or more
+        names = {tensor.name for tensor in (*self.declared.outputs, *self.declared.hidden)}
+        if not any(word[0] in names for word in NAME.finditer(text, first.end())):
+            accepted = f"a constraint on an output or hidden tensor: {', '.join(sorted(names))}"
+            self.source.refuse(_token_at(self.source, "assertions about inputs alone", first.start()), accepted)
 
     def _parsed(self) -> vnnlib.Query:
         try:
@@ -133,7 +157,8 @@ class _Query:
     def _refuse(self, message: str) -> NoReturn:
         """Refuse the file for the package's reason: a syntax error, or the first of its type checker's errors."""
         if syntax := SYNTAX_ERROR.fullmatch(message):
-            self.source.refuse(Token(syntax[2] or "the end of the file", int(syntax[1])), GRAMMAR)
+            accepted = MINOR_VERSION if syntax[2] == "initialized" else GRAMMAR
+            self.source.refuse(Token(syntax[2] or "the end of the file", int(syntax[1])), accepted)
         try:
             first = json.loads(message)["errors"][0]
             token, hint = Token(first["offendingSymbol"], int(first["line"])), "{message}: {hint}".format_map(first)
@@ -141,53 +166,68 @@ class _Query:
             token, hint = Token("vnnlib", 1), message
         self.source.refuse(token, f"what vnnlib's type checker takes ({' '.join(hint.split())})")
 
-    def _declare(self, networks: Sequence[vnnlib.Network]) -> Declarations:
-        """Number the tensors' entries.
+    def _network(self, network: vnnlib.Network) -> DeclaredNetwork:
+        inputs, hidden, outputs = (
+            tuple(self._tensor(what, definition) for definition in definitions)
+            for what, definitions in (
+                ("input", network.inputs), ("hidden", network.hidden), ("output", network.outputs)
+            )
+        )  # fmt: skip
+        line = self._place("network", network.name).line
+        equal, isomorphic = network.equal_to or None, network.isometric_to or None
+        return DeclaredNetwork(network.name, line, inputs, hidden, outputs, equal, isomorphic)
 
-        Raises:
-            InputError: several networks, hidden tensors, an unknown element type, sizes that are not the network's.
+    def _tensor(self, what: str, definition: _Definition) -> DeclaredTensor:
         """
-        network, *others = networks
-        for other in others:
-            self.source.refuse(self._place("network", other.name), "one network")
-        for hidden in network.hidden:
-            self.source.refuse(self._place("hidden", hidden.name), "inputs and outputs of the network")
-        inputs = self._number("input", network.inputs, 0, self.inputs)
-        outputs = self._number("output", network.outputs, self.inputs, self.outputs)
-        kinds = {tensor.kind for tensor in (*inputs, *outputs)}
+        Raises:
+            InputError: an element type that is not read.
+        """
+        token = self._place(what, definition.name)
+        kind = str(definition).split()[2]  # the package knows no name of a type that it does not know
+        if kind not in TYPES:
+            self.source.refuse(Token(f"{token.text} {kind}", token.line), f"elements of type {' or '.join(TYPES)}")
+        quoted = (definition.onnx_name or "") if isinstance(definition, vnnlib.HiddenDefinition) else ""
+        source = re.sub(r"\\.", lambda match: ESCAPES.get(match[0], match[0][1]), quoted[1:-1])
+        return DeclaredTensor(definition.name, kind, tuple(definition.shape), token.line, source)
+
+    def _check_declarations(self) -> None:
+        """
+        Raises:
+            InputError: a network's name that is declared twice; a network both equal and isomorphic to others; several
+                element types.
+        """
+        networks = self.declared.networks
+        tensors = (*self.declared.inputs, *self.declared.hidden, *self.declared.outputs)
+        taken = {tensor.name for tensor in tensors}
+        for network in networks:
+            if network.name in taken:
+                token = self._place("network", network.name, last=True)
+                self.source.refuse(token, "a name for each network and tensor, of its own")
+            taken.add(network.name)
+            if network.equal_to and network.isomorphic_to:
+                found = f"{network.name} equal-to {network.equal_to} isomorphic-to {network.isomorphic_to}"
+                self.source.refuse(Token(found, network.line), "one of the two")
+        kinds = {tensor.kind for tensor in tensors}
         if len(kinds) > 1:
-            token = Token(" and ".join(sorted(kinds)), self._place("network", network.name).line)
-            self.source.refuse(token, "one element type in a query")
-        return Declarations(inputs, outputs)
+            other = next(tensor for tensor in tensors if tensor.kind != tensors[0].kind)
+            self.source.refuse(Token(" and ".join(sorted(kinds)), other.line), "one element type in a query")
 
-    def _number(
-        self, what: str, definitions: Iterable[_Definition], first: int, size: int
-    ) -> tuple[DeclaredTensor, ...]:
-        """The declared tensors, whose entries are numbered from ``first``; there must be ``size``."""
-        start, declared = first, list[DeclaredTensor]()
-        for definition in definitions:
-            token = self._place(what, definition.name)
-            kind = str(definition).split()[2]  # the package knows no name of a type that it does not know
-            if kind not in TYPES:
-                self.source.refuse(Token(f"{token.text} {kind}", token.line), f"elements of type {' or '.join(TYPES)}")
-            tensor = DeclaredTensor(definition.name, kind, tuple(definition.shape), token.line)
-            self.tensors[tensor.name] = _Tensor(tensor, start)
-            start += self.tensors[tensor.name].size
-            declared.append(tensor)
-        if start - first != size:
-            token = self._place(what, declared[-1].name)
-            found = Token(f"{start - first} {what}s up to {token.text}", token.line)
-            self.source.refuse(found, f"{size} {what}s in all, as the network has them")
-        return tuple(declared)
+    def _check_size(self, what: str, tensors: Sequence[DeclaredTensor], size: int) -> None:
+        if (found := sum(tensor.size for tensor in tensors)) != size:
+            last = tensors[-1]
+            kind = "hidden" if last in self.declared.hidden else what
+            token = Token(f"{found} {what}s up to declare-{kind} {last.name}", last.line)
+            self.source.refuse(token, f"{size} {what}s in all, as the network has them")
 
-    def _place(self, what: str, name: str) -> Token:
-        """The declaration of a name."""
-        match = re.search(rf"\(\s*declare-{what}\s+{name}\b", self.source.text)
-        return _token_at(self.source, f"declare-{what} {name}", match.start() if match else 0)
+    def _place(self, what: str, name: str, *, last: bool = False) -> Token:
+        """The declaration of a name: the first one, or the last."""
+        text = _without_strings(self.source.text)
+        places = [match.start() for match in re.finditer(rf"\(\s*declare-{what}\s+{name}\b", text)]
+        return _token_at(self.source, f"declare-{what} {name}", places[-last] if places else 0)
 
     def _declaration(self, variable: int) -> Token:
         """The name of a variable, and the line that declares it."""
-        tensor = next(one for one in self.tensors.values() if one.first <= variable < one.first + one.size)
+        tensor = next(one for one in self.tensors.values() if one.first <= variable < one.first + one.declared.size)
         return Token(tensor.name(variable), tensor.declared.line)
 
     def _constraint(self, node: vnnlib.BoolExpr) -> Constraint:

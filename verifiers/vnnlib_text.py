@@ -34,10 +34,15 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class VnnlibText:
-    """The text of a file, and its path for errors."""
+    """The text of a file, and its path for errors.
+
+    Args:
+        repaired: a note on what was repaired in it; None where nothing was.
+    """
 
     path: Path
     text: str
+    repaired: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> VnnlibText:

@@ -18,6 +18,7 @@ class SessionOptions:
 
 class NodeArg:
     name: str
+    type: str
 
 class InferenceSession:
     def __init__(
