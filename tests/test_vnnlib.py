@@ -49,7 +49,7 @@ def violated(prop: Property, inputs: list[float], outputs: list[float]) -> bool:
         specification = Specification(case.rows[None], case.offsets[None], case.clauses)
         closed = specification.worst(specification.values(logits[None])) <= 0
         closed = closed and ((case.lower <= point) & (point <= case.upper)).all()
-        unsafe = case.contains(outputs) and case.written(point) == [repr(value) for value in point.tolist()]
+        unsafe = case.contains(inputs, outputs) and case.written(point) == [repr(value) for value in point.tolist()]
         assert closed or not unsafe
         found = found or unsafe
     return found

@@ -33,7 +33,9 @@ def read(tmp_path):
 
 
 def unsafe(prop: Property, x: float, *y: float) -> bool:
-    return any(case.contains(y) and all(low <= Fraction(x) <= high for low, high in case.ends) for case in prop.cases)
+    return any(
+        case.contains([x], y) and all(low <= Fraction(x) <= high for low, high in case.ends) for case in prop.cases
+    )
 
 
 SCRIPTS = {
@@ -97,7 +99,7 @@ def test_inputs_tied_to_outputs(read):
     """Rows read the input behind the outputs."""
     found = read(HEADER + BOX + "(assert (and (>= X_0 (- Y_1 Y_0)) (not (<= (* 2 X_0) 1))))")
     (case,) = found.cases
-    assert found.tied == (0,) and case.rows.tolist() == [[-1.0, 1.0, -1.0]] and case.excluded == {(0, False)}
+    assert found.terms == ((0,),) and case.rows.tolist() == [[-1.0, 1.0, -1.0]] and case.excluded == {(0, False)}
     assert case.ends == ((Fraction(1, 2), Fraction(1)),)
 
 

@@ -35,23 +35,36 @@ def read(tmp_path_factory):
 
 def violated(prop: Property, inputs, outputs) -> bool:
     """As written, in exact arithmetic."""
+    free = own_inputs(prop, inputs)
     for case in prop.cases:
-        exact = [Fraction(value) for value in inputs]
-        inside = all(
+        exact = [Fraction(value) for value in free or ()]
+        inside = free is not None and all(
             low <= value <= high
             and (value > low or (i, False) not in case.excluded)
             and (value < high or (i, True) not in case.excluded)
             for i, (value, (low, high)) in enumerate(zip(exact, case.ends, strict=True))
         )
-        unsafe = case.contains([*outputs, *(inputs[i] for i in prop.tied)])
-        if unsafe:  # the closed set that verifiers work on contains it
-            values = torch.tensor([*outputs, *(inputs[i] for i in prop.tied)], dtype=torch.float64)
+        unsafe = case.contains(inputs, outputs)
+        if unsafe and free is not None:  # the closed set that verifiers work on contains it
+            terms = [math.prod([*free, *outputs][one] for one in monomial) for monomial in prop.terms]
+            values = torch.tensor([*outputs, *terms], dtype=torch.float64)
             rows = case.rows @ values + case.offsets
             worst = torch.full((int(case.clauses.max()) + 1,), -math.inf, dtype=torch.float64)
             assert worst.scatter_reduce(0, case.clauses, rows, "amax").min() <= 0
         if inside and unsafe:
             return True
     return False
+
+
+def own_inputs(prop: Property, inputs):
+    """The free inputs of all inputs; None where these are not as the equalities ask."""
+    if prop.free is None:
+        return inputs
+    free = [Fraction(inputs[prop.free.terms.index({(k,): Fraction(1)})]) for k in range(prop.free.count)]
+    for term, value in zip(prop.free.terms, inputs, strict=True):
+        if sum(factor * math.prod(free[one] for one in monomial) for monomial, factor in term.items()) != value:
+            return None
+    return free
 
 
 # terms and formulas as trees, and both their text and their value
@@ -66,6 +79,7 @@ TERMS = st.recursive(
         st.tuples(st.sampled_from("+-"), st.lists(parts, min_size=1, max_size=3))
         | st.tuples(st.just("*"), st.tuples(HALVES, parts))
         | st.tuples(st.just("*"), st.tuples(HALVES, parts, HALVES))
+        | st.tuples(st.just("*"), st.tuples(parts, parts))
     ),
     max_leaves=5,
 )
@@ -95,6 +109,12 @@ def value_of(tree, values: dict[str, Fraction]):
     return {"and": all, "or": any, "+": sum, "*": math.prod}[sign](parts)
 
 
+def degree(tree) -> int:
+    if not isinstance(tree, tuple):
+        return int(isinstance(tree, str))
+    return {"*": sum}.get(tree[0], max)(map(degree, tree[1]))
+
+
 def has_variable(tree) -> bool:
     return isinstance(tree, str) or (isinstance(tree, tuple) and any(map(has_variable, tree[1])))
 
@@ -121,6 +141,7 @@ GRID = [Fraction(number, 2) for number in range(-3, 4)]
 )
 def test_the_property_is_what_the_assertions_say(read, formulas, kind, strict, points):
     assume(disjuncts(("and", formulas)) <= 300)
+    assume(all(degree(side) <= 2 for tree in formulas for one in comparisons(tree) for side in one[1]))
     assume(all(has_variable(side) for tree in formulas for one in comparisons(tree) for side in one[1][:1]))
     ends = [(">" if strict[0] else ">=", ("X[0,0]", Fraction(-1))), ("<=", ("X[0,0]", Fraction(1))),
             (">=", ("X[0,1]", Fraction(-1))), ("<" if strict[1] else "<=", ("X[0,1]", Fraction(1)))]  # fmt: skip
@@ -147,7 +168,7 @@ def test_entries_are_numbered_in_row_major_order_over_all_tensors(read):
     box = "".join(f"(assert (and (>= {name} {n}.0) (<= {name} {n}.5)))" for n, name in enumerate(names))
     prop = read(HEADER + network + box + "(assert (<= (+ P[1] (* 2.0 q)) (* 3.0 B[1])))", 9, 3)
     (case,) = prop.cases
-    assert case.lower.tolist() == [float(n) for n in range(9)] and prop.tied == (8,)
+    assert case.lower.tolist() == [float(n) for n in range(9)] and prop.terms == ((8,),)
     assert case.rows.tolist() == [[0.0, 1.0, 2.0, -3.0]]
     assert [(tensor.name, tensor.kind, tensor.shape) for tensor in prop.declared.inputs] == [
         ("A", "real", (2, 3)), ("s", "real", ()), ("B", "real", (2,)),
@@ -227,10 +248,14 @@ LONG = "9" * 30
         (f"(assert (<= Y[0] {'9' * 400}.0))", 1, "a number at which stod fails"),
         ("(assert " + "(and " * DEPTH, 5, "("),
         ("(assert (<= Y[0] " + "(- " * (DEPTH - 1), 5, "("),
-        # what is not read yet
-        ("(assert (<= (* Y[0] Y[1]) 1.0))", 5, "(* Y [0] Y [1])"),
-        ("(assert (<= (* 2.0 X[0,0] (+ X[0,1] 1.0)) 1.0))", 5, "(* 2.0 X [0, 0] (+ X [0, 1] 1.0))"),
-        ("(assert (<= (* X[0,0] X[0,0]) 1.0))", 5, "(* X [0, 0] X [0, 0])"),
+        # terms of degree 3
+        ("(assert (<= (* Y[0] Y[1] Y[0]) 1.0))", 5, "(* Y [0] Y [1] Y [0])"),
+        (
+            "\n(assert (<= (* 2.0 X[0,0] (* (+ X[0,1] 1.0) Y[0])) 1.0))",
+            6,
+            "(* 2.0 X [0, 0] (* (+ X [0, 1] 1.0) Y [0]))",
+        ),
+        ("(assert (<= (* X[0,0] (* X[0,0] X[0,0])) 1.0))", 5, "(* X [0, 0] (* X [0, 0] X [0, 0]))"),
         # too much
         ("(assert (and " + " ".join(["(or (<= Y[0] 0.0) (<= Y[1] 0.0))"] * 20) + "))", 5, "and"),
         (" ".join(["(assert (!= Y[0] 0.0))"] * 20), 5, "assert"),

@@ -1,25 +1,32 @@
-"""Constraints on a network's inputs and outputs: trees of comparisons of linear terms, with exact numbers.
+"""Constraints on a network's inputs and outputs: trees of comparisons of terms up to degree 2, with exact numbers.
 
 Variables are numbered: the inputs first, then the outputs, both flattened.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
 from .vnnlib_text import Token
 
-CONSTANT = -1
-"""Key of the constant among a term's coefficients."""
+Monomial: TypeAlias = tuple[int, ...]
+"""A product of variables, by their numbers in rising order; of one variable, that variable itself."""
+
+CONSTANT: Monomial = ()
+"""The product of no variables: 1."""
+
+DEGREE = 2
+"""Largest number of factors of a monomial."""
 
 ONE = Fraction(1)
 
-Term: TypeAlias = dict[int, Fraction]
-"""A linear term: coefficients by the variable's number."""
+Term: TypeAlias = dict[Monomial, Fraction]
+"""A polynomial: coefficients by monomial."""
 
 Limit: TypeAlias = Callable[[Token, int, int], None]
 """Refuses a normal form of too many disjuncts, or too many comparisons in all of them."""
@@ -41,16 +48,23 @@ class Constraint(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Inequality(Constraint):
-    """A linear form of one variable or more that is <= 0, or < 0 where ``strict``.
+    """A polynomial of one variable or more that is <= 0, or < 0 where ``strict``.
 
     Args:
-        coefficients: (variable, coefficient) pairs, none of them 0.
+        coefficients: (monomial, coefficient) pairs, none of them 0.
     """
 
     token: Token
-    coefficients: tuple[tuple[int, Fraction], ...]
+    coefficients: tuple[tuple[Monomial, Fraction], ...]
     constant: Fraction
     strict: bool
+
+    def holds(self, values: Sequence[float | Fraction], closed: bool = False) -> bool:
+        """Whether it holds, in exact arithmetic, at finite values of all variables; as <= 0 where ``closed``."""
+        total = self.constant
+        for monomial, factor in self.coefficients:
+            total += factor * math.prod(Fraction(values[variable]) for variable in monomial)
+        return total <= 0 if closed or not self.strict else total < 0
 
     def disjuncts(self, limit: Limit) -> list[Literals]:
         return [(self,)]
@@ -115,15 +129,28 @@ def compare(token: Token, sign: str, left: Term, right: Term) -> Constraint:
 def _at_most(token: Token, term: Term, strict: bool) -> Constraint:
     """term <= 0, or < 0; decided at once where the term is a constant."""
     constant = term.get(CONSTANT, Fraction(0))
-    coefficients = tuple((variable, factor) for variable, factor in term.items() if factor and variable != CONSTANT)
+    coefficients = tuple((monomial, factor) for monomial, factor in term.items() if factor and monomial != CONSTANT)
     if coefficients:
         return Inequality(token, coefficients, constant, strict)
     return Conjunction(token, ()) if constant < 0 or (constant == 0 and not strict) else Disjunction(token, ())
 
 
-def added(total: Term, term: Term, factor: Fraction | int) -> Term:
+def added(total: Term, term: Mapping[Monomial, Fraction], factor: Fraction | int) -> Term:
     """Add factor · term to ``total``, in place."""
-    for variable, value in term.items():
+    for monomial, value in term.items():
         scaled = value if factor == 1 else -value if factor == -1 else factor * value
-        total[variable] = total[variable] + scaled if variable in total else scaled
+        total[monomial] = total[monomial] + scaled if monomial in total else scaled
     return total
+
+
+def multiplied(left: Mapping[Monomial, Fraction], right: Mapping[Monomial, Fraction]) -> Term:
+    """left · right, without the monomials whose coefficients are 0."""
+    total: Term = {}
+    for monomial, factor in left.items():
+        added(total, {tuple(sorted(monomial + other)): value for other, value in right.items()}, factor)
+    return {monomial: factor for monomial, factor in total.items() if factor}
+
+
+def degree(term: Mapping[Monomial, Fraction]) -> int:
+    """The largest number of factors of its monomials whose coefficients are not 0."""
+    return max((len(monomial) for monomial, factor in term.items() if factor), default=0)

@@ -1,9 +1,12 @@
-"""Normal form of a constraint: boxes of inputs, each with clauses of rows."""
+"""Normal form of a constraint: boxes of inputs, each with clauses of rows.
+
+Equalities among inputs that all disjuncts share are solved first; boxes and rows are then of the inputs that stay free.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple, TypeAlias
@@ -11,7 +14,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from ..bounds.clock import looking
-from .constraints import CONSTANT, Conjunction, Inequality, Literals
+from .constraints import CONSTANT, Conjunction, Inequality, Literals, Monomial, Term
+from .free_inputs import Equalities, FreeInputs
 from .vnnlib import Case, Property
 from .vnnlib_text import Token, VnnlibText
 
@@ -29,10 +33,15 @@ class _End(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A linear form that is <= 0, or < 0 where ``strict``: coefficients by variable, and the constant by CONSTANT."""
+    """A comparison of the file, and its polynomial in free inputs and outputs, with coefficients rounded to nearest and
+    the constant rounded down; without monomials where it is decided: ``never`` says that it does not hold then."""
 
-    form: Mapping[int, float]
-    strict: bool
+    literal: Inequality
+    form: Mapping[Monomial, float]
+    never: bool = False
+
+
+ALWAYS = _Row(Inequality(Token("true", 1), (), Fraction(0), False), {})
 
 
 _Place: TypeAlias = tuple[int, bool]  # an input, and whether it is its upper end
@@ -53,7 +62,8 @@ def normal_form(source: VnnlibText, constraint: Conjunction, variables: Variable
     """The property whose unsafe set is where the constraint holds.
 
     Disjuncts whose boxes differ from the shared one in the same way become one case. A disjunct without rows gets a row
-    of zeros, which always holds; one with an empty box is left out, with a remark.
+    of zeros, which always holds; one with an empty box, or with a comparison that cannot hold where inputs are equal as
+    asserted, is left out, with a remark.
 
     Args:
         constraint: the assertions; its token stands for the whole file in errors.
@@ -67,6 +77,11 @@ class _NormalForm:
     def __init__(self, source: VnnlibText, variables: Variables):
         self.source, self.variables = source, variables
         self.parts: dict[Inequality, tuple[_Place, _End] | _Row] = {}
+        self.equalities = Equalities()
+        self.inputs: Sequence[int] = range(variables.inputs)
+        """The free inputs' numbers among the variables."""
+        self.places: Mapping[int, int] = {}
+        """The numbers of free inputs and outputs among those of the program, where they differ from the variables'."""
 
     def limit(self, head: Token, disjuncts: int, size: int) -> None:
         if disjuncts > DISJUNCTS or size > SIZE:
@@ -75,45 +90,97 @@ class _NormalForm:
 
     def build(self, constraint: Conjunction) -> Property:
         shared, alternatives = constraint.factored(self.limit)
-        box, rows = self._tightest(shared, {}), self._rows(shared)
+        free = self._solve(shared)
+        box, rows, remark = self._tightest(shared, {}), self._rows(shared), self._never(shared)
+        if remark is not None:
+            return Property((), remark=remark)
         groups: dict[frozenset[tuple[_Place, Fraction, bool]], tuple[_Box, list[list[_Row]]]] = {}
         for literals in looking(alternatives):
-            own = self._tightest(literals, box)
-            key = frozenset((place, end.value, end.strict) for place, end in own.items())
-            groups.setdefault(key, (own, []))[1].append(self._rows(literals))
-        inputs, outputs = self.variables.inputs, self.variables.outputs
-        read = {variable for part in self.parts.values() if isinstance(part, _Row) for variable in part.form}
-        tied = tuple(sorted(variable for variable in read if 0 <= variable < inputs))
+            never = self._never(literals)
+            remark = remark or never
+            if never is None:
+                own = self._tightest(literals, box)
+                key = frozenset((place, end.value, end.strict) for place, end in own.items())
+                groups.setdefault(key, (own, []))[1].append(self._rows(literals))
+        inputs, outputs = len(self.inputs), self.variables.outputs
+        read = {monomial for part in self.parts.values() if isinstance(part, _Row) for monomial in part.form}
+        own_columns = {CONSTANT, *((output,) for output in range(inputs, inputs + outputs))}
+        terms = tuple(sorted(read - own_columns, key=lambda one: (len(one), len(set(one)) < len(one), one)))
         lengths = sum(len(rows) + len(clause) for _, clauses in groups.values() for clause in clauses)
-        size = lengths * (outputs + len(tied)) + 2 * inputs * len(groups)
+        size = lengths * (outputs + len(terms)) + 2 * inputs * len(groups)
         self.limit(constraint.token, len(alternatives), size)
-        cases, remark = list[Case](), None if groups else "no input satisfies the asserts"
+        cases = list[Case]()
+        remark = remark if groups or remark else "no input satisfies the asserts"
         for own, clauses in groups.values():
             self._check_bounded(box | own)
             crossed = self._crossed(box | own)
             if crossed is None:
-                cases.append(self._case(box | own, [rows + clause or [_Row({}, False)] for clause in clauses], tied))
+                cases.append(self._case(box | own, [rows + clause or [ALWAYS] for clause in clauses], terms))
             remark = remark or crossed
-        return Property(tuple(cases), tied, remark)
+        return Property(tuple(cases), terms, free, remark)
+
+    def _solve(self, shared: Literals) -> FreeInputs | None:
+        """Solve the equalities among inputs that all disjuncts share; None without any."""
+        count, met = self.variables.inputs, dict[tuple[frozenset[tuple[Monomial, Fraction]], Fraction], Inequality]()
+        for literal in shared:
+            if literal.strict or not all(len(one) == 1 and one[0] < count for one, _ in literal.coefficients):
+                continue
+            size = abs(literal.coefficients[0][1])
+            coefficients = [(one, factor / size) for one, factor in literal.coefficients]
+            opposite = frozenset((one, -factor) for one, factor in coefficients), -literal.constant / size
+            if opposite in met:
+                self.equalities.add({**dict(literal.coefficients), CONSTANT: literal.constant})
+            met[frozenset(coefficients), literal.constant / size] = literal
+        if not len(self.equalities):
+            return None
+        self.equalities.finish()
+        self.inputs = [number for number in range(count) if number not in self.equalities]
+        places = [*self.inputs, *range(count, count + self.variables.outputs)]
+        self.places = {number: place for place, number in enumerate(places)}
+        terms = tuple(self._resolved({(number,): Fraction(1)}) for number in range(count))
+        return FreeInputs(terms, len(self.inputs))
+
+    def _resolved(self, term: Mapping[Monomial, Fraction]) -> Term:
+        """A term of the variables in free inputs and outputs, by their numbers in the program."""
+        left = self.equalities.resolved(term)
+        return {tuple(self.places[one] for one in monomial): factor for monomial, factor in left.items() if factor}
 
     def _part(self, literal: Inequality) -> tuple[_Place, _End] | _Row:
         """A comparison as the end of an input, or else as a row."""
         if literal not in self.parts:
-            (variable, factor), *others = literal.coefficients
             try:
-                if others or variable >= self.variables.inputs:
-                    form = {variable: float(factor) for variable, factor in literal.coefficients}
-                    self.parts[literal] = _Row({**form, CONSTANT: float(literal.constant)}, literal.strict)
-                else:
-                    value, upper = -literal.constant / factor, factor > 0
-                    end = outward64(value, math.inf if upper else -math.inf)
-                    self.parts[literal] = (variable, upper), _End(literal.token, value, literal.strict, end)
+                self.parts[literal] = self._new_part(literal)
             except OverflowError:
                 self.source.refuse(literal.token, "coefficients and ends of float64's range")
         return self.parts[literal]
 
+    def _new_part(self, literal: Inequality) -> tuple[_Place, _End] | _Row:
+        coefficients, constant = literal.coefficients, literal.constant
+        if len(self.equalities):
+            term = self._resolved(dict(coefficients))
+            constant += term.pop(CONSTANT, Fraction(0))
+            coefficients = tuple(term.items())
+            if not coefficients:
+                return _Row(literal, {}, constant > 0 or (constant == 0 and literal.strict))
+        (monomial, factor), *others = coefficients
+        variable = min(monomial)
+        if others or len(monomial) > 1 or variable >= len(self.inputs):
+            form = {monomial: float(factor) for monomial, factor in coefficients}
+            return _Row(literal, {**form, CONSTANT: outward64(constant, -math.inf)})  # the closed set grows
+        value, upper = -constant / factor, factor > 0
+        end = outward64(value, math.inf if upper else -math.inf)
+        return (variable, upper), _End(literal.token, value, literal.strict, end)
+
     def _rows(self, literals: Literals) -> list[_Row]:
-        return [part for part in map(self._part, literals) if isinstance(part, _Row)]
+        return [part for part in map(self._part, literals) if isinstance(part, _Row) and part.form]
+
+    def _never(self, literals: Literals) -> str | None:
+        """Why some of the comparisons cannot hold where inputs are equal as asserted; None where each can."""
+        for part in map(self._part, literals):
+            if isinstance(part, _Row) and part.never:
+                sign = part.literal.token
+                return f"{self.source.path}, line {sign.line}: a {sign.text} that the equalities of inputs exclude"
+        return None
 
     def _tightest(self, literals: Literals, known: _Box) -> _Box:
         """The tightest ends among the literals, where these are tighter than those in ``known``."""
@@ -127,25 +194,25 @@ class _NormalForm:
         return box
 
     def _check_bounded(self, box: _Box) -> None:
-        for i in range(self.variables.inputs):
+        for i, number in enumerate(self.inputs):
             if not {(i, False), (i, True)} <= box.keys():
                 accepted = "an input that has a lower and an upper end in every disjunct"
-                self.source.refuse(self.variables.declared(i), accepted)
+                self.source.refuse(self.variables.declared(number), accepted)
 
     def _crossed(self, box: _Box) -> str | None:
         """Why no input lies in a box; None where one does."""
-        for i in range(self.variables.inputs):
+        for i, number in enumerate(self.inputs):
             lower, upper = box[i, False], box[i, True]
             if lower.value > upper.value or (lower.value == upper.value and (lower.strict or upper.strict)):
                 line = max(lower.token.line, upper.token.line)
                 above, below = ">" if lower.strict else ">=", "<" if upper.strict else "<="
                 found = f"{above} {float(lower.value)!r} and {below} {float(upper.value)!r}"
-                return f"{self.source.path}, line {line}: an empty box: {self.variables.declared(i).text} {found}"
+                return f"{self.source.path}, line {line}: an empty box: {self.variables.declared(number).text} {found}"
         return None
 
-    def _case(self, box: _Box, clauses: list[list[_Row]], tied: tuple[int, ...]) -> Case:
-        inputs, outputs = self.variables.inputs, self.variables.outputs
-        columns = [*range(inputs, inputs + outputs), *tied, CONSTANT]
+    def _case(self, box: _Box, clauses: list[list[_Row]], terms: tuple[Monomial, ...]) -> Case:
+        inputs, outputs = len(self.inputs), self.variables.outputs
+        columns = [*((output,) for output in range(inputs, inputs + outputs)), *terms, CONSTANT]
         rows = [row for clause in clauses for row in clause]
         table = torch.tensor([[row.form.get(column, 0.0) for column in columns] for row in rows], dtype=torch.float64)
         numbers = torch.tensor([number for number, clause in enumerate(clauses) for _ in clause])
@@ -153,8 +220,8 @@ class _NormalForm:
         ends = torch.tensor([(lower.rounded, upper.rounded) for lower, upper in pairs], dtype=torch.float64)
         exact = tuple((lower.value, upper.value) for lower, upper in pairs)
         excluded = frozenset(place for place, end in box.items() if end.strict)
-        strict = frozenset(number for number, row in enumerate(rows) if row.strict)
-        return Case(ends[:, 0], ends[:, 1], exact, table[:, :-1], table[:, -1], numbers, excluded, strict)
+        written = tuple(row.literal for row in rows)
+        return Case(ends[:, 0], ends[:, 1], exact, table[:, :-1], table[:, -1], numbers, excluded, written)
 
 
 def _tighter(end: _End, other: _End, upper: bool) -> bool:

@@ -29,7 +29,7 @@ from .queries import Networks, read_question
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
 from .stage import Judge, Replay, Stage
-from .tied_inputs import replay_with_inputs, with_inputs
+from .terms import with_terms
 from .vnnlib import Case, Declarations, Property
 
 Word = Literal["holds", "violated", "timeout", "unknown", "error"]
@@ -65,6 +65,9 @@ WITHIN_TOLERANCE = "within tolerance"
 ONLY_TIES = "only ties found, which its strict comparisons exclude"
 """Reason of a property left undecided whose closed form is violated, while no point is known that violates the property
 as written."""
+
+UNWRITTEN = "points found whose inputs are no decimals, as its equalities ask of them"
+"""Reason of a property left undecided because the inputs of all points that violate it have no end as decimals."""
 
 
 @dataclass(frozen=True)
@@ -256,16 +259,16 @@ def _check_cases(
 ) -> Answer:
     look()
     replay = network.replay()
-    if property.tied:
-        network, replay = with_inputs(network, property.tied), replay_with_inputs(replay, property.tied)
     look()
     judge = _ExactJudge(property=property, replay=replay)
     verdicts: list[Verdict] = []
     try:
-        points = _points(property.cases[0], network.shape)
-        _check_reading(network, points, replay)
+        points = _points(property.cases[0])
+        inputs = points if property.free is None else property.free.at(points).float()
+        _check_reading(network, inputs.reshape(-1, *network.shape), replay)
         for point in points:
             judge.refute(property.cases[0], point)
+        network = with_terms(network, property)
         widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
         most = max(1, min(settings.batch_size, MOST_ACTIVATIONS // widest))
         for numbers in _grouped_by_clauses(property.cases, most):
@@ -278,6 +281,8 @@ def _check_cases(
         return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN_TOLERANCE)
     if judge.ties:
         return Answer("unknown", seconds, verdicts[0].arithmetic, ONLY_TIES)
+    if judge.unwritten:
+        return Answer("unknown", seconds, verdicts[0].arithmetic, UNWRITTEN)
     open_ = [verdict for verdict in verdicts if verdict.status != "verified"]
     if not open_:
         return Answer("holds", seconds, verdicts[0].arithmetic, property.remark)
@@ -286,8 +291,8 @@ def _check_cases(
     return Answer("timeout" if late else "unknown", seconds, first.arithmetic, "timeout" if late else first.reason)
 
 
-def _points(case: Case, shape: torch.Size) -> Tensor:
-    """(P, *shape) float32 points of a box: middle, lower and upper corner, random corners, random points inside."""
+def _points(case: Case) -> Tensor:
+    """(P, F) float32 points of a box: middle, lower and upper corner, random corners, random points inside."""
     lower, upper = case.lower32.double(), case.upper32.double()
     noise = torch.Generator().manual_seed(0)
     corners = torch.randint(2, (RANDOM_POINTS, len(lower)), generator=noise).double()
@@ -296,7 +301,7 @@ def _points(case: Case, shape: torch.Size) -> Tensor:
         [torch.tensor([[0.5], [0.0], [1.0]], dtype=torch.float64).expand(3, len(lower)), corners, inside]
     )
     points = (lower * (1 - shares) + upper * shares).float()  # no difference of ends: it may overflow
-    return unique(torch.minimum(torch.maximum(points, case.lower32), case.upper32), dim=0).reshape(-1, *shape)
+    return unique(torch.minimum(torch.maximum(points, case.lower32), case.upper32), dim=0)
 
 
 def _check_reading(network: JointNetwork, points: Tensor, replay: Replay) -> None:
@@ -363,11 +368,13 @@ class _ExactJudge(Judge):
     Args:
         disputed: the first point that is unsafe in some of the runs only.
         ties: the first point that is unsafe in all runs, were it not for strict comparisons.
+        unwritten: the first point that is unsafe once its inputs are rounded, and that no decimals state.
     """
 
     property: Property | None = None
     disputed: list[Tensor] = field(default_factory=list[Tensor])
     ties: list[Tensor] = field(default_factory=list[Tensor])
+    unwritten: list[Tensor] = field(default_factory=list[Tensor])
 
     def __call__(self, problem: Problem, number: int, image: Tensor) -> bool:
         assert self.property is not None
@@ -375,31 +382,36 @@ class _ExactJudge(Judge):
         return False
 
     def refute(self, case: Case, image: Tensor) -> None:
-        """Replay a point (*shape).
+        """Replay a point (*shape) of the free inputs.
 
         Raises:
             _Refuted: the point is a counterexample.
         """
         assert self.replay is not None and self.property is not None
-        decimals = case.written(image.double().flatten().cpu())
-        if decimals is None:
+        free = self.property.free
+        own = case.written(image.double().flatten().cpu())
+        if own is None:
             return
-        point = torch.tensor([float(text) for text in decimals], dtype=torch.float64).float().reshape(image.shape)
-        runs = self.replay(point)
-        closed = [bool(run.isfinite().all()) and case.closure.contains(as_floats(run)) for run in runs]
+        decimals = own if free is None else free.written(own)
+        if free is not None and decimals is None:
+            point = free.at(torch.tensor([[float(text) for text in own]]))[0].float()
+        else:
+            point = torch.tensor([float(text) for text in decimals or ()], dtype=torch.float64).float()
+        runs, given = self.replay(point), as_floats(point)
+        closed = [bool(run.isfinite().all()) and case.contains(given, as_floats(run), closed=True) for run in runs]
         if not any(closed):
             return
-        # a tied input has two values where no float32 lies within its ends: the decimal, and what is replayed
-        outputs, given = runs.shape[1] - len(self.property.tied), as_floats(point)
-        tied = [
-            Fraction(given[i]) if float(decimals[i]) == given[i] else Fraction(decimals[i]) for i in self.property.tied
-        ]
+        if decimals is None:
+            self.unwritten.append(point)
+            return
+        # an input has two values where no float32 is what was written: the decimal, and what is replayed
+        read = [value if float(text) == value else Fraction(text) for text, value in zip(decimals, given, strict=True)]
         unsafe = [
-            one and case.contains(values := as_floats(run)) and case.contains([*values[:outputs], *tied])
+            one and case.contains(given, values := as_floats(run)) and case.contains(read, values)
             for one, run in zip(closed, runs, strict=True)
         ]
         if all(unsafe):
-            raise _Refuted(decimals, runs[-1][:outputs])
+            raise _Refuted(decimals, runs[-1])
         kept = self.ties if all(closed) and not any(unsafe) and case.strict else self.disputed
         if not kept:
             kept.append(point)

@@ -1,7 +1,7 @@
 """Properties in VNN-LIB, the format of VNN-COMP (https://www.vnnlib.org), and their writer in version 1.0.
 
-Assertions over inputs and outputs state the *unsafe* set. Decimals are read exactly; conversion to floats rounds
-outward for boxes, to nearest for rows.
+Assertions over inputs and outputs state the *unsafe* set. Decimals are read exactly and kept, for the replay of points;
+conversion to floats, for proofs, rounds outward for boxes, to nearest for rows.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..run_folder import write_atomically
 from ..typed import as_floats, as_ints
+from .constraints import Inequality, Monomial
+from .free_inputs import FreeInputs
 from .vnnlib_text import DIGITS, VnnlibText
 
 ROUNDING = 1e-9
@@ -31,17 +34,18 @@ ROUNDING = 1e-9
 @dataclass(frozen=True)
 class Case:
     """A box of inputs and its unsafe set: the points where in some clause every row has <row, outputs> + offset <= 0.
-    Box and set are closed; ``excluded`` and ``strict`` say which of their boundaries do not belong to the unsafe set as
-    written.
+    Box, rows and set are closed, and of the free inputs alone; ``excluded`` and ``comparisons`` say which of their
+    boundaries do not belong to the unsafe set as written.
 
     Args:
-        lower, upper: (N,) float64, ends of the box, rounded outward.
-        ends: (lower, upper) of each input, exactly as read.
-        rows: (R, K) float64, for K outputs, the tied inputs of the property behind them; offsets: (R,) float64.
+        lower, upper: (N,) float64, ends of the box of free inputs, rounded outward.
+        ends: (lower, upper) of each free input, exactly as read.
+        rows: (R, K) float64, for K columns, the outputs and the terms of the property behind them; offsets: (R,)
+            float64.
         clauses: (R,) int64, the clause of each row, numbered from 0; there is at least one, and none is empty.
         excluded: the ends that are not in the box as read, since their comparisons are strict: (input, whether it is
             the upper end).
-        strict: numbers of the rows that must be < 0, as written.
+        comparisons: of each row the comparison in the file, exact, on all variables of the property.
     """
 
     lower: Tensor
@@ -51,7 +55,7 @@ class Case:
     offsets: Tensor
     clauses: Tensor
     excluded: frozenset[tuple[int, bool]] = frozenset()
-    strict: frozenset[int] = frozenset()
+    comparisons: tuple[Inequality, ...] = ()
 
     @property
     def lower32(self) -> Tensor:
@@ -63,27 +67,40 @@ class Case:
         """(N,) ``upper`` rounded up to float32; inf where no float32 is that high."""
         return _outward32(self.upper, math.inf)
 
-    @cached_property
-    def closure(self) -> Case:
-        """The same case, in which no comparison is strict."""
-        return replace(self, excluded=frozenset(), strict=frozenset())
+    @property
+    def strict(self) -> bool:
+        """Whether some row must be < 0, as written."""
+        return any(comparison.strict for comparison in self.comparisons)
 
-    def contains(self, outputs: Sequence[float | Fraction]) -> bool:
-        """Whether outputs (K), finite, lie in the unsafe set as written: in some clause every row holds, in exact
-        arithmetic."""
-        exact, near = [Fraction(value) for value in outputs], torch.tensor([*map(float, outputs)], dtype=torch.float64)
-        values, size = self.rows @ near + self.offsets, self.rows.abs() @ near.abs() + self.offsets.abs()
-        fails = values > ROUNDING * size
-        for number in as_ints((~(fails | (values < -ROUNDING * size))).nonzero()):
-            fails[number] = not self._holds(number, exact)
+    def contains(
+        self, inputs: Sequence[float | Fraction], outputs: Sequence[float | Fraction], closed: bool = False
+    ) -> bool:
+        """Whether a point, of finite values of all inputs and outputs of the property, lies in the unsafe set as
+        written, or in its closed form: in some clause every row holds, in exact arithmetic. The box is not checked."""
+        values, table = (*inputs, *outputs), self._near
+        near = [math.prod(float(values[variable]) for variable in monomial) for monomial in table.monomials]
+        parts = table.factors * torch.tensor(near, dtype=torch.float64)[table.columns]
+        totals = table.constants.index_add(0, table.numbers, parts)
+        sizes = table.constants.abs().index_add(0, table.numbers, parts.abs())
+        fails = totals > ROUNDING * sizes
+        for number in as_ints((~(fails | (totals < -ROUNDING * sizes))).nonzero()):
+            fails[number] = not self.comparisons[number].holds(values, closed)
         return bool(torch.isin(self.clauses, self.clauses[fails], invert=True).any())
 
-    def _holds(self, number: int, values: Sequence[Fraction]) -> bool:
-        """Whether a row holds as written, in exact arithmetic."""
-        row, total = self.rows[number], Fraction(float(self.offsets[number]))
-        for column in as_ints(row.nonzero()):
-            total += Fraction(float(row[column])) * values[column]
-        return total < 0 if number in self.strict else total <= 0
+    @cached_property
+    def _near(self) -> _Table:
+        monomials = dict[Monomial, int]()
+        entries = [
+            (number, monomials.setdefault(monomial, len(monomials)), float(factor))
+            for number, comparison in enumerate(self.comparisons)
+            for monomial, factor in comparison.coefficients
+        ]
+        numbers, columns, factors = zip(*entries, strict=True) if entries else ((), (), ())
+        constants = [float(comparison.constant) for comparison in self.comparisons]
+        return _Table(
+            tuple(monomials), torch.tensor(numbers, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64),
+            *(torch.tensor(values, dtype=torch.float64) for values in (factors, constants)),
+        )  # fmt: skip
 
     def written(self, point: Tensor) -> list[str] | None:
         """Decimals within the box as read, next to a point (N,) float64; None if an input has none.
@@ -123,6 +140,16 @@ class Case:
         lower, upper = self.ends[i]
         above = value > lower or (value == lower and (i, False) not in self.excluded)
         return above and (value < upper or (value == upper and (i, True) not in self.excluded))
+
+
+class _Table(NamedTuple):
+    """Comparisons in float64: the factor of each entry, its row's number, and its monomial's among ``monomials``."""
+
+    monomials: tuple[Monomial, ...]
+    numbers: Tensor
+    columns: Tensor
+    factors: Tensor
+    constants: Tensor
 
 
 @dataclass(frozen=True)
@@ -215,14 +242,17 @@ class Property:
 
     Args:
         cases: the cases; empty where no point is unsafe, whatever the network.
-        tied: numbers of the inputs that rows of the cases read, behind the outputs.
+        terms: what the cases' rows read beside the outputs: inputs, then products of two different variables, then
+            squares, as monomials of the program's variables, which are its inputs, then its outputs.
+        free: all inputs by those that the program and the cases' boxes have; None where these are all inputs.
         remark: a note on disjuncts that no input satisfies, which are left out; None without any.
         declared: the networks and tensors as declared; None in VNN-LIB 1.0.
         repaired: a note on what was repaired in the file; None where nothing was.
     """
 
     cases: tuple[Case, ...]
-    tied: tuple[int, ...] = ()
+    terms: tuple[Monomial, ...] = ()
+    free: FreeInputs | None = None
     remark: str | None = None
     declared: Declarations | None = None
     repaired: str | None = None

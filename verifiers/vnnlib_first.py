@@ -143,7 +143,7 @@ class _Reader:
     def _term(self, node: _Node) -> Term:
         if isinstance(node, Token):
             if node.text in self.declared:
-                return {self._variable(node.text): ONE}
+                return {(self._variable(node.text),): ONE}
             return {CONSTANT: self.source.number(node, "a declared variable, or ")}
         head, arguments = self._operation(node)
         first, *others = (self._term(argument) for argument in arguments)

@@ -7,13 +7,24 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import NoReturn, TypeAlias
 
 import vnnlib
 
 from ..bounds.clock import looking
-from .constraints import CONSTANT, ONE, Conjunction, Constraint, Disjunction, Term, added, compare
+from .constraints import (
+    CONSTANT,
+    DEGREE,
+    ONE,
+    Conjunction,
+    Constraint,
+    Disjunction,
+    Term,
+    added,
+    compare,
+    degree,
+    multiplied,
+)
 from .normal_form import Variables, normal_form
 from .vnnlib import Declarations, DeclaredNetwork, DeclaredTensor, Property, VnnlibQuery
 from .vnnlib_text import DEPTH, Token, VnnlibText
@@ -32,6 +43,8 @@ INDICES = re.compile(r"\[([^\]\[()]*)\]")
 NAME = re.compile(r"[A-Za-z]\w*")
 NUMBERS = re.compile(r"\s*(?:[0-9]{1,9}\s*(?:,\s*[0-9]{1,9}\s*)*)?")
 SYNTAX_ERROR = re.compile(r"Parse error: syntax error at line (\d+), column \d+: '(.*)'", re.DOTALL)
+PRODUCTS = 1_000_000
+"""Most products of variables of one term: of sums, as many as their lengths multiplied."""
 GRAMMAR = "VNN-LIB 2.0, in which numbers are 1 or 1.5, without an exponent, and equality is =="
 
 MINOR_VERSION = "an input without it: it is of VNN-LIB 2.1, which the package vnnlib does not read yet"
@@ -243,7 +256,7 @@ class SecondQuery(VnnlibQuery):
     def _term(self, node: vnnlib.ArithExpr) -> Term:
         match node:
             case vnnlib.Var():
-                return {self.tensors[node.name].entry(node.indices): ONE}
+                return {(self.tensors[node.name].entry(node.indices),): ONE}
             case vnnlib.Literal():
                 return {CONSTANT: self.source.number(Token(node.lexeme, node.line))}
             case vnnlib.Negate():
@@ -265,14 +278,15 @@ class SecondQuery(VnnlibQuery):
     def _product(self, node: vnnlib.Multiply) -> Term:
         """
         Raises:
-            InputError: two of the factors have variables.
+            InputError: a product of more than two variables; of two sums that are too long.
         """
         total: Term = {CONSTANT: ONE}
         for term in map(self._term, node.args):
-            if total.keys() - {CONSTANT} and term.keys() - {CONSTANT}:
-                self.source.refuse(Token(str(node), _line(node)), "products of numbers and one term with variables")
-            factor, other = (term, total) if term.keys() <= {CONSTANT} else (total, term)
-            total = added({}, other, factor.get(CONSTANT, Fraction(0)))
+            if degree(total) + degree(term) > DEGREE:
+                self.source.refuse(Token(str(node), _line(node)), f"terms of degree {DEGREE} at most")
+            if min(len(total), len(term)) > 1 and len(total) * len(term) > PRODUCTS:
+                self.source.refuse(Token("*", _line(node)), f"at most {PRODUCTS} products in one term")
+            total = multiplied(total, term)
         return total
 
 
