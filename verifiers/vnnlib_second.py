@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, TypeAlias
 
@@ -26,7 +26,8 @@ from .constraints import (
     multiplied,
 )
 from .normal_form import Variables, normal_form
-from .vnnlib import Declarations, DeclaredNetwork, DeclaredTensor, Property, VnnlibQuery
+from .onnx_scores import Index
+from .vnnlib import NO_INDICES, Declarations, DeclaredNetwork, DeclaredTensor, Property, VnnlibQuery
 from .vnnlib_text import DEPTH, Token, VnnlibText
 
 TYPES = ("float32", "real")
@@ -140,12 +141,12 @@ class SecondQuery(VnnlibQuery):
     def declared(self) -> Declarations:
         return self._declared
 
-    def property(self, inputs: int, outputs: int) -> Property:
+    def property(self, inputs: int, outputs: int, indices: Mapping[int, Index] = NO_INDICES) -> Property:
         self._check_size("input", self.declared.inputs, inputs)
         self._check_size("output", (*self.declared.outputs, *self.declared.hidden), outputs)
         assertions = tuple(self._constraint(assertion.expr) for assertion in looking(self.assertions))
         last = Token("assert", 1 + self.source.text.rstrip().count("\n"))
-        variables = Variables(inputs, outputs, self._declaration)
+        variables = Variables(inputs, outputs, self._declaration, indices)
         found = normal_form(self.source, Conjunction(last, assertions), variables)
         return replace(found, declared=self.declared, repaired=self.source.repaired)
 
