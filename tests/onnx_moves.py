@@ -159,7 +159,8 @@ def condition(graph):
 
 
 def argmax(graph):
-    return graph("Cast", graph("ArgMax", "x", axis=1, name="here"), to=TensorProto.FLOAT)
+    index = graph("Cast", graph("ArgMax", "x", axis=1, name="here"), to=TensorProto.FLOAT)
+    return graph("Add", index, np.float32(1))
 
 
 def half(graph):

@@ -167,7 +167,7 @@ def test_exact_arithmetics_refuse_float64(tmp_path):
 
 
 WAYS = {
-    "ArgMax": "a network that ends before it (onnx.utils.extract_model) and a property that compares its scores",
+    "ArgMin": "a network that ends before it (onnx.utils.extract_model) and a property that compares its scores",
     "Einsum": "MatMul, Mul and ReduceSum",
 }
 

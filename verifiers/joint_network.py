@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..bounds.network import NetworkModule, with_inputs
 from ..bounds.operations import Concat, Input, Operation, Rearrangement
 from .onnx_network import OnnxNetwork
+from .onnx_scores import Index, shown
 from .stage import Replay
 
 
@@ -33,6 +35,25 @@ class JointNetwork:
     outputs: int
     dtype: torch.dtype
     parts: tuple[OnnxNetwork, ...]
+
+    @cached_property
+    def indices(self) -> Mapping[int, Index]:
+        """The declared outputs, by their numbers, that are indices of the program's scores."""
+        found, number = dict[int, Index](), 0
+        for part in self.parts:
+            if part.chosen is not None:
+                found[number] = Index(part.own_outputs, part.chosen)
+            number += 1 if part.chosen is not None else part.own_outputs
+        return found
+
+    @property
+    def declared_outputs(self) -> int:
+        """The number of outputs and hidden tensors' entries with an index in place of its scores."""
+        return self.outputs - sum(index.size - 1 for index in self.indices.values())
+
+    def shown(self, outputs: Tensor) -> Tensor:
+        """The declared outputs of the program's (K,)."""
+        return shown(outputs, self.declared_outputs, self.indices)
 
     def replay(self) -> Replay:
         """onnxruntime's runs of all networks, each on its own inputs, as ``replay_session`` gives them of one: one

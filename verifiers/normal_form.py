@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 from ..bounds.clock import looking
 from .constraints import CONSTANT, Conjunction, Inequality, Literals, Monomial, Term
 from .free_inputs import Equalities, FreeInputs
+from .onnx_scores import Index, scores_compared
 from .vnnlib import Case, Property
 from .vnnlib_text import Token, VnnlibText
 
@@ -76,11 +77,20 @@ _Box: TypeAlias = dict[_Place, _End]
 @dataclass(frozen=True)
 class Variables:
     """The variables of a property: ``inputs`` of them, then ``outputs``; ``declared`` gives a variable's name, and the
-    line where it is declared."""
+    line where it is declared; ``indices`` are the outputs, by their numbers, for which the program gives scores."""
 
     inputs: int
     outputs: int
     declared: Callable[[int], Token]
+    indices: Mapping[int, Index] = field(default_factory=dict[int, Index])
+
+    def compared(self, constraint: Conjunction) -> tuple[Conjunction, Variables]:
+        """The constraint on the program's inputs and outputs, which are its variables."""
+        if not self.indices:
+            return constraint, self
+        outputs = self.outputs + sum(index.size - 1 for index in self.indices.values())
+        found = scores_compared(constraint, self.inputs, self.outputs, self.indices)
+        return found, Variables(self.inputs, outputs, self.declared)
 
 
 def normal_form(source: VnnlibText, constraint: Conjunction, variables: Variables) -> Property:
@@ -96,6 +106,7 @@ def normal_form(source: VnnlibText, constraint: Conjunction, variables: Variable
     Raises:
         InputError: too many disjuncts; numbers beyond float64; an input without a lower or upper end in a disjunct.
     """
+    constraint, variables = variables.compared(constraint)
     return _NormalForm(source, variables).build(constraint)
 
 

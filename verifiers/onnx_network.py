@@ -30,6 +30,7 @@ from ..bounds.operations import Input, Rearrangement, UnsupportedOperation
 from ..errors import InputError
 from .onnx_joined import GraphInput, joined, showing, tensor_names
 from .onnx_operators import RULES
+from .onnx_scores import ArgMax, ending_at_scores
 from .onnx_steps import Construction, OnnxStep, Shape, Value, evaluate, held, session
 from .stage import Replay
 
@@ -86,6 +87,8 @@ class OnnxNetwork:
         inputs: the file's input tensors. computed: shapes of its output tensors, with a batch of one; then those of
             the hidden tensors.
         hidden: names of the tensors of its graph that it gives behind its outputs.
+        chosen: of a file whose output is the index of its largest score, an ArgMax: module, outputs and model give the
+            scores in its place; None of others.
         dtype: of the module: float64 for a file whose weights float32 does not hold, else as asked for.
     """
 
@@ -97,6 +100,7 @@ class OnnxNetwork:
     computed: tuple[Shape, ...]
     hidden: tuple[str, ...]
     dtype: torch.dtype
+    chosen: ArgMax | None = None
 
     @property
     def own_outputs(self) -> int:
@@ -122,6 +126,8 @@ def read_onnx(path: str | Path, hidden: Sequence[str] = (), dtype: torch.dtype =
     """
     path = Path(path)
     file = load_onnx(path)
+    cut = ending_at_scores(file)
+    file = file if cut is None else cut.model
     look()
     inputs = _inputs(file, path)
     if hidden:
@@ -160,9 +166,14 @@ def read_onnx(path: str | Path, hidden: Sequence[str] = (), dtype: torch.dtype =
             accepted = "a hidden tensor computed from the input"
             raise HiddenTensorError(name, f"{path}: found {name!r}, a constant; accepted: {accepted}")
     computed = tuple(_shape_of(output, run) for output in file.graph.output)
+    chosen = None
+    if cut is not None:
+        cut.check(computed[0], path)
+        computed, chosen = ((1,), *computed[1:]), cut.rule
     return OnnxNetwork(
-        module, torch.Size(held(whole.shape)), logits.shape[1], file, tuple(inputs), computed, tuple(hidden), run.dtype
-    )
+        module, torch.Size(held(whole.shape)), logits.shape[1], file, tuple(inputs), computed, tuple(hidden), run.dtype,
+        chosen,
+    )  # fmt: skip
 
 
 def replay_session(model: onnx.ModelProto, hidden: int = 0) -> Replay:

@@ -287,14 +287,15 @@ def _check_cases(
         _check_reading(network, inputs.reshape(-1, *network.shape), replay)
         for point in points:
             judge.refute(property.cases[0], point)
-        network = with_terms(network, property)
-        widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
+        program = with_terms(network, property)
+        widest = max(shape.numel() for shape in fold(program.module, program.shape).shapes)
         most = max(1, min(settings.batch_size, MOST_ACTIVATIONS // widest))
         for numbers in _grouped_by_clauses(property.cases, most):
-            verdicts += _verdicts_of(network, property, numbers, judge, deadline, settings, clock)
+            verdicts += _verdicts_of(program, property, numbers, judge, deadline, settings, clock)
     except _Refuted as end:
         seconds, precision = now() - started, str(end.outputs.dtype).removeprefix("torch.")
-        return Answer("violated", seconds, f"onnxruntime {precision}", None, end.inputs, end.outputs)
+        outputs = network.shown(end.outputs)
+        return Answer("violated", seconds, f"onnxruntime {precision}", None, end.inputs, outputs)
     seconds = now() - started
     if judge.disputed:
         return Answer("unknown", seconds, verdicts[0].arithmetic, WITHIN_TOLERANCE)

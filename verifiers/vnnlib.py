@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
@@ -25,7 +25,10 @@ from ..run_folder import write_atomically
 from ..typed import as_floats, as_ints
 from .constraints import Inequality, Monomial
 from .free_inputs import FreeInputs
+from .onnx_scores import Index
 from .vnnlib_text import DIGITS, VnnlibText
+
+NO_INDICES: Mapping[int, Index] = {}
 
 ROUNDING = 1e-9
 """Bound of float64's rounding error of a row, relative to the sum of its terms' sizes; 1e-11 at 100,000 of them."""
@@ -288,9 +291,9 @@ class VnnlibQuery(ABC):
         """The networks and tensors as declared; None in VNN-LIB 1.0."""
 
     @abstractmethod
-    def property(self, inputs: int, outputs: int) -> Property:
+    def property(self, inputs: int, outputs: int, indices: Mapping[int, Index] = NO_INDICES) -> Property:
         """The unsafe set that it states, for networks with so many inputs and outputs in all, flattened; hidden tensors
-        count as outputs.
+        count as outputs; ``indices`` are those of the outputs that end with an ArgMax.
 
         Raises:
             InputError: the file states no such set.

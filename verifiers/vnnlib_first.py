@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NoReturn, TypeAlias
 
 from ..bounds.clock import looking
 from .constraints import CONSTANT, NEGATED, ONE, Conjunction, Constraint, Disjunction, Term, added, compare
 from .normal_form import Variables, normal_form
-from .vnnlib import Property, VnnlibQuery
+from .onnx_scores import Index
+from .vnnlib import NO_INDICES, Property, VnnlibQuery
 from .vnnlib_text import DEPTH, Token, VnnlibText
 
 # SMT-LIB commands to solvers, which state nothing about the property
@@ -41,8 +42,8 @@ class FirstQuery(VnnlibQuery):
     def declared(self) -> None:
         """None: its variables are those of one network."""
 
-    def property(self, inputs: int, outputs: int) -> Property:
-        return _Reader(self.source, inputs, outputs).read()
+    def property(self, inputs: int, outputs: int, indices: Mapping[int, Index] = NO_INDICES) -> Property:
+        return _Reader(self.source, inputs, outputs).read(indices)
 
     def check_outputs_asserted(self) -> None:
         """Accept a file of this version without one."""
@@ -59,7 +60,7 @@ class _Reader:
     def refuse(self, token: Token, accepted: str) -> NoReturn:
         self.source.refuse(token, accepted)
 
-    def read(self) -> Property:
+    def read(self, indices: Mapping[int, Index]) -> Property:
         assertions, head = list[Constraint](), Token("", 1)
         for expression in looking(self._expressions()):
             head, arguments = self._command(expression)
@@ -76,7 +77,7 @@ class _Reader:
                 self.refuse(head, f"{accepted}, which are VNN-LIB 1.0")
         if len(self.declared) < sum(self.counts.values()):
             self.refuse(head, f"a file that declares {self.ranges}, as the network has them")
-        variables = Variables(self.counts["X"], self.counts["Y"], self._declaration)
+        variables = Variables(self.counts["X"], self.counts["Y"], self._declaration, indices)
         return normal_form(self.source, Conjunction(head, tuple(assertions)), variables)
 
     def _declaration(self, variable: int) -> Token:

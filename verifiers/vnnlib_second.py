@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, TypeAlias
 
@@ -26,7 +26,8 @@ from .constraints import (
     multiplied,
 )
 from .normal_form import Variables, normal_form
-from .vnnlib import Declarations, DeclaredNetwork, DeclaredTensor, Property, VnnlibQuery
+from .onnx_scores import Index
+from .vnnlib import NO_INDICES, Declarations, DeclaredNetwork, DeclaredTensor, Property, VnnlibQuery
 from .vnnlib_text import DEPTH, Token, VnnlibText
 
 TYPES = ("float32", "real")
@@ -120,7 +121,7 @@ class SecondQuery(VnnlibQuery):
     Raises:
         InputError: syntax, types and scopes that the package refuses; another element type, or two; an index or size
             that is no natural number, or a name declared twice, which the package takes. ``property`` also raises it
-            for: other counts than those declared; products of variables; an input without a lower or upper end in
+            for: other counts than those declared; products of more than two variables; an input without a lower or upper end in
             some disjunct; too many disjuncts.
     """
 
@@ -139,12 +140,12 @@ class SecondQuery(VnnlibQuery):
     def declared(self) -> Declarations:
         return self._declared
 
-    def property(self, inputs: int, outputs: int) -> Property:
+    def property(self, inputs: int, outputs: int, indices: Mapping[int, Index] = NO_INDICES) -> Property:
         self._check_size("input", self.declared.inputs, inputs)
         self._check_size("output", (*self.declared.outputs, *self.declared.hidden), outputs)
         assertions = tuple(self._constraint(assertion.expr) for assertion in looking(self.assertions))
         last = Token("assert", 1 + self.source.text.rstrip().count("\n"))
-        variables = Variables(inputs, outputs, self._declaration)
+        variables = Variables(inputs, outputs, self._declaration, indices)
         found = normal_form(self.source, Conjunction(last, assertions), variables)
         return replace(found, declared=self.declared, repaired=self.source.repaired)
 
