@@ -7,7 +7,6 @@ rounding. Of the floats around, which differ in the last bits of the inputs, som
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -145,12 +144,8 @@ def _newton(problem: Problem, clause: _Clause, points: Tensor, radius: Tensor) -
     jacobian = (
         jacobian.nan_to_num(0.0, 0.0, 0.0) * (wanted != 0).unsqueeze(-1) * radius.flatten(1).double().unsqueeze(1)
     )
-    step = (_pseudo_inverse(jacobian) @ wanted.unsqueeze(-1)).squeeze(-1) * radius.flatten(1).double()
+    step = (jacobian.pinverse() @ wanted.unsqueeze(-1)).squeeze(-1) * radius.flatten(1).double()
     return (points.double() - step.nan_to_num(0.0).reshape(points.shape)).to(points)
-
-
-def _pseudo_inverse(matrices: Tensor) -> Tensor:
-    return cast(Tensor, torch.linalg.pinv(matrices))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _around(problem: Problem, image: int, point: Tensor, count: int, key: int) -> Tensor:

@@ -36,7 +36,7 @@ class Polytope(Region):
     offsets: Tensor
 
     @cached_property
-    def images(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def images(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]  # at its first use
         return self.nearest(self.box.images)
 
     @property
