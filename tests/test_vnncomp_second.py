@@ -87,6 +87,8 @@ def assert_accepted(result: str, query: str, network: Path) -> None:
 def query(assertions: str, inputs="X float32 [1,1]", outputs="Y float32 [1,1]") -> str:
     declared = "".join(f"(declare-{what} {one})" for what, all in (("input", inputs), ("output", outputs))
                        for one in all.split("; "))  # fmt: skip
+    if outputs.startswith("Y ") and "Y[" not in assertions:  # a query has to constrain an output
+        assertions += "(assert (<= Y[0,0] 1000000.0))"
     return f"(vnnlib-version <2.0>)\n(declare-network f {declared})\n{assertions}\n"
 
 

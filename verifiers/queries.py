@@ -38,8 +38,9 @@ def read_question(networks: Networks, property: str | Path, read: Reader = read_
     """
     query = read_query(present(property))
     joint = joint_network(_networks(query, networks, read))
+    asked = query.property(joint.shape.numel(), joint.declared_outputs, joint.indices)
     query.check_outputs_asserted()
-    return joint, query.property(joint.shape.numel(), joint.declared_outputs, joint.indices)
+    return joint, asked
 
 
 def _networks(query: VnnlibQuery, networks: Networks, read: Reader) -> list[OnnxNetwork]:

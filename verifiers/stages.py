@@ -305,7 +305,10 @@ class BabStage(TimedStage):
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         splits = known.network.piecewise_linear or known.network.has_kinks
         if not splits or not problem.region.is_box:
-            return undecided(problem, known, "branch and bound splits ReLUs and LeakyReLUs, over boxes")
+            operations = map(known.network.nonlinear_at, known.network.nonlinear)
+            others = sorted({operation.path for operation in operations if not operation.piecewise_linear})
+            found = f", not {', '.join(others[:3])}" if others and not splits else ""
+            return undecided(problem, known, f"branch and bound splits ReLUs and LeakyReLUs, over boxes{found}")
         known = known if known.bounds else _with_bounds(problem, known)
         careful = known.network.rounding is not None
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)

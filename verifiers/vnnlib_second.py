@@ -121,8 +121,8 @@ class SecondQuery(VnnlibQuery):
     Raises:
         InputError: syntax, types and scopes that the package refuses; another element type, or two; an index or size
             that is no natural number, or a name declared twice, which the package takes. ``property`` also raises it
-            for: other counts than those declared; products of more than two variables; an input without a lower or upper end in
-            some disjunct; too many disjuncts.
+            for: other counts than those declared; products of more than two variables; an input without a lower or
+            upper end in some disjunct; too many disjuncts.
     """
 
     def __init__(self, source: VnnlibText):
