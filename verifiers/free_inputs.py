@@ -89,7 +89,7 @@ class FreeInputs:
             step, point = odd * 2.0 ** (math.frexp(largest)[1] - bits), free.float().double()
             point[shared] = (point[shared] / step).round() * step
             values = [Fraction(value) for value in as_floats(point)]
-            if all(map(_is_float32, values)) and all(_is_float32(_value(term, values)) for term in computed):
+            if _are_float32(values) and _are_float32([_value(term, values) for term in computed]):
                 return [str(Decimal(value)).replace("E", "e") for value in as_floats(point + 0.0)]
         return None
 
@@ -169,8 +169,11 @@ def _value(term: Mapping[Monomial, Fraction], values: Sequence[Fraction]) -> Fra
     return sum((factor * (values[min(one)] if one else 1) for one, factor in term.items()), Fraction(0))
 
 
-def _is_float32(value: Fraction) -> bool:
-    return abs(value) < torch.finfo(torch.float32).max and Fraction(float(torch.tensor(float(value)).float())) == value
+def _are_float32(values: Sequence[Fraction]) -> bool:
+    """Whether float32 holds all the values exactly."""
+    near = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    exact = all(Fraction(one) == value for one, value in zip(as_floats(near), values, strict=True))
+    return exact and torch.equal(near.float().double(), near)
 
 
 def _endless_part(denominator: int) -> int:

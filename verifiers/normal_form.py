@@ -163,7 +163,12 @@ class _NormalForm:
         count, met = self.variables.inputs, set[tuple[frozenset[tuple[Monomial, Fraction]], Fraction]]()
         equalities = list[Term]()
         for literal in shared:
-            if literal.strict or not all(len(one) == 1 and one[0] < count for one, _ in literal.coefficients):
+            short = len(literal.coefficients) * count <= SIZE
+            if (
+                not short
+                or literal.strict
+                or not all(len(one) == 1 and one[0] < count for one, _ in literal.coefficients)
+            ):
                 continue
             size = abs(literal.coefficients[0][1])
             coefficients = [(one, factor / size) for one, factor in literal.coefficients]
@@ -171,9 +176,11 @@ class _NormalForm:
             if opposite in met:
                 equalities.append({**dict(literal.coefficients), CONSTANT: literal.constant})
             met.add((frozenset(coefficients), literal.constant / size))
-        self.equalities = Equalities(equalities)
-        if not len(self.equalities):
+        solved = Equalities(equalities)
+        longest = max((len(solved.resolved({(number,): Fraction(1)})) for number in range(count)), default=0)
+        if not len(solved) or longest * count > SIZE:  # too long ones stay rows
             return None
+        self.equalities = solved
         self.inputs = [number for number in range(count) if number not in self.equalities]
         places = [*self.inputs, *range(count, count + self.variables.outputs)]
         self.places = {number: place for place, number in enumerate(places)}
