@@ -21,6 +21,7 @@ from ..errors import InputError, Portable, check
 from ..run_folder import write_atomically, write_json
 from ..typed import as_floats, as_ints, unique
 from .cascade import run_cascade
+from .differences import difference_network
 from .input_split import few_inputs
 from .limits import Limits
 from .onnx_network import OnnxNetwork, read_onnx, replay_session
@@ -443,7 +444,11 @@ def _problem(network: OnnxNetwork, cases: Sequence[Case], numbers: Sequence[int]
 
 
 def _stages(problem: Problem, judge: Judge, settings: Certify) -> list[Stage]:
-    """The stages for a problem."""
-    if settings.stages == STAGES and few_inputs(problem):
-        settings = replace(settings, stages=STAGES_OF_FEW_INPUTS)
-    return settings.stages_for(0, judge)
+    """The stages for a problem; by default those for what its network and its sets are."""
+    if settings.stages != STAGES:
+        return settings.stages_for(0, judge)
+    stages = STAGES_OF_FEW_INPUTS if few_inputs(problem) else STAGES
+    if difference_network(fold(problem.network, problem.region.images.shape[1:])) is not None:
+        behind = stages.index("crown") + 1
+        stages = (*stages[:behind], "difference", *stages[behind:])
+    return replace(settings, stages=stages).stages_for(0, judge)
