@@ -17,10 +17,14 @@ from certtrain.bounds.network import Network, NetworkModule
 from certtrain.bounds.operations import (
     ActivationDifference,
     Affine,
+    Concat,
+    Copies,
     Gelu,
     GeluTanh,
+    Input,
     LeakyRelu,
     Operation,
+    Rearrangement,
     Relu,
     Sigmoid,
     Silu,
@@ -195,6 +199,31 @@ def test_the_program_equals_the_networks_beside_each_other(name, count):
     assert program is not None and torch.allclose(program(images), together, rtol=0, atol=1e-12)
     kinds = [type(one) for one in program.operations]
     assert kinds.count(ActivationDifference) > 0 or "pool" in name
+
+
+@torch.no_grad()
+def test_inputs_may_be_shared_through_copies():
+    """Of inputs that are copied and cut apart again; hidden values may be outputs too."""
+    shape, programs = networks("relu")
+    operations: list[Operation] = [Input("input", ()), Copies("twice", (0,), lambda x: torch.cat([x, x], 1))]
+    ends, hidden = [], []
+    for first, program in zip((0, 4), programs, strict=True):
+        place = [len(operations)]
+        operations.append(Rearrangement("own", (1,), lambda x, first=first: x[:, first : first + 4]))
+        for one in program.network.operations[1:]:
+            operations.append(replace(one, inputs=tuple(place[read] for read in one.inputs)))
+            place.append(len(operations) - 1)
+        ends.append(place[-1])
+        hidden.append(place[2])
+    plain = fold(NetworkModule([*operations, Concat("all", (*ends, *hidden), 1)]), shape)
+    program = difference_network(plain)
+    images = torch.randn(50, *shape, dtype=torch.float64)
+    assert program is not None and torch.allclose(program(images), plain(images), rtol=0, atol=1e-12)
+    assert len([one for one in program.operations if isinstance(one, ActivationDifference)]) == 2
+    apart = [replace(one, function=lambda x: x[:, 1:5]) if one.path == "own" else one for one in operations]
+    apart[2] = operations[2]
+    plain = fold(NetworkModule([*apart, Concat("all", tuple(ends), 1)]), shape)
+    assert difference_network(plain) is None
 
 
 def difference_rows(outputs: int, like: Tensor) -> Tensor:

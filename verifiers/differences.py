@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..bounds.network import Network, NetworkModule
-from ..bounds.operations import Affine, Concat, Constants, Operation, Scale, Sum, UnsupportedOperation
+from ..bounds.operations import Affine, Concat, Constants, Operation, Rearrangement, Scale, Sum, UnsupportedOperation
 from ..bounds.rounding import FLOAT32
 
 
@@ -42,15 +42,16 @@ def difference_network(network: Network) -> Network | None:
         None where no two outputs are of one graph, an operation has no rule, or the rounding is float32's: differences
         round otherwise than the networks.
     """
-    outputs, partners, pairs = _concatenated(network), dict[int, int](), dict[int, int]()
+    outputs, same = _concatenated(network), _merged(network)
+    partners, pairs = dict[int, int](), dict[int, int]()
     for number, output in enumerate(outputs):
         for earlier in outputs[:number]:
-            if output not in pairs and earlier not in pairs and _match(network, earlier, output, partners):
+            if output not in pairs and earlier not in pairs and _match(network, same, earlier, output, partners):
                 pairs[output] = earlier
     if network.rounding == FLOAT32 or not pairs:
         return None
     try:
-        return _DifferenceBuilder(network, partners).built(outputs, pairs)
+        return _DifferenceBuilder(network, partners, same).built(outputs, pairs)
     except UnsupportedOperation:
         return None
 
@@ -67,13 +68,26 @@ def _concatenated(network: Network) -> list[int]:
     return outputs
 
 
-def _match(network: Network, first: int, second: int, partners: dict[int, int]) -> bool:
+def _merged(network: Network) -> list[int]:
+    """By position, the first one whose value is known to be the same: the same moves of the input's entries."""
+    first = torch.arange(1.0, 1 + network.shapes[0].numel(), dtype=torch.float64).reshape(1, *network.shapes[0])
+    moved, same = {0: first}, list(range(len(network.operations)))
+    for number, operation in enumerate(network.operations[1:], start=1):
+        if isinstance(operation, (Rearrangement, Concat)) and all(read in moved for read in operation.inputs):
+            own = operation.entries(*(moved[read] for read in operation.inputs))
+            if own is not None:
+                same[number] = next((other for other, known in moved.items() if torch.equal(known, own)), number)
+                moved[number] = own
+    return same
+
+
+def _match(network: Network, same: Sequence[int], first: int, second: int, partners: dict[int, int]) -> bool:
     """Whether the operations that the value at ``second`` depends on are one by one of the classes of those of
-    ``first``, up to values that both share; adds each one's partner to ``partners`` if so."""
+    ``first``, up to values that are the ``same``; adds each one's partner to ``partners`` if so."""
     todo, found = [(first, second)], dict[int, int]()
     while todo:
         i, j = todo.pop()
-        if i == j:
+        if same[i] == same[j]:
             continue
         one, other = network.operations[i], network.operations[j]
         known = partners.get(j, found.get(j, i))
@@ -93,10 +107,11 @@ class _DifferenceBuilder:
 
     Args:
         partners: by position in the given network, that of the same operation in the other network.
+        same: by position, the first one of the same value.
     """
 
-    def __init__(self, given: Network, partners: Mapping[int, int]):
-        self.given, self.partners = given, partners
+    def __init__(self, given: Network, partners: Mapping[int, int], same: Sequence[int]):
+        self.given, self.partners, self.same = given, partners, same
         self.like = next((one.weight for one in given.operations if isinstance(one, Affine)), torch.zeros(()))
         self.operations, self.shapes = [given.operations[0]], [given.shapes[0]]
 
@@ -113,7 +128,10 @@ class _DifferenceBuilder:
         for number in sorted(self.partners):
             one, other = operations[self.partners[number]], operations[number]
             values = [place[read] for read in one.inputs]
-            moves = [None if i == j else changes[j] for i, j in zip(one.inputs, other.inputs, strict=True)]
+            moves = [
+                None if self.same[i] == self.same[j] else changes[j]
+                for i, j in zip(one.inputs, other.inputs, strict=True)
+            ]
             changes[number] = one.change(other, self, values, moves)
         parts = list[int]()
         for output in outputs:
