@@ -2,10 +2,12 @@
 program against the networks beside each other; bounds of random pairs; planted counterexamples; what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from networks import Residual, randomise_norms
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from walking import walk
 
@@ -380,17 +382,25 @@ def bump(height: float) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last).eval()
 
 
-def test_a_planted_counterexample_is_found():
+@walk("arithmetic", ["nearest", "real"])
+def test_a_planted_counterexample_is_found(arithmetic):
     """In the second network alone; and its twin without one is proved."""
     shape = torch.Size((2,))
     first, planted, twin = (NetworkModule(trace(bump(height), shape).operations) for height in (0.0, 0.1, 0.04))
     lower, upper = torch.zeros(1, 2), torch.ones(1, 2)
     for other, status in ((planted, "falsified"), (twin, "verified")):
         problem = equivalence([first, other], shape, lower, upper, 0.05)
-        (found,) = run_cascade(problem, [DifferenceStage()], Limits(20.0))
-        assert found.status == status
-        (found,) = run_cascade(problem, [DifferenceStage(), InputSplitStage()], Limits(20.0))
-        assert found.status == status
+        for stages in ([DifferenceStage()], [DifferenceStage(), InputSplitStage()]):
+            (found,) = run_cascade(problem, stages, Limits(20.0), arithmetic=arithmetic)
+            assert found.status == status and found.stage == "difference"
+
+
+def test_float32_leaves_pairs_to_other_stages():
+    shape = torch.Size((2,))
+    programs = [NetworkModule(trace(bump(height), shape).operations) for height in (0.0, 0.04)]
+    problem = equivalence(programs, shape, torch.zeros(1, 2), torch.ones(1, 2), 0.05)
+    (found,) = run_cascade(problem, [DifferenceStage(), InputSplitStage()], Limits(20.0), arithmetic="float32")
+    assert found.status == "verified" and found.stage == "input_split"
 
 
 def test_single_networks_are_left_to_other_stages():
@@ -410,6 +420,47 @@ def test_properties_of_pairs_have_the_stage():
     alone = Problem(programs[0], pair.region, replace(pair.specification), pair.index)
     names = [stage.name for stage in vnncomp._stages(alone, vnncomp.Judge(), vnncomp.PROPERTY)]
     assert names == ["ibp", "crown_ibp", "falsify", "crown", "input_split"]
+
+
+def saved(path: Path, networks: list[nn.Sequential]) -> Path:
+    """An ONNX file of networks of one input, with their outputs concatenated."""
+    nodes, weights, ends = [], [], []
+    for number, network in enumerate(networks):
+        name = "x"
+        for place, layer in enumerate(network):
+            output = f"{number}.{place}"
+            if isinstance(layer, nn.Linear):
+                parts = [f"{output}.weight", f"{output}.bias"]
+                weights += [
+                    numpy_helper.from_array(value.detach().numpy(), part)
+                    for value, part in zip((layer.weight, layer.bias), parts, strict=True)
+                ]
+                nodes.append(helper.make_node("Gemm", [name, *parts], [output], transB=1))
+            else:
+                nodes.append(helper.make_node("Relu", [name], [output]))
+            name = output
+        ends.append(name)
+    nodes.append(helper.make_node("Concat", ends, ["y"], axis=1))
+    outputs = 3 * len(networks)
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, k]) for n, k in (("x", 2), ("y", outputs)))
+    graph = helper.make_graph(nodes, "pair", [x], [y], weights)
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
+    )
+    return path
+
+
+@walk("arithmetic", ["nearest", "real"])
+def test_files_of_pairs_are_decided_by_their_difference(arithmetic, tmp_path: Path):
+    names = "".join(f"(declare-const {name} Real)" for name in ("X_0", "X_1", *(f"Y_{k}" for k in range(6))))
+    apart = " ".join(f"(>= (- Y_{k + 3} Y_{k}) 0.05) (<= (- Y_{k + 3} Y_{k}) -0.05)" for k in range(3))
+    asked = tmp_path / "apart.vnnlib"
+    asked.write_text(f"{names}(assert (and (>= X_0 0) (<= X_0 1) (>= X_1 0) (<= X_1 1)))(assert (or {apart}))")
+    for height, word in ((0.1, "violated"), (0.04, "holds")):
+        network = saved(tmp_path / "pair.onnx", [bump(0.0), bump(height)])
+        settings = replace(vnncomp.PROPERTY, stages=("difference",))  # CROWN-IBP proves it too
+        found = vnncomp.answer(network, asked, 20.0, arithmetic=arithmetic, certify=settings)
+        assert found.word == word and found.stage == "difference"
 
 
 @pytest.mark.parametrize("field", [{"alpha_steps": -1}, {"batch": 0}])
