@@ -92,7 +92,7 @@ class Pieced(Entrywise):
         for piece in self.pieces(x.lower, x.upper):
             start, end = torch.clamp(x.lower, min=piece.start), torch.clamp(x.upper, max=piece.end)
             for place in (start, end):
-                slope = torch.where(place == place, piece.slope(place), torch.nan)
+                slope = piece.slope(place)
                 low = torch.where(start <= end, torch.minimum(low, slope), low)
                 high = torch.where(start <= end, torch.maximum(high, slope), high)
         spare = 2 * ROUNDING * torch.finfo(x.lower.dtype).eps

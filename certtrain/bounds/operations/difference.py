@@ -119,9 +119,9 @@ class ActivationDifference(Nonlinear):
 
     def _kinked_sides(self, z: Bounds, d: Bounds) -> Sequence[Choice]:
         """For each side, below and above, the plane to start from and two others."""
-        kink, corners = self.function.kink, _corners(z, d)
+        kink, corners, boxes = self.function.kink, _corners(z, d), (z, d, _sum(z, d))
         sides: list[Choice] = []
-        for side, slopes in ((-1, _slopes_below(z, d)), (1, _slopes_above(z, d))):
+        for side, slopes in ((-1, _slopes_below(*boxes)), (1, _slopes_above(*boxes))):
             first, second = (torch.stack(part) for part in zip(*slopes, strict=True))
             reach = _reach(side, first, second, corners)
             planes = [
@@ -202,24 +202,24 @@ def _reach(side: int, first: Tensor, second: Tensor, corners: Sequence[Slopes]) 
     return largest
 
 
-def _slopes_above(z: Bounds, d: Bounds) -> list[Slopes]:
-    """Slopes of planes above relu(z + d) - relu(z): of the facets of its concave envelope where both values may have
-    either sign, and of lines of either value; the last two are those that are steep in z."""
+def _slopes_above(z: Bounds, d: Bounds, moved: Bounds) -> list[Slopes]:
+    """Slopes of planes above relu(z + d) - relu(z), z + d in the box ``moved``: of the facets of its concave envelope
+    where both values may have either sign, and of lines of either value; the last two are those that are steep in z."""
     zero, one = torch.zeros_like(z.lower), torch.ones_like(z.lower)
-    before, after = _line_above(z), _line_above(_sum(z, d))
     chord = torch.where(d.lower >= 0, one, torch.where(d.upper <= 0, zero, d.upper / _width(d)))
-    below = torch.where(z.upper > -z.lower, one, zero)  # the slope of a line below relu(z)
-    below = torch.where((z.lower < 0) & (z.upper > 0), below, before)
-    falls, rises = (z.lower < 0), (z.upper > 0)
-    left = torch.where(falls, d.upper.clamp(min=0) / -torch.where(falls, z.lower, -1.0), 0.0).clamp(max=1)
-    to_left = torch.where(falls, d.lower.clamp(min=0) / -torch.where(falls, z.lower, -1.0), 0.0).clamp(max=1)
-    right = torch.where(rises, d.lower.clamp(max=0) / torch.where(rises, z.upper, 1.0), 0.0).clamp(min=-1)
-    return [(zero, chord), (zero, one), (zero, zero), (after - below, after), (left, zero), (to_left + right, one)]
+    after, below = _line_above(moved), _line_above(z)
+    below = torch.where((z.lower < 0) & (z.upper > 0), torch.where(z.upper > -z.lower, one, zero), below)
+    falls, rises = z.lower < 0, z.upper > 0
+    left, right = torch.where(falls, -z.lower, 1.0), torch.where(rises, z.upper, 1.0)
+    steep = torch.where(falls, (d.upper.clamp(min=0) / left).clamp(max=1), 0.0)
+    rising = torch.where(falls, (d.lower.clamp(min=0) / left).clamp(max=1), 0.0)
+    falling = torch.where(rises, (d.lower.clamp(max=0) / right).clamp(min=-1), 0.0)
+    return [(zero, chord), (zero, one), (zero, zero), (after - below, after), (steep, zero), (rising + falling, one)]
 
 
-def _slopes_below(z: Bounds, d: Bounds) -> list[Slopes]:
+def _slopes_below(z: Bounds, d: Bounds, moved: Bounds) -> list[Slopes]:
     """The same from below: relu(z + d) - relu(z) is the negative of itself at z + d and -d."""
-    slopes = _slopes_above(_sum(z, d), Bounds(-d.upper, -d.lower))
+    slopes = _slopes_above(moved, Bounds(-d.upper, -d.lower), z)
     return [(-first, second - first) for first, second in slopes]
 
 
