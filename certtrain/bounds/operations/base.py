@@ -260,8 +260,8 @@ class Nonlinear(Operation):
         return [x.lower < x.upper for x in bounds]
 
     def unstable(self, *bounds: Bounds) -> list[Tensor]:
-        """(B, *shape) bool for each input: the entries for which backward passes pay most; by default those of either
-        sign."""
+        """(B, *shape) bool for each input: the entries that count as unstable neurons; by default those of either sign.
+        The fewer there are, the more backward passes pay."""
         return [(x.lower < 0) & (x.upper > 0) for x in bounds]
 
     def backward(

@@ -96,9 +96,8 @@ class ActivationDifference(Nonlinear):
         return [open_, open_]
 
     def unstable(self, *bounds: Bounds) -> list[Tensor]:
-        """The open changes; z is counted at the activation itself."""
-        _, open_ = self.open(*bounds)
-        return [torch.zeros_like(open_), open_]
+        """None: those of z are the activation's own."""
+        return [torch.zeros_like(part) for part in self.open(*bounds)]
 
     def magnitude(self, z: Tensor, d: Tensor) -> Tensor:
         """Eight times the largest value: a plane's slopes are up to 2, and mixed ones have three roundings more."""
