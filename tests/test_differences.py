@@ -395,6 +395,15 @@ def test_a_planted_counterexample_is_found(arithmetic):
             assert found.status == status and found.stage == "difference"
 
 
+def test_pairs_beyond_its_share_of_the_time_are_left_to_other_stages():
+    shape = torch.Size((2,))
+    programs = [NetworkModule(trace(bump(height), shape).operations) for height in (0.0, 0.04)]
+    problem = equivalence(programs, shape, torch.zeros(1, 2), torch.ones(1, 2), 0.05)
+    stages = [DifferenceStage(share=1e-12), InputSplitStage()]
+    (found,) = run_cascade(problem, stages, Limits(20.0))
+    assert found.status == "verified" and found.stage == "input_split"
+
+
 def test_float32_leaves_pairs_to_other_stages():
     shape = torch.Size((2,))
     programs = [NetworkModule(trace(bump(height), shape).operations) for height in (0.0, 0.04)]
@@ -463,7 +472,7 @@ def test_files_of_pairs_are_decided_by_their_difference(arithmetic, tmp_path: Pa
         assert found.word == word and found.stage == "difference"
 
 
-@pytest.mark.parametrize("field", [{"alpha_steps": -1}, {"batch": 0}])
+@pytest.mark.parametrize("field", [{"alpha_steps": -1}, {"batch": 0}, {"share": 0.0}])
 def test_fields_out_of_range_are_refused(field):
     with pytest.raises(ValueError, match="found"):
         DifferenceStage(**field)

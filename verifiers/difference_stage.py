@@ -32,6 +32,8 @@ class DifferenceStage(TimedStage):
         alpha_steps: steps of the ascent on slopes, where many inputs vary.
         timeout: seconds for an image.
         batch: most boxes halved in one round.
+        share: largest share of the seconds for halving; the rest is that of the stages behind it, since a few pairs are
+            easier side by side.
     """
 
     name: ClassVar[str] = "difference"
@@ -39,10 +41,12 @@ class DifferenceStage(TimedStage):
     timeout: float = 60.0
     judge: Judge = field(default_factory=Judge)
     batch: int = BATCH
+    share: float = 0.6
 
     def __post_init__(self) -> None:
         check(self.alpha_steps >= 0, "alpha_steps", self.alpha_steps, "a whole number >= 0")
         check(self.batch >= 1, "batch", self.batch, "a whole number >= 1")
+        check(0 < self.share <= 1, "share", self.share, "a number in (0, 1]")
 
     @classmethod
     def from_section(cls, settings: Certify) -> Self:
@@ -64,7 +68,7 @@ class DifferenceStage(TimedStage):
             return first
         some = problem.subset(left)
         if few_inputs(some):
-            stage = InputSplitStage(self.timeout, self.judge, self.batch)
+            stage = InputSplitStage(self.share * self.timeout, self.judge, self.batch)
         else:
             stage = AlphaStage(self.alpha_steps, judge=self.judge)
         return _with_part(first, left, stage(some, own.subset(left)))
@@ -77,7 +81,7 @@ def _with_part(whole: Finding, numbers: torch.Tensor, part: Finding) -> Finding:
     counterexamples = list[torch.Tensor | None]([None] * count)
     search = [SearchStatistics() for _ in range(count)]
     for own, number in enumerate(as_ints(numbers)):
-        statuses[number] = part.statuses[own]
+        statuses[number] = None if part.statuses[own] == "timeout" else part.statuses[own]
         reasons[number] = part.reasons[own] if part.reasons else None
         counterexamples[number] = part.counterexamples[own] if part.counterexamples else None
         search[number] = part.search[own] if part.search else SearchStatistics()
