@@ -8,6 +8,7 @@ else:
     from typing import TYPE_CHECKING, Any
 
     from .cascade import certify, run_cascade
+    from .difference_stage import DifferenceStage
     from .falsify import FalsifyStage
     from .limits import Limits
     from .lirpa import LirpaStage
@@ -32,8 +33,9 @@ else:
 
     __all__ = [
         "AlphaStage", "AttackStage", "BabStage", "Certify", "CleanStage", "CrownIbpStage", "CrownStage",
-        "EmbeddedQuestion", "FalsifyStage", "Finding", "IbpStage", "InputSplitStage", "Judge", "Limits", "LirpaStage",
-        "LocationStage", "Problem", "Search", "Specification", "Stage", "Verdict", "certify", "run_cascade",
+        "DifferenceStage", "EmbeddedQuestion", "FalsifyStage", "Finding", "IbpStage", "InputSplitStage", "Judge",
+        "Limits", "LirpaStage", "LocationStage", "Problem", "Search", "Specification", "Stage", "Verdict", "certify",
+        "run_cascade",
     ]  # fmt: skip
 
     def __getattr__(name: str) -> Any:

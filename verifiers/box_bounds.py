@@ -122,7 +122,9 @@ class BoxBounds:
         wide = (box.hull.radius > 0).flatten(1).sum(1)
         count, passes = torch.zeros_like(wide), torch.zeros_like(wide, dtype=torch.float64)
         for place in sorted(bounds)[1:]:
-            unstable = ((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1)
+            parts = self.network.split_bounds(place, bounds[place])
+            open_of = self.network.nonlinear_at(place).unstable(*parts)
+            unstable = torch.cat([part.flatten(1) for part in open_of], 1).sum(1)
             count, passes = count + unstable, passes + 2 * self._row[place] * unstable
         few = count <= AFFORDABLE * (1 + wide)
         many = open_ & ~few & (passes < 2.0**wide * (1 + wide) * self._column)

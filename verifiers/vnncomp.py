@@ -21,6 +21,8 @@ from ..errors import InputError, Portable, check
 from ..run_folder import write_atomically, write_json
 from ..typed import as_floats, as_ints, unique
 from .cascade import run_cascade
+from .difference_stage import DifferenceStage
+from .differences import difference_network
 from .input_split import few_inputs
 from .joint_network import JointNetwork
 from .limits import Limits, out_of_memory
@@ -353,7 +355,8 @@ def _verdicts_of(
     clock: _StageClock,
 ) -> list[Verdict]:
     """Verdicts of the cases ``numbers``. Each case gets an equal share of the time; the rest then goes to those that
-    timed out, with the last stage alone, unless its own timeout is what ended it."""
+    timed out, with the last stage alone, or with bounds of differences before it, unless its own timeout is what ended
+    it."""
     arithmetic = settings.arithmetic
     late = [Verdict(number, None, None, "timeout", "", None, 0.0, arithmetic, "timeout") for number in numbers]
     latest = {verdict.index: verdict for verdict in late}
@@ -364,7 +367,7 @@ def _verdicts_of(
         if again:
             if stages[-1].within(left)[1]:
                 break
-            stages = stages[-1:]
+            stages = stages[-2:] if stages[-2:][0].name == DifferenceStage.name else stages[-1:]
         verdicts = run_cascade(problem, stages, Limits(left, deadline), clock, arithmetic)
         latest |= {verdict.index: verdict for verdict in verdicts}
         numbers = [verdict.index for verdict in verdicts if verdict.status == "timeout"]
@@ -490,7 +493,11 @@ def _within_common_rows(
 
 
 def _stages(problem: Problem, judge: Judge, settings: Certify) -> list[Stage]:
-    """The stages for a problem."""
-    if settings.stages == STAGES and few_inputs(problem):
-        settings = replace(settings, stages=STAGES_OF_FEW_INPUTS)
-    return settings.stages_for(0, judge)
+    """The stages for a problem; by default those for what its network and its sets are."""
+    if settings.stages != STAGES:
+        return settings.stages_for(0, judge)
+    stages = STAGES_OF_FEW_INPUTS if few_inputs(problem) else STAGES
+    if difference_network(fold(problem.network, problem.region.images.shape[1:])) is not None:
+        behind = stages.index("crown") + 1
+        stages = (*stages[:behind], DifferenceStage.name, *stages[behind:])
+    return replace(settings, stages=stages).stages_for(0, judge)

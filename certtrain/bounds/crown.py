@@ -276,6 +276,7 @@ class _Bounding:
         self.keeping, self.late = refine, False
         self.intervals = {0: region.hull if network.rounding is None else widened(region.hull)}
         self.bounds: dict[int, Bounds] = {}
+        self.lines: dict[int, Relaxation] = {}  # over these bounds
         self.refined: dict[int, Tensor] = {}  # by position: the entries of the output that have linear bounds
 
     def run(self) -> dict[int, Bounds]:
@@ -391,7 +392,9 @@ class _Bounding:
 
     def _lines_and_slack(self) -> tuple[dict[int, Relaxation], Slack | None]:
         slack = None if self.network.rounding is None else Slack.of(self.network, self.intervals)
-        return relax_all(self.network, self.bounds), slack
+        new = {number: ends for number, ends in self.bounds.items() if number not in self.lines}
+        self.lines |= relax_all(self.network, new)
+        return self.lines, slack
 
 
 def rows_at_a_time(

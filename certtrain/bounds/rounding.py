@@ -86,7 +86,7 @@ def check(network: Network) -> None:
     """
     for number in network.nonlinear:
         operation = network.nonlinear_at(number)
-        if not operation.piecewise_linear:
+        if not operation.rounding_is_bounded:
             raise UnsupportedOperation(
                 f"{operation.path}: found {operation.kind}; "
                 "accepted in this arithmetic: relu, leaky_relu, clips, abs, prelu, max"

@@ -14,6 +14,7 @@ from .centering import Centering, CenteringOnce
 from .concat import Bordered, Concat
 from .convolution import Convolution
 from .curves import Piece, ScalarCurve
+from .difference import ActivationDifference
 from .dropout import Dropout
 from .elementary import Cos, Erf, Exp, Log, Power, Reciprocal, Sin, Sqrt
 from .entrywise import Entrywise
@@ -40,7 +41,8 @@ from .transformer import Projection
 from .transposed_convolution import TransposedConvolution
 
 __all__ = [
-    "Abs", "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Bordered", "ByRoot", "ByRootOf", "Ceil",
+    "Abs", "ActivationDifference",
+    "Affine", "AveragePool", "BatchNorm", "BatchStatistics", "Bordered", "ByRoot", "ByRootOf", "Ceil",
     "Celu", "Centering", "CenteringOnce", "Clamp", "Concat", "ConstantPad", "Constants", "Convolution", "Copies",
     "Cos", "Dense", "Dropout", "Elu", "Entrywise", "Erf", "Exp", "Floor", "Function", "Gelu", "GeluTanh",
     "Hardswish", "Input", "LeakyRelu", "LinearOperation", "Log", "LogSoftmax", "LogSumExp", "MatrixProduct",

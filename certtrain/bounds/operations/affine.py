@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from ..interval import Interval
 from ..region import Region
 from ..relaxation import InputLines, Relaxation, map_lines
 from ..wrappers import ComputedLayer
-from .base import Folding, LinearOperation
+from .base import Folding, Graph, LinearOperation, alike
+from .sum import added
 
 
 class Weighted(Protocol):
@@ -62,6 +63,19 @@ class Affine(LinearOperation):
         bias = None if self.bias is None else folding.tensor(self.bias, self.path)
         folded = self.with_weights(folding.tensor(self.weight, self.path), bias)
         return folding.append(replace(folded, inputs=sources))
+
+    def change(self, other: Any, graph: Graph, values: Sequence[int], changes: Sequence[int | None]) -> int | None:
+        """W' d + (W' - W) x + (b' - b)."""
+        if not alike(self, other, "layer") or self.weight.shape != other.weight.shape:
+            return super().change(other, graph, values, changes)
+        weight, none = graph.difference(self.weight, other.weight), self.weight.new_zeros(len(self.weight))
+        bias = graph.difference(*(none if one.bias is None else one.bias for one in (self, other)))
+        parts = [
+            graph.append(replace(other.with_weights(other.weight, None), inputs=(d,))) for d in changes if d is not None
+        ]
+        if bool(weight.any()) or bool(bias.any()):
+            parts.append(graph.append(replace(other.with_weights(weight, bias), inputs=tuple(values))))
+        return added(graph, self.path, parts)
 
     def prepare(self) -> None:
         """Update the layer before a plain pass in training mode, as its hooks would."""

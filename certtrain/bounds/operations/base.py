@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -113,9 +113,49 @@ class Operation(ABC):
             shape: of the first input.
         """
 
+    def change(self, other: Any, graph: Graph, values: Sequence[int], changes: Sequence[int | None]) -> int | None:
+        """Append other(values + changes) - self(values), of two folded operations; return its position, or None if it
+        is 0 everywhere.
+
+        Args:
+            other: an operation of the same class.
+            values, changes: positions in ``graph`` of the inputs and of what is added to them, None for 0.
+        Raises:
+            UnsupportedOperation: the difference has no rule.
+        """
+        raise UnsupportedOperation(
+            f"{self.path}: found {type(self).__name__} in a difference of networks; accepted: two alike, with a rule"
+        )
+
     @abstractmethod
     def fold(self, folding: Folding, *sources: int) -> int:
         """Append its folded form, with inputs at ``sources``, to ``folding``; return the position of the result."""
+
+
+class Graph(Protocol):
+    """A folded network that grows.
+
+    Args:
+        shapes: of the operations so far, without the batch dimension.
+    """
+
+    shapes: list[torch.Size]
+
+    def append(self, operation: Operation) -> int:
+        """Add an operation, whose inputs are positions in the network; returns its own."""
+        ...
+
+    def zeros(self, value: int) -> int:
+        """The position of zeros in the shape of the value at a position."""
+        ...
+
+    def difference(self, first: Tensor, second: Tensor) -> Tensor:
+        """The second constant minus the first.
+
+        Raises:
+            UnsupportedOperation: it has to be exact, and is not.
+        """
+        ...
 
 
 class Folding(Protocol):
@@ -186,6 +226,11 @@ class Nonlinear(Operation):
         """Whether it is max(x, kink x) entry by entry, for which branch and bound is complete."""
 
     @property
+    def rounding_is_bounded(self) -> bool:
+        """Whether ``magnitude`` covers the roundings of its relaxation, as other arithmetics than nearest need."""
+        return self.piecewise_linear
+
+    @property
     def kink(self) -> float:
         """The slope left of 0 of a piecewise linear function; right of 0 it is 1."""
         return 0.0
@@ -213,6 +258,11 @@ class Nonlinear(Operation):
     def open(self, *bounds: Bounds) -> list[Tensor]:
         """(B, *shape) bool for each input: the entries for which tighter bounds improve the relaxation."""
         return [x.lower < x.upper for x in bounds]
+
+    def unstable(self, *bounds: Bounds) -> list[Tensor]:
+        """(B, *shape) bool for each input: the entries that count as unstable neurons; by default those of either sign.
+        The fewer there are, the more backward passes pay."""
+        return [(x.lower < 0) & (x.upper > 0) for x in bounds]
 
     def backward(
         self, forms: Tensor, constants: Tensor, shapes: Sequence[torch.Size], relaxation: Relaxation | None
@@ -290,6 +340,12 @@ class Function(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs)
+
+
+def alike(first: Operation, second: Operation, *besides: str) -> bool:
+    """Whether two operations of one class agree in all fields but their names, inputs and ``besides``."""
+    names = {field.name for field in fields(first)} - {"path", "inputs", *besides}
+    return all(getattr(first, name) == getattr(second, name) for name in names)
 
 
 def summed_onto(forms: Tensor, shape: torch.Size) -> Tensor:

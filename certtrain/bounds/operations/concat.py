@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
-from .base import Folding, Function, LinearOperation, UnsupportedOperation
+from .base import Folding, Function, Graph, LinearOperation, UnsupportedOperation, alike
 from .options import behind_batch
 from .rearrangement import Rearrangement
 from .registry import Constant, Tracing
@@ -48,6 +48,14 @@ class Concat(LinearOperation):
 
     def entries(self, *numbers: Tensor) -> Tensor:
         return self(*numbers)
+
+    def change(self, other: Any, graph: Graph, values: Sequence[int], changes: Sequence[int | None]) -> int | None:
+        if not alike(self, other):
+            return super().change(other, graph, values, changes)
+        if all(d is None for d in changes):
+            return None
+        parts = [graph.zeros(value) if d is None else d for value, d in zip(values, changes, strict=True)]
+        return graph.append(Concat(self.path, tuple(parts), self.dim))
 
     def magnitude(self, *parts: Tensor) -> Tensor:
         return self(*parts)

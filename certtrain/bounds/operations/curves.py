@@ -72,6 +72,9 @@ class _Extreme:
 class Pieced(Entrywise):
     """A function given by its pieces, whose lines may be tilted."""
 
+    differentiable: ClassVar[bool] = False
+    """Whether it is known to have a derivative of moderate size everywhere, for ``quotients``."""
+
     @abstractmethod
     def pieces(self, lower: Tensor, upper: Tensor) -> Sequence[Piece]:
         """Pieces that cover [lower, upper]; of many alike, those among which extremes can lie."""
@@ -80,6 +83,20 @@ class Pieced(Entrywise):
         """The scale of kernels' errors on [lower, upper], at least the largest |f|."""
         ends = torch.maximum(self.value(lower).abs(), self.value(upper).abs())
         return ends.clamp(min=1)
+
+    def quotients(self, x: Bounds) -> Bounds | None:
+        """The derivative's range: on each piece it is monotone. Without jumps, its values enclose all quotients."""
+        if not self.differentiable:
+            return None
+        low, high = torch.full_like(x.lower, torch.inf), torch.full_like(x.lower, -torch.inf)
+        for piece in self.pieces(x.lower, x.upper):
+            start, end = torch.clamp(x.lower, min=piece.start), torch.clamp(x.upper, max=piece.end)
+            for place in (start, end):
+                slope = piece.slope(place)
+                low = torch.where(start <= end, torch.minimum(low, slope), low)
+                high = torch.where(start <= end, torch.maximum(high, slope), high)
+        spare = 2 * ROUNDING * torch.finfo(x.lower.dtype).eps
+        return Bounds(low - spare, high + spare)
 
     @property
     def adjustable(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..interval import Bounds, Interval
 from ..relaxation import Lines
 from ..window import Window
-from .base import Nonlinear
+from .base import Graph, Nonlinear, alike
 
 KERNEL_ERROR = 5
 """Error bound of smooth activations as kernels compute them, times eps and max(1, |x|); intervals and lines include it.
@@ -55,6 +56,10 @@ class Entrywise(Nonlinear):
     def piecewise_linear(self) -> bool:
         return False
 
+    def quotients(self, x: Bounds) -> Bounds | None:
+        """Enclose (f(b) - f(a)) / (b - a) for all a and b between two ends; None where the function has no rule."""
+        return None
+
     def kernel_error(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Largest error of kernels on [lower, upper], without a gradient.
 
@@ -72,6 +77,14 @@ class Entrywise(Nonlinear):
     def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> Lines:
         (x,) = bounds
         return self.lines(x.lower, x.upper, alpha)
+
+    def change(self, other: Any, graph: Graph, values: Sequence[int], changes: Sequence[int | None]) -> int | None:
+        from .difference import ActivationDifference  # imported here: it imports this module
+
+        (d,), zero = changes, torch.zeros(1)
+        if not alike(self, other) or not (self.piecewise_linear or self.quotients(Bounds(zero, zero))):
+            return super().change(other, graph, values, changes)
+        return None if d is None else graph.append(ActivationDifference(self.path, (*values, d), self))
 
     def magnitude(self, x: Tensor) -> Tensor:
         return x

@@ -49,6 +49,7 @@ class Trough:
 class Gated(Pieced):
     """A function that falls up to its only minimum and then rises: convex around 0, concave further out."""
 
+    differentiable: ClassVar[bool] = True
     trough: ClassVar[Trough]
 
     def image(self, x: Bounds) -> Bounds:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,9 +13,12 @@ from torch import Tensor, fx, nn
 from ...typed import is_slice, is_tuple
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
-from .base import Function, LinearOperation, UnsupportedOperation
+from .base import Function, Graph, LinearOperation, UnsupportedOperation
 from .options import kept_batch, options, refuse, several
 from .registry import BatchSize, Constant, Tracing, from_function, from_module
+
+MOST_COLUMNS = 4096
+"""Most inputs of a linear map that is compared with another by its columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,27 @@ class Rearrangement(LinearOperation):
 
     def entries(self, *numbers: Tensor) -> Tensor | None:
         return self.function(*numbers)
+
+    def change(self, other: Any, graph: Graph, values: Sequence[int], changes: Sequence[int | None]) -> int | None:
+        """The same map of the change."""
+        (d,) = changes
+        if not self._same(other, graph.shapes[values[0]]):
+            return super().change(other, graph, values, changes)
+        return None if d is None else graph.append(replace(other, inputs=(d,)))
+
+    def _same(self, other: Self, shape: torch.Size) -> bool:
+        """Whether both are the same linear map of values of this shape; not known for large ones that are not entries'
+        moves."""
+        if self.function is other.function:
+            return True
+        numbers = torch.arange(1.0, 1 + shape.numel(), dtype=torch.float64).reshape(1, *shape)
+        moved, others = self.entries(numbers), other.entries(numbers)
+        if moved is not None and others is not None:
+            return torch.equal(moved, others)
+        if shape.numel() > MOST_COLUMNS:
+            return False
+        columns = torch.eye(shape.numel()).reshape(-1, *shape)
+        return torch.equal(self.function(columns), other.function(columns))
 
     def magnitude(self, x: Tensor) -> Tensor:
         return self.function(x).abs()

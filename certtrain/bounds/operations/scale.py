@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
 from .affine import with_weights
-from .base import Folding, LinearOperation, summed_onto
+from .base import Folding, Graph, LinearOperation, summed_onto
+from .sum import added
 
 Coefficients = Callable[[], tuple[Tensor | float, Tensor | float]]
 """(scale, shift), looked up at each use, since buffers are replaced when a model moves."""
@@ -114,6 +115,22 @@ class Scale(LinearOperation):
         weight = torch.diag(scale) if inputs == outputs else scale
         layer = nn.Conv2d(inputs, outputs, 1, device="meta")
         return with_weights(layer, weight.reshape(outputs, inputs, 1, 1), shift.clone() if shift.any() else None)
+
+    def change(self, other: Any, graph: Graph, values: Sequence[int], changes: Sequence[int | None]) -> int | None:
+        """scale' d + (scale' - scale) x + (shift' - shift)."""
+        (before, constant), (scale, shift) = self.coefficients(), other.coefficients()
+        if not (isinstance(before, Tensor) and isinstance(constant, Tensor)):
+            return super().change(other, graph, values, changes)
+        if not (isinstance(scale, Tensor) and isinstance(shift, Tensor)) or (before.shape, constant.shape) != (
+            scale.shape, shift.shape,
+        ):  # fmt: skip
+            return super().change(other, graph, values, changes)
+        own = Constants(graph.difference(before, scale), graph.difference(constant, shift))
+        through = Constants(scale, torch.zeros_like(shift))
+        parts = [graph.append(Scale(self.path, (d,), through)) for d in changes if d is not None]
+        if bool(own.scale.any()) or bool(own.shift.any()):
+            parts.append(graph.append(Scale(self.path, tuple(values), own)))
+        return added(graph, self.path, parts)
 
     def fold(self, folding: Folding, *sources: int) -> int:
         if self.exact is not None and folding.as_written:

@@ -25,6 +25,8 @@ Measured: 2.8 at most, for ends around every change of case, in both dtypes (``t
 class Saturating(Pieced):
     """An increasing function between two limits: convex left of 0, concave right of it."""
 
+    differentiable: ClassVar[bool] = True
+
     def image(self, x: Bounds) -> Bounds:
         return Bounds(self(x.lower), self(x.upper))
 

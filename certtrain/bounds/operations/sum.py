@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from ..window import Window
-from .base import Function, LinearOperation, summed_onto
+from .base import Function, Graph, LinearOperation, alike, summed_onto
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +54,26 @@ class Sum(LinearOperation):
 
     def module(self, shape: torch.Size) -> nn.Module:
         return Function(torch.add if self.sign > 0 else torch.sub)
+
+    def change(self, other: Any, graph: Graph, values: Sequence[int], changes: Sequence[int | None]) -> int | None:
+        """The sum of both changes; of a single one as it is, where it has the output's shape."""
+        first, second = changes
+        shapes = [graph.shapes[value] for value in values]
+        if not alike(self, other, "maximum_of"):
+            return super().change(other, graph, values, changes)
+        if first is not None and second is not None:
+            return graph.append(Sum(self.path, (first, second), self.sign))
+        if first is None and second is None:
+            return None
+        if shapes[0] != shapes[1]:
+            return super().change(other, graph, values, changes)
+        if second is None or self.sign > 0:
+            return first if second is None else second
+        return graph.append(Sum(self.path, (graph.zeros(values[0]), second), self.sign))
+
+
+def added(graph: Graph, path: str, parts: Sequence[int]) -> int | None:
+    """The position of the sum of the values at ``parts``, two at most; None for none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return graph.append(Sum(path, (parts[0], parts[1])))
