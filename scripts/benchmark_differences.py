@@ -16,7 +16,7 @@ import copy
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from certtrain.bounds import Box, trace
 from certtrain.bounds.network import NetworkModule
-from certtrain.bounds.operations import Affine, Weights
+from certtrain.bounds.operations import Affine, Concat, Weights
 from certtrain.verifiers import Judge, Limits, Problem, Specification, run_cascade
-from certtrain.verifiers.differences import side_by_side
 from certtrain.verifiers.onnx_network import read_onnx
 from certtrain.verifiers.vnncomp import PROPERTY, STAGES_OF_FEW_INPUTS
 
@@ -48,6 +47,18 @@ class Query:
 
     name: str
     problem: Problem
+
+
+def side_by_side(programs: Sequence[NetworkModule]) -> NetworkModule:
+    """One program of the programs' common input; its output is theirs, (B, K) each, concatenated."""
+    operations, outputs = list(programs[0].network.operations[:1]), list[int]()
+    for program in programs:
+        places = [0]
+        for operation in program.network.operations[1:]:
+            operations.append(replace(operation, inputs=tuple(places[read] for read in operation.inputs)))
+            places.append(len(operations) - 1)
+        outputs.append(places[-1])
+    return NetworkModule([*operations, Concat("beside", tuple(outputs), 1)])
 
 
 def main() -> None:

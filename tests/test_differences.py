@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_differences import side_by_side
 from networks import Residual, randomise_norms
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from certtrain.bounds.operations import (
 )
 from certtrain.bounds.rounding import FLOAT32, REAL
 from certtrain.verifiers import DifferenceStage, InputSplitStage, Limits, Problem, Specification, run_cascade, vnncomp
-from certtrain.verifiers.differences import difference_network, side_by_side
+from certtrain.verifiers.differences import difference_network
 
 KINDS = [Sigmoid, Tanh, Gelu, GeluTanh, Silu]
 FUNCTIONS = {"relu": Relu("f", (0,)), "leaky": LeakyRelu("f", (0,), 0.25)} | {

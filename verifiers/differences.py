@@ -14,21 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..bounds.network import Network, NetworkModule
+from ..bounds.network import Network
 from ..bounds.operations import Affine, Concat, Constants, Operation, Rearrangement, Scale, Sum, UnsupportedOperation
 from ..bounds.rounding import FLOAT32
-
-
-def side_by_side(programs: Sequence[NetworkModule]) -> NetworkModule:
-    """One program of the programs' common input; its output is theirs, (B, K) each, concatenated."""
-    operations, outputs = list(programs[0].network.operations[:1]), list[int]()
-    for program in programs:
-        places = [0]
-        for operation in program.network.operations[1:]:
-            operations.append(replace(operation, inputs=tuple(places[read] for read in operation.inputs)))
-            places.append(len(operations) - 1)
-        outputs.append(places[-1])
-    return NetworkModule([*operations, Concat("beside", tuple(outputs), 1)])
 
 
 def difference_network(network: Network) -> Network | None:
