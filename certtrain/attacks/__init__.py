@@ -29,6 +29,6 @@ __all__ = [
     "RECORDING", "Ascent", "Attack", "AttackResult", "Checkpoints", "CornerSearch", "CrossEntropy", "Divergence",
     "EarlyStopped", "FrankWolfe", "KullbackLeibler", "Linearisation", "Margin", "Nuclear", "NuclearNormAttack",
     "Objective", "Pgd", "Pgd0", "PriorGuided", "Saif", "SigmaZero", "SmoothedCrossEntropy", "SparseNuclear",
-    "SparsePgd", "SparseRs", "SparseTransferred", "SquaredEuclidean", "SwitchedMargin", "Transferred", "attack_field", "buffers_kept",
-    "default_attack", "gradient_of", "in_mode", "lead", "nuclear_norm", "records_start",
+    "SparsePgd", "SparseRs", "SparseTransferred", "SquaredEuclidean", "SwitchedMargin", "Transferred", "attack_field",
+    "buffers_kept", "default_attack", "gradient_of", "in_mode", "lead", "nuclear_norm", "records_start",
 ]  # fmt: skip
