@@ -22,7 +22,7 @@ from certtrain.comparison import read_study
 from certtrain.losses.adversarial import AdversarialLoss, AdversarialTraining
 from certtrain.losses.adversarial.base import Wrapper
 from certtrain.losses.adversarial.statistics import equal_momenta
-from certtrain.models import CifarResNet, Cnn7, SeNet, ShuffleNetV2, Vgg, WideResNet
+from certtrain.models import CifarResNet, Cnn7, PreActResNet, SeNet, ShuffleNetV2, Vgg, WideResNet
 from certtrain.noise import Noise
 from certtrain.recipe import Config, load_config
 from certtrain.step import Batch, State, Step
@@ -504,19 +504,33 @@ def test_repeated_passes_move_statistics_as_real_ones_would():
 # --- studies, sparse recipes and certified ones
 
 
-@pytest.mark.parametrize(
-    ("name", "network"),
-    [("fast_bat_table1", INPUT), ("fast_bat_strength", INPUT), ("epsilon16", INPUT), ("qub_table", "resnet"),
-     ("fait_sweeps", "resnet"), ("sparse_table", "softplus"), ("sparse_multi_step", "softplus"),
-     ("sparse_mitigations", "softplus")],
-)  # fmt: skip
-def test_networks_of_studies(name, network):
-    models = {row.config.model for row in read_study(CONFIGS / "studies" / f"{name}.yaml").rows}
-    normalisations = {"fast_bat_table1": BAT, "fast_bat_strength": BAT, "epsilon16": FAST}
-    for model in models:
+STUDIES = {
+    "fast_bat_table1": (INPUT, BAT), "fast_bat_strength": (INPUT, BAT), "epsilon16": (INPUT, FAST),
+    "fast_bat_cifar100": (INPUT, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
+    "fast_bat_tinyimagenet": (INPUT, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    "qub_table": ("resnet", NONE), "fait_sweeps": ("resnet", NONE), "sparse_table": ("softplus", NONE),
+    "sparse_multi_step": ("softplus", NONE), "sparse_mitigations": ("softplus", NONE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_networks_of_studies(name):
+    network, normalisation = STUDIES[name]
+    for model in {row.config.model for row in read_study(CONFIGS / "studies" / f"{name}.yaml").rows}:
         if getattr(model, "downsampling", "stride") == "stride":  # one row of the mitigations is FLC pooling
-            assert (model.mean, model.std) == normalisations.get(name, NONE)
+            assert (model.mean, model.std) == normalisation
             check_network(model, network)
+
+
+def test_architectures_of_fast_bat():
+    """OPTML-Group/Fast-BAT 926599d: bottlenecks' shortcuts read the entry, WRN-16-8 has three blocks a stage."""
+    rows = read_study(CONFIGS / "studies" / "fast_bat_table2.yaml").rows
+    mean, std = BAT
+    wide = WideResNet(depth=22, widen=8, dropout=0.1, mean=mean, std=std)
+    assert {row.config.model for row in rows} == {PreActResNet(depth=50, mean=mean, std=std), wide}
+    for row in rows:
+        drawn = "he_fan_in_zero_linear" if row.config.model == wide else "default"
+        assert row.config.training.initialisation == drawn
 
 
 def test_modes_of_the_attacks_of_qub_s_table():
