@@ -94,6 +94,18 @@ def unstructure(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def stable_mapping(value: Any) -> Any:
+    """The mapping of ``unstructure`` without the fields made by ``added`` that hold their default: it is the same
+    before and after a dataclass gets such a field."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [f for f in fields_of(type(value)) if not (ADDED in f.metadata and getattr(value, f.name) == f.default)]
+        fields = {f.name: stable_mapping(getattr(value, f.name)) for f in kept}
+        return {"type": plugins.type_name(type(value)), **fields} if isinstance(value, Component) else fields
+    if isinstance(value, (tuple, list)):
+        return [stable_mapping(item) for item in value]
+    return unstructure(value)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file (safe loader: nothing is executed).
 
@@ -198,6 +210,17 @@ def _default(field: dataclasses.Field) -> Any:
 def none_or(section: Any) -> Any:
     """A dataclass field with default None; a section without a ``type`` changes the fields of ``section``."""
     return dataclasses.field(default=None, metadata={"section": section})
+
+
+ADDED = "added"
+
+
+def added(default: Any) -> Any:
+    """A dataclass field that came after the first release, with a default that means what was done before it.
+
+    Checkpoints are recognised by ``stable_mapping``, so that runs begun without the field go on.
+    """
+    return dataclasses.field(default=default, metadata={ADDED: True})
 
 
 def with_null_defaults(value: Any) -> Any:

@@ -56,7 +56,7 @@ class TestQub:
     def test_bounds_the_cross_entropy(self, scale, classes):
         z, a = logits(classes=classes, scale=scale), logits(classes=classes, scale=scale, seed=1)
         y = labels(classes=classes)
-        plain, centred = (quadratic_upper_bound(z, a, y, centred=way) for way in (False, True))
+        plain, centred = (quadratic_upper_bound(z, a, y, bound=way) for way in ("published", "centred"))
         target = cross_entropy(a, y)
         slack = 1e-12 * (1 + plain.abs())
         assert (plain >= centred - slack).all() and (centred >= target - slack).all()
@@ -76,8 +76,8 @@ class TestQub:
 
     def test_centred_ignores_a_constant_as_the_cross_entropy_does(self):
         z, a, shift = logits(), logits(seed=1), logits(classes=1, seed=2)
-        found = quadratic_upper_bound(z, a + shift, labels(), centred=True)
-        assert torch.allclose(found, quadratic_upper_bound(z, a, labels(), centred=True), rtol=1e-11, atol=1e-10)
+        found = quadratic_upper_bound(z, a + shift, labels(), bound="centred")
+        assert torch.allclose(found, quadratic_upper_bound(z, a, labels(), bound="centred"), rtol=1e-11, atol=1e-10)
         assert not torch.allclose(quadratic_upper_bound(z, a + shift, labels()), quadratic_upper_bound(z, a, labels()))
 
     @pytest.mark.parametrize("detached", [False, True])

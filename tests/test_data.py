@@ -109,12 +109,16 @@ class TestAugment:
         assert found.is_contiguous() and found.dtype == images.dtype
 
     @pytest.mark.parametrize("flip", [False, True])
-    @pytest.mark.parametrize(("padding", "mode"), [("edge", "replicate"), ("zero", "constant")])
+    @pytest.mark.parametrize(
+        ("padding", "mode"), [("edge", "replicate"), ("zero", "constant"), ("grey", "grey"), ("mirror", "reflect")]
+    )
     def test_padding_is_torchs(self, padding, mode, flip):
         images = 0.25 + torch.rand(40, 2, 6, 4) / 2  # no zeros of their own
         found, drawn = Augment(pad=3, flip=flip, padding=padding)(images, Noise(1, torch.arange(40)))
         for number, image in enumerate(images):
-            padded = F.pad(image[None], (3, 3, 3, 3), mode=mode)[0]
+            sides = (3, 3, 3, 3)
+            padded = F.pad(image[None], sides, value=0.5) if mode == "grey" else F.pad(image[None], sides, mode=mode)
+            padded = padded[0]
             top, left = int(drawn.top[number]), int(drawn.left[number])
             crop = padded[:, top : top + 6, left : left + 4]
             assert torch.equal(found[number], crop.flip(2) if drawn.flip[number] else crop)
@@ -130,9 +134,9 @@ class TestAugment:
 
     @pytest.mark.parametrize("padding", ["reflect", "", None, 0])
     def test_another_padding_is_refused(self, padding):
-        with pytest.raises(InputError, match=r"^padding: found .*; accepted: edge, zero"):
+        with pytest.raises(InputError, match=r"^padding: found .*; accepted: edge, zero, grey, mirror"):
             Augment(pad=1, padding=padding)
-        with pytest.raises(InputError, match=r"^padding: found .*; accepted: edge, zero"):
+        with pytest.raises(InputError, match=r"^padding: found .*; accepted: edge, zero, grey, mirror"):
             structure(Augment, {"pad": 1, "padding": padding})
 
     def test_offsets_and_flips_are_unrelated(self):

@@ -12,7 +12,7 @@ from walking import walk
 from certtrain.config import read_yaml
 from certtrain.data import Arrays, Augment
 from certtrain.errors import InputError
-from certtrain.models import Cnn7
+from certtrain.models import CifarResNet, Cnn7
 from certtrain.noise import Noise
 from certtrain.recipe import Config, load_config
 from certtrain.run_folder import RunFolder
@@ -62,6 +62,8 @@ def test_takes_two_steps(name):
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, augment=Augment()))
     if isinstance(config.model, Cnn7) and name not in WHOLE:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=4, hidden=16))
+    if isinstance(config.model, CifarResNet):  # made for images of 224×224
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=8))
     batch, data = made_up(config)
     model = build_model(config, data).train()  # type: ignore[arg-type]
     config.loss.check_model(model)

@@ -40,6 +40,18 @@ class CrossEntropy(Objective):
 
 
 @dataclass(frozen=True)
+class Margin(Objective):
+    """max over j ≠ y of z_j - z_y, above 0 exactly where the prediction is wrong; its gradient does not vanish where a
+    network is confident."""
+
+    def reference(self, model: nn.Module, batch: Batch) -> Tensor:
+        return batch.labels
+
+    def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
+        return -lead(logits, reference)
+
+
+@dataclass(frozen=True)
 class SwitchedMargin(Objective):
     """The cross-entropy where the label leads by ``switch`` or more, else the margin max over j of z_j - z_y.
 

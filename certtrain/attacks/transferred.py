@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import NormBall
+from ..config import added
 from ..errors import check
 from ..step import Augmentation, Batch, StateSpec, Step
 from .ascent import Ascent, Start
@@ -23,8 +24,8 @@ class Transferred(Ascent):
     """Ascent that starts where the sample's last visit ended (Zheng et al., arXiv 1912.11969).
 
     The perturbation is stored in the frame of the padded image: each visit reads the window of its crop and flip, and
-    writes it back after the last step; pixels outside the window are unchanged. In every ``reset``-th epoch, the first
-    one included, all of it is ``start_scale`` · normal noise. A visit at epsilon 0, where a ramp begins, stores 0: the
+    writes it back after the last step; pixels outside the window are unchanged. In every ``reset``-th epoch, and in
+    the first one, all of it is ``start_scale`` · normal noise. A visit at epsilon 0, where a ramp begins, stores 0: the
     next one starts at the image, or at such noise if the objective is a divergence, which is flat there. Without
     declared state, in an evaluation, every visit is a first one.
 
@@ -32,6 +33,8 @@ class Transferred(Ascent):
 
     Args:
         reset: epochs between two fresh starts.
+        early: how many epochs before each multiple of ``reset`` the fresh start comes: 1 in the authors' code, which
+            counts epochs from 1 and begins anew with the 10th, 20th and 30th.
         objective: the cross-entropy, as released, even where the loss is TRADES; null for the loss' own.
     """
 
@@ -41,11 +44,13 @@ class Transferred(Ascent):
     start_scale: float = 1e-3
     reset: int = 10
     objective: Objective | None = CrossEntropy()
+    early: int = added(0)
 
     def __post_init__(self) -> None:
         check(self.start == "normal", "start", self.start, "normal; start_scale 0 for the image itself")
         check(self.projected, "projected", self.projected, "true: a perturbation that is kept would grow")
         check(self.reset >= 1, "reset", self.reset, "a number of epochs >= 1")
+        check(0 <= self.early < self.reset, "early", self.early, f"a number of epochs from 0 to {self.reset - 1}")
         super().__post_init__()
 
     def declare_state(self, shape: tuple[int, ...], classes: int) -> Mapping[str, StateSpec]:
@@ -60,7 +65,7 @@ class Transferred(Ascent):
         def fresh(shape: tuple[int, ...]) -> Tensor:
             return self.start_scale * step.noise.normal(shape, "start", images.dtype)
 
-        if step.epoch % self.reset == 0:
+        if step.epoch == 0 or (step.epoch + self.early) % self.reset == 0:
             kept = fresh(kept.shape[1:])
             step.state.write(KEPT, batch, kept)
         change = window(kept, batch)

@@ -16,6 +16,14 @@ from ..step import Augmentation, Batch, StateSpec
 from .dataset import Split
 from .resized_crop import draw, resize
 
+PADDINGS = {
+    "edge": ("replicate", None),
+    "zero": ("constant", 0.0),
+    "grey": ("constant", 0.5),
+    "mirror": ("reflect", None),
+}
+"""torch's mode and value of each kind of padding."""
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -26,30 +34,36 @@ class Augment:
     Args:
         pad: pixels added on each side before a crop of the image's size is drawn.
         flip: mirror half of the images left to right.
-        padding: value of the added pixels: that of the nearest ``edge`` pixel, or ``zero``, which is black, the value 0
-            of [0, 1] before the model normalises. (Recipes that pad after normalising fill with the mean colour.)
+        padding: value of the added pixels: that of the nearest ``edge`` pixel; ``zero``, which is black, the value 0 of
+            [0, 1] before the model normalises (recipes that pad after normalising fill with the mean colour);
+            ``grey``, 0.5; or of the image's ``mirror``, without its outermost row.
         resized_crop: resize crops of 8 to 100 % of the stored image's area, 3/4 to 4/3 times as wide as high, to images
             of this side (as ``RandomResizedCrop``, antialiased); null for crops of the padded image.
     """
 
     pad: int = 0
     flip: bool = False
-    padding: Literal["edge", "zero"] = "edge"
+    padding: Literal["edge", "zero", "grey", "mirror"] = "edge"
     resized_crop: int | None = None
 
     def __post_init__(self) -> None:
         check(self.pad >= 0, "pad", self.pad, "a whole number >= 0")
-        check(self.padding in ("edge", "zero"), "padding", self.padding, "edge, zero")
+        check(self.padding in PADDINGS, "padding", self.padding, ", ".join(PADDINGS))
         if self.resized_crop is not None:
             check(self.resized_crop >= 1, "resized_crop", self.resized_crop, "a whole number >= 1, or null")
             check(self.pad == 0, "pad", self.pad, "0 beside resized_crop")
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse images (C, H, W) of another size than that of resized crops.
+        """Refuse images (C, H, W) of another size than that of resized crops, or too small for their own mirror.
 
         Raises:
-            InputError: the sizes differ.
+            InputError: the sizes differ; ``pad`` is not less than a side.
         """
+        if self.padding == "mirror" and self.pad >= min(shape[-2:]):
+            raise InputError(
+                f"training.augment.pad: found {self.pad} for the mirror of images of {shape[-2]}×{shape[-1]}; "
+                f"accepted: at most {min(shape[-2:]) - 1}"
+            )
         if self.resized_crop is not None and tuple(shape[-2:]) != (self.resized_crop, self.resized_crop):
             raise InputError(
                 f"training.augment.resized_crop: found {self.resized_crop} for images of {shape[-2]}×{shape[-1]}; "
@@ -79,8 +93,8 @@ class Augment:
         top, left = (noise.integers(2 * self.pad + 1, stream=side) for side in ("top", "left"))
         flip = noise.integers(2, stream="flip").bool() & self.flip
         height, width = images.shape[2:]
-        mode = {"edge": "replicate", "zero": "constant"}[self.padding]
-        padded = F.pad(images, [self.pad] * 4, mode=mode) if self.pad else images
+        mode, value = PADDINGS[self.padding]
+        padded = F.pad(images, [self.pad] * 4, mode, value) if self.pad else images
         drawn = Augmentation(top, left, flip, self.pad)
         rows, columns = drawn.rows_and_columns(height, width)
         sample = torch.arange(len(images), device=images.device)[:, None, None]

@@ -53,7 +53,7 @@ def qub_gap(
         with torch.no_grad():
             clean, attacked = model(part.images).double(), model(images).double()
         loss = F.cross_entropy(attacked, part.labels, reduction="none")
-        gaps = [quadratic_upper_bound(clean, attacked, part.labels, centred=c) - loss for c in (False, True)]
+        gaps = [quadratic_upper_bound(clean, attacked, part.labels, bound=b) - loss for b in ("published", "centred")]
         return torch.stack([*gaps, (attacked - clean).norm(dim=1), largest_curvature(F.softmax(clean, 1))], 1)
 
     return QubGap(*each(model, batch, ball, noise, found).mean(0).tolist())

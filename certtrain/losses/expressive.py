@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bounds import Activity, Forward, PerturbationSet, Statistics, forward
+from ..errors import check
 from ..step import Batch, StateSpec, Step
 from .adversarial import AdversarialLoss, Passes
 from .base import Ramp, check_share, value_at
@@ -36,6 +37,8 @@ class ExpressiveLoss(AttackedLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("alpha", self.alpha)
+        moved = () if self.adversarial is None else self.adversarial.statistics
+        check(not moved, "adversarial.statistics", moved, "an empty list: the order of passes is this loss' own")
 
     @abstractmethod
     def combine(

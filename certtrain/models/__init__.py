@@ -10,7 +10,7 @@ from .feed_forward import FeedForward
 from .flc import FrequencyLowCut
 from .gowal import Gowal
 from .imagenet_resnet import ImageNetResNet
-from .initialisation import initialise_for_ibp, zero_branches
+from .initialisation import HE, initialise_for_ibp, initialise_he, zero_branches
 from .mlp import Mlp
 from .preact_resnet import PreActResNet
 from .resnet import ResNet
@@ -22,7 +22,7 @@ from .vit import Vit
 from .wide_resnet import WideResNet
 
 __all__ = [
-    "Architecture", "BinaryScore", "CifarResNet", "Cnn3", "Cnn5", "Cnn7", "FeedForward", "FrequencyLowCut", "Gowal",
-    "ImageNetResNet", "Mlp", "Normalise", "PreActResNet", "ResNet", "SeNet", "ShuffleNetV2", "SmallCnn", "Vgg",
-    "Vit", "WideResNet", "initialise_for_ibp", "zero_branches",
+    "HE", "Architecture", "BinaryScore", "CifarResNet", "Cnn3", "Cnn5", "Cnn7", "FeedForward", "FrequencyLowCut",
+    "Gowal", "ImageNetResNet", "Mlp", "Normalise", "PreActResNet", "ResNet", "SeNet", "ShuffleNetV2", "SmallCnn", "Vgg",
+    "Vit", "WideResNet", "initialise_for_ibp", "initialise_he", "zero_branches",
 ]  # fmt: skip

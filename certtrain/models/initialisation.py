@@ -1,6 +1,9 @@
-"""Initialisations for training with interval bounds: Shi et al.'s (arXiv 2103.17268), and residual branches of 0."""
+"""Initialisations: Shi et al.'s for training with interval bounds (arXiv 2103.17268), residual branches of 0, and He
+et al.'s as released networks draw it."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -96,3 +99,44 @@ def _last_layer(operations: tuple[Operation, ...], position: int) -> Layer | Non
         return operation.norm if operation.norm.affine else None
     layer = operation.layer if isinstance(operation, Affine) else None
     return layer if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) else None
+
+
+@dataclass(frozen=True)
+class HeDraw:
+    """How a released network draws its initial weights; what ``default`` names keeps torch's draw.
+
+    Args:
+        fan: a convolution's weights are drawn from N(0, 2 / n), n = kernel area · channels ``in`` or ``out``.
+        linear: weights of linear layers: ``default``, ``normal`` N(0, 2 / features in), or ``zero``.
+        zero_bias: whether biases are 0.
+    """
+
+    fan: Literal["in", "out"] = "out"
+    linear: Literal["default", "normal", "zero"] = "default"
+    zero_bias: bool = True
+
+
+HE: dict[str, HeDraw] = {
+    "he_fan_out": HeDraw(zero_bias=False),
+    "he_fan_out_zero_bias": HeDraw(),
+    "he_fan_out_linear": HeDraw(linear="normal"),
+    "he_fan_in_zero_linear": HeDraw(fan="in", linear="zero"),
+}
+"""By name: torchvision's ResNets; the WideResNet of TRADES, ATTA, MART, AWP, GAIRAT, friendly training and HAT; the
+PreAct-ResNet of GradAlign; the WideResNet of Fast-BAT."""
+
+
+@torch.no_grad()
+def initialise_he(model: nn.Module, draw: HeDraw) -> None:
+    """Draw convolutions, and linear layers where ``draw`` says so (He et al., arXiv 1502.01852). Batch norms keep
+    torch's weights of 1 and biases of 0. Uses the global generator."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            channels = module.out_channels if draw.fan == "out" else module.weight.shape[1]
+            module.weight.normal_(std=math.sqrt(2 / (channels * math.prod(module.kernel_size))))
+        elif isinstance(module, nn.Linear) and draw.linear == "normal":
+            module.weight.normal_(std=math.sqrt(2 / module.in_features))
+        elif isinstance(module, nn.Linear) and draw.linear == "zero":
+            module.weight.zero_()
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None and draw.zero_bias:
+            module.bias.zero_()

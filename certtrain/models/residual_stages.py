@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -14,6 +15,8 @@ from .strided import Strided
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 """Number of blocks of each stage, by depth (arXiv 1512.03385); those of depth 50 are bottlenecks."""
+
+ShortcutFrom = Literal["entry", "input"]
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,14 @@ class ResidualStages(Strided):
         last = self.convolution(features, 4 * features, 1)
         return [first, *self.activated(features), middle, *self.activated(features), last]
 
-    def pre_activated(self, channels: int, features: int, stride: int, branch: list[nn.Module]) -> nn.Module:
+    def pre_activated(
+        self, channels: int, features: int, stride: int, branch: list[nn.Module], shortcut_from: ShortcutFrom = "entry"
+    ) -> nn.Module:
         """A block with batch norm and activation first; the shortcut is a 1×1 convolution where the shape changes."""
         same = channels == self.expansion * features and stride == 1
         shortcut = None if same else self.convolution(channels, self.expansion * features, 1, stride)
-        return PreActivated(nn.Sequential(*self.activated(channels)), nn.Sequential(*branch), shortcut)
+        entry = nn.Sequential(*self.activated(channels))
+        return PreActivated(entry, nn.Sequential(*branch), shortcut, shortcut_from)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,14 @@ class FourStages(ResidualStages):
 
 @dataclass(frozen=True)
 class PostActivated(FourStages):
-    """Residual blocks with batch norm and activation behind each convolution (arXiv 1512.03385)."""
+    """Residual blocks with batch norm and activation behind each convolution (arXiv 1512.03385).
+
+    Args:
+        branch_activation: whether the branch's last batch norm, too, is followed by the activation, before the sum. In
+            the published net only the sum is; NuAT's ResNet-18 has both.
+    """
+
+    branch_activation: bool = False
 
     @abstractmethod
     def stem(self, channels: int) -> list[nn.Module]:
@@ -99,9 +112,13 @@ class PostActivated(FourStages):
         blocks, channels = self.stages(self.width, self.width, BLOCKS[self.depth])
         return [*stem, *blocks, *self.head(channels, classes)]
 
+    def branch_end(self, features: int) -> list[nn.Module]:
+        """The layers behind the last convolution of a branch."""
+        return self.activated(features) if self.branch_activation else [nn.BatchNorm2d(features)]
+
     def block(self, channels: int, features: int, stride: int) -> nn.Module:
         after = self.expansion * features
-        branch = nn.Sequential(*self.branch(channels, features, stride), nn.BatchNorm2d(after))
+        branch = nn.Sequential(*self.branch(channels, features, stride), *self.branch_end(after))
         shortcut = nn.Identity()
         if channels != after or stride != 1:
             shortcut = nn.Sequential(self.convolution(channels, after, 1, stride), nn.BatchNorm2d(after))
@@ -109,12 +126,21 @@ class PostActivated(FourStages):
 
 
 class PreActivated(nn.Module):
-    """branch(y) + shortcut(y), where y = entry(x); branch(y) + x without a shortcut (arXiv 1603.05027)."""
+    """branch(y) + shortcut(y), where y = entry(x); branch(y) + x without a shortcut (arXiv 1603.05027).
 
-    def __init__(self, entry: nn.Module, branch: nn.Module, shortcut: nn.Module | None):
+    Args:
+        shortcut_from: what the shortcut reads, ``entry``, y, or ``input``, x.
+    """
+
+    def __init__(
+        self, entry: nn.Module, branch: nn.Module, shortcut: nn.Module | None, shortcut_from: ShortcutFrom = "entry"
+    ):
         super().__init__()
         self.entry, self.branch, self.shortcut = entry, branch, shortcut
+        self.shortcut_from = shortcut_from
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.entry(x)
-        return self.branch(y) + (x if self.shortcut is None else self.shortcut(y))
+        if self.shortcut is None:
+            return self.branch(y) + x
+        return self.branch(y) + self.shortcut(x if self.shortcut_from == "input" else y)

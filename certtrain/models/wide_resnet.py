@@ -11,7 +11,9 @@ class WideResNet(ResidualStages):
     """WRN-depth-widen: stages of pre-activation blocks with 16, 32 and 64 times ``widen`` features (arXiv 1605.07146).
 
     For CIFAR-10 WRN-16-8 has 10 961 370, WRN-28-10 36 479 194 and WRN-34-10 46 160 474 parameters. Takes images of any
-    size; with FLC pooling sides that are multiples of 8. Fast-BAT's is ``depth=16, widen=8, dropout=0.1``.
+    size; with FLC pooling sides that are multiples of 8. The net that Fast-BAT's code calls WRN-16-8 has a block more
+    in each stage than its name says: ``depth=22, widen=8, dropout=0.1`` (17 158 106 parameters). N-FGSM's WRN-28-10 is
+    another net: strides in the second convolutions of blocks, and biases.
 
     Args:
         depth: 6·n + 4 for n blocks in each stage.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds import PerturbationSet
-from ..config import unstructure, with_sections
+from ..config import stable_mapping, with_sections
 from ..data import Dataset, Loader
 from ..errors import Failure, InputError
 from ..losses import Loss
@@ -128,7 +128,7 @@ class _Fit:
 
     def fingerprint_of(self, loss: Loss, settings: Training, dataset: Dataset) -> str:
         """The fingerprint of the recipe, which a checkpoint of this training has to have."""
-        parts = [unstructure(part) for part in (loss, self.ball, settings)]
+        parts = [stable_mapping(part) for part in (loss, self.ball, settings)]
         return checkpoint.fingerprint([*parts, self.seed, dataset.checksum, loss.files()])
 
     def seconds(self, now: float) -> float:

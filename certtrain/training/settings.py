@@ -23,6 +23,11 @@ from .schedules import EpsilonSchedule, Smoothed
 from .selection import Select
 from .update import Descend, UpdateRule
 
+Initialisation = Literal[
+    "shi", "shi_residual", "default", "he_fan_out", "he_fan_out_zero_bias", "he_fan_out_linear",
+    "he_fan_in_zero_linear",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Optimiser(Component):
@@ -108,7 +113,9 @@ class Training:
         epsilon_multiplier: multiple of the recipe's epsilon at the end of the ramp, for bounds and attack; evaluations
             always use the recipe's own.
         initialisation: ``shi`` (for interval bounds), ``shi_residual`` (for those of residual nets with norms:
-            branches also begin at 0) or torch's ``default``.
+            branches also begin at 0), torch's ``default``, or as released networks draw theirs: ``he_fan_out``
+            (convolutions N(0, 2 / fan-out): torchvision), ``he_fan_out_zero_bias`` (TRADES and relatives),
+            ``he_fan_out_linear`` (linear layers too: GradAlign), ``he_fan_in_zero_linear`` (Fast-BAT's WideResNet).
         augment: crops and flips. noise: noise on the augmented images, before the attack; null for none.
         precise_bn: set batch norms' running statistics after each epoch to their mean over its clean images.
         averaging: end with averaged weights and statistics computed for them; null for none.
@@ -131,7 +138,7 @@ class Training:
     clip: float | None = 10.0
     schedule: EpsilonSchedule = Smoothed(start=1, length=100)
     epsilon_multiplier: float = 1.5
-    initialisation: Literal["shi", "shi_residual", "default"] = "shi"
+    initialisation: Initialisation = "shi"
     augment: Augment = Augment()
     noise: InputNoise | None = None
     precise_bn: bool = False

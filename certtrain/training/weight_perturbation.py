@@ -94,7 +94,8 @@ class Awp(WeightPerturbation):
 
     Args:
         gamma: relative size of nu; published are 5e-3 for TRADES-AWP, 1e-2 for AT-AWP.
-        start_epoch: number of epochs without AWP at the start: 10 for TRADES-AWP, 0 for AT-AWP.
+        start_epoch: number of epochs without AWP at the start: 9 for TRADES-AWP, which begins with epoch 10 counted
+            from 1; 0 for AT-AWP.
     """
 
     gamma: float = 5e-3

@@ -20,7 +20,7 @@ from ..errors import InputError, check
 from ..evaluation import unanswered
 from ..labels import classes_of
 from ..ledger import Ledger
-from ..models import initialise_for_ibp, zero_branches
+from ..models import HE, initialise_for_ibp, initialise_he, zero_branches
 from ..noise import key_of
 from ..progress import console
 from ..recipe import Config, load_config
@@ -118,9 +118,12 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(config.seed, "weights"))
         model = config.model.build(dataset.shape, dataset.classes)
-        if config.training.initialisation != "default":
+        initialisation = config.training.initialisation
+        if initialisation in HE:
+            initialise_he(model, HE[initialisation])
+        if initialisation in ("shi", "shi_residual"):
             initialise_for_ibp(model, torch.Size(dataset.shape))
-        if config.training.initialisation == "shi_residual":
+        if initialisation == "shi_residual":
             zero_branches(model, torch.Size(dataset.shape))
     return model
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ...attacks import Attack, AttackResult, CrossEntropy, Objective, attack_field, default_attack
 from ...bounds import PerturbationSet
+from ...config import added
 from ...labels import check_logits
 from ...step import Batch, StateSpec, Step
 from ..base import Loss, LossTerms
+from .statistics import Passed, moving
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Passes:
         assert self.clean is not None
         return self.clean
 
+
+CLEAN_FIRST: tuple[Passed, ...] = ("clean", "adversarial")
+CLEAN_LAST: tuple[Passed, ...] = ("adversarial", "clean")
 
 Term = Literal["adversarial", "clean"]
 Accuracy = Callable[[Passes, Step], Tensor]
@@ -81,6 +86,11 @@ class AdversarialLoss(Loss):
         """Whether the clean images are passed through the network, with gradient."""
         return self.term == "clean"
 
+    @property
+    def statistics(self) -> tuple[Passed, ...]:
+        """The training passes that move running batch statistics, in order; empty for those that the loss makes."""
+        return ()
+
     @abstractmethod
     def attacked(self, model: nn.Module, batch: Batch, step: Step) -> AttackResult:
         """Attack the batch: the adversarial images, and the trace that the attack recorded."""
@@ -95,8 +105,14 @@ class AdversarialLoss(Loss):
 
     def given(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult) -> LossTerms:
         """The loss for a known result of the attack."""
-        clean = model(batch.images) if self.needs_clean else None
+        clean = None
+        if self.needs_clean:
+            with moving(model, self.statistics, CLEAN_FIRST, "clean"):
+                clean = model(batch.images)
         passes = self.passes(model, batch, step, found, clean)
+        if clean is None and "clean" in self.statistics:
+            with moving(model, self.statistics, CLEAN_LAST, "clean"), torch.no_grad():
+                model(batch.images)
         check_logits(passes.adversarial, batch.labels)
         total = self.criterion(passes, step)
         return LossTerms(total, {name: part.detach() for name, part in reported(passes).items()})
@@ -113,9 +129,14 @@ class AdversarialTraining(AdversarialLoss):
 
     Args:
         attack: any attack of the library; null for the set's default (``default_attacks``), which keeps no state.
+        statistics: the passes of ``clean`` and ``adversarial`` images behind the attack that move running batch
+            statistics, in order; empty for one of each that the loss passes. It changes evaluations alone: a repeated
+            pass is not computed, its kind moves them further at once; one that the loss does not make is, without
+            gradient. Released TRADES passes clean, adversarial and clean images.
     """
 
     attack: Attack | None = attack_field("adversarial_training")
+    statistics: tuple[Passed, ...] = added(())  # type: ignore[override]
 
     @property
     def objective(self) -> Objective:
@@ -135,7 +156,9 @@ class AdversarialTraining(AdversarialLoss):
         return self.attack_over(step.ball).toward(self.objective)(model, batch, step.ball, step)
 
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
-        return Passes(batch.labels, model(found.images), clean, found.images)
+        with moving(model, self.statistics, CLEAN_LAST if clean is None else CLEAN_FIRST, "adversarial"):
+            adversarial = model(found.images)
+        return Passes(batch.labels, adversarial, clean, found.images)
 
     def accuracy(self, passes: Passes, step: Step) -> Tensor:
         """(B,) the cross-entropy that ``term`` names."""
@@ -163,6 +186,10 @@ class Wrapper(AdversarialLoss):
     @property
     def term(self) -> Term | None:
         return self.base.term
+
+    @property
+    def statistics(self) -> tuple[Passed, ...]:
+        return self.base.statistics
 
     @property
     def second_derivatives(self) -> bool:

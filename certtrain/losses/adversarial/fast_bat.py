@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attacks import Attack, AttackResult, Linearisation
+from ...attacks import Attack, AttackResult, CrossEntropy, Linearisation, Objective, buffers_kept
 from ...bounds import NormBall, PerturbationSet
+from ...config import added
 from ...errors import InputError, check
 from ...step import Batch, Step
 from .base import AdversarialTraining, Passes
@@ -17,10 +18,10 @@ from .base import AdversarialTraining, Passes
 class FastBat(AdversarialTraining):
     """Fast-BAT: bi-level training, with the exact gradient through the attack's last step (arXiv 2112.12376).
 
-    The attack minimises a linearised loss with a quadratic term over the box: δ* = Π(z + step_size · ∇_δ CE(z)). Its
-    derivative with respect to the weights is that of the step where it ends inside the box and 0 elsewhere, so the
-    loss' gradient is ∂CE(δ*) + implicit · ∇_weights <∇_δ CE(z), inside · ∇_δ CE(δ*)>: one backward pass through the
-    gradient at z, and no Hessian.
+    The attack minimises a linearised loss with a quadratic term over the box: δ* = Π(z + step_size · ∇_δ A(z)), with A
+    the sum of the lower level's objective over the batch. Its derivative with respect to the weights is that of the
+    step where it ends inside the box and 0 elsewhere, so the loss' gradient is ∂CE(δ*) + implicit · ∇_weights
+    <∇_δ A(z), inside · ∇_δ CE(δ*)>: one backward pass through the gradient at z, and no Hessian.
 
     Defined in l_inf balls. The form in sparse sets is our own reading: the source names Fast-BAT over its l0 attack
     without details (Zhong et al., NeurIPS 2025). There the quadratic's minimiser is the nearest point of the set, which
@@ -36,6 +37,9 @@ class FastBat(AdversarialTraining):
         sign: take the sign of the gradient in the last step, whose derivative is 0, with step size ``sign_size``; in
             l_inf balls only.
         sign_size: step size in epsilons.
+        lower: what the lower level maximises, in the attack, in the last step and in the implicit gradient: null for
+            the cross-entropy, as published; any other objective, such as a margin, a divergence from the clean
+            prediction, which is held fixed, or one of your own. An attack with an objective keeps that for itself.
     """
 
     attack: Attack | None = Linearisation(attack_mode="train")
@@ -43,6 +47,7 @@ class FastBat(AdversarialTraining):
     implicit: float | None = 0.1
     sign: bool = False
     sign_size: float = 1.25
+    lower: Objective | None = added(None)
 
     def __post_init__(self) -> None:
         check(self.step_size > 0, "step_size", self.step_size, "a number > 0")
@@ -52,6 +57,10 @@ class FastBat(AdversarialTraining):
     @property
     def second_derivatives(self) -> bool:
         return True
+
+    @property
+    def objective(self) -> Objective:
+        return CrossEntropy() if self.lower is None else self.lower
 
     def check_ball(self, ball: PerturbationSet) -> None:
         if not ball.projects_by_entry:
@@ -63,8 +72,11 @@ class FastBat(AdversarialTraining):
     def passes(self, model: nn.Module, batch: Batch, step: Step, found: AttackResult, clean: Tensor | None) -> Passes:
         point = found.images.detach().requires_grad_()
         implicit = not self.sign and self.implicit != 0
+        objective = self.objective
+        with nullcontext() if self.lower is None else buffers_kept(model):  # a divergence passes the clean images
+            reference = objective.reference(model, batch)
         with torch.set_grad_enabled(True):
-            ascended = F.cross_entropy(model(point), batch.labels, reduction="sum")
+            ascended = objective(model(point), reference).sum()
             (gradient,) = torch.autograd.grad(ascended, point, create_graph=implicit)
         with torch.no_grad():
             change = self.step_size * gradient

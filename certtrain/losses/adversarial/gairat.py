@@ -21,7 +21,8 @@ class Gairat(AdversarialTraining):
     classified correctly, h half the steps, rounded down. No gradient flows into the weights.
 
     Args:
-        begin_epoch: number of epochs with equal weights at the start; null for half of all, 60 of 120 as published.
+        begin_epoch: number of epochs with equal weights at the start; null for half of all, 60 of 120 as published. The
+            authors' code has 59: it counts from 1 and begins with epoch 60.
         offset: Lambda; larger values give more even weights.
     """
 
