@@ -25,6 +25,7 @@ from .input_split import few_inputs
 from .limits import Limits
 from .onnx_network import OnnxNetwork, read_onnx, replay_session
 from .problem import Problem, Specification, Verdict
+from .proofs import PropertyProof, Prover
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
 from .stage import Judge, Replay, Stage
@@ -84,6 +85,7 @@ class Answer:
         peak_memory: largest resident memory of the process so far, in bytes; None where the system does not tell.
         remark: what was repaired in the property's file; None where nothing was.
         declared: the tensors that a property in VNN-LIB 2.0 declares, which its result file lists.
+        no_proof: why no proof of ``holds`` was written; None where it was, or where none was wanted.
     """
 
     word: Word
@@ -98,6 +100,7 @@ class Answer:
     peak_memory: int | None = None
     remark: str | None = None
     declared: Declarations | None = None
+    no_proof: str | None = None
 
     def record(self) -> dict[str, Any]:
         """The answer as JSON, without the counterexample: entries as in a verdict's line."""
@@ -105,6 +108,7 @@ class Answer:
             "answer": str(self.word), "stage": self.stage, "seconds": round(self.seconds, 6),
             "arithmetic": self.arithmetic, "reason": self.reason, "spent": rounded(self.spent),
             **record_of_search(self.search), "peak_memory": self.peak_memory, "remark": self.remark,
+            **({} if self.no_proof is None else {"no_proof": self.no_proof}),
         }  # fmt: skip
 
     def finished(self, started: float) -> Answer:
@@ -137,6 +141,7 @@ def answer(
     results: str | Path | None = None,
     record: str | Path | None = None,
     certify: Certify = PROPERTY,
+    proof: str | Path | None = None,
 ) -> Answer:
     """Decide whether a property holds of a network. Both are files, plain or gzipped (``.gz`` may be left out).
 
@@ -148,18 +153,23 @@ def answer(
         record: file for the answer, its times and its search's counts (``Answer.record``) as JSON.
         certify: stages and their settings. ``timeout`` and ``batch_size`` are of the property and its boxes; ``images``
             and ``enabled`` do not count.
+        proof: file for the proof that the property holds, in ``real`` or ``float32`` arithmetic; ``nearest`` stands for
+            ``real`` then.
     Raises:
         InputError: a file that cannot be read, or does not fit the other; an operator without a rule; ``results`` or
             ``record`` that cannot be written.
     """
-    settings = with_limits(certify, timeout, arithmetic)
-    check_files(results, record)
+    settings = replace(with_limits(certify, timeout, arithmetic), proofs=proof is not None)
+    check_files(results, record, proof)
     started = now()
     with until(started + settings.timeout):
         try:
             read = read_onnx(present(network))
             asked = read_question(read, present(property))
-            decided = check_property(read, asked, started + settings.timeout, settings)
+            proofs = None if proof is None else _proofs_of(network, property, asked, settings.arithmetic)
+            decided = check_property(read, asked, started + settings.timeout, settings, proofs)
+            if proof is not None and proofs is not None and decided.word == "holds":
+                decided = replace(decided, no_proof=proofs.save(Path(proof).resolve()))
         except OutOfTime:
             decided = Answer("timeout", settings.timeout, settings.arithmetic, "timeout")
     decided = decided.finished(started)
@@ -172,6 +182,17 @@ def answer(
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}); accepted: a file of results") from error
     return decided
+
+
+def _proofs_of(network: str | Path, property: str | Path, asked: Property, arithmetic: Arithmetic) -> PropertyProof:
+    """
+    Raises:
+        InputError: the checker does not read the files.
+    """
+    for path in (network, property):
+        if present(path) != Path(path) or present(path).suffix == ".gz":
+            raise InputError(f"{path}: found a compressed file; accepted with a proof: plain ones, which checkers read")
+    return PropertyProof(Prover(Path(network), arithmetic), asked, Path(property).read_bytes())
 
 
 def read_question(network: OnnxNetwork, path: Path) -> Property:
@@ -196,16 +217,18 @@ def read_question(network: OnnxNetwork, path: Path) -> Property:
     return property
 
 
-def check_files(results: str | Path | None, record: str | Path | None) -> None:
+def check_files(results: str | Path | None, record: str | Path | None, proof: str | Path | None = None) -> None:
     """
     Raises:
-        InputError: a place where no file can be, a folder or a device; one file for both.
+        InputError: a place where no file can be, a folder or a device; one file for two of them.
     """
-    for file in (results, record):
+    for file in (results, record, proof):
         if file is not None and (not Path(file).parent.is_dir() or (Path(file).exists() and not Path(file).is_file())):
             raise InputError(f"{file}: cannot be written; accepted: a file of results, in a folder that is there")
     if results is not None and record is not None and Path(results).resolve() == Path(record).resolve():
         raise InputError(f"{record}: found as the file of results and of records; accepted: two files")
+    if proof is not None and Path(proof).resolve() in [Path(file).resolve() for file in (results, record) if file]:
+        raise InputError(f"{proof}: found as the file of the proof and of results; accepted: two files")
 
 
 def with_limits(certify: Certify, timeout: float | None, arithmetic: Arithmetic | None) -> Certify:
@@ -219,9 +242,12 @@ def with_limits(certify: Certify, timeout: float | None, arithmetic: Arithmetic 
     return replace(certify, timeout=timeout, arithmetic=arithmetic)
 
 
-def check_property(network: OnnxNetwork, property: Property, deadline: float, settings: Certify = PROPERTY) -> Answer:
+def check_property(
+    network: OnnxNetwork, property: Property, deadline: float, settings: Certify = PROPERTY,
+    proofs: PropertyProof | None = None,
+) -> Answer:  # fmt: skip
     """As ``answer``, for a network and a property already read. ``deadline``, by ``time.perf_counter``, stands for the
-    timeout of ``settings``."""
+    timeout of ``settings``; ``proofs`` collects the proofs of boxes."""
     started = now()
     if not property.cases:
         return Answer("holds", 0.0, "exact", property.remark, remark=property.repaired)
@@ -229,7 +255,7 @@ def check_property(network: OnnxNetwork, property: Property, deadline: float, se
     clock = _StageClock()
     with until(deadline), within(settings.memory), gathered() as searches:
         try:
-            found = _check_cases(network, property, deadline, settings, started, clock)
+            found = _check_cases(network, property, deadline, settings, started, clock, proofs)
         except OutOfTime:
             found = Answer("timeout", now() - started, settings.arithmetic, "timeout")
     search = sum(searches, SearchStatistics()) if searches else None
@@ -260,8 +286,9 @@ class _StageClock:
 
 
 def _check_cases(
-    network: OnnxNetwork, property: Property, deadline: float, settings: Certify, started: float, clock: _StageClock
-) -> Answer:
+    network: OnnxNetwork, property: Property, deadline: float, settings: Certify, started: float, clock: _StageClock,
+    proofs: PropertyProof | None,
+) -> Answer:  # fmt: skip
     look()
     replay = replay_session(network.model)
     if property.tied:
@@ -277,7 +304,7 @@ def _check_cases(
         widest = max(shape.numel() for shape in fold(network.module, network.shape).shapes)
         most = max(1, min(settings.batch_size, MOST_ACTIVATIONS // widest))
         for numbers in _grouped_by_clauses(property.cases, most):
-            verdicts += _verdicts_of(network, property, numbers, judge, deadline, settings, clock)
+            verdicts += _verdicts_of(network, property, numbers, judge, deadline, settings, clock, proofs)
     except _Refuted as end:
         seconds, precision = now() - started, str(end.outputs.dtype).removeprefix("torch.")
         return Answer("violated", seconds, f"onnxruntime {precision}", None, end.inputs, end.outputs)
@@ -338,6 +365,7 @@ def _verdicts_of(
     deadline: float,
     settings: Certify,
     clock: _StageClock,
+    proofs: PropertyProof | None,
 ) -> list[Verdict]:
     """Verdicts of the cases ``numbers``. Each case gets an equal share of the time; the rest then goes to those that
     timed out, with the last stage alone, unless its own timeout is what ended it."""
@@ -352,7 +380,7 @@ def _verdicts_of(
             if stages[-1].within(left)[1]:
                 break
             stages = stages[-1:]
-        verdicts = run_cascade(problem, stages, Limits(left, deadline), clock, arithmetic)
+        verdicts = run_cascade(problem, stages, Limits(left, deadline), clock, arithmetic, proofs)
         latest |= {verdict.index: verdict for verdict in verdicts}
         numbers = [verdict.index for verdict in verdicts if verdict.status == "timeout"]
     return list(latest.values())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..streams import tolerant_streams
-from . import compare, diagnose, evaluate, export, import_checkpoint, train, verify
+from . import check, compare, diagnose, evaluate, export, import_checkpoint, train, verify
 from .words import Parser
 
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="certtrain", description="Certified training, and the proof.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, verify, evaluate, diagnose, export, import_checkpoint, compare):
+    for command in (train, verify, check, evaluate, diagnose, export, import_checkpoint, compare):
         command.add(commands)
     with tolerant_streams() as out:
         try:

@@ -1,0 +1,295 @@
+"""The rules by which the goals of a proof are proved."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arithmetic import Numbers, Rejected
+from .bounds import Enclosure, chunks
+from .claim import Claim, robustness
+from .network import CheckedNetwork, read_network
+from .proof import ProofFile, read_proof
+from .vnnlib import read_claim
+
+METHODS = (("ibp", False), ("ibp", True), ("crown", True))
+"""Of the boxes of an input split: how neurons are bounded, and whether lines bound the rows."""
+
+
+def check(model: Path, proof: Path, property: Path | None = None, single=False, exact=False) -> Any:
+    """Check a proof of a network; paths.
+
+    Args:
+        property: the file of the property, if the claim is not in the proof.
+        single: whether the claim must hold in float32 too; exact: compute in fractions.
+    Returns:
+        the least lower bound of all goals, > 0.
+    Raises:
+        Rejected: the file does not prove its claim, with the reason.
+    """
+    arithmetic = Numbers(exact, single)
+    try:
+        found = read_proof(proof)
+        network = read_network(model, arithmetic)
+        return prove(network, found, claim_of(network, found, property, arithmetic), arithmetic)
+    except (Rejected, OSError):
+        raise
+    except Exception as error:  # whatever a damaged file leads to, nothing was proved
+        raise Rejected(f"cannot be checked ({type(error).__name__}: {error})") from error
+
+
+def claim_of(network, proof, property, arithmetic):
+    """The claim of the proof about this network."""
+    if proof.header["network"] != network.sha256:
+        raise Rejected("the proof is about another network, by its checksum")
+    claim = proof.entry("claim", dict)
+    if "vnnlib" in claim:
+        if property is None:
+            raise Rejected("the proof is about a property; its file was not given")
+        content = property.read_bytes()
+        if hashlib.sha256(content).hexdigest() != claim["vnnlib"]:
+            raise Rejected("the proof is about another property, by its checksum")
+        text = content.decode("utf-8", "replace")
+        return read_claim(text, network.inputs, network.outputs, arithmetic)
+    if property is not None:
+        raise Rejected("the proof is about a box of its own, not about a property")
+    lower, upper = (proof.array(f"box.{end}", "f", (network.inputs,)) for end in ("lower", "upper"))
+    return robustness(lower, upper, claim.get("label"), network.outputs, arithmetic)
+
+
+@np.errstate(all="ignore")  # infinite and undefined numbers prove nothing
+def prove(network, proof, claim, arithmetic):
+    """The least bound of all disjuncts' goals; all must be positive, none may be missing."""
+    boxes = proof.entry("boxes", list)
+    if len(boxes) != len(claim.boxes):
+        raise Rejected(f"the proof has {len(boxes)} boxes, the claim {len(claim.boxes)}")
+    margin = math.inf
+    for number, box in enumerate(boxes):
+        if not isinstance(box, dict):
+            raise Rejected("the proof's header: a box that is no object")
+        own = BoxCheck(network, proof, claim, arithmetic, number, box)
+        missing = {i for i, one in enumerate(claim.disjuncts) if one.box == number}
+        for goal in proof.entry("goals", list, box):
+            if not isinstance(goal, dict):
+                raise Rejected("the proof's header: a goal that is no object")
+            found, numbers = own.goal(goal)
+            margin = min(margin, found)
+            missing -= set(numbers)
+        if missing:
+            raise Rejected(f"disjunct {min(missing)}: nothing is said about it")
+    return margin
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Args: neurons, signs: of the splits on the way from the root."""
+
+    neurons: tuple = ()
+    signs: tuple = ()
+
+
+class BoxCheck:
+    """One box of the claim, with the bounds on it by which its goals are proved."""
+
+    def __init__(
+        self,
+        network: CheckedNetwork,
+        proof: ProofFile,
+        claim: Claim,
+        arithmetic: Numbers,
+        number: int,
+        header: dict[str, Any],
+    ):
+        self.network, self.proof, self.claim, self.own = network, proof, claim, arithmetic
+        self.number, self.ends = number, claim.boxes[number]
+        bounds = header.get("bounds")
+        if bounds not in ("ibp", "crown"):
+            raise Rejected(f"box {number}: bounds {str(bounds)[:20]!r}; ibp or crown")
+        given = proof.entry("steps", list, header) if "steps" in header else []
+        steps = dict(self._step(step) for step in given)
+        self.enclosure = Enclosure(network, arithmetic, *self.ends, bounds == "crown", steps)
+
+    def _step(self, step):
+        """(position, arguments of ``Enclosure.tighten``) of one step of the header."""
+        if not isinstance(step, dict):
+            raise Rejected("the proof's header: a step that is no object")
+        place, name = self.proof.entry("relu", int, step), self.proof.entry("name", str, step)
+        if not 0 <= place < len(self.network.relus):
+            raise Rejected(f"step {name}: no ReLU number {place}")
+        position, neurons = self.network.relus[place], self._places(f"{name}.neurons")
+        entries = self._places(f"{name}.entries", self.network.operations[position].size)
+        shape = len(entries), len(neurons)
+        below, above = (self._numbers(f"{name}.{end}", shape) for end in ("below", "above"))
+        return position, (entries, neurons, below, above)
+
+    def _places(self, name, count=None):
+        """An array of numbers of neurons, or of other things of which there are ``count``."""
+        found = self.proof.array(name, "iu", (None,)).astype(np.int64)
+        count = self.network.neurons if count is None else count
+        if len(found) and not (0 <= found.min() and found.max() < count):
+            raise Rejected(f"{name}: {found.min()} to {found.max()}, but there are {count}")
+        return found
+
+    def _numbers(self, name, shape=None):
+        """Slopes, multipliers or weights; bytes are multiples of 1/255."""
+        found = self.proof.array(name, "uf", shape)
+        numbers = self.own.numbers(found)
+        return numbers / 255 if found.dtype.kind == "u" else numbers
+
+    def goal(self, goal):
+        """(bound, numbers of the disjuncts) of one goal.
+
+        Raises:
+            Rejected: the bound is not above 0, or there is none.
+        """
+        numbers, by = self.proof.entry("disjuncts", list, goal), goal.get("by")
+        bounds = self.bounds(numbers, by, str(goal.get("name")))
+        worst = int(np.argmin(bounds))
+        if not all(bound > 0 for bound in bounds):  # false of what is undefined, too
+            raise Rejected(
+                f"box {self.number}, disjuncts {str(numbers)[:40]}, by {by}: part {worst} of "
+                f"{len(bounds)} has the bound {float(bounds[worst]):.6g}, which is not above 0"
+            )
+        return bounds[worst], numbers
+
+    def bounds(self, numbers: list[int], by: Any, name: str) -> Any:
+        """The bounds that a goal needs to be above 0."""
+        own = [i for i, one in enumerate(self.claim.disjuncts) if one.box == self.number]
+        if not numbers or not all(type(i) is int and i in own for i in numbers):
+            raise Rejected(f"box {self.number}: a goal about the disjuncts {str(numbers)[:40]}")
+        disjuncts = [self.claim.disjuncts[i] for i in numbers]
+        if by in ("interval", "lines"):
+            return bounds_of(self.enclosure, disjuncts, by == "lines")
+        if by == "slopes":  # a tree without splits for each disjunct
+            return self._leaves(disjuncts, name, [Leaf()] * len(disjuncts))
+        if by == "signs" and len(numbers) == 1:
+            leaves = self._tree(name)
+            return self._leaves(disjuncts * len(leaves), name, leaves)
+        if by == "halves":
+            return self._halves(disjuncts, name)
+        raise Rejected(f"box {self.number}: a goal about {len(numbers)} by {str(by)[:20]!r}")
+
+    def _tree(self, name):
+        """The leaves of a tree of signs, whose splits stand in order of a walk from the root: first
+        all below the half where the neuron's input is >= 0, then all where it is <= 0. Any complete
+        list is a tree whose leaves cover the box."""
+        leaves, open_ = [], [Leaf()]
+        for neuron in self.proof.array(f"{name}.tree", "i", (None,)).tolist():
+            if not open_:
+                raise Rejected(f"{name}.tree: goes on after its last leaf")
+            above = open_.pop()
+            if neuron < 0:
+                leaves.append(above)
+                continue
+            if neuron >= self.network.neurons:
+                raise Rejected(f"{name}.tree: neuron {neuron} of {self.network.neurons}")
+            for sign in (-1, 1):
+                open_.append(Leaf((*above.neurons, neuron), (*above.signs, sign)))
+        if open_:
+            raise Rejected(f"{name}.tree: {len(open_)} leaves are missing")
+        return leaves
+
+    def _leaves(self, disjuncts, name, leaves):
+        """Bounds of leaves, each of its disjunct's rows, by slopes and multipliers."""
+        neurons, count = self._places(f"{name}.neurons"), len(leaves)
+        slopes = self._numbers(f"{name}.slopes", (count, len(neurons)))
+        (sizes,) = {len(one.rows) for one in disjuncts}
+        weights = self.own.numbers(np.ones((count, 1)))
+        if sizes > 1 or f"{name}.weights" in self.proof.arrays:
+            weights = np.maximum(self._numbers(f"{name}.weights", (count, sizes)), 0)
+        ends = np.cumsum([0, *(len(leaf.neurons) for leaf in leaves)])
+        pushes = self._numbers(f"{name}.multipliers", (ends[-1],)) if ends[-1] else weights[0, :0]
+        found = []
+        for part in chunks(count, self.enclosure.rows_at_a_time(4)):
+            rows, offsets = (
+                (weights[part, :, None] * np.stack([one.rows for one in disjuncts[part]])).sum(1),
+                (weights[part] * np.stack([one.offsets for one in disjuncts[part]])).sum(1),
+            )
+            own = np.maximum(pushes[ends[part.start] : ends[part.stop]], 0)
+            clamped, pushed, empty = self._assumed(leaves[part], own)
+            lines = self.enclosure.lines((neurons, slopes[part]), clamped)
+            bounds = bound_rows(self.enclosure, rows, offsets, lines, pushed)
+            bounds[empty] = math.inf
+            found.append(bounds)
+        return np.concatenate(found)
+
+    def _assumed(self, leaves, pushes):
+        """(ends, forms, empty): by position of the ReLUs, their inputs' ends under the leaves'
+        signs, and minus sign times multiplier of each; the leaves that no point satisfies."""
+        leaf = np.repeat(np.arange(len(leaves)), [len(one.neurons) for one in leaves])
+        split = np.array([neuron for one in leaves for neuron in one.neurons], dtype=np.int64)
+        sign = np.array([sign for one in leaves for sign in one.signs], dtype=np.int64)
+        clamped, pushed, empty = {}, {}, np.zeros(len(leaves), dtype=bool)
+        for place in self.network.relus:
+            operation, first = self.network.operations[place], self.network.first[place]
+            here = (split >= first) & (split < first + operation.size)
+            if not here.any():
+                continue
+            lower, upper = (
+                np.repeat(ends[operation.inputs[0]][None], len(leaves), 0)
+                for ends in (self.enclosure.lower, self.enclosure.upper)
+            )
+            at, entry, positive = leaf[here], split[here] - first, sign[here] > 0
+            low, up = (at[positive], entry[positive]), (at[~positive], entry[~positive])
+            lower[low], upper[up] = np.maximum(lower[low], 0), np.minimum(upper[up], 0)
+            empty |= (lower > upper).any(1)
+            clamped[place], pushed[place] = (lower, upper), self.own.zeros(*lower.shape)
+            np.add.at(pushed[place], (at, entry), -sign[here] * pushes[here])
+        return clamped, pushed, empty
+
+    def _halves(self, disjuncts, name):
+        """Bounds of the parts of the box that splits of its inputs leave, in order of a walk."""
+        inputs = self.proof.array(f"{name}.tree", "i", (None,)).tolist()
+        values = iter(self.own.numbers(self.proof.array(f"{name}.values", "f", (None,))))
+        methods = iter(self.proof.array(f"{name}.methods", "u", (None,)).tolist())
+        found, open_ = [], [self.ends]
+        for number in inputs:
+            if not open_:
+                raise Rejected(f"{name}.tree: goes on after its last leaf")
+            lower, upper = open_.pop()
+            if number < 0:
+                method = next(methods, -1)
+                if not 0 <= method < len(METHODS):
+                    raise Rejected(f"{name}.methods: {method}")
+                bounds, lines = METHODS[method]
+                part = Enclosure(self.network, self.own, lower, upper, bounds == "crown")
+                found.append(bounds_of(part, disjuncts, lines).min())
+                continue
+            if number >= self.network.inputs:
+                raise Rejected(f"{name}.tree: input {number} of {self.network.inputs}")
+            value = next(values, None)
+            if value is None or not lower[number] <= value <= upper[number]:
+                raise Rejected(f"{name}.values: {value} is not within the part that it splits")
+            first, second = upper.copy(), lower.copy()
+            first[number] = second[number] = value
+            open_ += [(second, upper), (lower, first)]
+        if open_:
+            raise Rejected(f"{name}.tree: {len(open_)} leaves are missing")
+        return np.array(found)
+
+
+def bounds_of(enclosure, disjuncts, lines):
+    """(D,) the largest bound of each disjunct's rows by intervals, or by lines as well."""
+    rows = np.concatenate([one.rows for one in disjuncts])
+    offsets = np.concatenate([one.offsets for one in disjuncts])
+    bounds = bound_rows(enclosure, rows, offsets)
+    if lines:
+        own, parts = enclosure.lines(), chunks(len(rows), enclosure.rows_at_a_time())
+        found = [bound_rows(enclosure, rows[part], offsets[part], own) for part in parts]
+        bounds = np.maximum(bounds, np.concatenate(found))
+    ends = np.cumsum([0, *(len(one.rows) for one in disjuncts)])[:-1]
+    return np.maximum.reduceat(bounds, ends)
+
+
+def bound_rows(enclosure, rows, offsets, lines=None, pushed=None):
+    """Bounds of rows of the output plus offsets; the rows themselves may be rounded."""
+    own, last = enclosure.arithmetic, len(enclosure.network.operations) - 1
+    if lines is None:
+        bounds = enclosure.intervals(rows)
+    else:
+        bounds = enclosure.backward(last, rows, lines, pushed)
+    size = np.abs(rows) @ enclosure.sizes[last] + np.abs(offsets) + np.abs(bounds)
+    return bounds + offsets - own.gamma(rows.shape[1] + 8) * size
