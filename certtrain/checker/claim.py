@@ -1,4 +1,4 @@
-"""What is to be proved: on each box, no disjunct holds. A disjunct holds at x if all its rows do,
+"""Claims to be proved: on each box, no disjunct holds. A disjunct holds at x if all its rows do,
 <row, output> + offset <= 0; so a positive lower bound of one row, or of a sum of rows with
 weights >= 0, on the box refutes it."""
 
