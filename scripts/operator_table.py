@@ -50,8 +50,8 @@ Written by `python scripts/operator_table.py > docs/operators.md`, which puts ea
 - *as*: the operations that it becomes in a network.
 - *bounds*: `exact` for an affine map, whose intervals and linear forms are its own; `lines` for intervals, and lines
   above and below.
-- *complete*: it is affine or folded into ReLUs, so that branch and bound on their signs decides everything. Others are
-  split on the inputs alone (`input_split`), or end with `alpha`.
+- *complete*: it is affine or folded into ReLUs, so that branch and bound on their signs decides everything. Others
+  stay relaxed there (`bab`), and are split on the inputs alone (`input_split`).
 - *slopes*: whether the `alpha` stage moves its lines. *arithmetics*: `all` are `nearest`, `real` and `float32`.
 - *gradients*: of interval bounds, so that training goes through it; `zero` for steps.
 - *refused: accepted*: what its own errors find, and what they would take instead. Inputs other than the first are
@@ -235,10 +235,22 @@ TORCH_FUNCTIONS: dict[str, list[Example]] = {
     "clamp_": [called(lambda x: (x * 1.0).clamp_(-0.5, 0.5))],
     "clamp_min": [called(lambda x: x.clamp_min(0.1))], "clamp_max": [called(lambda x: x.clamp_max(0.1))],
     **{name: [called(lambda x, name=name: getattr(F, name)(x, 0.1, 0.1))] for name in ("threshold", "_threshold")},
+    "layer_norm": [called(lambda x: F.layer_norm(x, (4,)))],
+    "rms_norm": [called(lambda x: F.rms_norm(x, (4,), eps=1e-5))],
+    "group_norm": [called(lambda x: F.group_norm(x, 2), IMAGE)],
+    "instance_norm": [called(lambda x: F.instance_norm(x), IMAGE)],
+    "norm": [called(lambda x: x.norm(dim=-1), IMAGE)],
+    **{name: [called(lambda x, name=name: getattr(torch.linalg, name.removeprefix("linalg_"))(x, dim=-1), IMAGE)]
+       for name in ("linalg_norm", "linalg_vector_norm")},
+    **{name: [called(lambda x, name=name: getattr(x, name)(-1), IMAGE)] for name in ("var", "std")},
+    "softmin": [called(lambda x: F.softmin(x, -1))],
+    "unfold": [called(lambda x: F.unfold(x, 2), IMAGE)],
     "threshold_": [called(lambda x: F.threshold_(x * 1.0, 0.1, 0.1))],
 }  # fmt: skip
-LEFT_OUT = {"linear", "prelu", "conv1d", "conv2d", "masked_fill", "masked_fill_"}
-"""Functions with weights, which are those of the module of that name, and with masks, which are products."""
+LEFT_OUT = {"linear", "prelu", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "batch_norm", "index_select",
+            "masked_fill", "masked_fill_"}  # fmt: skip
+"""Functions with weights, which are those of the module of that name, with masks, which are products, and with a buffer
+of places, which select."""
 
 
 class Called(nn.Module):

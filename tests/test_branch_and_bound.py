@@ -374,7 +374,7 @@ class TestEdges:
         for refused in (problem, replace(kinked, region=L2Ball(0.1).region(kinked.region.images))):
             finding = alone(BabStage(), refused)
             assert finding.statuses == [None] * len(refused)
-            assert all("ReLU and LeakyReLU networks over boxes" in reason for reason in finding.reasons)
+            assert all("splits ReLUs and LeakyReLUs, over boxes" in reason for reason in finding.reasons)
         verdicts = certify(smooth, images, smooth(images).argmax(1), 0.9, Certify(stages=("ibp", "bab")))
         assert {v.status for v in verdicts} <= {"verified", "unknown"}
         assert all((v.reason is not None) is (v.status == "unknown") for v in verdicts)

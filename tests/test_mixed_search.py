@@ -37,7 +37,7 @@ MIXES = {
 
 @walk("name", MIXES)
 def test_verdicts_are_never_wrong(name):
-    """At radii from safe to hopeless; only input splitting is complete here, branching on signs refuses."""
+    """At radii from safe to hopeless; only input splitting is complete here, branching on signs is not."""
     model, images = planar(MIXES[name]), torch.rand(3, 1, 1, 2, generator=torch.Generator().manual_seed(1))
     labels, seen = model(images).argmax(1), []
     assert not fold(model, images.shape[1:]).piecewise_linear

@@ -25,6 +25,11 @@ def randomised(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def called(function, size: int = 0) -> nn.Module:
+    weight = {"weight": nn.Parameter(torch.ones(size))} if size else {}
+    return Apply(function, **weight, bias=torch.rand(size))
+
+
 NORMS = {
     "layer norm": (lambda: nn.LayerNorm(8), (4, 8)),
     "layer norm of two dimensions": (lambda: nn.LayerNorm((4, 8)), (4, 8)),
@@ -36,6 +41,27 @@ NORMS = {
     "plain group norm": (lambda: nn.GroupNorm(2, 4, affine=False), (4, 8)),
     "instance norm": (lambda: nn.InstanceNorm2d(4, affine=True), (4, 2, 4)),
     "plain instance norm": (lambda: nn.InstanceNorm1d(4), (4, 8)),
+    "F.layer_norm": (lambda: called(lambda m, x: F.layer_norm(x, (8,), m.weight, m.bias), 8), (4, 8)),
+    "F.layer_norm without weight": (
+        lambda: called(lambda m, x: F.layer_norm(x, x.shape[2:], bias=m.weight), 8),
+        (4, 8),
+    ),
+    "F.rms_norm": (lambda: called(lambda m, x: F.rms_norm(x, (8,), weight=m.weight, eps=0.01), 8), (4, 8)),
+    "F.group_norm": (lambda: called(lambda m, x: F.group_norm(x, 2, m.weight, m.bias), 4), (4, 2, 4)),
+    "plain F.group_norm": (lambda: called(lambda m, x: F.group_norm(x, num_groups=4, eps=0.1)), (4, 8)),
+    "F.instance_norm": (lambda: called(lambda m, x: F.instance_norm(x, weight=m.weight, bias=m.bias), 4), (4, 2, 4)),
+    "norm": (lambda: called(lambda m, x: x / (1 + x.norm(dim=-1, keepdim=True))), (4, 8)),
+    "vector norm": (
+        lambda: called(lambda m, x: x / (1 + torch.linalg.vector_norm(x, dim=(1, 2))[:, None, None])),
+        (4, 8),
+    ),
+    "Frobenius norm": (lambda: called(lambda m, x: x / (1 + torch.linalg.norm(x, "fro", (1, 2), True))), (4, 8)),
+    "standard deviation": (lambda: called(lambda m, x: x / (0.5 + x.std(-1, keepdim=True))), (4, 8)),
+    "variance": (
+        lambda: called(lambda m, x: x + x.var((1, 2), correction=3, keepdim=True)),
+        (8, 4),
+    ),
+    "biased variance": (lambda: called(lambda m, x: x + torch.var(x, 1, unbiased=False, keepdim=True)), (4, 8)),
 }
 
 

@@ -443,8 +443,11 @@ REFUSED = {  # model, what the message names
     "rounded quotient": (
         lambda: head(lambda m, x: torch.div(x, F.relu(x) + 1, rounding_mode="floor")), ["div", "accepted"],
     ),
-    "matrix product of a constant": (
-        lambda: head(lambda m, x: torch.matmul(x, m.b), b=torch.ones(4, 4)), ["matmul", "computed from the images"],
+    "matrix product of a constant in front": (
+        lambda: head(lambda m, x: torch.matmul(m.b, x), b=torch.ones(4, 4)), ["matmul", "computed from the images"],
+    ),
+    "product of constant matrices": (
+        lambda: head(lambda m, x: torch.matmul(x, m.b), b=torch.ones(2, 4, 4)), ["matmul", "accepted: a matrix"],
     ),
     "scaled sum": (lambda: head(lambda m, x: torch.add(x, x, alpha=2)), ["add", "accepted"]),
     "sum into": (lambda: head(lambda m, x: torch.add(x, 1, out=x)), ["add", "accepted"]),

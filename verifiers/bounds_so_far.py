@@ -59,5 +59,7 @@ class BoundsSoFar:
 
     def with_bounds(self, bounds: dict[int, Bounds]) -> BoundsSoFar:
         """Intersect with further bounds of the non-linear operations' inputs."""
-        merged = {place: self.bounds[place].intersect(b) if self.bounds else b for place, b in bounds.items()}
+        merged = {
+            place: self.bounds[place].intersect(b).uncrossed() if self.bounds else b for place, b in bounds.items()
+        }
         return replace(self, bounds=merged)

@@ -184,6 +184,8 @@ def leaf_program(
     lines = relax_all(network, {place: Bounds(low, uppers[place]) for place, low in neurons.apart(lower[None]).items()})
     parts = [backward(network, len(network.operations) - 1, rows[None], lines)]
     for place, shape in zip(neurons.places, neurons.shapes, strict=True):
+        if len(network.operations[place].inputs) > 1:
+            continue  # no sign is assumed of their inputs
         assumed = neurons.apart(signs)[place].flatten()
         for index in torch.split(assumed.nonzero().flatten(), rows_at_a_time(network, 1, lower)):
             # the lower line of -sign · input, which the constraint keeps at 0 or below
@@ -208,8 +210,9 @@ def solve_leaf(
 ) -> LeafSolution:
     """Bound the minimum, over a leaf of branch and bound, of the largest <row, logits> + offset.
 
-    Where every neuron's sign is known the network is affine, so the bound is the minimum up to rounding and the
-    solver's tolerance. A neuron that is still unstable is relaxed by its lines: the bound holds, but is not tight.
+    Where every neuron's sign is known a network of ReLUs is affine, so the bound is the minimum up to rounding and the
+    solver's tolerance. A neuron that is still unstable, and every other function, is relaxed by its lines: the bound
+    holds, but is not tight.
 
     Args:
         network: float64, of ReLU and LeakyReLU; other functions are relaxed.

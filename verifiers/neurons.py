@@ -25,9 +25,9 @@ class Neurons:
     shapes: tuple[torch.Size, ...]
 
     @classmethod
-    def of(cls, network: Network, before: int | None = None) -> Neurons:
-        """The neurons of a network, or of its operations before a position."""
-        places = tuple(place for place in network.nonlinear if before is None or place < before)
+    def of(cls, network: Network, last: int | None = None) -> Neurons:
+        """The neurons of a network, or of its operations up to a position, that one included."""
+        places = tuple(place for place in network.nonlinear if last is None or place <= last)
         shapes: list[torch.Size] = []
         for place in places:
             read = network.read_shapes(place)
@@ -37,6 +37,15 @@ class Neurons:
     @property
     def sizes(self) -> list[int]:
         return [math.prod(shape) for shape in self.shapes]
+
+    def open(self, network: Network, bounds: Mapping[int, Bounds], like: Tensor) -> Tensor:
+        """(B, N) bool, the neurons for which bounds tighter than ``bounds``, by position, improve a relaxation
+        (``Nonlinear.open``): of piecewise linear operations, the unstable ones. ``like``: as for ``ends``."""
+        parts = [like.new_zeros(len(like), 0, dtype=torch.bool)]
+        for place in self.places:
+            ends = network.split_bounds(place, bounds[place])
+            parts += [part.flatten(1) for part in network.nonlinear_at(place).open(*ends)]
+        return torch.cat(parts, 1)
 
     def apart(self, flat: Tensor) -> dict[int, Tensor]:
         """Split a flat tensor (…, N) into one (…, *shape) for each operation."""

@@ -28,7 +28,7 @@ class Subproblems:
         forms: (D, R, K); offsets: (D, R).
         lower, upper: (D, N) bounds of the neurons' inputs, which agree with ``signs``.
         signs: (D, N) int8, assumed sign of each neuron's input: 1 for >= 0, -1 for <= 0, 0 for none.
-        position: of the operation whose output stands in place of the logits; N then counts the neurons before it.
+        position: of the operation whose output stands in place of the logits; N then counts the neurons up to it.
     """
 
     region: Region

@@ -27,11 +27,13 @@ rounding."""
 
 @dataclass(frozen=True)
 class SignSubproblems(OpenSubproblems):
-    """Subproblems that store only the neurons which are unstable under their image's bounds, in U columns.
+    """Subproblems that store only the neurons which are open under their image's bounds, in U columns: unstable ones of
+    piecewise linear operations, and those of others whose relaxation tighter bounds improve.
 
     Args:
         branch: (P,) int64, the column to split at next.
-        signs: (P, U) int8, the assumed signs: 1, -1, or 0 for none.
+        signs: (P, U) int8, the assumed signs: 1, -1, or 0 for none. None is assumed of operations that are not
+            piecewise linear.
         lower, upper: (P, U) bounds of the neurons' inputs.
         alphas, betas: (P, R, U) slopes and multipliers.
         level: (P,) > 0; signs and bounds hold where each row of the clause is below it, inf if they hold everywhere.
@@ -63,7 +65,7 @@ class PackedSigns(OpenSubproblems):
 
 
 class SignSpace:
-    """Data shared by all subproblems of a batch of problems: columns of unstable neurons, and rows of clauses."""
+    """Data shared by all subproblems of a batch of problems: columns of open neurons, and rows of clauses."""
 
     def __init__(self, problem: Problem, known: BoundsSoFar):
         self.problem, self.network = problem, known.network
@@ -72,11 +74,15 @@ class SignSpace:
         self.neurons = Neurons.of(known.network)
         self.lower, self.upper = self.neurons.ends(known.bounds, known.rows)  # (B, N)
         self.known = known
-        unstable = (self.lower < 0) & (self.upper > 0)
-        self.columns = Columns.of(self.neurons, unstable)
-        self.stable = tuple(torch.where(unstable, 0.0, end) for end in (self.lower, self.upper))
+        open_ = self.neurons.open(known.network, known.bounds, known.rows)
+        self.columns = Columns.of(self.neurons, open_)
+        self.stable = tuple(torch.where(open_, 0.0, end) for end in (self.lower, self.upper))
         self.kinks = torch.cat([self.lower.new_zeros(0), *(
             self.lower.new_full((size,), self.network.nonlinear_at(place).kink)
+            for place, size in zip(self.neurons.places, self.columns.sizes, strict=True)
+        )])  # fmt: skip
+        self.signed = torch.cat([self.lower.new_zeros(0, dtype=torch.bool), *(
+            self.lower.new_full((size,), self.network.nonlinear_at(place).piecewise_linear, dtype=torch.bool)
             for place, size in zip(self.neurons.places, self.columns.sizes, strict=True)
         )])  # fmt: skip
         self.clauses, _ = rows_of_clauses(problem.specification.clauses)
@@ -128,7 +134,7 @@ class SignSpace:
             self.lower[image], self.upper[image] = self.neurons.ends(tighter, known.rows)
             for own in lines:
                 self.lines[int(image)] = own
-            if self.network.rounding is None:
+            if self.network.rounding is None and self.network.piecewise_linear:
                 room = memory.kept(self.lower) // 2 - sum(small.nbytes for small in self.reduced.values())
                 small = reduced(self.network, region, tighter, columns, room)
                 if small is not None:
@@ -178,7 +184,8 @@ class SignSpace:
                 tiny = torch.finfo(some.bound.dtype).tiny
                 level = torch.minimum(some.level[index], (-LEVEL * some.bound[index]).clamp(min=tiny))
                 cuts, offsets = scaled(forms[index], constants[index], Interval(hull.center[0], hull.radius[0]))
-                ends = lines.clipped(cuts, offsets - level, some.lower[index], some.upper[index], used[index])
+                wanted = used[index] & self.signed
+                ends = lines.clipped(cuts, offsets - level, some.lower[index], some.upper[index], wanted)
                 found = self._assumed(some.take(index), level, *ends)
                 for name, values in changed.items():
                     values[index] = getattr(found, name)
@@ -195,8 +202,13 @@ class SignSpace:
     def signs_of(self, some: SignSubproblems, lower: Tensor, upper: Tensor) -> Tensor:
         """(P, U) the assumed signs, and those of the neurons that new bounds make stable."""
         signs = torch.where((lower >= 0) & (some.lower < 0), 1, torch.where((upper <= 0) & (some.upper > 0), -1, 0))
-        new = (some.signs == 0) & self.columns.take(some.image).real
+        new = (some.signs == 0) & self.columns.take(some.image).real & self.signed
         return torch.where(new, signs.to(some.signs.dtype), some.signs)
+
+    def undecided(self, some: SignSubproblems) -> Tensor:
+        """(P, U) bool, the unstable neurons that may be split."""
+        real = self.columns.take(some.image).real
+        return (some.lower < 0) & (some.upper > 0) & self.signed & real
 
     def linear(self, some: SignSubproblems) -> Subproblems:
         """The subproblems in all neurons, as ``maximise`` takes them."""

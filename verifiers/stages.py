@@ -283,8 +283,8 @@ class AlphaStage(Stage):
 
 @dataclass(frozen=True)
 class BabStage(TimedStage):
-    """Verifies or falsifies by branch and bound on neurons: complete, up to its tolerance, for networks of ReLUs and
-    LeakyReLUs over boxes.
+    """Verifies or falsifies by branch and bound on ReLUs and LeakyReLUs, over boxes: complete, up to its tolerance, for
+    networks without other non-linear functions. These stay relaxed, and may leave an image undecided.
 
     Args:
         timeout: seconds for an image.
@@ -305,8 +305,9 @@ class BabStage(TimedStage):
         return self if sparse is None else LocationStage(self.search, self.timeout, self.judge)
 
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
-        if not known.network.piecewise_linear or not problem.region.is_box:
-            return undecided(problem, known, "branch and bound takes ReLU and LeakyReLU networks over boxes")
+        splits = known.network.piecewise_linear or known.network.has_kinks
+        if not splits or not problem.region.is_box:
+            return undecided(problem, known, "branch and bound splits ReLUs and LeakyReLUs, over boxes")
         known = known if known.bounds else _with_bounds(problem, known)
         careful = known.network.rounding is not None
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)

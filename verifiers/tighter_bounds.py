@@ -32,7 +32,7 @@ def tightened(
     time, those of the layers so far are.
 
     Args:
-        network: piecewise linear.
+        network: operations of several inputs keep their bounds.
         columns: of ``Neurons.of(network)``; an operation's padding comes after its neurons.
         room: bytes for linear bounds. They are kept of whole operations, from the last to the first.
     Returns:
@@ -91,9 +91,11 @@ def tightening_work(network: Network, bounds: Mapping[int, Bounds], steps: int =
     """(B,) float64, multiplications that ``tightened`` takes for each image; 0 where no neuron is unstable."""
     work = torch.zeros(len(bounds[network.nonlinear[0]].lower), dtype=torch.float64)
     for place in network.nonlinear[1:]:
-        unstable = ((bounds[place].lower < 0) & (bounds[place].upper > 0)).flatten(1).sum(1)
-        rows = 2 * unstable
-        work = work.to(rows.device) + rows * passes(steps) * work_of_a_row(network, network.operations[place].inputs[0])
+        operation = network.nonlinear_at(place)
+        if len(operation.inputs) == 1:
+            (open_,) = operation.open(bounds[place])
+            rows = 2 * open_.flatten(1).sum(1)
+            work = work.to(rows.device) + rows * passes(steps) * work_of_a_row(network, operation.inputs[0])
     return work
 
 
@@ -113,12 +115,14 @@ def _tightened_at(
 ) -> tuple[Bounds, _Lines | None]:  # fmt: skip
     """The bounds of one operation's input, tightened at its neurons ``chosen`` (B, M) where ``real``; and linear
     bounds of these, if ``lines``."""
-    (read,) = network.operations[place].inputs
-    known, shape = bounds[place], network.shapes[read]
+    known, (read, *others) = bounds[place], network.operations[place].inputs
+    if others:
+        return known, None
+    shape = network.shapes[read]
     lower, upper = known.lower.flatten(1).clone(), known.upper.flatten(1).clone()
     neurons = Neurons.of(network, read)
     low, up = neurons.ends(bounds, lower)
-    columns = Columns.of(neurons, (low < 0) & (up > 0))
+    columns = Columns.of(neurons, neurons.open(network, bounds, lower))
     exact = not columns.real.shape[1]  # the operation reads a linear function of the inputs
     if not chosen.shape[1] or (exact and not lines):
         return known, None
@@ -137,7 +141,7 @@ def _tightened_at(
         below, above = (torch.where(is_real, end, -math.inf) for end in torch.split(ascent.best, count, 1))
         lower.scatter_reduce_(1, part, below, "amax")
         upper.scatter_reduce_(1, part, -above, "amin")
-    tighter = Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape))
+    tighter = Bounds(lower.reshape(known.lower.shape), upper.reshape(known.upper.shape)).uncrossed()
     if not lines:
         return tighter, None
     below, above, below_constants, above_constants = (torch.cat(parts, 1) for parts in zip(*found, strict=True))

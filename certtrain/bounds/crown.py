@@ -261,9 +261,9 @@ def crown_bounds(network: Network, region: Region, given: Mapping[int, Bounds] |
 
     Linear bounds are computed by backward passes, for the entries that ``Nonlinear.open`` selects on interval bounds,
     where intervals are not exact and linear functions of the input have no ``given`` bounds.
-    ``given`` bounds may rest on assumptions; where these contradict each other, lower > upper may result. Checks the
-    clock before each operation, also inside backward passes. Out of time, the bounds so far are kept, and the rest
-    are intervals over them.
+    ``given`` bounds may rest on assumptions; where these contradict each other, lower > upper may result for piecewise
+    linear operations. Checks the clock before each operation, also inside backward passes. Out of time, the bounds so
+    far are kept, and the rest are intervals over them.
     """
     return _Bounding(network, region, refine=True, given=given).run()
 
@@ -312,8 +312,10 @@ class _Bounding:
                 done = self.refined.get(read)
                 ends[place] = self._refined(read, ends[place], wanted[place] if done is None else wanted[place] & ~done)
                 self.refined[read] = wanted[place] if done is None else wanted[place] | done
-            lower, upper = ends[place].lower, ends[place].upper
-            self.intervals[read] = Bounds(lower, torch.maximum(lower, upper)).interval()
+            uncrossed = ends[place].uncrossed()
+            self.intervals[read] = uncrossed.interval()
+            if not operation.piecewise_linear:  # of others, crossed ends tell that assumptions contradict each other
+                ends[place] = uncrossed
         return self.network.join_bounds(ends)
 
     def _in_time(self, action: Callable[[], object]) -> bool:

@@ -80,8 +80,7 @@ class Interval:
     def tightened_to_maximum(self, *others: Interval) -> Interval:
         """This interval of max(others), intersected with the maximum of the others' ends."""
         lower, upper = (torch.stack(ends).amax(0) for ends in ([x.lower for x in others], [x.upper for x in others]))
-        tighter = Bounds(lower, upper).intersect(self.bounds())  # rounding may cross the ends
-        return Bounds(tighter.lower, torch.maximum(tighter.lower, tighter.upper)).interval()
+        return Bounds(lower, upper).intersect(self.bounds()).uncrossed().interval()
 
     def bounds(self) -> Bounds:
         return Bounds(self.lower, self.upper)
@@ -148,8 +147,13 @@ class Bounds:
     upper: Tensor
 
     def intersect(self, other: Bounds) -> Bounds:
-        """The tighter ends of two valid bounds, entry by entry; also valid."""
+        """The tighter ends of two valid bounds, entry by entry; also valid, but for ends that rounding crosses."""
         return Bounds(torch.maximum(self.lower, other.lower), torch.minimum(self.upper, other.upper))
+
+    def uncrossed(self) -> Bounds:
+        """Upper ends raised to the lower ones where these are larger: rounding crosses ends that are nearly equal, and
+        lines over crossed ends may be NaN or infinite."""
+        return Bounds(self.lower, torch.where(self.lower > self.upper, self.lower, self.upper))
 
     def interval(self) -> Interval:
         return Interval.from_bounds(self.lower, self.upper)

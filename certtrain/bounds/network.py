@@ -64,6 +64,11 @@ class Network:
         """Whether all non-linear operations are piecewise linear."""
         return all(self.nonlinear_at(number).piecewise_linear for number in self.nonlinear)
 
+    @property
+    def has_kinks(self) -> bool:
+        """Whether any non-linear operation is piecewise linear."""
+        return any(self.nonlinear_at(number).piecewise_linear for number in self.nonlinear)
+
     def shape(self, number: int, read: int) -> torch.Size:
         """The shape of the input at position ``read`` of operation ``number``, in a folded network."""
         return self.shapes[read]

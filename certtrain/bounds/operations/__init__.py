@@ -1,9 +1,11 @@
 """The operations of networks, one class per file; importing this package registers their tracing rules."""
 
-from . import extremes as extremes  # these four for their tracing rules
+from . import extremes as extremes  # these six for their tracing rules
 from . import layer_functions as layer_functions
 from . import masks as masks
+from . import norm_functions as norm_functions
 from . import normalisation as normalisation
+from . import row_statistics as row_statistics
 from .affine import Affine, Weights
 from .attention import ByRoot
 from .base import Function, Input, LinearOperation, Nonlinear, Operation, Unbounded, UnsupportedOperation

@@ -13,8 +13,9 @@ from ...typed import broadcast_shape, split
 from ..interval import Bounds, Interval
 from ..relaxation import InputLines, Relaxation
 from .base import Function, Nonlinear, UnsupportedOperation, clipped, summed_onto
+from .linear import Dense
 from .product import ROUNDING
-from .registry import Tracing, from_function
+from .registry import Constant, Tracing, from_function
 
 PRODUCTS = 2**22
 """Products of one interval that are held at once: corners of more are added up row by row."""
@@ -144,8 +145,29 @@ def _ranges(x: Interval, y: Interval) -> Interval:
     return Interval(middle + (up - down) / 2, (up + down) / 2)
 
 
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """A constant matrix (D, H) as the weight of a linear layer, looked up at each use."""
+
+    matrix: Constant
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def weight(self) -> Tensor:
+        found = self.matrix.value()
+        if found.ndim != 2:
+            raise UnsupportedOperation(f"matmul: found a constant of shape {(*found.shape,)}; accepted: a matrix")
+        return found.mT
+
+
 @from_function("matmul", "bmm")
 def _matmul(tracing: Tracing, node: fx.Node, source: int) -> int:
     if len(node.args) != 2:
         raise UnsupportedOperation(f"{node.target} at {node.name!r}: accepted: two computed values in order")
+    second = tracing.values.get(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+    if isinstance(second, Constant):
+        return tracing.append(Dense(node.name, (source,), _Columns(second)))
     return tracing.append(MatrixProduct(node.name, (source, tracing.position(node, node.args[1]))))

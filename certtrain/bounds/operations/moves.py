@@ -15,7 +15,7 @@ from ..relaxation import InputLines, Relaxation
 from .base import Folding, Function, LinearOperation, UnsupportedOperation
 from .options import REQUIRED, behind_batch, beyond_batch, kept_batch, options, refuse, several
 from .rearrangement import Copies, Rearrangement, Selection
-from .registry import BatchSize, ModuleRule, Pieces, Tracing, from_function, from_module
+from .registry import BatchSize, Constant, ModuleRule, Pieces, Tracing, from_function, from_module
 from .scale import Scale
 
 
@@ -120,6 +120,37 @@ def _select(tracing: Tracing, node: fx.Node, source: int) -> int:
     return _appended(
         tracing, node, source, lambda x: x.select(behind_batch(node, dim, x.ndim), index), ordered=True
     )  # fmt: skip
+
+
+@from_function("index_select")
+def _index_select(tracing: Tracing, node: fx.Node, source: int) -> int:
+    names = "dim", "index"
+    given = {**dict(zip(names, node.args[1:])), **{k: v for k, v in node.kwargs.items() if k != "input"}}
+    place, dim = given.get("index"), given.get("dim")
+    index = tracing.values.get(place) if isinstance(place, fx.Node) else None
+    if given.keys() != set(names) or not isinstance(index, Constant) or not isinstance(dim, int):
+        refuse(node, f"arguments {', '.join(given)}", "dim, a number, and index, a buffer")
+    return _appended(
+        tracing, node, source, lambda x: x.index_select(behind_batch(node, dim, x.ndim), index.value().to(x.device))
+    )  # fmt: skip
+
+
+@from_function("unfold")
+def _unfold(tracing: Tracing, node: fx.Node, source: int) -> int:
+    names = {"kernel_size": REQUIRED, "dilation": 1, "padding": 0, "stride": 1}
+    if isinstance(node.target, str):
+        names = {"dimension": REQUIRED, "size": REQUIRED, "step": REQUIRED}
+    settings = options(tracing, node, **names)
+
+    def patches(x: Tensor) -> Tensor:
+        if isinstance(node.target, str):
+            dimension, size, step = settings
+            return x.unfold(behind_batch(node, dimension, x.ndim), size, step)
+        if x.ndim != 4:  # torch takes three dimensions for one image
+            refuse(node, f"{x.ndim} dimensions", "(B, channels, height, width)")
+        return F.unfold(x, *settings)
+
+    return _appended(tracing, node, source, patches)
 
 
 def _expanded(x: Tensor, sizes: list[Any]) -> Tensor:

@@ -29,14 +29,13 @@ def normalise(append: Callable[[Any], int], path: str, source: int, rows: Rows, 
 
 
 @dataclass(frozen=True, eq=False)
-class _Learned:
+class Learned:
     """The weight and bias of a norm's entries, looked up at each use."""
 
-    layer: nn.Module
+    layer: Any
 
     def __call__(self) -> tuple[Tensor | float, Tensor | float]:
-        layer: Any = self.layer
-        weight, bias = layer.weight, getattr(layer, "bias", None)
+        weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
         return (1.0 if weight is None else weight), (0.0 if bias is None else bias)
 
 
@@ -44,7 +43,7 @@ class _Learned:
 def _layer_norm(tracing: Tracing, path: str, source: int, module: nn.LayerNorm) -> int:
     rows = LastOnes(len(module.normalized_shape))
     source = normalise(tracing.append, path, source, rows, module.eps, centered=True)
-    return tracing.append(Scale(path, (source,), _Learned(module))) if module.elementwise_affine else source
+    return tracing.append(Scale(path, (source,), Learned(module))) if module.elementwise_affine else source
 
 
 @from_module(nn.RMSNorm)
@@ -52,19 +51,19 @@ def _rms_norm(tracing: Tracing, path: str, source: int, module: nn.RMSNorm) -> i
     if module.eps is None:
         raise UnsupportedOperation(f"{path}: found eps=None, which depends on the dtype; accepted: a number > 0")
     source = normalise(tracing.append, path, source, LastOnes(len(module.normalized_shape)), module.eps, centered=False)
-    return tracing.append(Scale(path, (source,), _Learned(module))) if module.elementwise_affine else source
+    return tracing.append(Scale(path, (source,), Learned(module))) if module.elementwise_affine else source
 
 
 @dataclass(frozen=True, eq=False)
-class _OfChannels:
+class OfChannels:
     """The weight and bias of each channel."""
 
-    layer: nn.GroupNorm | nn.InstanceNorm1d | nn.InstanceNorm2d
+    layer: Any
     places: int
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, *[1] * self.places)
-        return self.layer.weight.reshape(shape), self.layer.bias.reshape(shape)
+    def __call__(self) -> tuple[Tensor | float, Tensor | float]:
+        shape, (weight, bias) = (1, -1, *[1] * self.places), (self.layer.weight, self.layer.bias)
+        return (1.0 if weight is None else weight.reshape(shape)), (0.0 if bias is None else bias.reshape(shape))
 
 
 @from_module(nn.GroupNorm)
@@ -72,7 +71,7 @@ def _group_norm(tracing: Tracing, path: str, source: int, module: nn.GroupNorm) 
     places = 2 if module.affine else None
     rows = Groups(module.num_groups, places, path)
     source = normalise(tracing.append, path, source, rows, module.eps, centered=True)
-    return tracing.append(Scale(path, (source,), _OfChannels(module, 2))) if module.affine else source
+    return tracing.append(Scale(path, (source,), OfChannels(module, 2))) if module.affine else source
 
 
 @from_module(nn.InstanceNorm1d, nn.InstanceNorm2d)
@@ -81,7 +80,7 @@ def _instance_norm(tracing: Tracing, path: str, source: int, module: nn.Instance
         raise UnsupportedOperation(f"{path}: found track_running_stats=True; accepted: an instance norm without")
     places = 2 if isinstance(module, nn.InstanceNorm2d) else 1
     source = normalise(tracing.append, path, source, Groups(0, places, path), module.eps, centered=True)
-    return tracing.append(Scale(path, (source,), _OfChannels(module, places))) if module.affine else source
+    return tracing.append(Scale(path, (source,), OfChannels(module, places))) if module.affine else source
 
 
 @from_function("normalize")

@@ -15,7 +15,7 @@ from ..interval import Interval
 from ..relaxation import InputLines, Relaxation
 from .base import Function, LinearOperation, UnsupportedOperation
 from .options import kept_batch, options, refuse, several
-from .registry import BatchSize, Tracing, from_function, from_module
+from .registry import BatchSize, Constant, Tracing, from_function, from_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,15 +137,26 @@ def _indexed(tracing: Tracing, node: fx.Node, source: int) -> int:
     index: Any = node.args[1]
     parts = index if is_tuple(index) else (index,)
     ends = [end for part in parts if is_slice(part) for end in (part.start, part.stop, part.step)]
-    plain = all(is_slice(part) or part is None or part is Ellipsis or type(part) is int for part in parts)
+    known = [tracing.values.get(part) for part in parts if isinstance(part, fx.Node)]
+    buffer = known[0] if len(known) == 1 and isinstance(known[0], Constant) else None  # of places
+    plain = all(
+        is_slice(part)
+        or part is None
+        or part is Ellipsis
+        or type(part) is int
+        or (buffer and isinstance(part, fx.Node))
+        for part in parts
+    )
     if parts[:1] not in ((slice(None),), (Ellipsis,)) or not plain or any(isinstance(end, fx.Node) for end in ends):
         raise UnsupportedOperation(
-            f"{node.name!r}: found x[{index}]; accepted: x[:, …] with slices, numbers and None, the batch whole"
+            f"{node.name!r}: found x[{index}]; accepted: x[:, …] with slices, numbers, None and a buffer of "
+            "numbers, the batch whole"
         )
 
     def pick(x: Tensor) -> Tensor:
         if parts[0] is Ellipsis and len([part for part in parts[1:] if part is not None]) >= x.ndim:
             refuse(node, f"x[{index}] of {x.ndim} dimensions", "x[:, …], the batch whole")
-        return kept_batch(node, x, x[parts])
+        places = tuple(buffer.value().to(x.device) if buffer and isinstance(part, fx.Node) else part for part in parts)
+        return kept_batch(node, x, x[places])
 
-    return tracing.append(Rearrangement(node.name, (source,), pick))
+    return tracing.append((Copies if buffer else Rearrangement)(node.name, (source,), pick))

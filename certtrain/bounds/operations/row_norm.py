@@ -103,16 +103,28 @@ class _OfFoldedRows(Nonlinear):
 
 @dataclass(frozen=True, eq=False)
 class SquareSum(_OfFoldedRows):
-    """The mean, or the sum, of each row's squares, as rows of one number."""
+    """The mean, or the sum, of each row's squares, as rows of one number.
+
+    Args:
+        correction: what a mean takes off the number of squares.
+    """
 
     rows: Rows
     mean: bool = True
+    correction: int = 0
 
     kind: ClassVar[str] = "a mean of squares"
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = self.rows.split(x)
-        return (rows * rows).sum(-1, keepdim=True) * _weight(rows.shape[-1], self.mean)
+        return (rows * rows).sum(-1, keepdim=True) * self._weight(rows.shape[-1])
+
+    def _weight(self, count: int) -> float:
+        if self.mean and count <= self.correction:
+            raise UnsupportedOperation(
+                f"{self.path}: found {count} entries; accepted: more than the correction, {self.correction}"
+            )
+        return _weight(count - self.correction, self.mean)
 
     def magnitude(self, x: Tensor) -> Tensor:
         return self(x)
@@ -124,14 +136,14 @@ class SquareSum(_OfFoldedRows):
     def interval(self, x: Interval) -> Interval:
         rows = self.rows.bounds(x)
         count = rows.lower.shape[-1]
-        least, most = (end.sum(-1, keepdim=True) * _weight(count, self.mean) for end in _squares(rows))
+        least, most = (end.sum(-1, keepdim=True) * self._weight(count) for end in _squares(rows))
         room = (ROUNDING + count) * torch.finfo(most.dtype).eps * most.detach()
         return Interval.from_bounds((least - room).clamp(min=0), most + room)
 
     def relax(self, *bounds: Bounds, alpha: Tensor | None = None) -> SquareLines:
         """Tangents in the middle of the box below, chords above."""
         x, shape = self.rows.bounds(bounds[0]), bounds[0].lower.shape[1:]
-        weight, count = _weight(x.lower.shape[-1], self.mean), x.lower.shape[-1]
+        weight, count = self._weight(x.lower.shape[-1]), x.lower.shape[-1]
         middle, reach = (x.lower + x.upper) / 2, torch.maximum(x.lower.abs(), x.upper.abs())
         room = (LINES + count) * torch.finfo(middle.dtype).eps * weight * (reach * reach).sum(-1, keepdim=True)
         room = (room + torch.finfo(middle.dtype).tiny).detach()

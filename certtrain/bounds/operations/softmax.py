@@ -9,6 +9,7 @@ is convex, and below the chord of exp at the tangent plane of the concave -log S
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .options import Dimensions, dimensions, options, refuse
 from .rearrangement import Rearrangement, Selection
 from .registry import Tracing, from_function, from_module
 from .rows import Along, LastOnes, RowLines, Rows
+from .scale import Scale
 
 ROUNDING = 8
 """Lines are moved outward by this, plus the number of summands, times eps and the size of their terms."""
@@ -258,6 +260,11 @@ class LogSumExp(OfRows):
     def __call__(self, x: Tensor) -> Tensor:
         return self.rows.join(torch.logsumexp(self.rows.split(x), -1, keepdim=True), x.shape[1:])
 
+    def magnitude(self, x: Tensor) -> Tensor:
+        """The row's largest number, plus what as many equal ones add."""
+        rows = self.rows.split(x)
+        return self.rows.join(rows.amax(-1, keepdim=True) + math.log(rows.shape[-1]), x.shape[1:])
+
     def row_interval(self, x: Bounds) -> Interval:
         low, high = (torch.logsumexp(end, -1, keepdim=True) for end in (x.lower, x.upper))
         error = [_spare(1 + end.abs(), x.lower.shape[-1]) for end in (low, high)]
@@ -297,6 +304,11 @@ def _stacked(tracing: Tracing, node: fx.Node, source: int, kind: type[OfRows]) -
 @from_function("softmax")
 def _softmax(tracing: Tracing, node: fx.Node, source: int) -> int:
     return _stacked(tracing, node, source, Softmax)
+
+
+@from_function("softmin")
+def _softmin(tracing: Tracing, node: fx.Node, source: int) -> int:
+    return _stacked(tracing, node, tracing.append(Scale(node.name, (source,), lambda: (-1.0, 0.0))), Softmax)
 
 
 @from_function("log_softmax")
