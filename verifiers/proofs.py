@@ -306,7 +306,7 @@ def write_proof(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.n
 
 @dataclass(frozen=True)
 class Written:
-    """What became of a verified problem's proof: the name of its ``file``, or the reason why there is ``none``."""
+    """The name of a verified problem's proof ``file``, or the reason why there is ``none``."""
 
     file: str | None = None
     none: str | None = None

@@ -16,7 +16,7 @@ from .proof import ProofFile, read_proof
 from .vnnlib import read_claim
 
 METHODS = (("ibp", False), ("ibp", True), ("crown", True))
-"""Of the boxes of an input split: how neurons are bounded, and whether lines bound the rows."""
+"""How the neurons are bounded in a part of a split box, and whether lines bound the rows."""
 
 
 def check(model: Path, proof: Path, property: Path | None = None, single=False, exact=False) -> Any:
