@@ -27,6 +27,7 @@ from certtrain.verifiers import Search
 
 ROOT = Path(__file__).parents[1]
 CHECKER = ROOT / "certtrain" / "checker"
+HALVED = {"stages": ("input_split",)}
 SLOPES = {"stages": ("crown", "alpha")}
 SEARCHED = {"stages": ("bab",), "search": Search(steps=2, programs=8)}
 
@@ -54,10 +55,11 @@ def cases(tmp_path_factory) -> list[Case]:
             found.append(random_case(folder / kind, number, kind, 0.1, alpha_steps=5))
         for seed, kind, how in (
             (2, "dense", SLOPES), (11, "leaky", SLOPES), (1, "dense", SEARCHED), (5, "leaky", SEARCHED),
+            (1, "dense", HALVED),
         ):  # fmt: skip
             _, twin = planted_pair(seed, kind)
             label = torch.tensor([twin.label])
-            found.append(prove(folder / f"twin{seed}", twin.model, twin.image[None], label, twin.epsilon, **how))
+            found.append(prove(folder / f"twin{len(found)}", twin.model, twin.image[None], label, twin.epsilon, **how))
     return found
 
 
@@ -68,7 +70,7 @@ def test_every_rule_occurs_and_every_proof_is_accepted(cases):
         for proof in case.proofs:
             assert check(case.model, proof) > 0
             rules |= {goal["by"] for box in read(proof)[0]["boxes"] for goal in box["goals"]}
-    assert rules == {"interval", "lines", "slopes", "signs"}
+    assert rules == {"interval", "lines", "slopes", "signs", "halves"}
 
 
 def test_bounds_are_below_the_exact_ones_and_close(cases):
@@ -135,7 +137,7 @@ def rejects(model: Path, proof: Path, match: str | None = None) -> None:
 
 
 def test_bad_files_are_rejected_with_a_reason(cases, tmp_path):
-    case, other = cases[-1], cases[0]
+    case, other = cases[-2], cases[0]
     header, arrays = read(case.proofs[0])
     rejects(other.model, case.proofs[0], "another network")
     content = case.proofs[0].read_bytes()
@@ -157,7 +159,7 @@ def test_bad_files_are_rejected_with_a_reason(cases, tmp_path):
         ({name: arrays[name].astype(np.int32)}, "no array"),
         ({tree: arrays[tree][:-1]}, "missing"),
         ({tree: np.append(arrays[tree], np.int32(-1))}, "goes on"),
-        ({tree: np.where(arrays[tree] >= 0, 10**6, -1).astype(np.int32)}, "neuron"),
+        ({tree: np.where(arrays[tree] >= 0, 10**6, -1).astype(np.int32)}, "there are"),
         ({"box.lower": arrays["box.lower"][:-1]}, "shape"),
         ({"box.lower": arrays["box.upper"] + 1}, "above its upper end"),
     ):
@@ -174,6 +176,64 @@ def test_bad_files_are_rejected_with_a_reason(cases, tmp_path):
         ({"claim": {"vnnlib": "0" * 64}}, "property"),
     ):  # fmt: skip
         rejects(case.model, write(tmp_path / "changed", {**header, **changes}, arrays), why)
+
+
+def test_parts_of_a_box_are_within_it_and_cover_it(cases, tmp_path):
+    case = cases[-1]
+    header, arrays = read(case.proofs[0])
+    (name,) = {name.rpartition(".")[0] for name in arrays if name.endswith(".methods")}
+    tree, values, methods = (arrays[f"{name}.{part}"] for part in ("tree", "values", "methods"))
+    assert len(methods) == (tree < 0).sum() == len(values) + 1 > 1
+    for changes, why in (
+        ({"values": values + 10}, "not within"), ({"values": values[:-1]}, "not within"),
+        ({"methods": methods[:-1]}, "shape"), ({"methods": methods + np.uint8(3)}, "methods"),
+        ({"tree": tree[:-1]}, "missing"), ({"tree": np.where(tree >= 0, 99, tree).astype(np.int32)}, "there are"),
+    ):  # fmt: skip
+        changed = {**arrays, **{f"{name}.{part}": array for part, array in changes.items()}}
+        rejects(case.model, write(tmp_path / "changed", header, changed), why)
+
+
+def test_further_steps_tighten_bounds_by_any_slopes(tmp_path):
+    torch.manual_seed(0)
+    hidden = nn.Linear(3, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU()
+    model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(20, 2)).eval()
+    export_onnx(model, tmp_path / "model.onnx", torch.rand(2, 1, 1, 3))
+    numbers = Numbers()
+    network = read_network(tmp_path / "model.onnx", numbers)
+    ends = np.full(3, 0.1), np.full(3, 0.9)
+    plain = Enclosure(network, numbers, *ends, refine=True)
+    second = network.relus[1]
+    (place,) = network.operations[second].inputs
+    entries = np.flatnonzero((plain.lower[place] < 0) & (plain.upper[place] > 0))
+    neurons, draw, tighter = np.arange(20), np.random.default_rng(0), 0
+    points = [Enclosure(network, numbers, point, point) for point in draw.uniform(0.1, 0.9, (50, 3))]
+    for _ in range(20):
+        below, above = draw.uniform(-0.5, 1.5, (2, len(entries), len(neurons)))
+        found = Enclosure(network, numbers, *ends, True, {second: (entries, neurons, below, above)})
+        assert (found.lower[place] >= plain.lower[place]).all() and (found.upper[place] <= plain.upper[place]).all()
+        tighter += int((found.lower[place] > plain.lower[place]).sum())
+        for at in points:
+            assert (found.lower[place] <= at.upper[place]).all() and (at.lower[place] <= found.upper[place]).all()
+    assert tighter
+
+
+def test_a_step_may_stand_in_any_proof_and_is_checked(cases, tmp_path):
+    case = cases[-2]
+    header, arrays = read(case.proofs[0])
+    ones = np.ones((3, 2))
+    steps = {"s.entries": np.arange(3), "s.neurons": np.arange(2), "s.below": ones, "s.above": ones}
+    box = {**header["boxes"][0], "steps": [{"relu": 1, "name": "s"}]}
+    path = tmp_path / "stepped"
+    write(path, {**header, "boxes": [box]}, {**arrays, **steps})
+    assert check(case.model, path, exact=True) >= check(case.model, path) > 0
+    for changes, why in (
+        ({"s.entries": np.arange(3) + 999}, "beyond"), ({"s.below": np.ones((2, 2))}, "shape"),
+        ({"s.neurons": np.array([-1, 0])}, "beyond"),
+    ):  # fmt: skip
+        rejects(case.model, write(path, {**header, "boxes": [box]}, {**arrays, **steps, **changes}), why)
+    for step, why in (({"relu": 9, "name": "s"}, "no ReLU"), ({"relu": "1", "name": "s"}, "relu"), (3, "no object")):
+        far = {**box, "steps": [step]}
+        rejects(case.model, write(path, {**header, "boxes": [far]}, {**arrays, **steps}), why)
 
 
 def run(*words: object) -> tuple[int, str]:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..bounds.clock import OutOfTime
 from ..checker.arithmetic import Numbers, Rejected
-from ..checker.check import BoxCheck
+from ..checker.bounds import Enclosure
+from ..checker.check import METHODS, BoxCheck, bounds_of
 from ..checker.claim import Claim, robustness
 from ..checker.network import CheckedNetwork, read_network
 from ..checker.proof import FORMAT, VERSION, ProofFile
@@ -34,12 +35,25 @@ from .bounds_so_far import BoundsSoFar
 from .neurons import Neurons
 from .optimise import BestParameters, Subproblems, ascents_at_a_time, maximise, starting_slopes
 from .problem import Problem
-from .search_record import CrossedBounds, Multipliers, RecordedSubproblem, Relaxed, Sign
+from .search_record import (
+    Concretised,
+    CrossedBounds,
+    Multipliers,
+    Range,
+    RecordedSubproblem,
+    Relaxed,
+    SearchRecord,
+    Sign,
+)
 from .settings import Arithmetic
 from .vnnlib import Property
 
 STEPS = 60
 """Steps of the ascents on slopes and multipliers whose goals the checker does not accept as they are."""
+
+
+MOST_PARTS = 50_000
+"""Most parts of a box that is split at its inputs."""
 
 
 class NoProof(Exception):
@@ -123,6 +137,11 @@ class _BoxProver:
                     left = [goal for goal in left if goal not in proved]
                 if not left:
                     return BoxProof({"bounds": bounds, "goals": self.goals}, self.arrays)
+        record = self.known.record
+        roots = [] if record is None else record.roots(place)
+        if record is not None and roots and _splits_inputs(roots[0], record):
+            self._halves(check, left, roots[0], record)
+            return BoxProof({"bounds": "crown", "goals": self.goals}, self.arrays)
         ends = self.known.bounds
         if not ends:
             raise NoProof("no bounds of the neurons are known")
@@ -130,7 +149,7 @@ class _BoxProver:
         lower, upper = neurons.ends(ends, self.known.rows)
         self.lower, self.upper = lower, upper
         self.unstable = ((lower < 0) & (upper > 0))[0].nonzero().flatten()
-        trees = self._trees(place)
+        trees = {root.goal: root for root in roots}
         plain = [goal for goal in left if self.clauses[goal] not in trees]
         for goal in left:
             if self.clauses[goal] in trees:
@@ -148,10 +167,62 @@ class _BoxProver:
             self.prover.network, proof, self.claim, self.prover.numbers, self.number, {"bounds": bounds}
         )  # fmt: skip
 
-    def _trees(self, place: int) -> dict[int, RecordedSubproblem]:
-        """The roots of the recorded search's trees, by clause."""
-        record = self.known.record
-        return {} if record is None else {root.goal: root for root in record.roots(place)}
+    def _halves(self, check: BoxCheck, goals: list[int], root: RecordedSubproblem, record: SearchRecord) -> None:
+        """A goal by the parts of the box that a search on inputs made. What it clipped from a part is split off first;
+        a part that the checker does not prove is halved further."""
+        disjuncts = [self.claim.disjuncts[goal] for goal in goals]
+        tree, values, methods = list[int](), list[float](), list[int]()
+        whole = check.ends[1] - check.ends[0]
+        # parts in order of the walk, the next one last: (subproblem of the record, or None; ends)
+        parts: list[tuple[RecordedSubproblem | None, Any, Any]] = [(root, *check.ends)]
+        while parts:
+            node, lower, upper = parts.pop()
+            halves = [] if node is None else [record.subproblems[child] for child in node.children]
+            if not halves:
+                method = self._method(disjuncts, lower, upper)
+                if method is not None:
+                    tree.append(-1)
+                    methods.append(method)
+                    continue
+                if len(methods) + len(parts) > MOST_PARTS:
+                    raise NoProof(f"more than {MOST_PARTS} parts of the box")
+                number = int(((upper - lower) / np.maximum(whole, 1e-300)).argmax())
+                value = lower[number] + (upper[number] - lower[number]) / 2
+                if not lower[number] < value < upper[number]:
+                    raise NoProof("a part of the box that is too small to be halved")
+                first, second = None, None
+            else:
+                decisions = [half.decision for half in halves if isinstance(half.decision, Range)]
+                low, up = np.array(decisions[0].clip.lower), np.array(decisions[0].clip.upper)
+                below, above = (lower < low) & (low < upper), (lower < up) & (up < upper)
+                if below.any():
+                    number, first, second = int(below.argmax()), None, node
+                    value = low[number]
+                elif above.any():
+                    number, first, second = int(above.argmax()), node, None
+                    value = up[number]
+                else:
+                    number, value = decisions[0].input, max(decision.lower for decision in decisions)
+                    value = min(max(value, lower[number]), upper[number])
+                    first, second = sorted(halves, key=lambda half: decisions[halves.index(half)].lower)
+            tree.append(number)
+            values.append(float(value))
+            left, right = upper.copy(), lower.copy()
+            left[number] = right[number] = value
+            parts += [(second, right, upper), (first, lower, left)]
+        name = self._name()
+        self.arrays[f"{name}.tree"] = np.array(tree, dtype=np.int32)
+        self.arrays[f"{name}.values"] = np.array(values, dtype=np.float64)
+        self.arrays[f"{name}.methods"] = np.array(methods, dtype=np.uint8)
+        self.goals.append({"disjuncts": goals, "by": "halves", "name": name})
+
+    def _method(self, disjuncts: Sequence[Any], lower: Any, upper: Any) -> int | None:
+        """The number of the checker's cheapest method that proves a part of the box."""
+        for method, (bounds, lines) in enumerate(METHODS):
+            part = Enclosure(self.prover.network, self.prover.numbers, lower, upper, bounds == "crown")
+            if all(bound > 0 for bound in bounds_of(part, disjuncts, lines)):
+                return method
+        return None
 
     def _slopes(self, check: BoxCheck, goals: list[int]) -> None:
         """A goal by slopes, those of the best row of each disjunct."""
@@ -261,6 +332,13 @@ class _BoxProver:
             assert kept.alphas is not None and kept.betas is not None
             leaves.slopes[part] = kept.alphas[:, 0, self.unstable].to(leaves.slopes)
             leaves.multipliers[part] = kept.betas[:, 0, self.unstable].to(leaves.multipliers)
+
+
+def _splits_inputs(root: RecordedSubproblem, record: SearchRecord) -> bool:
+    """Whether a recorded search split inputs, not neurons."""
+    if root.children:
+        return isinstance(record.subproblems[root.children[0]].decision, Range)
+    return isinstance(root.proof, Concretised)
 
 
 @dataclass(frozen=True, eq=False)

@@ -345,10 +345,11 @@ class InputSplitStage(TimedStage):
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if not few_inputs(problem):
             return undecided(problem, known, f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most")
+        record = None if known.record is None else SearchRecord()
         outcome = split_inputs(
-            problem, known, self.timeout, lambda number, image: self.judge(problem, number, image), self.batch
+            problem, known, self.timeout, lambda number, image: self.judge(problem, number, image), self.batch, record
         )
-        return _finding_of_search(known, outcome)
+        return _finding_of_search(replace(known, record=record), outcome)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,12 @@ class Rejected(Exception):
     """The proof does not prove the claim; the message says where."""
 
 
+def demand(holds, why):
+    """Reject the proof unless a condition holds."""
+    if not holds:
+        raise Rejected(why)
+
+
 @dataclass(frozen=True)
 class Numbers:
     """The numbers that a check computes with, and the evaluation of the network that it speaks of.
@@ -78,6 +84,5 @@ class Numbers:
 
 
 def _gamma(terms, unit):
-    if terms * unit >= 0.1:
-        raise Rejected(f"a sum of {terms} terms: too long for a bound of its rounding")
+    demand(terms * unit < 0.1, f"a sum of {terms} terms: too long for a bound of its rounding")
     return terms * unit / (1 - terms * unit) * SAFETY

@@ -2,17 +2,16 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .arithmetic import Numbers, Rejected
+from .arithmetic import Numbers, Rejected, demand
 from .bounds import Enclosure, chunks
-from .claim import Claim, robustness
-from .network import CheckedNetwork, read_network
-from .proof import ProofFile, read_proof
+from .claim import robustness
+from .network import read_network
+from .proof import read_proof
 from .vnnlib import read_claim
 
 METHODS = (("ibp", False), ("ibp", True), ("crown", True))
@@ -43,82 +42,52 @@ def check(model: Path, proof: Path, property: Path | None = None, single=False, 
 
 def claim_of(network, proof, property, arithmetic):
     """The claim of the proof about this network."""
-    if proof.header["network"] != network.sha256:
-        raise Rejected("the proof is about another network, by its checksum")
+    same = proof.header["network"] == network.sha256
+    demand(same, "the proof is about another network, by its checksum")
     claim = proof.entry("claim", dict)
-    if "vnnlib" in claim:
-        if property is None:
-            raise Rejected("the proof is about a property; its file was not given")
-        content = property.read_bytes()
-        if hashlib.sha256(content).hexdigest() != claim["vnnlib"]:
-            raise Rejected("the proof is about another property, by its checksum")
-        text = content.decode("utf-8", "replace")
-        return read_claim(text, network.inputs, network.outputs, arithmetic)
-    if property is not None:
-        raise Rejected("the proof is about a box of its own, not about a property")
-    lower, upper = (proof.array(f"box.{end}", "f", (network.inputs,)) for end in ("lower", "upper"))
-    return robustness(lower, upper, claim.get("label"), network.outputs, arithmetic)
+    if "vnnlib" not in claim:
+        demand(property is None, "the proof is about a box of its own, not about a property")
+        low, up = (proof.array(f"box.{end}", "f", (network.inputs,)) for end in ("lower", "upper"))
+        return robustness(low, up, claim.get("label"), network.outputs, arithmetic)
+    demand(property is not None, "the proof is about a property; its file was not given")
+    content = property.read_bytes()
+    same = hashlib.sha256(content).hexdigest() == claim["vnnlib"]
+    demand(same, "the proof is about another property, by its checksum")
+    text = content.decode("utf-8", "replace")
+    return read_claim(text, network.inputs, network.outputs, arithmetic)
 
 
 @np.errstate(all="ignore")  # infinite and undefined numbers prove nothing
 def prove(network, proof, claim, arithmetic):
     """The least bound of all disjuncts' goals; all must be positive, none may be missing."""
-    boxes = proof.entry("boxes", list)
-    if len(boxes) != len(claim.boxes):
-        raise Rejected(f"the proof has {len(boxes)} boxes, the claim {len(claim.boxes)}")
-    margin = math.inf
+    boxes, margin = proof.objects("boxes"), math.inf
+    count = len(claim.boxes)
+    demand(len(boxes) == count, f"the proof has {len(boxes)} boxes, the claim {count}")
     for number, box in enumerate(boxes):
-        if not isinstance(box, dict):
-            raise Rejected("the proof's header: a box that is no object")
         own = BoxCheck(network, proof, claim, arithmetic, number, box)
         missing = {i for i, one in enumerate(claim.disjuncts) if one.box == number}
-        for goal in proof.entry("goals", list, box):
-            if not isinstance(goal, dict):
-                raise Rejected("the proof's header: a goal that is no object")
+        for goal in proof.objects("goals", box):
             found, numbers = own.goal(goal)
-            margin = min(margin, found)
-            missing -= set(numbers)
-        if missing:
-            raise Rejected(f"disjunct {min(missing)}: nothing is said about it")
+            margin, missing = min(margin, found), missing - set(numbers)
+        demand(not missing, f"box {number}: nothing is said about the disjuncts {sorted(missing)}")
     return margin
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """Args: neurons, signs: of the splits on the way from the root."""
-
-    neurons: tuple = ()
-    signs: tuple = ()
 
 
 class BoxCheck:
     """One box of the claim, with the bounds on it by which its goals are proved."""
 
-    def __init__(
-        self,
-        network: CheckedNetwork,
-        proof: ProofFile,
-        claim: Claim,
-        arithmetic: Numbers,
-        number: int,
-        header: dict[str, Any],
-    ):
-        self.network, self.proof, self.claim, self.own = network, proof, claim, arithmetic
-        self.number, self.ends = number, claim.boxes[number]
-        bounds = header.get("bounds")
-        if bounds not in ("ibp", "crown"):
-            raise Rejected(f"box {number}: bounds {str(bounds)[:20]!r}; ibp or crown")
-        given = proof.entry("steps", list, header) if "steps" in header else []
-        steps = dict(self._step(step) for step in given)
-        self.enclosure = Enclosure(network, arithmetic, *self.ends, bounds == "crown", steps)
+    def __init__(self, network: Any, proof: Any, claim: Any, own: Any, number: int, header: Any):
+        self.network, self.proof, self.claim, self.own = network, proof, claim, own
+        self.number, self.ends, bounds = number, claim.boxes[number], header.get("bounds")
+        demand(bounds in ("ibp", "crown"), f"box {number}: bounds {str(bounds)[:20]!r}")
+        steps = dict(self._step(step) for step in proof.objects("steps", header, optional=True))
+        lower, upper = self.ends
+        self.enclosure = Enclosure(network, own, lower, upper, bounds == "crown", steps)
 
     def _step(self, step):
         """(position, arguments of ``Enclosure.tighten``) of one step of the header."""
-        if not isinstance(step, dict):
-            raise Rejected("the proof's header: a step that is no object")
         place, name = self.proof.entry("relu", int, step), self.proof.entry("name", str, step)
-        if not 0 <= place < len(self.network.relus):
-            raise Rejected(f"step {name}: no ReLU number {place}")
+        demand(0 <= place < len(self.network.relus), f"step {name}: no ReLU number {place}")
         position, neurons = self.network.relus[place], self._places(f"{name}.neurons")
         entries = self._places(f"{name}.entries", self.network.operations[position].size)
         shape = len(entries), len(neurons)
@@ -129,11 +98,10 @@ class BoxCheck:
         """An array of numbers of neurons, or of other things of which there are ``count``."""
         found = self.proof.array(name, "iu", (None,)).astype(np.int64)
         count = self.network.neurons if count is None else count
-        if len(found) and not (0 <= found.min() and found.max() < count):
-            raise Rejected(f"{name}: {found.min()} to {found.max()}, but there are {count}")
+        demand(((found >= 0) & (found < count)).all(), f"{name}: numbers beyond {count}")
         return found
 
-    def _numbers(self, name, shape=None):
+    def _numbers(self, name, shape):
         """Slopes, multipliers or weights; bytes are multiples of 1/255."""
         found = self.proof.array(name, "uf", shape)
         numbers = self.own.numbers(found)
@@ -148,70 +116,49 @@ class BoxCheck:
         numbers, by = self.proof.entry("disjuncts", list, goal), goal.get("by")
         bounds = self.bounds(numbers, by, str(goal.get("name")))
         worst = int(np.argmin(bounds))
-        if not all(bound > 0 for bound in bounds):  # false of what is undefined, too
-            raise Rejected(
-                f"box {self.number}, disjuncts {str(numbers)[:40]}, by {by}: part {worst} of "
-                f"{len(bounds)} has the bound {float(bounds[worst]):.6g}, which is not above 0"
-            )
+        where = f"box {self.number}, disjuncts {str(numbers)[:40]}, by {by}: part {worst}"
+        positive = all(bound > 0 for bound in bounds)  # false of what is undefined, too
+        demand(positive, f"{where} has the bound {float(bounds[worst]):.6g}, which is not above 0")
         return bounds[worst], numbers
 
     def bounds(self, numbers: list[int], by: Any, name: str) -> Any:
         """The bounds that a goal needs to be above 0."""
-        own = [i for i, one in enumerate(self.claim.disjuncts) if one.box == self.number]
-        if not numbers or not all(type(i) is int and i in own for i in numbers):
-            raise Rejected(f"box {self.number}: a goal about the disjuncts {str(numbers)[:40]}")
+        own = {i for i, one in enumerate(self.claim.disjuncts) if one.box == self.number}
+        known = numbers and all(type(i) is int and i in own for i in numbers)
+        demand(known, f"box {self.number}: a goal about the disjuncts {str(numbers)[:40]}")
         disjuncts = [self.claim.disjuncts[i] for i in numbers]
         if by in ("interval", "lines"):
             return bounds_of(self.enclosure, disjuncts, by == "lines")
         if by == "slopes":  # a tree without splits for each disjunct
-            return self._leaves(disjuncts, name, [Leaf()] * len(disjuncts))
+            return self._leaves(disjuncts, name, [()] * len(disjuncts))
         if by == "signs" and len(numbers) == 1:
-            leaves = self._tree(name)
+            leaves = walk(self.proof, name, signs, self.network.neurons, ())
             return self._leaves(disjuncts * len(leaves), name, leaves)
-        if by == "halves":
-            return self._halves(disjuncts, name)
-        raise Rejected(f"box {self.number}: a goal about {len(numbers)} by {str(by)[:20]!r}")
-
-    def _tree(self, name):
-        """The leaves of a tree of signs, whose splits stand in order of a walk from the root: first
-        all below the half where the neuron's input is >= 0, then all where it is <= 0. Any complete
-        list is a tree whose leaves cover the box."""
-        leaves, open_ = [], [Leaf()]
-        for neuron in self.proof.array(f"{name}.tree", "i", (None,)).tolist():
-            if not open_:
-                raise Rejected(f"{name}.tree: goes on after its last leaf")
-            above = open_.pop()
-            if neuron < 0:
-                leaves.append(above)
-                continue
-            if neuron >= self.network.neurons:
-                raise Rejected(f"{name}.tree: neuron {neuron} of {self.network.neurons}")
-            for sign in (-1, 1):
-                open_.append(Leaf((*above.neurons, neuron), (*above.signs, sign)))
-        if open_:
-            raise Rejected(f"{name}.tree: {len(open_)} leaves are missing")
-        return leaves
+        demand(by == "halves", f"box {self.number}: {len(numbers)} disjuncts by {str(by)[:20]!r}")
+        return self._halves(disjuncts, name)
 
     def _leaves(self, disjuncts, name, leaves):
-        """Bounds of leaves, each of its disjunct's rows, by slopes and multipliers."""
+        """Bounds of leaves, each of its disjunct's rows, by slopes and multipliers.
+
+        Args:
+            leaves: of each the (neuron, sign) of the splits on the way from the root.
+        """
         neurons, count = self._places(f"{name}.neurons"), len(leaves)
         slopes = self._numbers(f"{name}.slopes", (count, len(neurons)))
         (sizes,) = {len(one.rows) for one in disjuncts}
         weights = self.own.numbers(np.ones((count, 1)))
         if sizes > 1 or f"{name}.weights" in self.proof.arrays:
             weights = np.maximum(self._numbers(f"{name}.weights", (count, sizes)), 0)
-        ends = np.cumsum([0, *(len(leaf.neurons) for leaf in leaves)])
+        ends = np.cumsum([0, *map(len, leaves)])
         pushes = self._numbers(f"{name}.multipliers", (ends[-1],)) if ends[-1] else weights[0, :0]
         found = []
         for part in chunks(count, self.enclosure.rows_at_a_time(4)):
-            rows, offsets = (
-                (weights[part, :, None] * np.stack([one.rows for one in disjuncts[part]])).sum(1),
-                (weights[part] * np.stack([one.offsets for one in disjuncts[part]])).sum(1),
-            )
+            rows = weights[part, :, None] * np.stack([one.rows for one in disjuncts[part]])
+            offsets = weights[part] * np.stack([one.offsets for one in disjuncts[part]])
             own = np.maximum(pushes[ends[part.start] : ends[part.stop]], 0)
             clamped, pushed, empty = self._assumed(leaves[part], own)
             lines = self.enclosure.lines((neurons, slopes[part]), clamped)
-            bounds = bound_rows(self.enclosure, rows, offsets, lines, pushed)
+            bounds = bound_rows(self.enclosure, rows.sum(1), offsets.sum(1), lines, pushed)
             bounds[empty] = math.inf
             found.append(bounds)
         return np.concatenate(found)
@@ -219,9 +166,9 @@ class BoxCheck:
     def _assumed(self, leaves, pushes):
         """(ends, forms, empty): by position of the ReLUs, their inputs' ends under the leaves'
         signs, and minus sign times multiplier of each; the leaves that no point satisfies."""
-        leaf = np.repeat(np.arange(len(leaves)), [len(one.neurons) for one in leaves])
-        split = np.array([neuron for one in leaves for neuron in one.neurons], dtype=np.int64)
-        sign = np.array([sign for one in leaves for sign in one.signs], dtype=np.int64)
+        leaf = np.repeat(np.arange(len(leaves)), [*map(len, leaves)])
+        splits = [split for one in leaves for split in one]
+        split, sign = np.array(splits, dtype=np.int64).reshape(-1, 2).T
         clamped, pushed, empty = {}, {}, np.zeros(len(leaves), dtype=bool)
         for place in self.network.relus:
             operation, first = self.network.operations[place], self.network.first[place]
@@ -241,37 +188,49 @@ class BoxCheck:
         return clamped, pushed, empty
 
     def _halves(self, disjuncts, name):
-        """Bounds of the parts of the box that splits of its inputs leave, in order of a walk."""
-        inputs = self.proof.array(f"{name}.tree", "i", (None,)).tolist()
+        """Bounds of the parts of the box that splits of its inputs leave."""
         values = iter(self.own.numbers(self.proof.array(f"{name}.values", "f", (None,))))
-        methods = iter(self.proof.array(f"{name}.methods", "u", (None,)).tolist())
-        found, open_ = [], [self.ends]
-        for number in inputs:
-            if not open_:
-                raise Rejected(f"{name}.tree: goes on after its last leaf")
-            lower, upper = open_.pop()
-            if number < 0:
-                method = next(methods, -1)
-                if not 0 <= method < len(METHODS):
-                    raise Rejected(f"{name}.methods: {method}")
-                bounds, lines = METHODS[method]
-                part = Enclosure(self.network, self.own, lower, upper, bounds == "crown")
-                found.append(bounds_of(part, disjuncts, lines).min())
-                continue
-            if number >= self.network.inputs:
-                raise Rejected(f"{name}.tree: input {number} of {self.network.inputs}")
-            value = next(values, None)
-            if value is None or not lower[number] <= value <= upper[number]:
-                raise Rejected(f"{name}.values: {value} is not within the part that it splits")
+
+        def halves(number, ends):
+            (lower, upper), value = ends, next(values, math.nan)
+            within = lower[number] <= value <= upper[number]
+            demand(within, f"{name}.values: {value} is not within the part that it splits")
             first, second = upper.copy(), lower.copy()
             first[number] = second[number] = value
-            open_ += [(second, upper), (lower, first)]
-        if open_:
-            raise Rejected(f"{name}.tree: {len(open_)} leaves are missing")
+            return (lower, first), (second, upper)
+
+        parts, found = walk(self.proof, name, halves, self.network.inputs, self.ends), []
+        methods = self.proof.array(f"{name}.methods", "u", (len(parts),)).tolist()
+        demand(max(methods) < len(METHODS), f"{name}.methods: {max(methods)}")
+        for (lower, upper), method in zip(parts, methods):
+            bounds, lines = METHODS[method]
+            part = Enclosure(self.network, self.own, lower, upper, bounds == "crown")
+            found.append(bounds_of(part, disjuncts, lines).min())
         return np.array(found)
 
 
-def bounds_of(enclosure, disjuncts, lines):
+def signs(neuron, path):
+    """The halves in which a neuron's input is >= 0, and <= 0."""
+    return [(*path, (neuron, 1)), (*path, (neuron, -1))]
+
+
+def walk(proof, name, halves, count, root) -> list[Any]:
+    """The leaves of a tree, whose splits stand in order of a walk from the root: first all below a
+    split's first half, then all below its second. Any complete list is a tree of such halves."""
+    leaves, open_ = [], [root]
+    for split in proof.array(f"{name}.tree", "i", (None,)).tolist():
+        demand(open_, f"{name}.tree: goes on after its last leaf")
+        demand(split < count, f"{name}.tree: found {split}; there are {count}")
+        above = open_.pop()
+        if split < 0:
+            leaves.append(above)
+        else:
+            open_ += halves(split, above)[::-1]
+    demand(not open_, f"{name}.tree: {len(open_)} leaves are missing")
+    return leaves
+
+
+def bounds_of(enclosure: Any, disjuncts: Any, lines: bool) -> Any:
     """(D,) the largest bound of each disjunct's rows by intervals, or by lines as well."""
     rows = np.concatenate([one.rows for one in disjuncts])
     offsets = np.concatenate([one.offsets for one in disjuncts])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import Numbers, Rejected
+from .arithmetic import Numbers, demand
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,10 @@ class Claim:
 
 def robustness(lower: Any, upper: Any, label: Any, outputs: int, arithmetic: Numbers) -> Claim:
     """The claim that an output is the largest on a box: one disjunct for each other output."""
-    if not (type(label) is int and 0 <= label < outputs):
-        raise Rejected(f"label {label!r}: the network has {outputs} outputs")
-    check_box(lower, upper)
-    rows = np.zeros((outputs, outputs))
-    rows[:, label] = 1
-    rows -= np.eye(outputs)
-    zero = arithmetic.zeros(1)
-    others = [j for j in range(outputs) if j != label]
-    disjuncts = [Disjunct(0, arithmetic.numbers(rows[j : j + 1]), zero) for j in others]
-    return Claim([(arithmetic.numbers(lower), arithmetic.numbers(upper))], disjuncts)
-
-
-def check_box(lower, upper):
-    if lower.shape != upper.shape or lower.ndim != 1 or not (lower <= upper).all():
-        raise Rejected("the box: a lower end above its upper end, or ends of other sizes")
+    known = type(label) is int and 0 <= label < outputs
+    demand(known, f"label {label!r}: the network has {outputs} outputs")
+    demand((lower <= upper).all(), "the box: a lower end above its upper end")
+    unit, zero = arithmetic.numbers(np.eye(outputs)), arithmetic.zeros(1)
+    rows = [unit[label : label + 1] - unit[j : j + 1] for j in range(outputs) if j != label]
+    ends = arithmetic.numbers(lower), arithmetic.numbers(upper)
+    return Claim([ends], [Disjunct(0, row, zero) for row in rows])
