@@ -87,4 +87,6 @@ class EmbeddedQuestion(VerdictQuestion):
                 problem, stages, limits, lambda stage, n: report(f"{stage}, {n} images"), self.settings.arithmetic,
                 self.proofs,
             )  # fmt: skip
+        if self.proofs is not None:
+            self.proofs.flush()
         yield [{**v.record(), "settings": self.name} for v in verdicts if v.reason != TOTAL_TIMEOUT]
