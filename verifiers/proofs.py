@@ -29,7 +29,7 @@ from ..checker.claim import Claim, robustness
 from ..checker.network import CheckedNetwork, read_network
 from ..checker.proof import FORMAT, VERSION, ProofFile
 from ..checker.vnnlib import read_claim
-from ..errors import InputError, writing
+from ..errors import InputError, Portable, writing
 from ..run_folder import temporary_of, write_atomically
 from ..typed import as_ints
 from .bounds_so_far import BoundsSoFar
@@ -61,7 +61,7 @@ MOST_PARTS = 50_000
 """Most parts of a box that is split at its inputs."""
 
 
-class NoProof(Exception):
+class NoProof(Portable, Exception):
     """Why a verified problem gets no proof."""
 
 
