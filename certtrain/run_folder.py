@@ -252,6 +252,10 @@ class RunFolder:
         """The verdicts of another verifier, or for another radius or arithmetic."""
         return JsonLines(self.path / "verdicts" / f"{verifier}-{epsilon!r}-{arithmetic}.jsonl")
 
+    def proofs(self, epsilon: float, arithmetic: str) -> Path:
+        """The folder of the proofs for one radius and arithmetic: a file an image, and what became of checking them."""
+        return self.path / "proofs" / f"{epsilon!r}-{arithmetic}"
+
     @property
     def settings(self) -> JsonLines:
         """The bases of verdicts, by the name in their field ``settings``."""

@@ -11,7 +11,7 @@ from walking import walk
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "plugins", "components", "labels", "noise", "config", "devices", "precision", "environment", "locking",
-     "typed", "run_folder", "streams", "progress", "ledger", "kernels"},
+     "typed", "run_folder", "streams", "progress", "ledger", "kernels", "checker"},
     {"bounds"},
     {"step", "data", "models", "attacks", "losses"},
     {"training", "verifiers", "evaluation", "diagnostics", "export"},

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -106,9 +107,9 @@ def test_one_point_is_what_onnxruntime_makes_of_it(tmp_path, name):
         outputs = run(x)
         for arithmetic, comparison in itertools.product(ARITHMETICS, ("<=", ">=")):
             worst = max(outputs) if comparison == "<=" else min(outputs)
-            assert ask(tmp_path, path, x, x, f"({comparison} Y_0 {worst!r})", arithmetic).word == "violated"
+            assert ask(tmp_path, path, x, x, f"({comparison} Y_0 {Decimal(worst)})", arithmetic).word == "violated"
             best = min(outputs) if comparison == "<=" else max(outputs)
-            found = ask(tmp_path, path, x, x, f"({comparison} Y_0 {best!r})", arithmetic)
+            found = ask(tmp_path, path, x, x, f"({comparison} Y_0 {Decimal(best)})", arithmetic)
             assert found.word == ("violated" if outputs[0] == outputs[1] else "unknown"), found
 
 
@@ -222,7 +223,7 @@ def test_a_counterexample_stands_in_both_of_onnxruntimes_runs(tmp_path):
         ends = " ".join(f"(= X_{i} {float(value)!r})" for i, value in enumerate(x.flatten()))
         differ += plain != scored
         for unsafe in (min(plain, scored), max(plain, scored)):
-            (tmp_path / "p.vnnlib").write_text(f"{names}(assert (and {ends} (<= Y_0 {unsafe!r})))")
+            (tmp_path / "p.vnnlib").write_text(f"{names}(assert (and {ends} (<= Y_0 {Decimal(unsafe)})))")
             said = str(answer(path, tmp_path / "p.vnnlib", 20))
             assert said == ("violated" if unsafe == max(plain, scored) else "unknown (within tolerance)")
     assert differ >= 10
@@ -248,5 +249,5 @@ def test_norms_that_stay_apart_go_through_every_stage(tmp_path, arithmetic):
     names = "".join(f"(declare-const X_{i} Real)" for i in range(27)) + "(declare-const Y_0 Real)"
     ends = " ".join(f"(>= X_{i} -0.2) (<= X_{i} 0.2)" for i in range(27))
     for unsafe, word in ((lowest + 0.01, "violated"), (lowest - 3.0, "holds")):
-        (tmp_path / "p.vnnlib").write_text(f"{names}(assert (and {ends} (<= Y_0 {unsafe!r})))")
+        (tmp_path / "p.vnnlib").write_text(f"{names}(assert (and {ends} (<= Y_0 {Decimal(unsafe)})))")
         assert answer(path, tmp_path / "p.vnnlib", 20.0, arithmetic=arithmetic).word == word

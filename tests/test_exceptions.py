@@ -76,8 +76,9 @@ def test_survives(kind, way):
 
 @walk("kind", own_exceptions(), ids=lambda kind: kind.__name__)
 def test_is_made_to_survive(kind):
-    """A new one that is not cannot be forgotten."""
-    assert issubclass(kind, Portable)
+    """A new one that is not cannot be forgotten. The checker imports nothing of ours: a message is all that its
+    exception takes, and ``test_survives`` holds."""
+    assert issubclass(kind, Portable) or kind.__module__.startswith("certtrain.checker.")
 
 
 def test_what_cannot_be_pickled_travels_as_it_is_printed():

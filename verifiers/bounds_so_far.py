@@ -12,6 +12,7 @@ from ..bounds.network import Network
 from ..bounds.output_forms import OutputForms
 from .optimise import finite
 from .problem import Problem, Specification
+from .search_record import SearchRecord
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,20 @@ class BoundsSoFar:
         rows: (B, R) lower bounds of the specification's rows, offsets included.
         bounds: bounds of the input of every non-linear operation, by its position; empty until a stage computes them.
         alphas: (B, R, N) slopes of the lower lines, to start from; None until a stage optimises them.
+        record: for proofs, the last search's record, with the problems' positions in that search; empty before. Then
+            ``alphas`` are those of the best bounds. None where no proofs are wanted.
     """
 
     network: Network
     rows: Tensor
     bounds: dict[int, Bounds]
     alphas: Tensor | None = None
+    record: SearchRecord | None = None
 
     def subset(self, index: Tensor) -> BoundsSoFar:
         bounds = {place: Bounds(ends.lower[index], ends.upper[index]) for place, ends in self.bounds.items()}
         alphas = None if self.alphas is None else self.alphas[index]
-        return BoundsSoFar(self.network, self.rows[index], bounds, alphas)
+        return BoundsSoFar(self.network, self.rows[index], bounds, alphas, self.record)
 
     def region_of(self, problem: Problem) -> Region:
         """The problems' regions in the precision that bounds are computed in."""

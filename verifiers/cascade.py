@@ -26,6 +26,8 @@ from ..typed import as_floats, as_ints
 from .bounds_so_far import BoundsSoFar
 from .limits import TOTAL_TIMEOUT, Limits, within_memory
 from .problem import UNDECIDED, Problem, Specification, Status, Verdict
+from .proofs import ProofWriter, Written
+from .search_record import SearchRecord
 from .search_statistics import SearchStatistics
 from .settings import ROUNDINGS, Arithmetic, Certify
 from .stage import Finding, Stage
@@ -39,6 +41,7 @@ def run_cascade(
     limits: Limits | None = None,
     watch: Callable[[str, int], object] = lambda stage, images: None,
     arithmetic: Arithmetic = "nearest",
+    proofs: ProofWriter | None = None,
 ) -> list[Verdict]:
     """Run the stages on a batch of problems; return their verdicts in the same order.
 
@@ -50,6 +53,7 @@ def run_cascade(
             within; its results so far are kept. A batch takes at most its number of images times an image's seconds.
         watch: called with each stage's name and the number of its images when it begins.
         arithmetic: arithmetic in which proofs hold. Counterexamples are always those of the network as it runs.
+        proofs: writes a proof of each verified problem, in seconds of its own (``spent["proofs"]``).
     Raises:
         InputError: a network or a perturbation set without bounds in this arithmetic; a network whose outputs do not
             fit the specification, whose trace computes something else, or which mixes the images of a batch.
@@ -59,12 +63,13 @@ def run_cascade(
         problem = replace(problem, network=_runnable(problem.network, problem.region.images.shape[1:]))
     wait = partial(torch.cuda.synchronize, images.device) if images.is_cuda else None
     with until(wait=wait):  # measures the pace of the work, by which later stages estimate times
-        run = _BatchProgress(problem, (limits or Limits()).of(len(problem)), watch)  # traces the network anew
+        run = _BatchProgress(problem, (limits or Limits()).of(len(problem)), watch, proofs)  # traces the network anew
         if len(problem):
             network, dtype = _folded(problem, arithmetic)
             rows = images.new_full(problem.specification.offsets.shape, -math.inf, dtype=dtype)
             everything = torch.arange(len(problem), device=problem.index.device)
-            known, stages = BoundsSoFar(network, rows, {}), _stages_for_region(stages, problem)
+            record = None if proofs is None else SearchRecord()
+            known, stages = BoundsSoFar(network, rows, {}, record=record), _stages_for_region(stages, problem)
             for part in torch.split(everything, _images_at_a_time(network, rows, problem.specification)):
                 run.go(part, known.subset(part), stages)
     precision = str(images.dtype).removeprefix("torch.")
@@ -129,8 +134,11 @@ def _checked_outputs(problem: Problem, network: Network) -> Network:
 class _BatchProgress:
     """State of a batch in the cascade, by number of the image."""
 
-    def __init__(self, problem: Problem, limits: Limits, watch: Callable[[str, int], object]):
-        self.problem, self.limits, self.watch = problem, limits, watch
+    def __init__(
+        self, problem: Problem, limits: Limits, watch: Callable[[str, int], object], proofs: ProofWriter | None
+    ):
+        self.problem, self.limits, self.watch, self.proofs = problem, limits, watch, proofs
+        self.written: dict[int, Written] = {}
         count = len(problem)
         self.predictions = _predictions(problem.network, problem.region.images)
         self.status: list[Status] = ["unknown"] * count
@@ -173,6 +181,7 @@ class _BatchProgress:
                     self.go(left[half], known.subset(half), stages[place:])
                 return
             still = torch.tensor(self._note(numbers, *answer, late), dtype=torch.int64, device=left.device)
+            self._prove(numbers, answer[0])
             if clock.late:
                 self.cut |= dict.fromkeys(numbers, late)
             elif answer[0].seconds is not None:  # a search that ended by itself: more time would not help
@@ -204,6 +213,15 @@ class _BatchProgress:
                 self.counterexamples[number] = finding.counterexamples[row]
         return open_
 
+    def _prove(self, numbers: list[int], finding: Finding) -> None:
+        """Write the proofs of the problems that a stage verified."""
+        for row, number in enumerate(numbers):
+            if self.proofs is not None and finding.statuses[row] == "verified":
+                started, device = now(), self.problem.index.device
+                one, own = (torch.tensor([at], device=device) for at in (number, row))
+                self.written[number] = self.proofs.write(self.problem.subset(one), finding.known.subset(own), row)
+                self.spent[number]["proofs"] = now() - started
+
     def verdicts(self, arithmetic: str) -> list[Verdict]:
         for number, why in self.cut.items():
             if self.status[number] == "unknown" and self.reasons[number] != "out of memory":
@@ -224,6 +242,8 @@ class _BatchProgress:
                 spent=self.spent[number],
                 search=self.search[number],
                 peak_memory=memory,
+                proof=self.written.get(number, Written()).file,
+                no_proof=self.written.get(number, Written()).none,
             )
             for number, status in enumerate(self.status)
         ]

@@ -16,7 +16,8 @@ from ..data import Split
 from ..ledger import Line, Report, in_fixed_batches
 from .cascade import robustness, run_cascade
 from .limits import TOTAL_TIMEOUT, Limits
-from .records import VerdictQuestion, worth_another_try
+from .proofs import ImageProofs
+from .records import VerdictQuestion, undecided, worth_another_try
 from .settings import Certify
 from .stage import Replay, Stage
 
@@ -33,6 +34,7 @@ class EmbeddedQuestion(VerdictQuestion):
         seed: seed of the attack.
         rests_on: further entries of the basis: versions, device; ``weights`` is the network's checksum.
         replay: runs of the exported network, in which counterexamples must be wrong as well.
+        proofs: writes the proofs of verified images; verified ones without are asked about again.
     """
 
     network: nn.Module
@@ -44,6 +46,7 @@ class EmbeddedQuestion(VerdictQuestion):
     rests_on: Mapping[str, Any]
 
     replay: Replay | None = None
+    proofs: ImageProofs | None = None
 
     @property
     def basis(self) -> dict[str, Any]:
@@ -54,6 +57,16 @@ class EmbeddedQuestion(VerdictQuestion):
     @property
     def _stages(self) -> list[Stage]:
         return self.settings.build(self.seed, self.replay)
+
+    def may_improve(self, line: Line, basis: Line) -> bool:
+        lacks = self.proofs is not None and line["status"] == "verified" and self.proofs.lacks(line)
+        return lacks or super().may_improve(line, basis)
+
+    def merge(self, line: Line, before: Line | None) -> Line:
+        """The new verdict; where it only failed to repeat an earlier certificate, that one."""
+        if before is not None and before["status"] == "verified" and undecided(line):
+            return before
+        return super().merge(line, before)
 
     def offers_more(self, record: Line, before: Line) -> bool:
         return worth_another_try(record, self.settings.over(self.ball), before.get("certify", {}))
@@ -71,6 +84,9 @@ class EmbeddedQuestion(VerdictQuestion):
         stages, limits = self._stages, Limits(self.settings.timeout, deadline)
         with memory.within(self.settings.memory):
             verdicts = run_cascade(
-                problem, stages, limits, lambda stage, n: report(f"{stage}, {n} images"), self.settings.arithmetic
-            )
+                problem, stages, limits, lambda stage, n: report(f"{stage}, {n} images"), self.settings.arithmetic,
+                self.proofs,
+            )  # fmt: skip
+        if self.proofs is not None:
+            self.proofs.flush()
         yield [{**v.record(), "settings": self.name} for v in verdicts if v.reason != TOTAL_TIMEOUT]

@@ -157,6 +157,7 @@ class Verdict:
         search: counts and times of its searches, added up; None without one.
         peak_memory: largest resident memory in bytes of the process until the verdict was known; None where the system
             does not tell.
+        proof: the file of its proof; no_proof: why a verified image has none. Both None where none were wanted.
     """
 
     index: int
@@ -172,9 +173,12 @@ class Verdict:
     spent: Mapping[str, float] = field(default_factory=dict[str, float])
     search: SearchStatistics | None = None
     peak_memory: int | None = None
+    proof: str | None = None
+    no_proof: str | None = None
 
     def record(self) -> dict[str, Any]:
         """The verdict as a line of ``verdicts.jsonl``, without the counterexample."""
-        values = {key: value for key, value in vars(self).items() if key != "counterexample"}
+        left_out = {"counterexample", *(key for key in ("proof", "no_proof") if getattr(self, key) is None)}
+        values = {key: value for key, value in vars(self).items() if key not in left_out}
         times = {"seconds": round(self.seconds, 6), "spent": rounded(self.spent)}
         return {**values, **times, **record_of_search(self.search)}

@@ -45,6 +45,8 @@ class Certify:
         arithmetic: arithmetic in which ``verified`` holds. ``nearest``: of bounds computed with rounding to nearest,
             whose errors are not covered; ``real``: exact arithmetic; ``float32``: every order in which the folded
             network can be evaluated in float32.
+        proofs: whether a proof of each verified image is written, for ``certtrain check`` (docs/proofs.md). Then
+            ``nearest``, which proofs do not speak of, stands for ``real``.
     """
 
     enabled: bool = True
@@ -59,8 +61,11 @@ class Certify:
     search: Search = Search()
     memory: int | str | None = None
     arithmetic: Arithmetic = "nearest"
+    proofs: bool = False
 
     def __post_init__(self) -> None:
+        if self.proofs and self.arithmetic == "nearest":
+            object.__setattr__(self, "arithmetic", "real")
         known = Stage.named()
         for stage in self.stages:
             if isinstance(stage, str):

@@ -26,6 +26,7 @@ def solve(
     record: str | Path | None = None,
     assignments: str | Path | None = None,
     certify: Certify = PROPERTY,
+    proof: str | Path | None = None,
 ) -> Answer:
     """Decide whether a query has an assignment of inputs that satisfies it.
 
@@ -36,7 +37,7 @@ def solve(
         timeout: seconds, reading included; None for those of ``certify``.
         assignments: folder for the assignment, a file ``NAME.pb`` (an ONNX TensorProto) for each declared tensor; it is
             made where there is none.
-        arithmetic, results, record, certify: as for ``certtrain.verifiers.vnncomp.answer``.
+        arithmetic, results, record, certify, proof: as for ``certtrain.verifiers.vnncomp.answer``.
     Returns:
         an ``Answer``: its ``word`` is ``violated`` where an assignment exists, and ``holds`` where it is proved that
         none does. Where memory ran out it is ``unknown``.
@@ -46,7 +47,9 @@ def solve(
     """
     if assignments is not None:
         check_folder(assignments)
-    found = answer(networks, query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify)
+    found = answer(
+        networks, query, timeout, arithmetic=arithmetic, results=results, record=record, certify=certify, proof=proof
+    )
     if assignments is not None:
         write_assignment(assignments, found)
     return found

@@ -27,9 +27,10 @@ from .engine import SearchOutcome
 from .input_split import BATCH, INPUTS, few_inputs, split_inputs
 from .neuron_split import split_neurons
 from .neurons import Neurons
-from .optimise import Subproblems, ascents_at_a_time, maximise, starting_slopes, with_offsets
+from .optimise import BestParameters, Subproblems, ascents_at_a_time, maximise, starting_slopes, with_offsets
 from .problem import Problem, Specification, Status
 from .search import Search
+from .search_record import SearchRecord
 from .sparse_split import split_locations
 from .stage import Finding, Judge, Stage, TimedStage, holds, proof, undecided, where_true
 
@@ -237,23 +238,24 @@ class AlphaStage(Stage):
                     slopes[at] = alphas
                 if len(groups) > 1 and bool((rows.worst(own.rows[:, group]) > 0).all()):
                     continue
+                kept = None if known.record is None else BestParameters()
                 try:
                     optimised = maximise(
                         network, sub, alphas, steps=self.steps, rate=self.rate,
-                        done=partial(_proves, rows),
+                        done=partial(_proves, rows), kept=kept,
                     )  # fmt: skip
                 except OutOfTime:
                     continue
                 best[at] = optimised.best
                 if slopes is not None:
-                    slopes[at] = optimised.alphas
+                    slopes[at] = optimised.alphas if kept is None or kept.alphas is None else kept.alphas
                 point = some.region.nearest(minimiser(optimised, region, optimised.best.argmin(1)))
                 fails = ~holds(some.specification, network(point.to(best.dtype)))
                 wrong = fails & ~(rows.worst(optimised.best) > 0)
                 for number in as_ints(wrong.nonzero()):
                     if self.judge(some, number, point[number]):
                         counterexamples[int(part[number])] = point[number]
-        known = BoundsSoFar(network, known.rows, known.bounds, slopes).with_rows(best)
+        known = replace(known, alphas=slopes).with_rows(best)
         proved = proof(problem, known)
         statuses: list[Status | None] = [
             "falsified" if point is not None else status
@@ -312,11 +314,14 @@ class BabStage(TimedStage):
         known = known if known.bounds else _with_bounds(problem, known)
         careful = known.network.rounding is not None
         exact = fold(problem.network, problem.region.images.shape[1:], dtype=torch.float64, as_written=careful)
+        search, record = self.search, None
+        if known.record is not None:
+            search, record = replace(search, tighten=False), SearchRecord()  # what it bounds anew is in no record
         outcome = split_neurons(
-            problem, known, exact, self.search, self.timeout,
-            lambda number, image: self.judge(problem, number, image),
+            problem, known, exact, search, self.timeout,
+            lambda number, image: self.judge(problem, number, image), record,
         )  # fmt: skip
-        return _finding_of_search(known, outcome)
+        return _finding_of_search(replace(known, record=record), outcome)
 
 
 @dataclass(frozen=True)
@@ -343,10 +348,11 @@ class InputSplitStage(TimedStage):
     def __call__(self, problem: Problem, known: BoundsSoFar) -> Finding:
         if not few_inputs(problem):
             return undecided(problem, known, f"splitting inputs takes boxes of {INPUTS} inputs that vary, at most")
+        record = None if known.record is None else SearchRecord()
         outcome = split_inputs(
-            problem, known, self.timeout, lambda number, image: self.judge(problem, number, image), self.batch
+            problem, known, self.timeout, lambda number, image: self.judge(problem, number, image), self.batch, record
         )
-        return _finding_of_search(known, outcome)
+        return _finding_of_search(replace(known, record=record), outcome)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from .joint_network import JointNetwork
 from .limits import Limits, out_of_memory
 from .polytope import Polytope
 from .problem import Problem, Specification, Verdict
-from .queries import Networks, read_question
+from .proofs import PropertyProof, Prover
+from .queries import Networks, present, read_question
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
 from .stage import Judge, Replay, Stage
@@ -100,6 +101,7 @@ class Answer:
         peak_memory: largest resident memory of the process so far, in bytes; None where the system does not tell.
         remark: what was repaired in the property's file; None where nothing was.
         declared: the tensors that a property in VNN-LIB 2.0 declares, which its result file lists.
+        no_proof: why no proof of ``holds`` was written; None where it was, or where none was wanted.
     """
 
     word: Word
@@ -114,6 +116,7 @@ class Answer:
     peak_memory: int | None = None
     remark: str | None = None
     declared: Declarations | None = None
+    no_proof: str | None = None
 
     def record(self) -> dict[str, Any]:
         """The answer as JSON, without the counterexample: entries as in a verdict's line."""
@@ -121,6 +124,7 @@ class Answer:
             "answer": str(self.word), "stage": self.stage, "seconds": round(self.seconds, 6),
             "arithmetic": self.arithmetic, "reason": self.reason, "spent": rounded(self.spent),
             **record_of_search(self.search), "peak_memory": self.peak_memory, "remark": self.remark,
+            **({} if self.no_proof is None else {"no_proof": self.no_proof}),
         }  # fmt: skip
 
     def finished(self, started: float) -> Answer:
@@ -164,6 +168,7 @@ def answer(
     results: str | Path | None = None,
     record: str | Path | None = None,
     certify: Certify = PROPERTY,
+    proof: str | Path | None = None,
 ) -> Answer:
     """Decide whether a property holds of a network, or of several. All are files, plain or gzipped (``.gz`` may be left
     out). Where memory runs out the answer is ``unknown``.
@@ -178,17 +183,22 @@ def answer(
         record: file for the answer, its times and its search's counts (``Answer.record``) as JSON.
         certify: stages and their settings. ``timeout`` and ``batch_size`` are of the property and its boxes; ``images``
             and ``enabled`` do not count.
+        proof: file for the proof that the property holds, in ``real`` or ``float32`` arithmetic; ``nearest`` stands for
+            ``real`` then.
     Raises:
         InputError: a file that cannot be read, or does not fit the other; an operator without a rule; ``results`` or
             ``record`` that cannot be written.
     """
-    settings = with_limits(certify, timeout, arithmetic)
-    check_files(results, record)
+    settings = replace(with_limits(certify, timeout, arithmetic), proofs=proof is not None)
+    check_files(results, record, proof)
     started = now()
     with until(started + settings.timeout):
         try:
             network, asked = read_question(networks, property)
-            decided = check_property(network, asked, started + settings.timeout, settings)
+            proofs = None if proof is None else _proofs_of(networks, property, asked, settings.arithmetic)
+            decided = check_property(network, asked, started + settings.timeout, settings, proofs)
+            if proof is not None and proofs is not None and decided.word == "holds":
+                decided = replace(decided, no_proof=proofs.save(Path(proof).resolve()))
         except OutOfTime:
             decided = Answer("timeout", settings.timeout, settings.arithmetic, "timeout")
         except Exception as error:
@@ -212,16 +222,32 @@ def named(networks: Networks) -> str | dict[str, str]:
     return {name: str(file) for name, file in networks.items()} if isinstance(networks, Mapping) else str(networks)
 
 
-def check_files(results: str | Path | None, record: str | Path | None) -> None:
+def _proofs_of(networks: Networks, property: str | Path, asked: Property, arithmetic: Arithmetic) -> PropertyProof:
     """
     Raises:
-        InputError: a place where no file can be, a folder or a device; one file for both.
+        InputError: the checker does not read the files; several networks.
     """
-    for file in (results, record):
+    files = list(networks.values()) if isinstance(networks, Mapping) else [networks]
+    if len(files) > 1:
+        raise InputError(f"--proof: found {len(files)} networks; accepted: one")
+    for path in (files[0], property):
+        if present(path) != Path(path) or present(path).suffix == ".gz":
+            raise InputError(f"{path}: found a compressed file; accepted with a proof: plain ones, which checkers read")
+    return PropertyProof(Prover(Path(files[0]), arithmetic), asked, Path(property).read_bytes())
+
+
+def check_files(results: str | Path | None, record: str | Path | None, proof: str | Path | None = None) -> None:
+    """
+    Raises:
+        InputError: a place where no file can be, a folder or a device; one file for two of them.
+    """
+    for file in (results, record, proof):
         if file is not None and (not Path(file).parent.is_dir() or (Path(file).exists() and not Path(file).is_file())):
             raise InputError(f"{file}: cannot be written; accepted: a file of results, in a folder that is there")
     if results is not None and record is not None and Path(results).resolve() == Path(record).resolve():
         raise InputError(f"{record}: found as the file of results and of records; accepted: two files")
+    if proof is not None and Path(proof).resolve() in [Path(file).resolve() for file in (results, record) if file]:
+        raise InputError(f"{proof}: found as the file of the proof and of results; accepted: two files")
 
 
 def with_limits(certify: Certify, timeout: float | None, arithmetic: Arithmetic | None) -> Certify:
@@ -235,9 +261,12 @@ def with_limits(certify: Certify, timeout: float | None, arithmetic: Arithmetic 
     return replace(certify, timeout=timeout, arithmetic=arithmetic)
 
 
-def check_property(network: JointNetwork, property: Property, deadline: float, settings: Certify = PROPERTY) -> Answer:
+def check_property(
+    network: JointNetwork, property: Property, deadline: float, settings: Certify = PROPERTY,
+    proofs: PropertyProof | None = None,
+) -> Answer:  # fmt: skip
     """As ``answer``, for a network and a property already read. ``deadline``, by ``time.perf_counter``, stands for the
-    timeout of ``settings``."""
+    timeout of ``settings``; ``proofs`` collects the proofs of boxes."""
     started = now()
     if not property.cases:
         return Answer("holds", 0.0, "exact", property.remark, remark=property.repaired)
@@ -245,7 +274,7 @@ def check_property(network: JointNetwork, property: Property, deadline: float, s
     clock = _StageClock()
     with until(deadline), within(settings.memory), gathered() as searches:
         try:
-            found = _check_cases(network, property, deadline, settings, started, clock)
+            found = _check_cases(network, property, deadline, settings, started, clock, proofs)
         except OutOfTime:
             found = Answer("timeout", now() - started, settings.arithmetic, "timeout")
     search = sum(searches, SearchStatistics()) if searches else None
@@ -276,8 +305,9 @@ class _StageClock:
 
 
 def _check_cases(
-    network: JointNetwork, property: Property, deadline: float, settings: Certify, started: float, clock: _StageClock
-) -> Answer:
+    network: JointNetwork, property: Property, deadline: float, settings: Certify, started: float, clock: _StageClock,
+    proofs: PropertyProof | None,
+) -> Answer:  # fmt: skip
     look()
     replay = network.replay()
     look()
@@ -293,7 +323,7 @@ def _check_cases(
         widest = max(shape.numel() for shape in fold(program.module, program.shape).shapes)
         most = max(1, min(settings.batch_size, MOST_ACTIVATIONS // widest))
         for numbers in _grouped_by_clauses(property.cases, most):
-            verdicts += _verdicts_of(program, property, numbers, judge, deadline, settings, clock)
+            verdicts += _verdicts_of(program, property, numbers, judge, deadline, settings, clock, proofs)
     except _Refuted as end:
         seconds, precision = now() - started, str(end.outputs.dtype).removeprefix("torch.")
         outputs = network.shown(end.outputs)
@@ -353,6 +383,7 @@ def _verdicts_of(
     deadline: float,
     settings: Certify,
     clock: _StageClock,
+    proofs: PropertyProof | None,
 ) -> list[Verdict]:
     """Verdicts of the cases ``numbers``. Each case gets an equal share of the time; the rest then goes to those that
     timed out, with the last stage alone, or with bounds of differences before it, unless its own timeout is what ended
@@ -368,7 +399,7 @@ def _verdicts_of(
             if stages[-1].within(left)[1]:
                 break
             stages = stages[-2:] if stages[-2:][0].name == DifferenceStage.name else stages[-1:]
-        verdicts = run_cascade(problem, stages, Limits(left, deadline), clock, arithmetic)
+        verdicts = run_cascade(problem, stages, Limits(left, deadline), clock, arithmetic, proofs)
         latest |= {verdict.index: verdict for verdict in verdicts}
         numbers = [verdict.index for verdict in verdicts if verdict.status == "timeout"]
     return list(latest.values())

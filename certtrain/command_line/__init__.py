@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..streams import tolerant_streams
-from . import capabilities, compare, diagnose, evaluate, export, import_checkpoint, train, verify
+from . import capabilities, check, compare, diagnose, evaluate, export, import_checkpoint, train, verify
 from .words import Parser
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--name", action="version", version="certtrain", help="show program's name and exit")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, verify, evaluate, diagnose, export, import_checkpoint, compare, capabilities):
+    for command in (train, verify, check, evaluate, diagnose, export, import_checkpoint, compare, capabilities):
         command.add(commands)
     with tolerant_streams() as out:
         try:

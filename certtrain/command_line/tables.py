@@ -55,6 +55,27 @@ def stages(records, title: str) -> None:
         console.print(f"undecided: {sum(why.values())} ({', '.join(f'{word}: {n}' for word, n in why.items())})")
 
 
+def proofs(found) -> None:
+    """Print what became of checking a run's proofs."""
+    from rich.table import Table
+
+    from ..checker import VERSION
+    from ..progress import console
+
+    table = Table(title=f"{found.images} test images, proofs checked by certtrain.checker {VERSION}")
+    for name in ("verified", "proofs checked", "proved", "rejected", "seconds"):
+        table.add_column(name, justify="right")
+    seconds = sum(line["seconds"] for line in found.records)
+    table.add_row(
+        *map(str, (found.verified, len(found.records), found.proved, found.rejected)), f"{seconds:.2f}"
+    )  # fmt: skip
+    console.print(table)
+    console.print(f"accuracy independently proved: {100 * found.accuracy:.2f} %")
+    for line in [line for line in found.records if line["status"] == "rejected"][:10]:
+        console.print(f"image {line['index']}: rejected: {line['reason']}", markup=False)
+    console.print(f"what became of every proof: {found.folder / 'checked.jsonl'}")
+
+
 def say_where(path: Path) -> None:
     from ..progress import console
 

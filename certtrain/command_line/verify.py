@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..workflows.verify import Verification
 
 SECONDS = "seconds > 0"
-RUNS_ALONE = ("certify.enabled", "certify.images", "certify.attack")
+RUNS_ALONE = ("certify.enabled", "certify.images", "certify.attack", "certify.proofs")
 """Fields that say nothing to a property."""
 
 
@@ -51,6 +51,8 @@ def add(commands) -> None:
     verify.add_argument("--stages", metavar="A,B,…", help="some of ibp, crown_ibp, attack, crown, alpha, lirpa, "
                         "input_split, location, bab")  # fmt: skip
     verify.add_argument("--arithmetic", metavar="HOW", help="in which proofs hold: nearest, real or float32")
+    verify.add_argument("--proofs", action="store_true", help="write a proof of each verified image, for certtrain "
+                        "check; implies --arithmetic real unless float32 is asked for")  # fmt: skip
     verify.add_argument("--memory", metavar="SIZE", help="limit of the process' memory, such as 2GiB (default: what is "
                         "free)")  # fmt: skip
     verify.add_argument("--device", metavar="WHERE", help="auto, cpu, cuda")
@@ -67,6 +69,9 @@ def add(commands) -> None:
     files.add_argument("--vnnlib", metavar="FILE", help="the property; holds, violated, timeout, unknown is printed")
     files.add_argument("--instances", metavar="CSV", help="instead, a table of onnx,vnnlib,seconds")
     files.add_argument("--results", metavar="FILE", help="where answers are written, in VNN-COMP's form")
+    files.add_argument(
+        "--proof", metavar="FILE", help="where the proof that a property holds is written (docs/proofs.md)"
+    )
     files.add_argument("--json", metavar="FILE", help="where answers are written with their times and counts, as JSON; "
                        "with --instances a line for each")  # fmt: skip
     query = verify.add_argument_group("a VNN-LIB query, as the standard's command line has it")
@@ -144,6 +149,8 @@ def _property_settings(options: argparse.Namespace, given: Mapping[str, str]) ->
     about_runs = ("images", "epsilon", "total_timeout", "device", "abcrown_python", "abcrown_home")
     refused = [f"--{name.replace('_', '-')}" for name in about_runs if getattr(options, name) is not None]
     refused += ["--verifier"] if options.verifier != "embedded" else []
+    refused += ["--proofs"] if options.proofs else []
+    refused += ["--proof"] if options.proof is not None and options.instances else []
     refused += [f"--{name}" for name in overrides if not _is_for_properties(name)]
     if refused:
         accepted = "--timeout, --results, --json, --arithmetic, --stages, --memory, --plugin, --certify.field value"
@@ -191,9 +198,18 @@ def _property(options: argparse.Namespace, rest: list[str]) -> int:
         if not (options.onnx and options.vnnlib):
             raise InputError("found one file; accepted: --onnx FILE and --vnnlib FILE together")
         networks = named_networks(options.onnx, "--onnx")
-        found = solve(options.vnnlib, networks, results=options.results, record=options.json, certify=settings)
+        found = solve(
+            options.vnnlib,
+            networks,
+            results=options.results,
+            record=options.json,
+            certify=settings,
+            proof=options.proof,
+        )
     if found.remark is not None:
         print(f"remark: {found.remark}", file=sys.stderr)
+    if found.no_proof is not None:
+        print(f"no proof: {found.no_proof}", file=sys.stderr)
     print(found)
     return 0
 
@@ -280,7 +296,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.results or options.json:
         name = "results" if options.results else "json"
         raise InputError(f"--{name}: accepted with --onnx or --instances; a run's verdicts stand in its folder")
+    if options.proof is not None:
+        raise InputError("--proof: accepted with --onnx; a run's proofs are written with --proofs")
     ours = [*overrides, *(name for name in ("stages", "arithmetic", "memory") if getattr(options, name) is not None)]
+    ours += ["proofs"] if options.proofs else []
     if options.verifier == "abcrown" and ours:
         with _says_error():
             raise InputError(f"--{ours[0]}: says nothing to α-β-CROWN; accepted: with --verifier embedded or both")
@@ -292,6 +311,12 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         "certify.arithmetic": options.arithmetic,
     }  # fmt: skip
     overrides |= {name: value for name, value in given.items() if value is not None} | _stages_and_memory(options)
+    if options.proofs:
+        if options.arithmetic == "nearest":
+            raise InputError(
+                "--proofs: found --arithmetic nearest; accepted: real or float32, in which there are proofs"
+            )
+        overrides["certify.proofs"] = "true"
     config = structure(Config, override(unstructure(run.config), overrides))
     seconds = options.total_timeout
     limits = {

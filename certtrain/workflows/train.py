@@ -16,7 +16,8 @@ from ..components import check_sources, load_plugins, remarks
 from ..config import structure, unstructure
 from ..data import Dataset
 from ..environment import reproducible
-from ..errors import InputError, check
+from ..errors import InputError
+from ..errors import check as check_value
 from ..evaluation import unanswered
 from ..labels import classes_of
 from ..ledger import Ledger
@@ -28,6 +29,7 @@ from ..run_folder import RunFolder
 from ..training import StopRequest, check_images, fit
 from ..training.evaluation import traceable
 from ..verifiers.records import decided, reasons, summarise
+from .check import check
 from .evaluate import evaluate_run
 from .export import export_run
 from .run import Run, check_data, new_folder, save_weights
@@ -164,7 +166,7 @@ def _check_outputs(model: nn.Module, dataset: Dataset) -> None:
     """Check that the network has one output for each class; a user's architecture may have others."""
     with in_mode(model, training=False):
         outputs = classes_of(model(dataset.train.pixels(torch.tensor([0]))))
-    check(outputs == dataset.classes, "model", f"{outputs} outputs", f"{dataset.classes}, one for each class")
+    check_value(outputs == dataset.classes, "model", f"{outputs} outputs", f"{dataset.classes}, one for each class")
 
 
 def _go_on(run: Run, dataset: Dataset, model: nn.Module, device: torch.device, quiet: bool) -> None:
@@ -175,13 +177,15 @@ def _go_on(run: Run, dataset: Dataset, model: nn.Module, device: torch.device, q
     if not run.folder.final():
         here = dataset.to(device)
         _train(run, here, model.to(device), quiet)
+        if config.certify.enabled and config.certify.proofs:  # they are about the exported network
+            export_run(run, dataset, config.perturbation, None, config.export, quiet)
         final = _certify(run, here, model, device, quiet) if config.certify.enabled else {}
         seconds = [line["seconds"] for line in run.folder.metrics][-1] + final.pop("seconds", 0)
         line = {"kind": "final", "epsilon": config.perturbation.epsilon, **final, "seconds": round(seconds, 3)}
         run.folder.metrics.append(line)
     if config.evaluate.enabled:
         evaluate_run(run, dataset, None, device, quiet)
-    if config.export.enabled:
+    if config.export.enabled and not (config.certify.proofs and run.exported_network()):
         export_run(run, dataset, config.perturbation, None, config.export, quiet)
 
 
@@ -204,7 +208,8 @@ def _certify(run: Run, dataset: Dataset, model: nn.Module, device: torch.device,
     with StopRequest(at_once=True):
         question = question_of(run, dataset, model, device)
         records = Ledger(run.folder.verdicts, run.folder.settings).ask(question, images, quiet=quiet)
+    proved = check(run, images=images, quiet=quiet).summary() if run.config.certify.proofs else {}
     return {
         **summarise(records), "decided": decided(records), "undecided": reasons(records), "images": len(records),
-        "seconds": sum(record["seconds"] for record in records),
+        "seconds": sum(record["seconds"] for record in records), **proved,
     }  # fmt: skip

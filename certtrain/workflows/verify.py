@@ -14,7 +14,7 @@ from torch import nn
 from ..components import load_plugins
 from ..data import Dataset
 from ..environment import device_name, reproducible, versions
-from ..errors import check
+from ..errors import InputError, check
 from ..ledger import Ledger, Line, images_of
 from ..progress import console
 from ..run_folder import JsonLines
@@ -22,6 +22,7 @@ from ..training import StopRequest
 from ..verifiers import Certify
 from ..verifiers.embedded_question import VERIFIER, EmbeddedQuestion
 from ..verifiers.onnx_network import load_onnx, replay_session
+from ..verifiers.proofs import ImageProofs, Prover
 from ..verifiers.settings import Arithmetic
 from .run import Run
 
@@ -113,10 +114,23 @@ def verdicts_of(run: Run, arithmetic: Arithmetic) -> JsonLines:
 
 def question_of(run: Run, dataset: Dataset, model: nn.Module, device: torch.device) -> EmbeddedQuestion:
     """The question of ``run.config`` about the test split, for ``model`` with the weights in the folder. If these are
-    exported, counterexamples must also be misclassified by onnxruntime."""
+    exported, counterexamples must also be misclassified by onnxruntime.
+
+    Raises:
+        InputError: proofs are wanted, but the run is not exported, or the checker does not know its network.
+    """
     config, network = run.config, run.exported_network()
     rests_on = {"weights": run.folder.weights_sha256(), "versions": versions(), "device": device_name(device)}
     replay = None if network is None else replay_session(load_onnx(network))
+    proofs, certify = None, config.certify
+    if certify.proofs:
+        if network is None:
+            path = run.folder.path
+            raise InputError(
+                f"certify.proofs: found no model.onnx of these weights; accepted: after certtrain export {path}"
+            )
+        folder = run.folder.proofs(float(config.perturbation.epsilon), certify.arithmetic)
+        proofs = ImageProofs(Prover(network, certify.arithmetic), folder, dataset.checksum)
     return EmbeddedQuestion(
-        model.eval(), dataset.test, dataset.classes, config.perturbation, config.certify, config.seed, rests_on, replay
+        model.eval(), dataset.test, dataset.classes, config.perturbation, certify, config.seed, rests_on, replay, proofs
     )
