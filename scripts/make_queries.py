@@ -265,22 +265,23 @@ def equivalence_small(draw: Draw) -> Iterator[Query]:
 def permuted(draw: Draw) -> Iterator[Query]:
     """The same function with its neurons in another order; and one weight off."""
     for sizes, large, radius in ((ACAS, True, 1 / 64), ((4, 12, 12, 2), False, 1 / 4)):
-        for _ in range(4):
+        for number_ in range(5):
             f = made.random(sizes, draw)
             g = made.permuted(f, draw)
             low, high = around(draw, sizes[0], radius)
             declarations = [declared("f", f, ["X_f"], "Y_f"), declared("g", g, ["X_g"], "Y_g", "(isomorphic-to f)")]
             inputs = box("X_f", (1, sizes[0]), low, high) + equal("X_g", "X_f", (1, sizes[0]))
             text = second(declarations, [*inputs, differs(sizes[-1], 1 / 64, ">=")])
-            yield Query(
-                "permuted", large, {"f": f, "g": g}, text, "unsat", "the same function but for float32's roundings"
+            expected, why, point = (
+                "unsat",
+                "the same function but for float32's roundings",
+                low.astype(np.float32)[None],
             )
-        bias = g.biases[-1].copy()
-        bias[1] += 1 / 32
-        off = Mlp(g.weights, (*g.biases[:-1], bias))
-        point = low.astype(np.float32)[None]
-        yield Query("permuted", large, {"f": f, "g": off}, text, "sat", "a bias of the second is off by 1/32",
-                    {"X_f": point, "X_g": point})  # fmt: skip
+            if number_ == 4:
+                bias = g.biases[-1].copy()
+                bias[1] += 1 / 32
+                g, expected, why = Mlp(g.weights, (*g.biases[:-1], bias)), "sat", "a bias of the second is off by 1/32"
+            yield Query("permuted", large, {"f": f, "g": g}, text, expected, why, {"X_f": point, "X_g": point})
 
 
 def planted(draw: Draw) -> Iterator[Query]:
@@ -332,12 +333,13 @@ def monotone(draw: Draw) -> Iterator[Query]:
                 yield Query("monotone", large, networks, strict, "unsat", f"{why}; closed, the diagonal is a tie")
                 yield Query("monotone", large, networks, closed, "sat", "a tie on the diagonal", point)
         for number_ in range(count):
-            falls = list[tuple[float, int, np.ndarray, np.ndarray]]()
-            while not falls or max(falls, key=lambda one: one[0])[0] < 1 / 32:
+            while True:
                 f = acas_like(draw)[0] if large and number_ == 0 else made.random(sizes, draw)
                 low, high = around(draw, sizes[0], 1 / 4)
                 falls = [_fall(f, low, high, output, draw) for output in range(sizes[-1])]
-            drop, output, x, y = max(falls, key=lambda one: one[0])
+                drop, output, x, y = max(falls, key=lambda one: one[0])
+                if drop >= 1 / 32:
+                    break
             strict = asked(f, low, high, diagonal, f"(< Y_g[0,{output}] Y_f[0,{output}])")
             deep = f"(< (+ Y_g[0,{output}] {number(short(drop / 2))}) Y_f[0,{output}])"
             for text in (strict, asked(f, low, high, diagonal, deep)):
@@ -592,6 +594,26 @@ def products(draw: Draw) -> Iterator[Query]:
         yield Query("products", False, {"f": f}, text, expected, why, {"X": x[best].astype(np.float32)[None]})
 
 
+def ties(draw: Draw) -> Iterator[Query]:
+    """What only ties meet, in whole regions: an output that saturates, and a network compared with itself."""
+    for sizes, large, radius in ((ACAS, True, 1 / 64), ((3, 12, 12, 2), False, 1 / 8)):
+        low, high = around(draw, sizes[0], radius)
+        centre, f = (low + high) / 2, made.random(sizes, draw)
+        inputs, at = box("X_f", (1, sizes[0]), low, high), centre.astype(np.float32)[None]
+        top = made.saturated(f, 1.5 - f(centre[None])[0])
+        for sign, expected in ((">", "unsat"), (">=", "sat")):
+            text = second([declared("f", top, ["X_f"], "Y_f")], [*inputs, f"({sign} Y_f[0,0] 1.0)"])
+            why = "1 - relu(1 - h) is 1 at most, in float32 too, and 1 where h is above"
+            yield Query("ties", large, {"f": top}, text, expected, why, {"X_f": at})
+        declarations = [declared("f", f, ["X_f"], "Y_f"), declared("g", f, ["X_g"], "Y_g", "(equal-to f)")]
+        inputs += equal("X_f", "X_g", (1, sizes[0]))
+        for sign, expected in (("!=", "unsat"), ("==", "sat")):
+            text = second(declarations, [*inputs, f"({sign} Y_f[0,1] Y_g[0,1])"])
+            yield Query(
+                "ties", large, {"f": f}, text, expected, "the same network at one point", {"X_f": at, "X_g": at}
+            )
+
+
 def single(draw: Draw) -> Iterator[Query]:
     """One network, in VNN-LIB 1.0 and 2.0."""
     for number_ in range(4):
@@ -669,7 +691,7 @@ def _in_version(f: Mlp, low: np.ndarray, high: np.ndarray, asked: str, old: bool
 FAMILIES: dict[str, Family] = {
     "equivalence_acas": equivalence_acas, "equivalence_wide": equivalence_wide, "equivalence_small": equivalence_small,
     "permuted": permuted, "planted": planted, "monotone": monotone, "coupled": coupled, "products": products,
-    "hidden": hidden, "two_inputs": two_inputs, "unrelated": unrelated, "single": single,
+    "hidden": hidden, "two_inputs": two_inputs, "unrelated": unrelated, "ties": ties, "single": single,
 }  # fmt: skip
 
 

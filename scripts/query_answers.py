@@ -88,7 +88,7 @@ def zonotopes(f: Mlp, g: Mlp | None, low: np.ndarray, high: np.ndarray) -> tuple
         flat = (most - least) / 2 < off
         off, kept = np.where(flat, (most - least) / 2, off), np.where(flat, 0.0, slope)
         shift = np.where(flat, (most + least) / 2, 0.0)
-        first, second = np.count_nonzero(half), np.count_nonzero(off)
+        first, second = int(np.count_nonzero(half)), int(np.count_nonzero(off))
         own = scaled(own, slope, half, half, first)
         difference = scaled(difference, kept, shift, off, second)
         # the symbols of f's ReLUs come first, then those of the difference
@@ -212,8 +212,8 @@ class MixedProgram:
             ),
             options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
         )  # fmt: skip
-        assert found.status == 0, found.message
-        return float(-found.mip_dual_bound), found.x
+        assert found.status == 0 and found.mip_dual_bound is not None
+        return -float(found.mip_dual_bound), found.x
 
 
 Ends = tuple[np.ndarray, np.ndarray]

@@ -156,6 +156,14 @@ def with_bump(network: Mlp, centre: np.ndarray, radius: float, height: float, ou
     return replace(network, weights=tuple(weights), biases=tuple(biases))
 
 
+def saturated(network: Mlp, shift: np.ndarray) -> Mlp:
+    """1 − relu(1 − h) for each output h of the network, shifted."""
+    eye, one = -np.eye(network.outputs, dtype=np.float32), np.ones(network.outputs, np.float32)
+    last = (one - network.biases[-1] - shift).astype(np.float32)
+    weights = (*network.weights[:-1], -network.weights[-1], eye)
+    return replace(network, weights=weights, biases=(*network.biases[:-1], last, one))
+
+
 def permuted(network: Mlp, draw: np.random.Generator) -> Mlp:
     """The same function, its hidden neurons in another order."""
     weights, biases = list(network.weights), list(network.biases)

@@ -192,11 +192,11 @@ def few(tmp_path_factory) -> Path:
 
 
 def test_some_queries(few):
-    """A slice of the whole: none is wrong, and hardly one undecided."""
+    """A slice of the whole, in CPU seconds: none is wrong, and hardly one undecided."""
     outcomes = []
     for family, step in FEW.items():
         own = [known for known in known_queries(few) if known.query.startswith(family)]
-        outcomes += [ask(few, known, 5.0) for known in own[::step]]
+        outcomes += [ask(few, known, 10.0) for known in own[::step]]
     assert {one.expected for one in outcomes} == {"sat", "unsat"} and {one.size for one in outcomes} == {
         "small",
         "large",
