@@ -172,16 +172,11 @@ def test_made_networks():
 
 
 FEW = {
-    "hidden": 4,
-    "two_inputs": 5,
-    "unrelated": 3,
-    "coupled": 4,
-    "products": 5,
-    "planted": 5,
-    "monotone": 5,
-    "single": 4,
-}
-"""Families of the fast test, and of how many queries one is asked."""
+    "hidden": slice(0, None, 4), "two_inputs": slice(0, None, 5), "unrelated": slice(0, None, 3),
+    "coupled": slice(0, None, 4), "products": slice(0, None, 5), "planted": slice(16, None, 3),
+    "monotone": slice(0, None, 7), "single": slice(0, None, 4),
+}  # fmt: skip
+"""Families of the fast test, and which of their queries are asked."""
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +189,9 @@ def few(tmp_path_factory) -> Path:
 def test_some_queries(few):
     """A slice of the whole, in CPU seconds: none is wrong, and hardly one undecided."""
     outcomes = []
-    for family, step in FEW.items():
+    for family, which in FEW.items():
         own = [known for known in known_queries(few) if known.query.startswith(family)]
-        outcomes += [ask(few, known, 10.0) for known in own[::step]]
+        outcomes += [ask(few, known, 10.0) for known in own[which]]
     assert {one.expected for one in outcomes} == {"sat", "unsat"} and {one.size for one in outcomes} == {
         "small",
         "large",
