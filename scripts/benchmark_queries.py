@@ -45,7 +45,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out for a query.
+    """The answer on a query.
 
     Args:
         fault: why it is wrong; empty where it is not. forgiven: whether a counterexample needs the tolerance of inputs.

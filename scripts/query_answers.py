@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 Values = Callable[[np.ndarray], np.ndarray]
 
 ROUNDING = 1e-5
-"""What splitting allows for float32's roundings: a comparison missed by less may hold."""
+"""Allowance of splitting for float32's roundings: a comparison missed by less may hold."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def scaled(value: Affine, slope: np.ndarray, shift: np.ndarray, radius: np.ndarr
 
 
 def zonotopes(f: Mlp, g: Mlp | None, low: np.ndarray, high: np.ndarray) -> tuple[Affine, Affine]:
-    """What f's outputs are over a box, and what g's exceed them by, as zonotopes in the same symbols.
+    """The outputs of f over a box, and those of g minus them, as zonotopes in the same symbols.
 
     A ReLU of z in [l, u] with l < 0 < u is λ z + [0, −λ l], λ = u / (u − l). Of the second network's ReLU minus the
     first's: z ↦ relu(z) − λ z has slopes −λ and 1 − λ, so it changes by max(λ, 1 − λ) times the change of z at most; or

@@ -48,7 +48,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Score:
-    """What the rules say of a counterexample that is well formed.
+    """The rules' verdict on a counterexample that is well formed.
 
     Args:
         accepted: every comparison holds as the competition's code computes it: inputs and outputs are float32 and so is
