@@ -595,7 +595,7 @@ def products(draw: Draw) -> Iterator[Query]:
 
 
 def ties(draw: Draw) -> Iterator[Query]:
-    """Comparisons that only ties meet, in whole regions: an output that saturates, and a network compared with itself."""
+    """Comparisons that whole regions of ties meet: an output that saturates, and a network compared with itself."""
     for sizes, large, radius in ((ACAS, True, 1 / 64), ((3, 12, 12, 2), False, 1 / 8)):
         low, high = around(draw, sizes[0], radius)
         centre, f = (low + high) / 2, made.random(sizes, draw)
