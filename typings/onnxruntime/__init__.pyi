@@ -19,6 +19,7 @@ class SessionOptions:
 class NodeArg:
     name: str
     type: str
+    shape: list[int | str | None]
 
 class InferenceSession:
     def __init__(
