@@ -442,7 +442,9 @@ class _ExactJudge(Judge):
 
         Raises:
             _Refuted: the point is a counterexample.
+            OutOfTime: the time is up: a batch of points that only tie may take seconds.
         """
+        look()
         assert self.property is not None
         # of float32s where they lie within: then models in float64 read the same numbers
         point = image.float().double().flatten().cpu()
