@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +28,7 @@ from .joint_network import JointNetwork
 from .limits import Limits, out_of_memory
 from .polytope import Polytope
 from .problem import Problem, Specification, Verdict
-from .queries import Networks, read_question
+from .queries import Networks, present, read_question
 from .search_statistics import SearchStatistics, gathered, record_of_search, rounded
 from .settings import Arithmetic, Certify
 from .stage import Judge, Replay, Stage
@@ -183,7 +183,8 @@ def answer(
             ``record`` that cannot be written.
     """
     settings = with_limits(certify, timeout, arithmetic)
-    check_files(results, record)
+    files = networks.values() if isinstance(networks, Mapping) else (networks,)
+    check_files(results, record, (property, *files))
     started = now()
     with until(started + settings.timeout):
         try:
@@ -212,14 +213,19 @@ def named(networks: Networks) -> str | dict[str, str]:
     return {name: str(file) for name, file in networks.items()} if isinstance(networks, Mapping) else str(networks)
 
 
-def check_files(results: str | Path | None, record: str | Path | None) -> None:
+def check_files(results: str | Path | None, record: str | Path | None, read: Iterable[str | Path] = ()) -> None:
     """
+    Args:
+        read: files that are read, with or without ``.gz``.
     Raises:
-        InputError: a place where no file can be, a folder or a device; one file for both.
+        InputError: a place where no file can be, a folder or a device; one file for both; one that is read.
     """
+    kept = {present(file).resolve() for file in read}
     for file in (results, record):
         if file is not None and (not Path(file).parent.is_dir() or (Path(file).exists() and not Path(file).is_file())):
             raise InputError(f"{file}: cannot be written; accepted: a file of results, in a folder that is there")
+        if file is not None and Path(file).resolve() in kept:
+            raise InputError(f"{file}: found as a file of the query, which is read; accepted: another file of results")
     if results is not None and record is not None and Path(results).resolve() == Path(record).resolve():
         raise InputError(f"{record}: found as the file of results and of records; accepted: two files")
 
