@@ -163,3 +163,16 @@ def test_casts_that_keep_the_index(ask, tmp_path):
     casts = [("Cast", {"to": kind}) for kind in (TensorProto.INT8, TensorProto.FLOAT16, TensorProto.FLOAT)]
     network = with_argmax(scores, behind=casts)
     assert ask(network, "(>= Y_0 2.0)", [("-1.0", "-0.5"), ("-1.0", "-0.5")]).word == "violated"
+
+
+def test_indices_of_too_many_choices(tmp_path):
+    """A thousand values of each of two indices are refused before they are written out."""
+    text = "(vnnlib-version <2.0>)\n"
+    for name in "fg":
+        with_argmax(save_network(tmp_path / f"{name}.onnx", [(np.eye(1000, 1), np.zeros(1000))]))
+        text += f"(declare-network {name} (declare-input X{name} real [1,1]) (declare-output Y{name} real [1,1]))\n"
+    text += "".join(f"(assert (and (>= X{name}[0,0] 0.0) (<= X{name}[0,0] 1.0)))\n" for name in "fg")
+    (tmp_path / "q.vnnlib").write_text(text + "(assert (!= Yf[0,0] Yg[0,0]))\n")
+    networks = {name: tmp_path / f"{name}.onnx" for name in "fg"}
+    with pytest.raises(InputError, match="accepted: at most 1000000 disjuncts"):
+        answer(networks, tmp_path / "q.vnnlib", timeout=20.0)

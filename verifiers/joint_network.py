@@ -58,7 +58,7 @@ class JointNetwork:
 
     def read(self, point: Tensor) -> Tensor:
         """(N,) float64: a point (N,) float64 rounded to the element types of the models' inputs."""
-        slices = point.split([part.shape.numel() for part in self.parts])
+        slices = torch.split(point, [part.shape.numel() for part in self.parts])
         single = [part.inputs[0].kind == np.float32 for part in self.parts]
         return torch.cat([own.float().double() if one else own for own, one in zip(slices, single, strict=True)])
 

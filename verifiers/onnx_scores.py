@@ -15,14 +15,27 @@ import onnx
 from onnx import TensorProto
 from torch import Tensor
 
+from ..bounds.clock import looking
 from ..bounds.operations import UnsupportedOperation
-from .constraints import CONSTANT, ONE, Conjunction, Constraint, Disjunction, Inequality, Monomial, Term, added, compare
+from .constraints import (
+    CONSTANT,
+    ONE,
+    Conjunction,
+    Constraint,
+    Disjunction,
+    Inequality,
+    Limit,
+    Monomial,
+    Term,
+    added,
+    compare,
+)
 from .vnnlib_text import Token
 
 BEHIND = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 """Operators that leave a single index as it is; casts where their type holds it."""
 
-MOST = {
+MOST: dict[int, int] = {
     TensorProto.INT8: 2**7 - 1, TensorProto.UINT8: 2**8 - 1, TensorProto.INT16: 2**15 - 1,
     TensorProto.UINT16: 2**16 - 1, TensorProto.INT32: 2**31 - 1, TensorProto.UINT32: 2**32 - 1,
     TensorProto.INT64: 2**63 - 1, TensorProto.UINT64: 2**64 - 1, TensorProto.BFLOAT16: 2**8,
@@ -105,20 +118,25 @@ def ending_at_scores(model: onnx.ModelProto) -> EndingAtScores | None:
     return EndingAtScores(cut, place, int(options.get("axis", 0)), rule, tuple(casts))
 
 
-def scores_compared(constraint: Conjunction, inputs: int, outputs: int, indices: Mapping[int, Index]) -> Conjunction:
+def scores_compared(
+    constraint: Conjunction, inputs: int, outputs: int, indices: Mapping[int, Index], limit: Limit
+) -> Conjunction:
     """The constraint on the inputs and the program's outputs, without indices.
 
     Args:
         constraint: on ``inputs`` inputs and ``outputs`` declared outputs.
         indices: those of the outputs that are indices, by their numbers; where others stand among the program's
             outputs follows from them.
+        limit: called with the numbers of choices of all indices' values, and of comparisons of scores in all of them.
+    Raises:
+        OutOfTime: the clock ran out.
     """
     places, place = dict[int, int](), inputs
     for number in range(outputs):
         places[inputs + number] = place
         place += indices[number].size if number in indices else 1
     starts = {inputs + number: (places[inputs + number], index) for number, index in indices.items()}
-    return _Rewriting(places, starts).of(constraint)
+    return _Rewriting(places, starts).of(constraint, limit)
 
 
 class _Rewriting:
@@ -131,16 +149,19 @@ class _Rewriting:
     def __init__(self, places: Mapping[int, int], starts: Mapping[int, tuple[int, Index]]):
         self.places, self.starts = places, starts
 
-    def of(self, constraint: Conjunction) -> Conjunction:
+    def of(self, constraint: Conjunction, limit: Limit) -> Conjunction:
         """The parts without an index, and one disjunct for each choice of the values of all indices that are read."""
         reads = [self._read(part) for part in constraint.parts]
         alone = [self._with(part, {}) for part, read in zip(constraint.parts, reads, strict=True) if not read]
         chosen, read = list[Constraint](), sorted(set[int]().union(*reads))
-        for values in itertools.product(*(range(self.starts[variable][1].size) for variable in read)):
+        sizes = [self.starts[variable][1].size for variable in read]
+        limit(constraint.token, math.prod(sizes), math.prod(sizes) * sum(sizes))
+        wins = {(variable, value): self._wins(constraint.token, variable, value)
+                for variable, size in zip(read, sizes, strict=True) for value in range(size)}  # fmt: skip
+        for values in looking(itertools.product(*map(range, sizes))):
             known = dict(zip(read, values, strict=True))
             rest = [self._with(part, known) for part, own in zip(constraint.parts, reads, strict=True) if own]
-            wins = [self._wins(constraint.token, variable, value) for variable, value in known.items()]
-            chosen.append(Conjunction(constraint.token, (*rest, *wins)))
+            chosen.append(Conjunction(constraint.token, (*rest, *(wins[one] for one in known.items()))))
         return Conjunction(constraint.token, (*alone, Disjunction(constraint.token, tuple(chosen))))
 
     def _read(self, constraint: Constraint) -> set[int]:
