@@ -144,3 +144,35 @@ def test_every_choice_is_a_disjunct():
     (rows,) = rewritten.disjuncts(lambda *_: None)
     read = list(itertools.chain.from_iterable(dict(row.coefficients) for row in rows))
     assert len(rows) == 3 and read.count((3,)) == 3 and {row.strict for row in rows} == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [(TensorProto.BOOL, 3), (TensorProto.INT8, 129), (TensorProto.BFLOAT16, 258)]
+)
+def test_casts_that_change_the_index(tmp_path, kind, size):
+    """An index that the type of a cast behind it does not hold, such as 2 as a truth value, is refused."""
+    scores = save_network(tmp_path / "n.onnx", [(np.eye(size, 2), np.zeros(size))])
+    network = with_argmax(scores, behind=[("Cast", {"to": kind}), ("Cast", {"to": TensorProto.FLOAT})])
+    file = save_property(tmp_path / "p.vnnlib", f"(assert (and {box(('0', '1'), ('0', '1'))} (>= Y_0 2.0)))", 2)
+    with pytest.raises(InputError, match=f"an index below {size} that is cast to .*; accepted: a type that holds it"):
+        answer(network, file, timeout=20.0)
+
+
+def test_casts_that_keep_the_index(ask, tmp_path):
+    scores = save_network(tmp_path / "n.onnx", [(np.eye(128, 2), np.zeros(128))])
+    casts = [("Cast", {"to": kind}) for kind in (TensorProto.INT8, TensorProto.FLOAT16, TensorProto.FLOAT)]
+    network = with_argmax(scores, behind=casts)
+    assert ask(network, "(>= Y_0 2.0)", [("-1.0", "-0.5"), ("-1.0", "-0.5")]).word == "violated"
+
+
+def test_indices_of_too_many_choices(tmp_path):
+    """A thousand values of each of two indices are refused before they are written out."""
+    text = "(vnnlib-version <2.0>)\n"
+    for name in "fg":
+        with_argmax(save_network(tmp_path / f"{name}.onnx", [(np.eye(1000, 1), np.zeros(1000))]))
+        text += f"(declare-network {name} (declare-input X{name} real [1,1]) (declare-output Y{name} real [1,1]))\n"
+    text += "".join(f"(assert (and (>= X{name}[0,0] 0.0) (<= X{name}[0,0] 1.0)))\n" for name in "fg")
+    (tmp_path / "q.vnnlib").write_text(text + "(assert (!= Yf[0,0] Yg[0,0]))\n")
+    networks = {name: tmp_path / f"{name}.onnx" for name in "fg"}
+    with pytest.raises(InputError, match="accepted: at most 1000000 disjuncts"):
+        answer(networks, tmp_path / "q.vnnlib", timeout=20.0)

@@ -425,6 +425,18 @@ def test_element_types_of_the_networks_differ(ask, tmp_path):
         ask(pair("(assert (>= V[0,0] 0.0))"), networks)
 
 
+@pytest.mark.parametrize(("least", "words"), [("0.1000000005", ("holds", "unknown")), ("0.1", ("violated",))])
+def test_models_of_float64_read_the_decimals(tmp_path, least, words):
+    """Not what float32 makes of them: 0.10000000149."""
+    network = save_double(tmp_path / "n.onnx", [[1.0]], [0.0])
+    tensors = "(declare-input X real [1,1]) (declare-output Y real [1,1])"
+    text = f"(assert (== X[0,0] 0.1)) (assert (>= Y[0,0] {least}))"
+    (tmp_path / "q.vnnlib").write_text(f"(vnnlib-version <2.0>) (declare-network f {tensors}) {text}")
+    found = answer(network, tmp_path / "q.vnnlib", timeout=20.0)
+    assert found.word in words and found.inputs in (None, ["0.1"])
+    assert found.outputs is None or found.outputs.tolist() == [0.1]
+
+
 def test_networks_in_float64_read_the_same_numbers(ask, tmp_path):
     """Whoever runs them on the decimals as float64 gets the outputs that are listed."""
     networks = {"f": save_double(tmp_path / "f.onnx", [[1 / 3, 0.7]], [0.1]), "g": save_double(
@@ -676,3 +688,17 @@ def test_a_table_keeps_its_answers(tmp_path):
     run_instances(tmp_path / "t.csv", tmp_path / "r.csv")
     words = [line.split(",")[2] for line in (tmp_path / "r.csv").read_text().splitlines()]
     assert words == ["unsat", "sat", "error", "unsat"]
+
+
+@pytest.mark.parametrize("option", ["results", "record"])
+@pytest.mark.parametrize("file", ["f.onnx", "q.vnnlib"])
+def test_files_that_are_read_are_not_written(tmp_path, option, file):
+    """Results in place of a network or the query are refused before anything is written."""
+    save_network(tmp_path / "f.onnx", LINE)
+    tensors = "(declare-input X real [1,1]) (declare-output Y real [1,1])"
+    text = "(assert (and (>= X[0,0] 0.0) (<= X[0,0] 1.0))) (assert (>= Y[0,0] 0.5))"
+    (tmp_path / "q.vnnlib").write_text(f"(vnnlib-version <2.0>) (declare-network f {tensors}) {text}")
+    before, place = (tmp_path / file).read_bytes(), tmp_path / "." / file
+    with pytest.raises(InputError, match=f"{file}: found as a file of the query, which is read"):
+        answer({"f": tmp_path / "f.onnx"}, tmp_path / "q.vnnlib", timeout=20.0, **{option: place})
+    assert (tmp_path / file).read_bytes() == before

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,12 @@ class JointNetwork:
     def shown(self, outputs: Tensor) -> Tensor:
         """The declared outputs of the program's (K,)."""
         return shown(outputs, self.declared_outputs, self.indices)
+
+    def read(self, point: Tensor) -> Tensor:
+        """(N,) float64: a point (N,) float64 rounded to the element types of the models' inputs."""
+        slices = torch.split(point, [part.shape.numel() for part in self.parts])
+        single = [part.inputs[0].kind == np.float32 for part in self.parts]
+        return torch.cat([own.float().double() if one else own for own, one in zip(slices, single, strict=True)])
 
     def replay(self) -> Replay:
         """onnxruntime's runs of all networks, each on its own inputs, as ``replay_session`` gives them of one: one

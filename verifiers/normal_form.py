@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from ..bounds.clock import looking
-from .constraints import CONSTANT, Conjunction, Inequality, Literals, Monomial, Term
+from .constraints import CONSTANT, Conjunction, Inequality, Limit, Literals, Monomial, Term
 from .free_inputs import Equalities, FreeInputs
 from .onnx_scores import Index, scores_compared
 from .vnnlib import Case, Property
@@ -84,12 +84,12 @@ class Variables:
     declared: Callable[[int], Token]
     indices: Mapping[int, Index] = field(default_factory=dict[int, Index])
 
-    def compared(self, constraint: Conjunction) -> tuple[Conjunction, Variables]:
+    def compared(self, constraint: Conjunction, limit: Limit) -> tuple[Conjunction, Variables]:
         """The constraint on the program's inputs and outputs, which are its variables."""
         if not self.indices:
             return constraint, self
         outputs = self.outputs + sum(index.size - 1 for index in self.indices.values())
-        found = scores_compared(constraint, self.inputs, self.outputs, self.indices)
+        found = scores_compared(constraint, self.inputs, self.outputs, self.indices, limit)
         return found, Variables(self.inputs, outputs, self.declared)
 
 
@@ -106,7 +106,7 @@ def normal_form(source: VnnlibText, constraint: Conjunction, variables: Variable
     Raises:
         InputError: too many disjuncts; numbers beyond float64; an input without a lower or upper end in a disjunct.
     """
-    constraint, variables = variables.compared(constraint)
+    constraint, variables = variables.compared(constraint, _NormalForm(source, variables).limit)
     return _NormalForm(source, variables).build(constraint)
 
 

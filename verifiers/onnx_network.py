@@ -204,7 +204,7 @@ def replay_session(model: onnx.ModelProto, hidden: int = 0) -> Replay:
         pass
 
     def replay(image: Tensor) -> Tensor:
-        parts = torch.split(image.detach().cpu().float().flatten(), sizes)
+        parts = torch.split(image.detach().cpu().double().flatten(), sizes)
         fed = {given.name: part.numpy().astype(given.kind).reshape(given.shape) for given, part in zip(inputs, parts)}
         runs = [[np.asarray(output).reshape(-1) for output in run.run(None, fed)] for run in sessions]
         runs = [[*outputs, *runs[1][len(outputs) :]] if number else outputs for number, outputs in enumerate(runs)]

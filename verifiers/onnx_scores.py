@@ -12,14 +12,36 @@ from pathlib import Path
 from typing import NamedTuple
 
 import onnx
+from onnx import TensorProto
 from torch import Tensor
 
+from ..bounds.clock import looking
 from ..bounds.operations import UnsupportedOperation
-from .constraints import CONSTANT, ONE, Conjunction, Constraint, Disjunction, Inequality, Monomial, Term, added, compare
+from .constraints import (
+    CONSTANT,
+    ONE,
+    Conjunction,
+    Constraint,
+    Disjunction,
+    Inequality,
+    Limit,
+    Monomial,
+    Term,
+    added,
+    compare,
+)
 from .vnnlib_text import Token
 
 BEHIND = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
-"""Operators that leave a single index as it is."""
+"""Operators that leave a single index as it is; casts where their type holds it."""
+
+MOST: dict[int, int] = {
+    TensorProto.INT8: 2**7 - 1, TensorProto.UINT8: 2**8 - 1, TensorProto.INT16: 2**15 - 1,
+    TensorProto.UINT16: 2**16 - 1, TensorProto.INT32: 2**31 - 1, TensorProto.UINT32: 2**32 - 1,
+    TensorProto.INT64: 2**63 - 1, TensorProto.UINT64: 2**64 - 1, TensorProto.BFLOAT16: 2**8,
+    TensorProto.FLOAT16: 2**11, TensorProto.FLOAT: 2**24, TensorProto.DOUBLE: 2**53,
+}  # fmt: skip
+"""By element type the number up to which it holds all natural ones."""
 
 
 class ArgMax(NamedTuple):
@@ -47,22 +69,31 @@ class EndingAtScores:
     Args:
         place: the ArgMax, for errors.
         axis: of its input.
+        casts: the element types that its index is cast to.
     """
 
     model: onnx.ModelProto
     place: str
     axis: int
     rule: ArgMax
+    casts: tuple[int, ...]
 
     def check(self, shape: Sequence[int], path: Path) -> None:
         """
         Raises:
-            UnsupportedOperation: scores of this shape have several indices.
+            UnsupportedOperation: scores of this shape have several indices, or one that a cast changes.
         """
+        before = "a network that ends before it (onnx.utils.extract_model)"
         indices = math.prod(shape) // shape[self.axis]
         if indices != 1:
-            accepted = "a single one, or a network that ends before it (onnx.utils.extract_model)"
-            raise UnsupportedOperation(f"{path}: {self.place}: found {indices} indices; accepted: {accepted}")
+            raise UnsupportedOperation(
+                f"{path}: {self.place}: found {indices} indices; accepted: a single one, or {before}"
+            )
+        for kind in self.casts:
+            if shape[self.axis] - 1 > MOST.get(kind, 0):
+                found = f"an index below {shape[self.axis]} that is cast to {TensorProto.DataType.Name(kind)}"
+                accepted = f"a type that holds it, or {before}"
+                raise UnsupportedOperation(f"{path}: {self.place}: found {found}; accepted: {accepted}")
 
 
 def ending_at_scores(model: onnx.ModelProto) -> EndingAtScores | None:
@@ -71,8 +102,9 @@ def ending_at_scores(model: onnx.ModelProto) -> EndingAtScores | None:
     names = [output.name for output in model.graph.output]
     if len(names) != 1:
         return None
-    node = made.get(names[0])
+    node, casts = made.get(names[0]), list[int]()
     while node is not None and node.op_type in BEHIND and node.input:
+        casts += [one.i for one in node.attribute if node.op_type == "Cast" and one.name == "to"]
         node = made.get(node.input[0])
     if node is None or node.op_type != "ArgMax" or node.domain not in ("", "ai.onnx"):
         return None
@@ -82,23 +114,29 @@ def ending_at_scores(model: onnx.ModelProto) -> EndingAtScores | None:
     del cut.graph.output[:]
     cut.graph.output.append(onnx.ValueInfoProto(name=node.input[0]))
     place = f"ArgMax {node.name or node.output[0]!r}"
-    return EndingAtScores(cut, place, int(options.get("axis", 0)), ArgMax(bool(options.get("select_last_index", 0))))
+    rule = ArgMax(bool(options.get("select_last_index", 0)))
+    return EndingAtScores(cut, place, int(options.get("axis", 0)), rule, tuple(casts))
 
 
-def scores_compared(constraint: Conjunction, inputs: int, outputs: int, indices: Mapping[int, Index]) -> Conjunction:
+def scores_compared(
+    constraint: Conjunction, inputs: int, outputs: int, indices: Mapping[int, Index], limit: Limit
+) -> Conjunction:
     """The constraint on the inputs and the program's outputs, without indices.
 
     Args:
         constraint: on ``inputs`` inputs and ``outputs`` declared outputs.
         indices: those of the outputs that are indices, by their numbers; where others stand among the program's
             outputs follows from them.
+        limit: called with the numbers of choices of all indices' values, and of comparisons of scores in all of them.
+    Raises:
+        OutOfTime: the clock ran out.
     """
     places, place = dict[int, int](), inputs
     for number in range(outputs):
         places[inputs + number] = place
         place += indices[number].size if number in indices else 1
     starts = {inputs + number: (places[inputs + number], index) for number, index in indices.items()}
-    return _Rewriting(places, starts).of(constraint)
+    return _Rewriting(places, starts).of(constraint, limit)
 
 
 class _Rewriting:
@@ -111,16 +149,19 @@ class _Rewriting:
     def __init__(self, places: Mapping[int, int], starts: Mapping[int, tuple[int, Index]]):
         self.places, self.starts = places, starts
 
-    def of(self, constraint: Conjunction) -> Conjunction:
+    def of(self, constraint: Conjunction, limit: Limit) -> Conjunction:
         """The parts without an index, and one disjunct for each choice of the values of all indices that are read."""
         reads = [self._read(part) for part in constraint.parts]
         alone = [self._with(part, {}) for part, read in zip(constraint.parts, reads, strict=True) if not read]
         chosen, read = list[Constraint](), sorted(set[int]().union(*reads))
-        for values in itertools.product(*(range(self.starts[variable][1].size) for variable in read)):
+        sizes = [self.starts[variable][1].size for variable in read]
+        limit(constraint.token, math.prod(sizes), math.prod(sizes) * sum(sizes))
+        wins = {(variable, value): self._wins(constraint.token, variable, value)
+                for variable, size in zip(read, sizes, strict=True) for value in range(size)}  # fmt: skip
+        for values in looking(itertools.product(*map(range, sizes))):
             known = dict(zip(read, values, strict=True))
             rest = [self._with(part, known) for part, own in zip(constraint.parts, reads, strict=True) if own]
-            wins = [self._wins(constraint.token, variable, value) for variable, value in known.items()]
-            chosen.append(Conjunction(constraint.token, (*rest, *wins)))
+            chosen.append(Conjunction(constraint.token, (*rest, *(wins[one] for one in known.items()))))
         return Conjunction(constraint.token, (*alone, Disjunction(constraint.token, tuple(chosen))))
 
     def _read(self, constraint: Constraint) -> set[int]:

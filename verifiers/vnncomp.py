@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -93,8 +93,8 @@ class Answer:
         arithmetic: arithmetic in which ``holds`` is proved.
         reason: why the property is undecided, or that it holds because no input satisfies it; None where not known.
         inputs: (N,) the counterexample as decimals, which lie within the property's box.
-        outputs: (K,) onnxruntime's outputs, with its default optimisations, at the decimals rounded to float32; the
-            hidden tensors behind the outputs of all networks.
+        outputs: (K,) onnxruntime's outputs, with its default optimisations, at the decimals rounded to the models'
+            element types; the hidden tensors behind the outputs of all networks.
         stage: the last stage that ran; empty where none did.
         spent: seconds by stage.
         search: counts and times of all searches; None without one.
@@ -190,7 +190,8 @@ def answer(
             ``record`` that cannot be written.
     """
     settings = replace(with_limits(certify, timeout, arithmetic), proofs=proof is not None)
-    check_files(results, record, proof)
+    files = networks.values() if isinstance(networks, Mapping) else (networks,)
+    check_files(results, record, (property, *files), proof)
     started = now()
     with until(started + settings.timeout):
         try:
@@ -236,14 +237,22 @@ def _proofs_of(networks: Networks, property: str | Path, asked: Property, arithm
     return PropertyProof(Prover(Path(files[0]), arithmetic), asked, Path(property).read_bytes())
 
 
-def check_files(results: str | Path | None, record: str | Path | None, proof: str | Path | None = None) -> None:
+def check_files(
+    results: str | Path | None, record: str | Path | None, read: Iterable[str | Path] = (),
+    proof: str | Path | None = None,
+) -> None:  # fmt: skip
     """
+    Args:
+        read: files that are read, with or without ``.gz``.
     Raises:
-        InputError: a place where no file can be, a folder or a device; one file for two of them.
+        InputError: a place where no file can be, a folder or a device; one file for two of them; one that is read.
     """
+    kept = {present(file).resolve() for file in read}
     for file in (results, record, proof):
         if file is not None and (not Path(file).parent.is_dir() or (Path(file).exists() and not Path(file).is_file())):
             raise InputError(f"{file}: cannot be written; accepted: a file of results, in a folder that is there")
+        if file is not None and Path(file).resolve() in kept:
+            raise InputError(f"{file}: found as a file of the query, which is read; accepted: another file of results")
     if results is not None and record is not None and Path(results).resolve() == Path(record).resolve():
         raise InputError(f"{record}: found as the file of results and of records; accepted: two files")
     if proof is not None and Path(proof).resolve() in [Path(file).resolve() for file in (results, record) if file]:
@@ -311,7 +320,7 @@ def _check_cases(
     look()
     replay = network.replay()
     look()
-    judge = _ExactJudge(property=property, replay=replay)
+    judge = _ExactJudge(property=property, replay=replay, read=network.read)
     verdicts: list[Verdict] = []
     try:
         points = _points(property.cases[0])
@@ -419,15 +428,17 @@ class _ExactJudge(Judge):
     of onnxruntime's runs. A counterexample ends the search by ``_Refuted``.
 
     A box's float32 ends are rounded outward, so a point at them is first moved into the box; onnxruntime is given its
-    decimals rounded to float32, as every reader of the counterexample would do.
+    decimals rounded to the model's element type, as every reader of the counterexample would do.
 
     Args:
+        read: rounds a point (N,) float64 to the element types of the models' inputs.
         disputed: the first point that is unsafe in some of the runs only.
         ties: the first point that is unsafe in all runs, were it not for strict comparisons.
         unwritten: the first point that is unsafe once its inputs are rounded, and that no decimals state.
     """
 
     property: Property | None = None
+    read: Callable[[Tensor], Tensor] = Tensor.float
     disputed: list[Tensor] = field(default_factory=list[Tensor])
     ties: list[Tensor] = field(default_factory=list[Tensor])
     unwritten: list[Tensor] = field(default_factory=list[Tensor])
@@ -460,9 +471,10 @@ class _ExactJudge(Judge):
         free = self.property.free
         decimals = own if free is None else free.written(own, case.allows)
         if free is not None and decimals is None:
-            point = free.at(torch.tensor([[float(text) for text in own]]))[0].float()
+            point = free.at(torch.tensor([[float(text) for text in own]], dtype=torch.float64))[0]
         else:
-            point = torch.tensor([float(text) for text in decimals or ()], dtype=torch.float64).float()
+            point = torch.tensor([float(text) for text in decimals or ()], dtype=torch.float64)
+        point = self.read(point)
         runs, given = self.replay(point), as_floats(point)
         closed = [bool(run.isfinite().all()) and case.contains(given, as_floats(run), closed=True) for run in runs]
         if not any(closed):
@@ -470,7 +482,7 @@ class _ExactJudge(Judge):
         if decimals is None:
             self.unwritten.append(point)
             return
-        # an input has two values where no float32 is what was written: the decimal, and what is replayed
+        # an input has two values where no float is what was written: the decimal, and what is replayed
         read = [value if float(text) == value else Fraction(text) for text, value in zip(decimals, given, strict=True)]
         unsafe = [
             one and case.contains(given, values := as_floats(run)) and case.contains(read, values)
