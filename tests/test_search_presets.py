@@ -112,7 +112,7 @@ def asked(monkeypatch) -> list[Certify]:
     """The settings with which properties are decided."""
     seen: list[Certify] = []
 
-    def check(network, property, deadline, settings):
+    def check(network, property, deadline, settings, proofs=None):
         seen.append(settings)
         return Answer("holds", 0.0, settings.arithmetic)
 
