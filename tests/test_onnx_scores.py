@@ -114,7 +114,10 @@ def test_two_networks_agree_on_the_class(tmp_path):
     for place in ("[0,0]", "[0,1]"):
         text += f"(assert (and (>= Xf{place} -1.0) (<= Xf{place} 1.0) (== Xf{place} Xg{place})))\n"
     (tmp_path / "q.vnnlib").write_text(text + "(assert (!= Yf[0,0] Yg[0,0]))\n")
-    for name, words in (("moved", {"violated"}), ("halved", {"holds", "unknown", "timeout"})):  # they tie where classes change
+    for name, words in (
+        ("moved", {"violated"}),
+        ("halved", {"holds", "unknown", "timeout"}),
+    ):  # they tie where classes change
         networks = {"f": tmp_path / "f.onnx", "g": tmp_path / f"{name}.onnx"}
         found = answer(networks, tmp_path / "q.vnnlib", timeout=20.0, results=tmp_path / "result.txt")
         assert found.word in words
@@ -140,7 +143,7 @@ def test_every_choice_is_a_disjunct():
 
     token = Token("==", 1)
     asked = Conjunction(token, (compare(token, "==", {(1,): ONE}, {(): 2 * ONE}),))
-    rewritten = scores_compared(asked, 1, 1, {0: Index(4, ArgMax(last=False))})
+    rewritten = scores_compared(asked, 1, 1, {0: Index(4, ArgMax(last=False))}, lambda *_: None)
     (rows,) = rewritten.disjuncts(lambda *_: None)
     read = list(itertools.chain.from_iterable(dict(row.coefficients) for row in rows))
     assert len(rows) == 3 and read.count((3,)) == 3 and {row.strict for row in rows} == {False, True}
