@@ -18,6 +18,7 @@ LAYERS = [
     {"recipe", "comparison", "importing"},
     {"workflows"},
     {"command_line"},
+    {"__main__"},
 ]  # fmt: skip
 LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 FOLDERS = {"certtrain": ROOT / "certtrain", "certtrain.kernels": ROOT / "kernels",

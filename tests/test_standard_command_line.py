@@ -177,6 +177,13 @@ print(used.ru_utime + used.ru_stime)
     assert lines == ["onnx-opset-versions: 7 23", "1.0"] and float(seconds) < 0.3
 
 
+def test_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "certtrain", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"{certtrain.__version__}\n"
+
+
 @pytest.mark.parametrize("command", ["capabilities", "supports"])
 def test_capabilities(command, capsys):
     for name, items in capabilities.CAPABILITIES.items():
